@@ -1,0 +1,108 @@
+"""The records that travel between the layers: what goes in, what comes out, and how much memory may be used.
+
+Sizes: N tokens, B sequences (responses), D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .errors import require
+
+IGNORE_INDEX = -100
+"""Target value of a row that does not count (the Hugging Face convention)."""
+
+
+class TokenStats(NamedTuple):
+    """Statistics of the next-token distribution p = softmax(z) at every position (docs/math.md E1-E4).
+
+    Attributes:
+        logp: [...] fp32, log p of the target (nats).
+        entropy: [...] fp32, -sum p log p (nats); None when not asked for.
+        lse: [...] fp32, log sum exp z (nats).
+        p2: [...] fp32, sum p^2; None unless ``second_moments``. Carries no gradient.
+        p2_logp: [...] fp32, sum p^2 log p (nats); None unless ``second_moments``. Carries no gradient.
+
+    Rows that are masked or whose target is -100 are exact zeros with zero gradient.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+    p2: Tensor | None = None
+    p2_logp: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The response tokens of B sampled responses, packed into one row of N tokens.
+
+    Attributes:
+        targets: [N] int64, sampled token ids; -100 marks a token that does not count.
+        sequence_ids: [N] int64 in [0, B), the response a token belongs to.
+        rewards: [B] float, one reward per response. May be None when ``advantages`` is given.
+        group_ids: [B] int64, responses with equal numbers answer the same prompt. May be None when ``advantages`` is given.
+        old_logp: [N] float or None, log-prob under the policy that is being improved upon (nats). None: the ratio
+            is 1 with gradient (exactly on-policy).
+        mask: [N] bool or None, False marks a token that does not count.
+        ref_logp: [N] float or None, log-prob under the reference policy (nats), for the KL penalty.
+        rollout_logp: [N] float or None, log-prob the rollout engine reported (nats), for truncated importance sampling.
+        advantages: [B] or [N] float or None, replaces the advantage computed from ``rewards``.
+        denominator: number, 0-dim tensor or None, the *global* count that the reduction divides by (tokens for
+            ``token_mean``, sequences for the others), so that the losses of micro-batches and ranks add up to the
+            loss of the whole batch. None: counted in this batch.
+        sequence_lengths: [B] or None, *global* number of valid tokens of each response for ``seq_mean_token_mean``,
+            needed only when one response is spread over several micro-batches. None: counted in this batch.
+    """
+
+    targets: Tensor
+    sequence_ids: Tensor
+    rewards: Tensor | None = None
+    group_ids: Tensor | None = None
+    old_logp: Tensor | None = None
+    mask: Tensor | None = None
+    ref_logp: Tensor | None = None
+    rollout_logp: Tensor | None = None
+    advantages: Tensor | None = None
+    denominator: float | Tensor | None = None
+    sequence_lengths: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A scalar loss and what there is to log about it.
+
+    Attributes:
+        loss: 0-dim fp32, differentiable.
+        metrics: name -> 0-dim fp32 tensor without gradient (on the device of the loss: reading one synchronises).
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the work is done; never what is computed.
+
+    Attributes:
+        memory_budget: bytes for logit-sized workspace, whatever N is (default 256 MiB). The gradients themselves and
+            the fp32 accumulator of d_weight come on top.
+        compact: drop the rows that do not count before any product. Costs one device synchronisation on CUDA.
+        debug: on CUDA, also check values (targets in range, finite rewards); costs synchronisations. Always on for CPU tensors.
+    """
+
+    memory_budget: int = 256 * 2**20
+    compact: bool = True
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.memory_budget, int) and self.memory_budget > 0,
+            "Options.memory_budget",
+            "a positive number of bytes (int)",
+            repr(self.memory_budget),
+        )
