@@ -1,0 +1,153 @@
+"""What a backend is: a frozen record of functions over a ``Projection``. The loops around them are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from .projection import Projection
+from .statistics import RowStatistics
+
+
+class LogitCotangents(NamedTuple):
+    """dL/dlogp, dL/dentropy, dL/dlse of every row ([N] statistics dtype, None = zero): all a backward pass needs (E6)."""
+
+    logp: Tensor | None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+
+
+class Statistics(Protocol):
+    """Statistics of every row, reading each logit once and storing none beyond ``budget`` bytes."""
+
+    def __call__(
+        self, projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int
+    ) -> RowStatistics: ...
+
+
+class LogitGradient(Protocol):
+    """dL/d(hidden @ weight.T + bias) for a slab of columns into ``out`` [N, columns] (E6), recomputing the logits.
+
+    ``out`` has the projection's operand dtype. ``gain`` (a power of two, 0-dim) multiplies the result so that fp16 does not
+    underflow; None means 1.
+    """
+
+    def __call__(
+        self,
+        out: Tensor,
+        projection: Projection,
+        targets: Tensor,
+        columns: slice,
+        statistics: RowStatistics,
+        cotangents: LogitCotangents,
+        gain: Tensor | None,
+    ) -> None: ...
+
+
+class ChunkGradient(NamedTuple):
+    """dL/d(hidden @ weight.T + bias) of a chunk as ``row_factor[:, None] * matrix``.
+
+    Attributes:
+        matrix: [C, V] operand dtype.
+        row_factor: [C] statistics dtype.
+    """
+
+    matrix: Tensor
+    row_factor: Tensor
+
+
+SUMS = ("loss", "entropy", "ratio", "clipped", "old_kl", "kl")
+"""What a coefficient function adds up over its tokens, in this order. ``loss`` is the chunk's share of the final loss, the
+others are plain sums over tokens: entropy and KL estimates in nats, the ratio to the old policy, and 1 for each token whose
+gradient the clip removed."""
+
+
+@dataclass(frozen=True)
+class SurrogateTerms:
+    """A clipped, sign-weighted policy surrogate as numbers per token and per sequence (E9, E10), for one fused launch.
+
+    With i the sequence of token t, w_i = ``positive_weight`` where rewards_i > thresholds_i and ``negative_weight`` elsewhere,
+    rho = exp(clamp(logp - old_logp, -60, 60)) and c(rho) = clamp(rho, 1 - clip_low, 1 + clip_high):
+
+        surrogate_t = min(rho * A_i, c(rho) * A_i);  where A_i < 0 and dual_clip: max(surrogate_t, dual_clip * A_i)
+        loss = - sum_t scale_t * w_i * surrogate_t
+
+    Attributes:
+        sequence_ids: [C] int64 in [0, B).
+        old_logp: [C] fp32.
+        scale: [C] fp32, the reduction's weight of a token (and its importance weight).
+        advantages, rewards, thresholds: [B] fp32; a threshold is the reward mean of the sequence's group.
+        positive_weight: 0-dim fp32 tensor on the device.
+        negative_weight: number.
+        clip_low, clip_high: numbers >= 0.
+        dual_clip: number > 1, or None.
+    """
+
+    sequence_ids: Tensor
+    old_logp: Tensor
+    scale: Tensor
+    advantages: Tensor
+    rewards: Tensor
+    thresholds: Tensor
+    positive_weight: Tensor
+    negative_weight: float
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+
+
+class Coefficients(NamedTuple):
+    """What the loss wants from a chunk: cotangents of its statistics, and sums [len(SUMS)] fp32."""
+
+    cotangents: LogitCotangents
+    sums: Tensor
+
+
+class Chunk(Protocol):
+    """One token chunk of the one-pass schedule, between its first and its second matrix product."""
+
+    def statistics(self) -> RowStatistics:
+        """Statistics of the chunk's rows."""
+        ...
+
+    def surrogate(self, terms: SurrogateTerms) -> Coefficients:
+        """Statistics, coefficients and sums of a clipped surrogate in one launch; only where ``Backend.fuses_surrogate``."""
+        ...
+
+    def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
+        """Turn the chunk's workspace into its logit gradient. May be called once."""
+        ...
+
+
+class OpenChunk(Protocol):
+    """Project a chunk of rows and reduce it to statistics; ``entropy_gradient``: its cotangent for entropy will not be None."""
+
+    def __call__(self, projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool) -> Chunk: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute the op.
+
+    Attributes:
+        name: what the caller passes as ``backend=``.
+        supports: why these inputs cannot be run here, or None when they can.
+        statistics: the forward pass.
+        logit_gradient: the recomputing backward pass, one slab of the vocabulary.
+        slab_bytes: bytes of workspace per logit of a slab that ``logit_gradient`` fills.
+        open_chunk: the first half of the one-pass schedule for a chunk of rows.
+        chunk_bytes: bytes of workspace per logit of a chunk.
+        fuses_surrogate: whether its chunks have ``surrogate``.
+    """
+
+    name: str
+    supports: Callable[[Projection], str | None]
+    statistics: Statistics
+    logit_gradient: LogitGradient
+    slab_bytes: Callable[[Projection], int]
+    open_chunk: OpenChunk
+    chunk_bytes: Callable[[Projection], int]
+    fuses_surrogate: bool = False

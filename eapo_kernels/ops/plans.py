@@ -1,0 +1,42 @@
+"""How the work is cut: pure functions from shapes and a byte budget to chunk sizes, and what is proven where."""
+
+from __future__ import annotations
+
+from ..errors import require
+
+PROVEN = frozenset({("cpu", "torch", "autograd"), ("cpu", "torch", "one_pass"), ("cuda", "torch", "autograd")})
+"""(device type, backend, schedule) that "auto" may choose: each needs a committed result from that hardware, except
+("cuda", "torch", "autograd"), which is plain PyTorch and what a caller without this package would write."""
+
+_ROW_ALIGNMENT = 64
+_COLUMN_ALIGNMENT = 256
+_MIN_SLAB = 2048
+
+
+def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:
+    """Rows per chunk so that a chunk stays within the budget, in nearly equal aligned chunks.
+
+    Raises EapoError when not even one row fits.
+    """
+    fit = budget // max(bytes_per_row, 1)
+    require(fit >= 1, "Options.memory_budget", f"at least {bytes_per_row} bytes, one row of logits", budget)
+    if fit >= n_rows:
+        return max(n_rows, 1)
+    if fit >= _ROW_ALIGNMENT:
+        fit -= fit % _ROW_ALIGNMENT
+    chunks = -(-n_rows // fit)
+    even = -(-n_rows // chunks)
+    return min(fit, -(-even // _ROW_ALIGNMENT) * _ROW_ALIGNMENT)
+
+
+def slab(n_rows: int, vocab: int, bytes_per_logit: int, budget: int) -> tuple[int, int]:
+    """(rows, columns) of a block of logits within the budget: as many rows as leave slabs of a useful width."""
+    width = min(vocab, _MIN_SLAB, max(budget // bytes_per_logit, 1))
+    rows = row_chunk(n_rows, width * bytes_per_logit, budget)
+    columns = budget // (rows * bytes_per_logit)
+    if columns >= vocab:
+        return rows, vocab
+    columns = max(columns - columns % _COLUMN_ALIGNMENT, width)
+    slabs = -(-vocab // columns)
+    even = -(-vocab // slabs)
+    return rows, min(columns, -(-even // _COLUMN_ALIGNMENT) * _COLUMN_ALIGNMENT)

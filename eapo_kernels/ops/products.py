@@ -1,0 +1,48 @@
+"""Matrix products with accumulation in fp32 (or fp64), whatever the operands: the only place that calls them.
+
+On CUDA the operands stay in half precision and the library accumulates and returns fp32 (``out_dtype``), which also keeps
+split-K partial sums in fp32. On the CPU half-precision operands are widened a slab of the vocabulary at a time, because a
+CPU product of bf16 matrices rounds its result to bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WIDEN_ROWS = 8192
+"""Rows of a weight matrix that are widened at once on the CPU: a compromise of memory and product size."""
+
+
+def add_product_(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) -> Tensor:
+    """out += a @ b (out = a @ b with ``overwrite``). out: [M, K] fp32/fp64; a: [M, J], b: [J, K], each of out's or of a narrower dtype."""
+    if a.dtype == b.dtype == out.dtype:
+        torch.mm(a, b, out=out) if overwrite else torch.addmm(out, a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out) if overwrite else torch.addmm(
+            out, a, b, out_dtype=out.dtype, out=out
+        )
+    else:
+        _add_widened_(out, a, b, overwrite)
+    return out
+
+
+def _add_widened_(out: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
+    """The CPU's product of narrower operands; widens the larger one piece by piece."""
+    if overwrite:
+        out.zero_()
+    (m, j), k = a.shape, b.shape[1]
+    if k >= max(m, j):
+        wide = a.to(out.dtype)
+        for start in range(0, k, _WIDEN_ROWS):
+            piece = slice(start, start + _WIDEN_ROWS)
+            out[:, piece].addmm_(wide, b[:, piece].to(out.dtype))
+    else:
+        for start in range(0, j, _WIDEN_ROWS):
+            piece = slice(start, start + _WIDEN_ROWS)
+            out.addmm_(a[:, piece].to(out.dtype), b[piece].to(out.dtype))
+
+
+def project_(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """out = hidden @ weight.T. out: [N, V] fp32/fp64; hidden: [N, D]; weight: [V, D]."""
+    return add_product_(out, hidden, weight.t(), overwrite=True)

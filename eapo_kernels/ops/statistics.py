@@ -1,0 +1,75 @@
+"""From vocabulary sums to statistics: the last, per-row step that every backend shares (docs/math.md E2-E4).
+
+The sums leave the target column out. Then ``1 - p_y`` is ``rest / s0``, a quotient and not a difference, and the log-prob of
+a confident token is ``-log1p(rest / e_y)``, exact where ``log(1 + tiny)`` would lose it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowSums(NamedTuple):
+    """Sums over the vocabulary without the target column, x_v = z_v - row_max. All [N] in the statistics dtype.
+
+    Attributes:
+        row_max: max_v z_v, the target included.
+        x_target: z_y - row_max <= 0.
+        rest: sum e^x.
+        x_exp: sum x e^x, or None when no entropy is wanted.
+        exp2: sum e^(2x), or None.
+        x_exp2: sum x e^(2x), or None.
+    """
+
+    row_max: Tensor
+    x_target: Tensor
+    rest: Tensor
+    x_exp: Tensor | None = None
+    exp2: Tensor | None = None
+    x_exp2: Tensor | None = None
+
+
+class RowStatistics(NamedTuple):
+    """What the backward pass needs and the caller gets, [N] each in the statistics dtype (None: not asked for).
+
+    Attributes:
+        logp, entropy, lse, p2, p2_logp: as in ``TokenStats``.
+        row_max: max_v z_v.
+        log_sum: log sum e^(z - row_max) >= 0, so p = e^(z - row_max - log_sum).
+        mean_shifted: E_p[z - row_max] (xbar of E3), or None.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+    mean_shifted: Tensor | None = None
+    p2: Tensor | None = None
+    p2_logp: Tensor | None = None
+
+
+def finish(sums: RowSums) -> RowStatistics:
+    """E2-E4 from the sums. A row whose every logit is -inf has no distribution and gives NaN."""
+    row_max, x, rest = sums.row_max, sums.x_target, sums.rest
+    e = x.exp()
+    s0 = rest + e
+    log_s0 = s0.log()
+    log_sum = torch.where(x == 0, rest.log1p(), log_s0)
+    logp = torch.where(x > -80, -(rest / e).log1p(), x - log_s0)
+    entropy = mean = p2 = p2_logp = None
+    if sums.x_exp is not None:
+        mean = (sums.x_exp + _x_times(x, e)) / s0
+        entropy = (log_sum - mean).clamp_min(0)
+    if sums.exp2 is not None and sums.x_exp2 is not None:
+        p2 = (sums.exp2 + e * e) / (s0 * s0)
+        p2_logp = (sums.x_exp2 + _x_times(x, e * e)) / (s0 * s0) - log_sum * p2
+    return RowStatistics(logp, entropy, row_max + log_sum, row_max, log_sum, mean, p2, p2_logp)
+
+
+def _x_times(x: Tensor, e: Tensor) -> Tensor:
+    """x * e with the limit 0 at x = -inf."""
+    return torch.where(e > 0, x * e, torch.zeros_like(e))

@@ -1,0 +1,351 @@
+"""THE op: log-prob, entropy and lse of every token from hidden states and the head, differentiable, without the logits.
+
+Forward reads each logit once (2NDV operations); backward recomputes slabs of the vocabulary (6NDV), so that a slab of
+d_weight is one product over all tokens, rounded once. docs/math.md E1-E6.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError, require
+from ..types import IGNORE_INDEX, Options, TokenStats
+from . import dispatch, plans, products
+from .backend import Backend, LogitCotangents
+from .checks import build_projection, check_values, describe, require_tensor
+from .projection import Projection
+from .rows import may_compact, scatter_rows, valid_index, valid_rows
+from .statistics import RowStatistics
+
+ENTROPY_MODES = ("grad", "nograd", "none")
+
+
+def compute_statistics(
+    projection: Projection, targets: Tensor, backend: Backend, *, entropy: bool, second_moments: bool, options: Options
+) -> RowStatistics:
+    """Statistics of every row, exact zeros where the target is -100."""
+    n_rows, valid = projection.n_rows, valid_rows(targets, None)
+    index = valid_index(valid) if may_compact(targets, options.compact) else None
+    if index is not None:
+        projection, targets, valid = projection.rows(index), targets[index], valid[index]
+    if projection.n_rows == 0:
+        zeros = projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype)
+        moment = zeros if second_moments else None
+        return RowStatistics(
+            zeros, zeros if entropy else None, zeros, zeros, zeros, zeros if entropy else None, moment, moment
+        )
+    targets = targets.clamp_min(0)
+    result = backend.statistics(
+        projection, targets, entropy=entropy, second_moments=second_moments, budget=options.memory_budget
+    )
+    fields = []
+    for values in result:
+        if values is not None:
+            values = scatter_rows(torch.where(valid, values, torch.zeros_like(values)), index, n_rows)
+        fields.append(values)
+    return RowStatistics(*fields)
+
+
+def compute_gradients(
+    projection: Projection,
+    targets: Tensor,
+    statistics: RowStatistics,
+    cotangents: LogitCotangents,
+    backend: Backend,
+    *,
+    needs: tuple[bool, bool, bool],
+    options: Options,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(d_hidden, d_weight, d_bias) by E6 in the inputs' dtypes, None where not needed.
+
+    Rows whose target is -100 or whose cotangents are all zero do not enter the products.
+    """
+    n_rows, dtype = projection.n_rows, projection.statistics_dtype
+    live = valid_rows(targets, None)
+    index = None
+    if may_compact(targets, options.compact):
+        some = torch.stack([c != 0 for c in cotangents if c is not None]).any(0)
+        index = valid_index(live & some)
+    if index is not None:
+        projection, targets, live = projection.rows(index), targets[index], live[index]
+        statistics = RowStatistics(*(None if s is None else s[index] for s in statistics))
+        cotangents = LogitCotangents(*(None if c is None else c[index] for c in cotangents))
+    cotangents = LogitCotangents(*(None if c is None else torch.where(live, c.to(dtype), 0) for c in cotangents))
+    targets = targets.clamp_min(0)
+
+    hidden, weight = projection.hidden, projection.weight
+    need_hidden, need_weight, need_bias = needs
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
+    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    d_bias = weight.new_zeros(projection.vocab) if need_bias else None
+    if projection.n_rows > 0:
+        _add_slab_gradients(
+            projection, targets, statistics, cotangents, backend, d_hidden, d_weight, d_bias, options.memory_budget
+        )
+    if d_hidden is not None:
+        d_hidden = scatter_rows(d_hidden.to(hidden.dtype), index, n_rows)
+    return d_hidden, d_weight, d_bias
+
+
+def _add_slab_gradients(
+    projection: Projection,
+    targets: Tensor,
+    statistics: RowStatistics,
+    cotangents: LogitCotangents,
+    backend: Backend,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    budget: int,
+) -> None:
+    """The slab loop of ``compute_gradients``. d_hidden is the statistics-dtype accumulator, d_weight and d_bias final."""
+    hidden, weight = projection.hidden, projection.weight
+    dtype = projection.statistics_dtype
+    gain = _underflow_gain(projection.operand_dtype, cotangents)
+    rows, columns = plans.slab(projection.n_rows, projection.vocab, backend.slab_bytes(projection), budget)
+    workspace = hidden.new_empty(rows * columns, dtype=projection.operand_dtype)
+    row_slices = [slice(r, min(r + rows, projection.n_rows)) for r in range(0, projection.n_rows, rows)]
+    direct = d_weight is not None and d_weight.dtype == dtype
+    for start in range(0, projection.vocab, columns):
+        here = slice(start, min(start + columns, projection.vocab))
+        width = here.stop - here.start
+        slab_weight = None
+        if d_weight is not None:
+            slab_weight = d_weight[here] if direct else weight.new_zeros((width, projection.dim), dtype=dtype)
+        for part in row_slices:
+            n_part = part.stop - part.start
+            gradient = workspace[: n_part * width].view(n_part, width)
+            backend.logit_gradient(
+                gradient,
+                projection.rows(part),
+                targets[part],
+                here,
+                RowStatistics(*(None if s is None else s[part] for s in statistics)),
+                LogitCotangents(*(None if c is None else c[part] for c in cotangents)),
+                gain,
+            )
+            if d_hidden is not None:
+                products.add_product_(d_hidden[part], gradient, weight[here])
+            if slab_weight is not None:
+                products.add_product_(slab_weight, gradient.t(), hidden[part])
+            if d_bias is not None:
+                slab_bias = gradient.sum(0, dtype=dtype)
+                d_bias[here] += (slab_bias if gain is None else slab_bias / gain).to(d_bias.dtype)
+        if slab_weight is not None and gain is not None:
+            slab_weight /= gain
+        if slab_weight is not None and not direct:
+            d_weight[here] = slab_weight  # type: ignore[index]
+    if d_hidden is not None and gain is not None:
+        d_hidden /= gain
+
+
+def _underflow_gain(dtype: torch.dtype, cotangents: LogitCotangents) -> Tensor | None:
+    """A power of two that brings the largest cotangent near 1, so that fp16 logit gradients do not underflow; else None."""
+    if dtype != torch.float16:
+        return None
+    largest = torch.stack([c.abs().amax() for c in cotangents if c is not None]).amax()
+    return torch.where(largest > 0, torch.exp2(-largest.log2().ceil()), torch.ones_like(largest))
+
+
+@torch.library.custom_op("eapo_kernels::token_stats", mutates_args=())
+def _forward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_inv_temperature: Tensor | None,
+    inv_temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    entropy: bool,
+    second_moments: bool,
+    backend: str,
+    memory_budget: int,
+    compact: bool,
+    debug: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N], lse [N], moments [2, N], state [3, N]); what is not asked for has N = 0."""
+    projection = Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap)
+    check_values(projection, targets, debug)
+    s = compute_statistics(
+        projection,
+        targets,
+        dispatch.resolve(backend, projection, "autograd"),
+        entropy=entropy,
+        second_moments=second_moments,
+        options=Options(memory_budget, compact, debug),
+    )
+    none = s.logp.new_empty(0)
+    moments = torch.stack([s.p2, s.p2_logp]) if s.p2 is not None and s.p2_logp is not None else s.logp.new_empty(2, 0)
+    mean = s.mean_shifted if s.mean_shifted is not None else torch.zeros_like(s.logp)
+    state = torch.stack([s.row_max, s.log_sum, mean])
+    return s.logp, s.entropy.clone() if s.entropy is not None else none, s.lse.clone(), moments, state
+
+
+@_forward_op.register_fake
+def _forward_fake(hidden, weight, bias, targets, row_inv_temperature, inv_temperature, logit_scale, softcap, entropy,
+                  second_moments, backend, memory_budget, compact, debug):  # type: ignore[no-untyped-def]  # fmt: skip
+    n = hidden.shape[0]
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    row = hidden.new_empty(n, dtype=dtype)
+    return (
+        row,
+        hidden.new_empty(n if entropy else 0, dtype=dtype),
+        torch.empty_like(row),
+        hidden.new_empty(2, n if second_moments else 0, dtype=dtype),
+        hidden.new_empty(3, n, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("eapo_kernels::token_stats_backward", mutates_args=())
+def _backward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_inv_temperature: Tensor | None,
+    logp: Tensor,
+    state: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    inv_temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+    memory_budget: int,
+    compact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_hidden, d_weight, d_bias); what is not needed has no elements."""
+    projection = Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap)
+    row_max, log_sum, mean = state.unbind(0)
+    statistics = RowStatistics(logp, None, row_max, row_max, log_sum, mean)
+    gradients = compute_gradients(
+        projection,
+        targets,
+        statistics,
+        LogitCotangents(grad_logp, grad_entropy, grad_lse),
+        dispatch.resolve(backend, projection, "autograd"),
+        needs=(need_hidden, need_weight, need_bias),
+        options=Options(memory_budget, compact),
+    )
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
+    return d_hidden, d_weight, d_bias
+
+
+@_backward_op.register_fake
+def _backward_fake(hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy, grad_lse,
+                   inv_temperature, logit_scale, softcap, need_hidden, need_weight, need_bias, backend, memory_budget,
+                   compact):  # type: ignore[no-untyped-def]  # fmt: skip
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else hidden.new_empty(0),
+        weight.new_empty(weight.shape[0]) if need_bias else hidden.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, bias, targets, row_inv_temperature, *scalars = inputs
+    logp, _, _, moments, state = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(moments, state)
+    ctx.save_for_backward(hidden, weight, bias, targets, row_inv_temperature, logp, state)
+    ctx.scalars = scalars
+
+
+def _backward(ctx, grad_logp, grad_entropy, grad_lse, _grad_moments, _grad_state):  # type: ignore[no-untyped-def]
+    inv_temperature, logit_scale, softcap, entropy, _, backend, memory_budget, compact, _ = ctx.scalars
+    hidden, weight, bias, targets, row_inv_temperature, logp, state = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    if grad_logp is None and grad_lse is None and (grad_entropy is None or not entropy):
+        return (None,) * 14
+    gradients = _backward_op(
+        hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy if entropy else None,
+        grad_lse, inv_temperature, logit_scale, softcap, *needs, backend, memory_budget, compact,
+    )  # fmt: skip
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 11)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    inv_temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    mask: Tensor | None = None,
+    entropy: str = "grad",
+    second_moments: bool = False,
+    backend: str = "auto",
+    options: Options | None = None,
+) -> TokenStats:
+    """Log-prob, entropy and lse of every token, without the logits (docs/math.md E1-E6).
+
+    Args:
+        hidden: [..., D] bf16/fp16/fp32 (fp64 on the torch backend), hidden states at the positions that predict ``targets``.
+        weight: [V, D], the head's weight, dtype and device of ``hidden``.
+        targets: [...] int64, the sampled token at each position (already shifted); -100 leaves a row out.
+        bias: [V] or None; -inf removes a column.
+        inv_temperature: 1 / temperature > 0, a number or a tensor [...].
+        softcap: c of c * tanh(logits / c), or None.
+        logit_scale: factor on the logits before the soft-cap, or None.
+        mask: [...] bool or None, False leaves a row out.
+        entropy: "grad" (differentiable), "nograd" (value only), "none" (not computed, ``stats.entropy`` is None).
+        second_moments: also return sum p^2 and sum p^2 log p.
+        backend: "auto", "torch" or "triton".
+        options: memory budget and the like.
+
+    Returns:
+        TokenStats of [...] fp32 tensors (fp64 for fp64 inputs). Left-out rows are exact zeros, have zero gradient and cost
+        nothing.
+
+    Raises:
+        ShapeError: a shape, dtype or device does not fit.
+        EapoError: a value is out of range (targets and tensor temperatures: on CUDA only with ``Options(debug=True)``), or an
+            option is unknown.
+        BackendUnavailable: the backend named cannot run these inputs.
+    """
+    options = options or Options()
+    require(entropy in ENTROPY_MODES, "entropy", f"one of {', '.join(ENTROPY_MODES)}", repr(entropy))
+    if not isinstance(targets, Tensor):
+        raise ShapeError(f"targets: expected an int64 tensor [...], got {describe(targets)}")
+    shape = targets.shape
+    projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, shape)
+    require_tensor("targets", targets, tuple(shape), (torch.int64,), projection.hidden)
+    if mask is not None:
+        require_tensor("mask", mask, tuple(shape), (torch.bool,), projection.hidden)
+        targets = torch.where(mask, targets, IGNORE_INDEX)
+    logp, entropies, lse, moments, _ = _forward_op(
+        projection.hidden,
+        projection.weight,
+        projection.bias,
+        targets.reshape(-1),
+        projection.row_inv_temperature,
+        projection.inv_temperature,
+        projection.logit_scale,
+        projection.softcap,
+        entropy != "none",
+        second_moments,
+        backend,
+        options.memory_budget,
+        options.compact,
+        options.debug,
+    )
+    if entropy == "nograd":
+        entropies = entropies.detach()
+    return TokenStats(
+        logp.reshape(shape),
+        entropies.reshape(shape) if entropy != "none" else None,
+        lse.reshape(shape),
+        moments[0].reshape(shape) if second_moments else None,
+        moments[1].reshape(shape) if second_moments else None,
+    )

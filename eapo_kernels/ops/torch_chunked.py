@@ -1,0 +1,231 @@
+"""The ``torch`` backend: plain PyTorch on chunks of tokens, any device, any float dtype.
+
+A chunk's raw logits come from one large product; the element-wise passes then walk over blocks of rows that stay in the
+processor's cache, so that a chunk costs little more than its product. On CUDA a block is the whole chunk, to launch less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import plans, products
+from .backend import Backend, ChunkGradient, Coefficients, LogitCotangents, SurrogateTerms
+from .projection import Projection
+from .statistics import RowStatistics, RowSums, finish
+
+_CACHE_BYTES = 2**20
+"""A block of logits that, with its exponentials, fits the private cache of a current CPU core or two."""
+
+
+def _blocks(z: Tensor) -> Iterator[slice]:
+    """Slices of rows of z that are processed together."""
+    n_rows, columns = z.shape
+    step = n_rows if z.is_cuda else max(1, _CACHE_BYTES // max(columns * z.element_size(), 1))
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def _raw_logits(projection: Projection, columns: slice) -> Tensor:
+    """hidden @ weight[columns].T: [N, columns] statistics dtype."""
+    weight = projection.weight[columns]
+    out = projection.hidden.new_empty(projection.n_rows, weight.shape[0], dtype=projection.statistics_dtype)
+    return products.project_(out, projection.hidden, weight)
+
+
+class _Reduction:
+    """Accumulates the RowSums of a chunk block by block."""
+
+    def __init__(self, entropy: bool, second_moments: bool) -> None:
+        self.entropy, self.second_moments = entropy, second_moments
+        self.parts: list[list[Tensor | None]] = []
+
+    def add(self, z: Tensor, targets: Tensor, *, keep: bool) -> None:
+        """Reduce a block z [R, V] of logits, overwriting it: with ``keep`` by e^(z - row_max), else by anything.
+
+        In the kept matrix the target column holds -rest, which makes ``(cotangent of logp) * matrix / -s0`` the gradient of
+        logp with respect to z (E6, E12).
+        """
+        row_max = z.amax(1, keepdim=True)
+        x = torch.sub(z, row_max)
+        index = targets.unsqueeze(1)
+        x_target = x.gather(1, index)
+        x.clamp_(min=torch.finfo(x.dtype).min)  # -inf columns: x e^x must be 0, not NaN
+        e = torch.exp(x, out=z)
+        e.scatter_(1, index, 0.0)
+        rest = e.sum(1)
+        x_exp = exp2 = x_exp2 = None
+        if self.entropy or self.second_moments:
+            x.mul_(e)
+            x_exp = x.sum(1)
+        if self.second_moments:
+            x_exp2 = x.mul_(e).sum(1)
+            exp2 = torch.mul(e, e, out=x).sum(1)
+        if keep:
+            e.scatter_(1, index, rest.neg().unsqueeze(1))
+        self.parts.append([row_max.squeeze(1), x_target.squeeze(1), rest, x_exp, exp2, x_exp2])
+
+    def sums(self) -> RowSums:
+        columns = zip(*self.parts, strict=True)
+        return RowSums(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
+
+
+def statistics(
+    projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int
+) -> RowStatistics:
+    """See ``backend.Statistics``."""
+    reduction = _Reduction(entropy, second_moments)
+    columns = slice(0, projection.vocab)
+    step = plans.row_chunk(projection.n_rows, projection.vocab * chunk_bytes(projection), budget)
+    for start in range(0, projection.n_rows, step):
+        chunk = projection.rows(slice(start, start + step))
+        z = _raw_logits(chunk, columns)
+        for block in _blocks(z):
+            logits = chunk.rows(block).shape_logits_(z[block], columns)
+            reduction.add(logits, targets[start : start + step][block], keep=False)
+    return finish(reduction.sums())
+
+
+def logit_gradient(
+    out: Tensor,
+    projection: Projection,
+    targets: Tensor,
+    columns: slice,
+    statistics: RowStatistics,
+    cotangents: LogitCotangents,
+    gain: Tensor | None,
+) -> None:
+    """See ``backend.LogitGradient``."""
+    z = out if out.dtype == projection.statistics_dtype else _raw_logits(projection, columns)
+    if z is out:
+        products.project_(z, projection.hidden, projection.weight[columns])
+    for block in _blocks(z):
+        part = projection.rows(block)
+        logits = part.shape_logits_(z[block], columns)
+        coefficients = _row_coefficients(_take(statistics, block), _take_cotangents(cotangents, block), part, gain)
+        gradient = _gradient_from_logits_(logits, part, targets[block], columns, _take(statistics, block), coefficients)
+        if z is not out:
+            out[block] = gradient
+
+
+def _take(statistics: RowStatistics, block: slice) -> RowStatistics:
+    return RowStatistics(*(None if t is None else t[block] for t in statistics))  # type: ignore[arg-type]
+
+
+def _take_cotangents(cotangents: LogitCotangents, block: slice) -> LogitCotangents:
+    return LogitCotangents(*(None if t is None else t[block] for t in cotangents))
+
+
+def _row_coefficients(
+    s: RowStatistics, c: LogitCotangents, projection: Projection, gain: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(alpha, beta, target) with dL/dz_v = p_v (alpha - beta x_v) for v != y and ``target`` for v = y (E6), [R] each."""
+    zero = torch.zeros_like(s.logp)
+    a = zero if c.logp is None else c.logp
+    g = zero if c.lse is None else c.lse
+    p_target = s.logp.exp()
+    alpha, beta, target = g - a, None, a * -torch.expm1(s.logp) + g * p_target
+    if c.entropy is not None:
+        assert s.mean_shifted is not None
+        beta = c.entropy
+        alpha = alpha + beta * s.mean_shifted
+        x_target = s.logp + s.log_sum
+        target = target - torch.where(p_target > 0, beta * p_target * (x_target - s.mean_shifted), zero)
+    scale = projection.row_scale()
+    if gain is not None:
+        scale = scale * gain
+    return alpha * scale, None if beta is None else beta * scale, target * scale
+
+
+def _gradient_from_logits_(
+    z: Tensor,
+    projection: Projection,
+    targets: Tensor,
+    columns: slice,
+    s: RowStatistics,
+    coefficients: tuple[Tensor, Tensor | None, Tensor],
+) -> Tensor:
+    """Overwrite a block z [R, columns] of logits by the gradient with respect to the raw logits."""
+    alpha, beta, target = (None if c is None else c.unsqueeze(1) for c in coefficients)
+    assert alpha is not None
+    assert target is not None
+    slope = projection.softcap_slope(z) if projection.softcap is not None else None
+    x = z.sub_(s.row_max.unsqueeze(1))
+    p = torch.exp(x - s.log_sum.unsqueeze(1))
+    if beta is None:
+        gradient = torch.mul(p, alpha, out=z)
+    else:
+        x.clamp_(min=torch.finfo(x.dtype).min)
+        gradient = x.mul_(-beta).add_(alpha).mul_(p)
+    _put_target_(gradient, targets, columns, target)
+    return gradient if slope is None else gradient.mul_(slope)
+
+
+def _put_target_(gradient: Tensor, targets: Tensor, columns: slice, value: Tensor) -> None:
+    """gradient[i, targets[i]] = value[i] where the target lies in the slab. gradient: [R, columns]; value: [R, 1]."""
+    local = (targets - columns.start).unsqueeze(1)
+    inside = (local >= 0) & (local < gradient.shape[1])
+    local = local.clamp(0, gradient.shape[1] - 1)
+    gradient.scatter_(1, local, torch.where(inside, value, gradient.gather(1, local)))
+
+
+class _TorchChunk:
+    """See ``backend.Chunk``. Without soft-cap and entropy gradient the forward's exponentials are the gradient's matrix."""
+
+    def __init__(self, projection: Projection, targets: Tensor, entropy: bool, keep_logits: bool) -> None:
+        self._projection, self._targets, self._keep_logits = projection, targets, keep_logits
+        columns = slice(0, projection.vocab)
+        self._z = _raw_logits(projection, columns)
+        reduction = _Reduction(entropy, second_moments=False)
+        for block in _blocks(self._z):
+            logits = projection.rows(block).shape_logits_(self._z[block], columns)
+            reduction.add(logits.clone() if keep_logits else logits, targets[block], keep=not keep_logits)
+        sums = reduction.sums()
+        self._s0 = sums.rest + sums.x_target.exp()
+        self._statistics = finish(sums)
+
+    def statistics(self) -> RowStatistics:
+        return self._statistics
+
+    def surrogate(self, terms: SurrogateTerms) -> Coefficients:
+        raise NotImplementedError("the torch backend takes the vector path")
+
+    def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
+        z, self._z = self._z, self._z.new_empty(0)
+        scale = self._projection.row_scale()
+        if self._keep_logits:
+            columns = slice(0, self._projection.vocab)
+            for block in _blocks(z):
+                part, s = self._projection.rows(block), _take(self._statistics, block)
+                coefficients = _row_coefficients(s, _take_cotangents(cotangents, block), part, None)
+                _gradient_from_logits_(z[block], part, self._targets[block], columns, s, coefficients)
+            factor = torch.ones_like(self._s0)
+        else:
+            assert cotangents.logp is not None
+            assert cotangents.entropy is None
+            factor = cotangents.logp * scale / -self._s0
+        return ChunkGradient(z.to(self._projection.operand_dtype), factor)
+
+
+def open_chunk(projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool) -> _TorchChunk:
+    """See ``backend.OpenChunk``."""
+    return _TorchChunk(projection, targets, entropy, keep_logits=entropy_gradient or projection.softcap is not None)
+
+
+def chunk_bytes(projection: Projection) -> int:
+    """Workspace per logit: on CUDA a block is the chunk, so its temporaries count."""
+    size = projection.statistics_dtype.itemsize
+    return 3 * size + projection.operand_dtype.itemsize if projection.hidden.is_cuda else size
+
+
+BACKEND = Backend(
+    name="torch",
+    supports=lambda projection: None,
+    statistics=statistics,
+    logit_gradient=logit_gradient,
+    slab_bytes=chunk_bytes,
+    open_chunk=open_chunk,
+    chunk_bytes=chunk_bytes,
+)
