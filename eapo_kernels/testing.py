@@ -1,0 +1,140 @@
+"""Inputs like a trained model's, the plain PyTorch everybody would write, and the test of being no worse than it.
+
+Used by the tests and by the benchmarks, so that both judge the same thing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .types import IGNORE_INDEX, TokenStats
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """hidden [N, D], weight [V, D], targets [N] int64, and optionally bias [V]."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same numbers in another dtype; targets stay."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
+
+    def leaves(self) -> list[Tensor]:
+        """hidden, weight (and bias), made to require gradients."""
+        tensors = [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
+        return [t.requires_grad_() for t in tensors]
+
+
+def make_inputs(
+    n: int,
+    d: int,
+    v: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    peaked: bool = True,
+    bias: bool = False,
+    device: str | torch.device = "cpu",
+) -> Inputs:
+    """Random inputs whose logits look like a language model's.
+
+    The background logits have standard deviation 3 (``peaked``) or 0.1 (near-uniform). With ``peaked``, each row also points at
+    one token, U(0, 16) nats above the background, and the target is that token in four rows of five, else any token: confident
+    and surprised rows, low and high entropies. Near-uniform rows have entropy close to log V.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(v, d, generator=generator) / math.sqrt(d)
+    hidden = torch.randn(n, d, generator=generator) * (3.0 if peaked else 0.1)
+    targets = torch.randint(v, (n,), generator=generator)
+    if peaked:
+        direction = weight[targets]
+        height = 16 * torch.rand(n, 1, generator=generator)
+        hidden = hidden + height * direction / direction.square().sum(1, keepdim=True)
+        surprised = torch.rand(n, generator=generator) < 0.2
+        targets = torch.where(surprised, torch.randint(v, (n,), generator=generator), targets)
+    offset = torch.randn(v, generator=generator) if bias else None
+    inputs = Inputs(hidden, weight, targets, offset).to(dtype)
+    moved = None if inputs.bias is None else inputs.bias.to(device)
+    return Inputs(inputs.hidden.to(device), inputs.weight.to(device), targets.to(device), moved)
+
+
+def eager_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    inv_temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    mask: Tensor | None = None,
+    second_moments: bool = False,
+) -> TokenStats:
+    """What people write without this package: logits in the inputs' dtype, widened to fp32, then log_softmax and autograd."""
+    z = F.linear(hidden, weight, bias)
+    z = z.float() if z.dtype != torch.float64 else z
+    if logit_scale is not None:
+        z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z * (inv_temperature.unsqueeze(-1) if isinstance(inv_temperature, Tensor) and inv_temperature.dim() else inv_temperature)
+    valid = targets != IGNORE_INDEX
+    if mask is not None:
+        valid = valid & mask
+    log_p = torch.log_softmax(z, -1)
+    p = log_p.exp()
+    plogp = torch.where(p > 0, p * log_p, 0.0)
+    logp = log_p.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    entropy = -plogp.sum(-1)
+    p2 = p2_logp = None
+    if second_moments:
+        p2, p2_logp = (p * p).sum(-1) * valid, (p * plogp).sum(-1) * valid
+    return TokenStats(
+        torch.where(valid, logp, 0.0), torch.where(valid, entropy, 0.0), torch.logsumexp(z, -1) * valid, p2, p2_logp
+    )
+
+
+def assert_no_worse_than(
+    actual: Tensor, eager: Tensor, truth: Tensor, *, floor: float, factor: float = 2.0, name: str = "value"
+) -> None:
+    """Maximum and RMS error of ``actual`` are at most ``factor`` times those of ``eager``, plus ``floor``.
+
+    Args:
+        actual: the result under test.
+        eager: plain PyTorch's result in the same dtype.
+        truth: the float64 oracle's result on the same inputs.
+        floor: noise floor relative to the largest and the RMS magnitude of ``truth``.
+
+    Infinities must stand in the same places with the same sign; NaN fails.
+    """
+    assert actual.shape == truth.shape, f"{name}: expected shape {list(truth.shape)}, got {list(actual.shape)}"
+    actual, eager, truth = (t.detach().double().cpu() for t in (actual, eager, truth))
+    finite = truth.isfinite()
+    assert torch.equal(actual[~finite], truth[~finite]), f"{name}: infinities differ from the oracle's"
+    actual, eager, truth = actual[finite], eager[finite], truth[finite]
+    assert actual.isfinite().all(), f"{name}: {int((~actual.isfinite()).sum())} non-finite values where the oracle has none"
+    if truth.numel() == 0:
+        return
+    for norm, reduce in (("max", lambda t: t.abs().max()), ("rms", lambda t: t.square().mean().sqrt())):
+        error, allowed = float(reduce(actual - truth)), float(factor * reduce(eager - truth) + floor * reduce(truth))
+        assert error <= allowed, f"{name}: {norm} error {error:.3e}, allowed {allowed:.3e} ({factor} x eager + floor)"
+
+
+def oracle_token_stats(inputs: Inputs, **options: Any) -> TokenStats:
+    """``reference.token_stats`` in float64 on the same numbers."""
+    wide = inputs.to(torch.float64)
+    if isinstance(options.get("inv_temperature"), Tensor):
+        options["inv_temperature"] = options["inv_temperature"].double()
+    return reference.token_stats(wide.hidden, wide.weight, wide.targets, bias=wide.bias, **options)
