@@ -1,0 +1,32 @@
+"""Log-prob, entropy and policy losses of large-vocabulary language models without the logits; see README.md."""
+
+from .errors import BackendUnavailable, EapoError, ShapeError
+from .loss import EAPOLoss, eapo_loss, policy_loss
+from .objectives.config import EAPOConfig
+from .objectives.controllers import EntropyRatio
+from .objectives.methods import METHODS, Method, get_method
+from .ops.dispatch import available_backends
+from .ops.token_stats import token_stats
+from .types import LossOutput, Options, TokenBatch, TokenStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "BackendUnavailable",
+    "EAPOConfig",
+    "EAPOLoss",
+    "EapoError",
+    "EntropyRatio",
+    "LossOutput",
+    "Method",
+    "Options",
+    "ShapeError",
+    "TokenBatch",
+    "TokenStats",
+    "available_backends",
+    "eapo_loss",
+    "get_method",
+    "policy_loss",
+    "token_stats",
+]

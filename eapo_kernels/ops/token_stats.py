@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import describe, require_tensor
 from ..errors import ShapeError, require
 from ..types import IGNORE_INDEX, Options, TokenStats
 from . import dispatch, plans, products
 from .backend import Backend, LogitCotangents
-from .checks import build_projection, check_values, describe, require_tensor
+from .inputs import build_projection, check_values
 from .projection import Projection
 from .rows import may_compact, scatter_rows, valid_index, valid_rows
 from .statistics import RowStatistics

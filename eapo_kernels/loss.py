@@ -1,0 +1,316 @@
+"""Where ops and objectives meet: a policy loss from hidden states, the head and a batch of sampled responses.
+
+Two schedules of the same mathematics. *autograd*: ``token_stats`` and vector maths, any loss. *one_pass*: loss and gradients
+chunk by chunk with one logit computation, for losses in which a token's coefficient depends on its own statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .errors import EapoError, require
+from .objectives.batch import check_batch
+from .objectives.config import EAPOConfig
+from .objectives.controllers import EntropyRatio
+from .objectives.methods import METHODS, Method, get_method
+from .objectives.policy import PolicyTerms, loss_and_sums, prepare
+from .ops import dispatch, plans
+from .ops.backend import SUMS, Chunk, Coefficients, LogitCotangents, SurrogateTerms
+from .ops.inputs import build_projection, check_values
+from .ops.policy_gradient import policy_gradient
+from .ops.projection import Projection
+from .ops.rows import may_compact, valid_index
+from .ops.token_stats import token_stats
+from .types import LossOutput, Options, TokenBatch
+
+SCHEDULES = ("auto", "one_pass", "autograd")
+
+
+def eapo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    batch: TokenBatch,
+    *,
+    positive_weight: float | Tensor | EntropyRatio,
+    config: EAPOConfig | None = None,
+    bias: Tensor | None = None,
+    inv_temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+    options: Options | None = None,
+) -> LossOutput:
+    """The EAPO loss (docs/math.md E10; arXiv 2605.27846).
+
+        L = - sum_t scale_t w_i min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i) + KL and entropy terms,
+        w_i = positive_weight where the reward is above its group's mean, else ``config.negative_weight``
+
+    Args:
+        hidden: [N, D] hidden states at the positions that predict ``batch.targets``.
+        weight: [V, D] the head's weight.
+        batch: the tokens of B responses and their rewards.
+        positive_weight: lambda_k of E9, >= 0: a number, a 0-dim tensor or the ``EntropyRatio`` that computes it. It is applied
+            here, once: do not scale the advantages as well.
+        config: the switches; the defaults are ``EAPOConfig()``.
+        bias, inv_temperature, softcap, logit_scale: as in ``token_stats``.
+        schedule: "one_pass", "autograd" or "auto".
+        backend: as in ``token_stats``.
+        options: memory budget and the like.
+
+    Returns:
+        LossOutput. Metrics: see ``policy_loss``.
+
+    Raises:
+        ShapeError, EapoError, BackendUnavailable: bad input; the message says what was expected and what was given.
+    """
+    method = METHODS["eapo"] if config is None else replace(METHODS["eapo"], config=config)
+    return policy_loss(
+        hidden, weight, batch, method=method, positive_weight=positive_weight, bias=bias, inv_temperature=inv_temperature,
+        softcap=softcap, logit_scale=logit_scale, schedule=schedule, backend=backend, options=options,
+    )  # fmt: skip
+
+
+def policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    batch: TokenBatch,
+    *,
+    method: str | Method,
+    positive_weight: float | Tensor | EntropyRatio | None = None,
+    bias: Tensor | None = None,
+    inv_temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    schedule: str = "auto",
+    backend: str = "auto",
+    options: Options | None = None,
+) -> LossOutput:
+    """The loss of any method: ``METHODS``'s by name, or a ``Method`` of your own. Arguments as in ``eapo_loss``.
+
+    Args:
+        method: name or Method.
+        positive_weight: required where the method has none of its own (``method.positive_weight is None``), else refused.
+
+    Returns:
+        LossOutput with metrics over the tokens that count (means, 0-dim fp32): ``eapo/entropy`` (nats),
+        ``eapo/positive_weight``, ``eapo/positive_fraction`` (of the responses with tokens here), ``clip_fraction``,
+        ``ratio_mean``, ``old_kl`` (k3 to the old policy, nats), ``kl`` (to the reference, nats; 0 without one), ``tokens``; and
+        ``eapo/entropy_ratio``, ``eapo/entropy_init`` when ``positive_weight`` is an EntropyRatio.
+    """
+    options = options or Options()
+    method = get_method(method)
+    require(schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
+    lam = _positive_weight(method, positive_weight, weight.device)
+    check_batch(batch, method.config, debug=options.debug)
+    terms = prepare(batch, method.config, lam)
+    projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape)
+    targets = torch.where(terms.valid, batch.targets, 0)
+    check_values(projection, targets, options.debug)
+
+    schedule = _choose_schedule(schedule, method, backend, projection)
+    if schedule == "one_pass":
+        loss, sums = _one_pass(projection, targets, terms, backend, options)
+    else:
+        gradient = method.config.entropy_coef != 0
+        stats = token_stats(
+            hidden, weight, batch.targets, bias=bias, inv_temperature=inv_temperature, softcap=softcap,
+            logit_scale=logit_scale, mask=terms.valid, entropy="grad" if gradient else "nograd", backend=backend,
+            options=options,
+        )  # fmt: skip
+        loss, sums = loss_and_sums(terms, stats.logp, stats.entropy)
+    return LossOutput(loss, _metrics(terms, sums, positive_weight))
+
+
+class EAPOLoss(nn.Module):
+    """``eapo_loss`` with its settings and its controller in one module, so that H_0 travels in the state dict.
+
+    ``controller.update(entropy_sum, token_count)`` once a step, then call the module for every micro-batch of the step.
+    """
+
+    def __init__(
+        self,
+        config: EAPOConfig | None = None,
+        controller: EntropyRatio | None = None,
+        *,
+        schedule: str = "auto",
+        backend: str = "auto",
+        options: Options | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config or EAPOConfig()
+        self.controller = controller or EntropyRatio()
+        self.schedule, self.backend, self.options = schedule, backend, options
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        batch: TokenBatch,
+        *,
+        bias: Tensor | None = None,
+        inv_temperature: float | Tensor = 1.0,
+        softcap: float | None = None,
+        logit_scale: float | None = None,
+    ) -> LossOutput:
+        """See ``eapo_loss``; the positive weight is the controller's."""
+        return eapo_loss(
+            hidden, weight, batch, positive_weight=self.controller, config=self.config, bias=bias,
+            inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, schedule=self.schedule,
+            backend=self.backend, options=self.options,
+        )  # fmt: skip
+
+    def get_extra_state(self) -> dict[str, object]:
+        return self.controller.state_dict()
+
+    def set_extra_state(self, state: dict[str, object]) -> None:
+        self.controller.load_state_dict(state)
+
+
+def _positive_weight(method: Method, given: float | Tensor | EntropyRatio | None, device: torch.device) -> Tensor:
+    """The positive weight as a 0-dim fp32 tensor on the device."""
+    if method.positive_weight is not None:
+        if given is not None:
+            raise EapoError(
+                f"positive_weight: expected None for method {method.name!r}, whose weight is {method.positive_weight:g}, got {given!r}"
+            )
+        given = method.positive_weight
+    elif given is None:
+        raise EapoError(
+            f"positive_weight: expected a number, a 0-dim tensor or an EntropyRatio for method {method.name!r}, got None"
+        )
+    value = given.weight if isinstance(given, EntropyRatio) else given
+    lam = torch.as_tensor(value).detach()
+    require(lam.dim() == 0, "positive_weight", "a number or a 0-dim tensor", f"a tensor {list(lam.shape)}")
+    if not lam.is_cuda:
+        require(bool((lam >= 0) & lam.isfinite()), "positive_weight", "a finite number >= 0", float(lam))
+    return lam.to(device, torch.float32)
+
+
+def _choose_schedule(schedule: str, method: Method, backend: str, projection: Projection) -> str:
+    token_scope = method.scope == "token"
+    if schedule == "one_pass" and not token_scope:
+        raise EapoError(
+            f"schedule: expected 'autograd' for a loss of {method.scope} scope ({method.config.surrogate}), got 'one_pass'"
+        )
+    if schedule != "auto":
+        return schedule
+    name = "torch" if backend == "auto" else backend
+    proven = (projection.hidden.device.type, name, "one_pass") in plans.PROVEN
+    return "one_pass" if token_scope and proven and not torch.compiler.is_compiling() else "autograd"
+
+
+def _one_pass(
+    projection: Projection, targets: Tensor, terms: PolicyTerms, backend_name: str, options: Options
+) -> tuple[Tensor, Tensor]:
+    """(loss, sums) with the gradients computed along the way; ``loss.backward()`` hands them out."""
+    inputs = (projection.hidden, projection.weight, projection.bias)
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
+    detached = replace(
+        projection,
+        hidden=projection.hidden.detach(),
+        weight=projection.weight.detach(),
+        bias=None if projection.bias is None else projection.bias.detach(),
+    )
+    backend = dispatch.resolve(backend_name, projection, "one_pass")
+    n_rows = projection.n_rows
+    index = valid_index(terms.valid) if may_compact(targets, options.compact) else None
+    if index is not None:
+        detached, targets, terms = detached.rows(index), targets[index], terms.rows(index)
+    entropy_gradient = terms.config.entropy_coef != 0
+    fuse = backend.fuses_surrogate and _is_clipped_surrogate(terms)
+
+    def coefficients(chunk: Chunk, rows: slice) -> Coefficients:
+        part = terms.rows(rows)
+        if fuse:
+            return chunk.surrogate(_surrogate_terms(part))
+        stats = chunk.statistics()
+        assert stats.entropy is not None
+        with torch.enable_grad():
+            logp = stats.logp.detach().requires_grad_()
+            entropy = stats.entropy.detach().requires_grad_(entropy_gradient)
+            loss, sums = loss_and_sums(part, logp, entropy)
+            if not any(needs):
+                return Coefficients(LogitCotangents(None), sums)
+            gradients = torch.autograd.grad(loss, [logp, entropy] if entropy_gradient else [logp])
+        return Coefficients(LogitCotangents(*gradients), sums)
+
+    result = policy_gradient(
+        detached, targets, index, n_rows, coefficients, backend, entropy=True, entropy_gradient=entropy_gradient,
+        needs=needs, options=options,
+    )  # fmt: skip
+    loss = _Stored.apply(result.sums[0], *inputs, (result.d_hidden, result.d_weight, result.d_bias))
+    return loss, result.sums
+
+
+def _is_clipped_surrogate(terms: PolicyTerms) -> bool:
+    """Whether the loss is what ``SurrogateTerms`` can say."""
+    c = terms.config
+    plain = c.surrogate == "ppo_clip" and not c.entropy_coef and terms.ref_logp is None
+    return plain and terms.old_logp is not None and not terms.per_token
+
+
+def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms:
+    assert terms.old_logp is not None
+    c = terms.config
+    return SurrogateTerms(
+        sequence_ids=terms.sequence_ids,
+        old_logp=terms.old_logp,
+        scale=terms.scale if terms.importance is None else terms.scale * terms.importance,
+        advantages=terms.advantages,
+        rewards=terms.split.values,
+        thresholds=terms.split.thresholds,
+        positive_weight=terms.positive_weight,
+        negative_weight=c.negative_weight,
+        clip_low=c.clip_low,
+        clip_high=c.clip_high,
+        dual_clip=c.dual_clip,
+    )
+
+
+def _metrics(terms: PolicyTerms, sums: Tensor, positive_weight: object) -> dict[str, Tensor]:
+    """Sums over tokens to means over the tokens that count."""
+    sums = sums.float()
+    tokens = terms.valid.sum().float()
+    means = dict(zip(SUMS, sums / tokens.clamp_min(1), strict=True))
+    positive = terms.split.positive().float()
+    if terms.per_token:
+        fraction = (positive * terms.valid).sum() / tokens.clamp_min(1)
+    else:
+        counts = sums.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, terms.valid.float())
+        fraction = (positive * (counts > 0)).sum() / (counts > 0).sum().clamp_min(1)
+    metrics = {
+        "eapo/entropy": means["entropy"],
+        "eapo/positive_weight": terms.positive_weight,
+        "eapo/positive_fraction": fraction,
+        "clip_fraction": means["clipped"],
+        "ratio_mean": means["ratio"],
+        "old_kl": means["old_kl"],
+        "kl": means["kl"],
+        "tokens": tokens,
+    }
+    if isinstance(positive_weight, EntropyRatio):
+        metrics["eapo/entropy_ratio"] = positive_weight.ratio.float()
+        metrics["eapo/entropy_init"] = positive_weight.initial_entropy.float()
+    return metrics
+
+
+class _Stored(torch.autograd.Function):
+    """A loss whose gradients are already known; backward scales them."""
+
+    @staticmethod
+    def forward(ctx, loss, hidden, weight, bias, gradients):  # type: ignore[no-untyped-def]
+        ctx.gradients = gradients
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+        if ctx.gradients is None:
+            raise EapoError("backward: expected one call per one_pass loss, got a second one; use schedule='autograd'")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = (None if g is None else g.mul_(grad_loss).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
+        return (None, *scaled, None)

@@ -1,0 +1,92 @@
+"""The switches of a policy loss, as data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import require
+from .advantages import ADVANTAGES, Advantage
+from .reductions import REDUCTIONS
+from .surrogates import KL_ESTIMATORS, SEQUENCE_RATIO, SURROGATES, Surrogate
+from .weighting import SPLITS
+
+
+@dataclass(frozen=True)
+class EAPOConfig:
+    """Everything about a policy loss but the weight of the positives (docs/math.md E9, E10).
+
+    Attributes:
+        clip_low: the ratio's lower bound is 1 - clip_low.
+        clip_high: the ratio's upper bound is 1 + clip_high.
+        dual_clip: c > 1 bounds the loss of a negative advantage by c * |A| (ppo_clip and gspo), or None.
+        surrogate: "reinforce", "ppo_clip", "cispo", "gspo" (sequence ratio), or a function like those of ``surrogates``.
+        advantage: "group_norm", "group_mean", "sign", "batch_norm", "binary", or a function like those of ``advantages``.
+        split: what makes a response positive: its reward above the mean of its "group" or of the "batch", or the sign of its
+            "advantage".
+        reduction: "token_mean", "seq_mean_token_mean", "seq_mean_token_sum" or "fixed_length".
+        fixed_length: constant number of tokens for reduction "fixed_length".
+        negative_weight: factor on the responses that are not positive.
+        drop_zero_weight: leave responses of weight zero out altogether, also out of the denominators.
+        kl_coef: factor of the KL penalty to ``ref_logp`` (nats per token).
+        kl_estimator: "k1", "k2" or "k3".
+        entropy_coef: factor of the entropy bonus (loss per nat).
+        importance_cap: truncates exp(old_logp - rollout_logp), the weight of the policy term for tokens whose rollout engine
+            disagrees with the trainer; None: no correction.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    surrogate: str | Surrogate = "ppo_clip"
+    advantage: str | Advantage = "group_norm"
+    split: str = "group"
+    reduction: str = "token_mean"
+    fixed_length: int | None = None
+    negative_weight: float = 1.0
+    drop_zero_weight: bool = False
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    importance_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        _choice("surrogate", self.surrogate, SURROGATES)
+        _choice("advantage", self.advantage, ADVANTAGES)
+        _choice("split", self.split, SPLITS)
+        _choice("reduction", self.reduction, REDUCTIONS)
+        _choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        _number("clip_low", self.clip_low, 0, 1)
+        _number("clip_high", self.clip_high, 0)
+        _number("negative_weight", self.negative_weight, 0)
+        _number("kl_coef", self.kl_coef, 0)
+        _number("entropy_coef", self.entropy_coef, -math.inf)
+        if self.dual_clip is not None:
+            _number("dual_clip", self.dual_clip, 1)
+        if self.importance_cap is not None:
+            _number("importance_cap", self.importance_cap, 0)
+        if self.fixed_length is not None:
+            ok = isinstance(self.fixed_length, int) and self.fixed_length > 0
+            require(ok, "fixed_length", "a positive int", repr(self.fixed_length))
+
+    @property
+    def scope(self) -> str:
+        """The tokens that one token's coefficient depends on: "token" (its own statistics) or "sequence"."""
+        return "sequence" if self.surrogate in SEQUENCE_RATIO else "token"
+
+
+def _choice(name: str, value: object, table: Iterable[str]) -> None:
+    if not callable(value):
+        require(value in list(table), name, f"one of {', '.join(table)}", repr(value))
+
+
+def _number(name: str, value: object, low: float, high: float = math.inf) -> None:
+    ok = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and math.isfinite(value)
+    )
+    bound = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
+    require(ok, name, f"a finite number {bound}" if low > -math.inf else "a finite number", repr(value))

@@ -1,0 +1,85 @@
+"""Policy surrogates: per-token terms to be *maximised*, as functions of the log-prob. All [C], fp32, differentiable in logp.
+
+Each returns the term and a bool tensor that marks the tokens whose gradient the clip removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .config import EAPOConfig
+
+MAX_LOG_RATIO = 60.0
+"""Log-ratios are clamped to +-60 so that exp stays finite in fp32; beyond it the gradient is zero instead of NaN."""
+
+Surrogate = Callable[[Tensor, Tensor, Tensor, "EAPOConfig"], tuple[Tensor, Tensor]]
+"""(logp, log_ratio, advantages, config) -> (term, clipped). ``log_ratio`` is logp - old_logp, clamped, with gradient."""
+
+
+def log_ratio(logp: Tensor, old_logp: Tensor | None) -> Tensor:
+    """log(pi / pi_old), clamped; without an old policy zero with the gradient of logp."""
+    old = logp.detach() if old_logp is None else old_logp
+    return (logp - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def reinforce(logp: Tensor, log_ratio: Tensor, advantages: Tensor, config: EAPOConfig) -> tuple[Tensor, Tensor]:
+    """A * logp (Williams 1992). Ignores the old policy."""
+    return advantages * logp, torch.zeros_like(logp, dtype=torch.bool)
+
+
+def ppo_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, config: EAPOConfig) -> tuple[Tensor, Tensor]:
+    """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347; two bounds: DAPO, arXiv 2503.14476).
+
+    With ``dual_clip`` c, negative advantages are bounded below by c * A (arXiv 1912.09729).
+    """
+    ratio = log_ratio.exp()
+    term = ratio * advantages
+    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages
+    clipped = bounded < term
+    term = torch.where(clipped, bounded, term)
+    if config.dual_clip is not None:
+        floor = config.dual_clip * advantages
+        under = (advantages < 0) & (term < floor)
+        term, clipped = torch.where(under, floor, term), clipped | under
+    return term, clipped
+
+
+def cispo(logp: Tensor, log_ratio: Tensor, advantages: Tensor, config: EAPOConfig) -> tuple[Tensor, Tensor]:
+    """sg(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logp: the weight is clipped, the gradient kept (arXiv 2506.13585)."""
+    ratio = log_ratio.detach().exp()
+    weight = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    return weight * advantages * logp, torch.zeros_like(logp, dtype=torch.bool)
+
+
+SURROGATES: MappingProxyType[str, Surrogate] = MappingProxyType(
+    {"reinforce": reinforce, "ppo_clip": ppo_clip, "cispo": cispo, "gspo": ppo_clip}
+)
+"""``gspo`` is ``ppo_clip`` of the sequence's geometric-mean ratio (arXiv 2507.18071): see ``SEQUENCE_RATIO``."""
+
+SEQUENCE_RATIO = frozenset({"gspo"})
+"""Surrogates whose log-ratio is averaged over the response before it is exponentiated."""
+
+
+def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """log(pi / ref): unbiased; as a loss its gradient has expectation zero on-policy."""
+    return logp - ref_logp
+
+
+def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """(log(pi / ref))^2 / 2: as a loss its gradient is that of the true KL on-policy."""
+    return 0.5 * (logp - ref_logp).square()
+
+
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """ref / pi - 1 - log(ref / pi) >= 0: unbiased, low variance (GRPO's)."""
+    delta = (ref_logp - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(delta) - delta
+
+
+KL_ESTIMATORS = MappingProxyType({"k1": kl_k1, "k2": kl_k2, "k3": kl_k3})
