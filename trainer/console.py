@@ -1,0 +1,113 @@
+"""Progress that is never silent: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from .interrupt import StopRequest
+from .rollouts import Tick
+
+LINE = {"reward/mean": "reward", "eapo/entropy": "entropy", "eapo/positive_weight": "weight", "grad_norm": "grad"}
+"""Metrics on the line of a step -> their label there."""
+
+
+class Console:
+    """Shows phases and steps, and passes a stop request on at every tick.
+
+    Args:
+        stop: looked at on every tick.
+        silence: seconds after which a plain (non-terminal) output says what is going on.
+
+    Attributes:
+        seconds: phase name -> time spent in it; the reader empties it.
+    """
+
+    def __init__(self, stop: StopRequest, silence: float = 5.0) -> None:
+        self.stop, self.silence = stop, silence
+        self.rich = RichConsole(highlight=False, soft_wrap=True)
+        self.live = self.rich.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=self.rich, transient=True,
+        )  # fmt: skip
+        self.seconds: dict[str, float] = {}
+        self._durations: list[float] = []
+        self._run: TaskID | None = None
+        self._status = ""
+        self._since = self._spoke = time.monotonic()
+        self._closed = threading.Event()
+
+    def __enter__(self) -> Console:
+        if self.live:
+            self._progress.start()
+        else:
+            threading.Thread(target=self._heartbeat, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        if self.live:
+            self._progress.stop()
+
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        self._spoke = time.monotonic()
+        self.rich.print(text, markup=False)
+        sys.stdout.flush()
+
+    def step(self, metrics: dict[str, float], steps: int) -> None:
+        """The line of a finished step, and on a terminal the bar of the whole run."""
+        step = int(metrics["step"])
+        self._durations.append(sum(self.seconds.values()))
+        pace = sum(self._durations[-10:]) / len(self._durations[-10:])
+        parts = [f"step {step:>{len(str(steps))}}/{steps}"]
+        for name, label in LINE.items():
+            if name in metrics:
+                parts.append(f"{label} {metrics[name]:.3f}")
+        eta = f"eta {duration(pace * (steps - step))}"
+        self.line("  ".join([*parts, f"{metrics['tokens_per_second']:.0f} tok/s", eta]))
+        if self._run is None:
+            self._run = self._progress.add_task("", total=steps)
+        self._progress.update(self._run, description=f"training, {eta}", completed=step)
+
+    @contextmanager
+    def phase(self, name: str, *, total: int | None = None) -> Iterator[Tick]:
+        """A piece of work; yields the function to call with (done, total)."""
+        task = self._progress.add_task(name, total=total)
+        self._status, self._since = name, time.monotonic()
+
+        def tick(done: int, total: int) -> None:
+            self._progress.update(task, completed=done, total=total)
+            self._status = f"{name} {done}/{total}"
+            self.stop.check()
+
+        try:
+            self.stop.check()
+            yield tick
+        finally:
+            self._progress.remove_task(task)
+            self._status = ""
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - self._since
+
+    def _heartbeat(self) -> None:
+        while not self._closed.wait(0.5):
+            now = time.monotonic()
+            if self._status and now - self._spoke >= self.silence:
+                self.line(f"  ... {self._status} ({now - self._since:.0f} s)")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,142 @@
+"""Questions from JSONL or Parquet, the chat template, and the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, disable_progress_bars
+from transformers import PreTrainedTokenizerBase
+
+from .config import DataConfig
+from .errors import DataError
+
+Prompt = str | list[dict[str, str]]
+"""Text, or chat messages with the keys role and content."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Rows of a data file.
+
+    Attributes:
+        rows: column name -> value, one mapping a question; always with ``prompt`` and ``answer``.
+        source: where they came from, for messages.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def head(self, count: int) -> Questions:
+        """The first ``count`` questions."""
+        return Questions(self.rows[:count], self.source)
+
+    def columns(self, indices: Sequence[int], repeats: int) -> dict[str, list[Any]]:
+        """Columns of the chosen rows, each row ``repeats`` times in a row: what reward functions receive."""
+        chosen = [self.rows[i] for i in indices for _ in range(repeats)]
+        return {name: [row[name] for row in chosen] for name in chosen[0]}
+
+
+def load_questions(path: str, limit: int = 0) -> Questions:
+    """Read ``path`` (.jsonl, .json or .parquet; ``limit`` > 0 keeps the first rows).
+
+    Raises:
+        DataError: no such file, another format, unreadable, empty, or without prompts and answers.
+    """
+    file = Path(path)
+    readers = {".jsonl": Dataset.from_json, ".json": Dataset.from_json, ".parquet": Dataset.from_parquet}
+    if not file.is_file():
+        raise DataError(f"data: expected a file, got {path}")
+    if file.suffix not in readers:
+        raise DataError(f"data: expected a file ending in {', '.join(readers)}, got {path}")
+    if file.stat().st_size == 0:
+        raise DataError(f"data: expected at least one row, got the empty file {path}")
+    disable_progress_bars()
+    try:
+        table = readers[file.suffix](str(file))
+    except (ValueError, OSError, RuntimeError) as error:  # datasets wraps parser errors in all three
+        raise DataError(f"data: expected rows that datasets can read, got {path} ({error})") from error
+    for column in ("prompt", "answer"):
+        if column not in table.column_names:
+            raise DataError(f"data: expected a column {column!r} in {path}, got {', '.join(table.column_names)}")
+    rows = list(table.select(range(min(limit, len(table)))) if limit else table)
+    if not rows:
+        raise DataError(f"data: expected at least one row, got none in {path}")
+    for number, row in enumerate(rows):
+        if not _is_prompt(row["prompt"]):
+            expected = "text or messages with role and content"
+            raise DataError(f"data: row {number} of {path}: prompt: expected {expected}, got {row['prompt']!r}")
+    return Questions(rows, path)
+
+
+def _is_prompt(prompt: object) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt)
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt)
+    )
+
+
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
+    """Token ids of a prompt up to where the answer starts.
+
+    Messages go through the chat template. Text becomes one user message where the tokenizer has a template, and is
+    encoded as it is (with the tokenizer's own special tokens) where it has none.
+
+    Raises:
+        DataError: messages without a chat template, or a prompt longer than ``max_prompt_tokens``.
+    """
+    if isinstance(prompt, str) and tokenizer.chat_template is None:
+        ids = tokenizer(config.system_prompt + prompt)["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise DataError("data: expected text prompts (this tokenizer has no chat template), got chat messages")
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str) and config.system_prompt:
+            messages = [{"role": "system", "content": config.system_prompt}, *messages]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not 0 < len(ids) <= config.max_prompt_tokens:
+        expected = f"1 to {config.max_prompt_tokens} tokens (data.max_prompt_tokens)"
+        raise DataError(f"data: prompt: expected {expected}, got {len(ids)}: {str(prompt)[:80]!r}")
+    return list(ids)
+
+
+class PromptSampler:
+    """Endless batches of row numbers: every epoch is a new permutation that depends on the seed and its number only.
+
+    A batch never holds a row twice unless it crosses the border of two epochs. ``state_dict`` is all that a checkpoint
+    needs to continue with the very next batch.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int) -> None:
+        if batch > size:
+            raise DataError(f"rollout.prompts: expected at most the {size} training questions, got {batch}")
+        self.size, self.batch, self.seed = size, batch, seed
+        self.epoch = self.position = 0
+
+    def next(self) -> list[int]:
+        """The next ``batch`` row numbers."""
+        chosen: list[int] = []
+        while len(chosen) < self.batch:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+            taken = order[self.position : self.position + self.batch - len(chosen)]
+            chosen += taken.tolist()
+            self.position += len(taken)
+            if self.position == self.size:
+                self.epoch, self.position = self.epoch + 1, 0
+        return chosen
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]

@@ -1,0 +1,58 @@
+"""How different the answers to one question are, and how sure an average over questions is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def distinct_n(answers: Sequence[str], n: int) -> float:
+    """Different n-grams over all n-grams of the answers together (arXiv:1510.03055); 0 when none is long enough."""
+    grams = [tuple(tokens[i : i + n]) for tokens in map(words, answers) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def self_bleu(answers: Sequence[str]) -> float:
+    """Mean BLEU-4 of each answer against all others (arXiv:1802.01886): 1 when all are equal, near 0 when none overlap.
+
+    Empty answers are left out, and weights are spread over the orders that an answer of fewer than four words has.
+    """
+    tokenised = [tokens for tokens in map(words, answers) if tokens]
+    if len(tokenised) < 2:
+        return math.nan
+    smoothing = SmoothingFunction().method1
+    total = 0.0
+    for i, tokens in enumerate(tokenised):
+        order = min(4, len(tokens))
+        others = tokenised[:i] + tokenised[i + 1 :]
+        total += sentence_bleu(others, tokens, weights=(1 / order,) * order, smoothing_function=smoothing)
+    return total / len(tokenised)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(values: Sequence[float], resamples: int, seed: int = 0) -> Estimate:
+    """Mean of the finite ``values`` with a percentile bootstrap interval over them; NaN when there are none."""
+    kept = np.asarray([value for value in values if math.isfinite(value)])
+    if not len(kept):
+        return Estimate(math.nan, math.nan, math.nan)
+    draws = np.random.default_rng(seed).integers(len(kept), size=(resamples, len(kept)))
+    low, high = np.quantile(kept[draws].mean(1), [0.025, 0.975])
+    return Estimate(float(kept.mean()), float(low), float(high))

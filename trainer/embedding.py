@@ -1,0 +1,42 @@
+"""Sentence embeddings from a plain encoder: mean of the last hidden states over real tokens, normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoModel, AutoTokenizer
+
+from .embedded import resolve
+
+
+class SentenceEmbedding:
+    """Texts -> [n, dim] fp32 CPU unit vectors, of which the dot product is the cosine.
+
+    An encoder of the sentence-transformers family with mean pooling (as MiniLM-L6) gives the vectors of that library.
+    """
+
+    def __init__(self, name: str, cache: str, device: torch.device, batch: int = 64) -> None:
+        directory = resolve(name, cache)
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.model = AutoModel.from_pretrained(directory).to(device).eval().requires_grad_(False)
+        self.device, self.batch = device, batch
+        self.max_tokens = min(self.tokenizer.model_max_length, 256)
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        unique = sorted(set(texts), key=len)
+        vectors: dict[str, Tensor] = {}
+        for start in range(0, len(unique), self.batch):
+            chunk = unique[start : start + self.batch]
+            tokens = self.tokenizer(
+                chunk, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            )
+            tokens = tokens.to(self.device)
+            hidden = self.model(**tokens).last_hidden_state
+            weight = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+            mean = (hidden * weight).sum(1) / weight.sum(1)
+            vectors.update(zip(chunk, normalize(mean.float(), dim=-1).cpu(), strict=True))
+        return torch.stack([vectors[text] for text in texts])

@@ -1,0 +1,29 @@
+"""Errors of the trainer. They extend ``EapoError``: one ``except`` in the command line turns each into one line."""
+
+from __future__ import annotations
+
+from eapo_kernels import EapoError
+
+
+class ConfigError(EapoError):
+    """A recipe or an override is wrong; the message names the key, what was expected and what was given."""
+
+
+class DataError(EapoError):
+    """A data file is missing, empty or lacks a column."""
+
+
+class ModelError(EapoError):
+    """A model cannot be found, loaded or used by this trainer."""
+
+
+class RewardError(EapoError):
+    """A reward function cannot be imported, breaks its contract, or left nothing to train on."""
+
+
+class DivergenceError(EapoError):
+    """The loss or the gradient norm is not finite; the optimizer step was not taken."""
+
+
+class Interrupted(Exception):  # noqa: N818 - a request to stop, not an error
+    """Raised at a safe point after the first SIGINT."""

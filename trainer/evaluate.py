@@ -1,0 +1,125 @@
+"""Evaluation on fixed questions with fixed seeds: quality, diversity and entropy, one value a question."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .batching import select
+from .config import Config
+from .console import Console
+from .dataset import Questions, encode_prompt
+from .diversity import Estimate, bootstrap, distinct_n, self_bleu
+from .learner import measure
+from .policy import Policy
+from .rewards import Rewards
+from .rollouts import RolloutEngine, Sampling, derive_seed
+
+EVALUATION_SEED = 1_000_003
+"""Apart from every training step's number, so that no evaluation shares random numbers with a step."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Values of each question, so that two evaluations can be compared question by question.
+
+    Attributes:
+        dataset: "held-out" or "train".
+        step: training steps done before it.
+        values: metric -> one number a question (None where there is none).
+        responses: answers to each question.
+    """
+
+    dataset: str
+    step: int
+    values: dict[str, list[float | None]]
+    responses: int
+
+    def estimates(self, resamples: int) -> dict[str, Estimate]:
+        """Mean over questions with a bootstrap interval, for every metric."""
+        return {name: bootstrap(known(column), resamples) for name, column in self.values.items()}
+
+    def headline(self, resamples: int) -> str:
+        """Reward, entropy and diversity in one line."""
+        found = self.estimates(resamples)
+        reward, others = (
+            found["reward"],
+            [f"{name} {found[name].mean:.3f}" for name in ("entropy", "distinct_2", "self_bleu")],
+        )
+        return f"reward {reward.mean:.3f} [{reward.low:.3f}, {reward.high:.3f}]  " + "  ".join(others)
+
+
+def known(column: Sequence[float | None]) -> list[float]:
+    """A column with NaN for None (which is how NaN is kept in JSON)."""
+    return [math.nan if value is None else value for value in column]
+
+
+def difference(before: Evaluation, after: Evaluation, metric: str, resamples: int) -> Estimate:
+    """After minus before, paired by question."""
+    pairs = zip(known(before.values[metric]), known(after.values[metric]), strict=True)
+    return bootstrap([b - a for a, b in pairs], resamples)
+
+
+def evaluate(
+    config: Config,
+    policy: Policy,
+    engine: RolloutEngine,
+    rewards: Rewards,
+    questions: Questions,
+    *,
+    dataset: str,
+    step: int,
+    console: Console,
+) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """Answer every question ``eval.responses`` times and measure. Also returns the answers, as samples.
+
+    A failed reward is left out of its question's mean and reported; it never ends an evaluation unless
+    ``rewards.on_failure`` is "stop".
+    """
+    k, indices = config.eval.responses, range(len(questions))
+    prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in questions.rows]
+    sampling = Sampling(
+        k, config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.top_p,
+        derive_seed(config.seed, EVALUATION_SEED),
+    )  # fmt: skip
+    title = f"evaluation on {dataset} questions"
+    with console.phase(f"{title}: answers") as tick:
+        rollouts = engine.generate(prompts, sampling, tick)
+    texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
+    with console.phase(f"{title}: rewards"):
+        scores = rewards.score(questions.columns(indices, k), texts, rollouts.completion_ids)
+    for failure in scores.failures:
+        console.line(str(failure))
+    with console.phase(f"{title}: entropy") as tick:
+        answers = select(rollouts, range(len(texts)))
+        budget = config.optim.micro_batch_tokens
+        entropy = measure(policy, answers, temperature=sampling.temperature, budget=budget, tick=tick).entropy.cpu()
+    values: dict[str, list[float | None]] = {}
+    for q in indices:
+        own = slice(q * k, (q + 1) * k)
+        valid = [total for total in scores.total[own].tolist() if not math.isnan(total)]
+        row = {
+            "reward": sum(valid) / len(valid) if valid else math.nan,
+            "reward_best": max(valid, default=math.nan),
+            "distinct_1": distinct_n(texts[own], 1),
+            "distinct_2": distinct_n(texts[own], 2),
+            "self_bleu": self_bleu(texts[own]),
+            "entropy": entropy[answers.starts[own.start] : answers.starts[own.stop]].mean().item(),
+            "length": sum(map(len, rollouts.completion_ids[own])) / k,
+            "truncated": sum(rollouts.truncated[own]) / k,
+        }
+        for name, value in row.items():
+            values.setdefault(name, []).append(value)
+    samples = [
+        {
+            "step": step,
+            "dataset": dataset,
+            "prompt": questions.rows[i // k]["prompt"],
+            "completion": texts[i],
+            "reward": total,
+        }
+        for i, total in enumerate(scores.total.tolist())
+    ]
+    return Evaluation(dataset, step, values, k), samples

@@ -1,0 +1,38 @@
+"""SIGINT ends a run cleanly with what it has; a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType, TracebackType
+
+from .errors import Interrupted
+
+
+class StopRequest:
+    """While active, the first SIGINT only sets ``requested``; the loop calls ``check`` where stopping is safe."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self) -> None:
+        """Raise ``Interrupted`` once a stop was requested."""
+        if self.requested:
+            raise Interrupted
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self.requested = True
+        # The handler may interrupt a write of the progress display, so nothing but a raw write is safe here.
+        os.write(2, b"\nstopping at the next safe point; once more to stop at once\n")
+
+    def __enter__(self) -> StopRequest:
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._previous)

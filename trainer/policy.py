@@ -1,0 +1,203 @@
+"""The language model that is trained: loading, adapters, and hidden states without logits."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as transformers_logging
+
+from eapo_kernels import token_stats
+
+from .config import LoraConfig, ModelConfig
+from .embedded import EMBEDDED, resolve
+from .errors import ModelError
+
+T = TypeVar("T")
+
+
+class Policy(nn.Module):
+    """A causal language model (perhaps with adapters) that hands out final hidden states and its head, never logits.
+
+    The head's weight is used inside ``forward``, so that whatever shards or offloads parameters (FSDP2) has gathered
+    it. Dropout is never active: old and new log-probs must belong to the same function.
+
+    Attributes:
+        model: the transformers model, or the peft model around it.
+        tokenizer: its tokenizer.
+        eos_ids: the tokens that end an answer.
+        head_options: bias, softcap and logit_scale of the output head, as keywords of ``eapo_kernels``.
+    """
+
+    model: PreTrainedModel | PeftModel
+    language_model: PreTrainedModel
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self.language_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        head = self.language_model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ModelError(
+                f"model: expected a plain linear output head (no adapter on it), got {type(head).__name__}"
+            )
+        eos = self.language_model.generation_config.eos_token_id or tokenizer.eos_token_id
+        if eos is None:
+            raise ModelError("model: expected an end-of-sequence token in the generation config or tokenizer, got none")
+        self.eos_ids: list[int] = [eos] if isinstance(eos, int) else list(eos)
+        self.pad_id: int = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.head_options = _head_options(self.language_model.config)
+        self.checkpointed = [
+            m for m in self.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
+        ]
+        self.eval()
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.get_output_embeddings().weight.device
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Context in which the model computes in its dtype while its trained weights stay in fp32."""
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, head: Callable[..., T]) -> T:
+        """Call ``head(hidden, weight, **head_options)`` on chosen positions and return its result.
+
+        Args:
+            input_ids, attention_mask: [b, L] int64.
+            rows: [N] int64, positions in the flattened [b * L] whose hidden state is wanted.
+            head: receives hidden [N, D] and weight [V, D] in the compute dtype.
+        """
+        with self.precision(), self._recomputing():
+            hidden = self.language_model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        chosen = hidden.last_hidden_state.flatten(0, 1)[rows]
+        linear = self.language_model.get_output_embeddings()
+        return head(chosen.to(self.dtype), linear.weight.to(self.dtype), bias=linear.bias, **self.head_options)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Transformers recomputes only layers in training mode; their children stay in eval mode, without dropout."""
+        for layer in self.checkpointed:
+            layer.training = torch.is_grad_enabled()
+        yield
+        for layer in self.checkpointed:
+            layer.training = False
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Heads differ (scales, caps): compare once with the model's own logits."""
+        vocabulary = self.language_model.config.get_text_config().vocab_size
+        ids = torch.arange(1, 6, device=self.device)[None] % vocabulary
+        mask, targets = torch.ones_like(ids), ids[0, 1:]
+        rows = torch.arange(4, device=self.device)
+        ours = self(ids, mask, rows, lambda h, w, **o: token_stats(h, w, targets, entropy="none", **o).logp)
+        with self.precision():
+            logits = self.language_model(input_ids=ids, attention_mask=mask).logits[0, :-1].float()
+        theirs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        error = (ours - theirs).abs().max().item()
+        bound = 1e-3 if self.dtype is torch.float32 else 0.25
+        if not error < bound:
+            kind = type(self.language_model).__name__
+            raise ModelError(
+                f"model: expected log-probs of {kind} within {bound} of its own logits, got a difference of {error:.2g}"
+            )
+
+    def save(self, directory: Path) -> None:
+        """Write the adapter (or the whole model) and the tokenizer so that transformers and peft can load them."""
+        # peft would look up the base model to learn whether its embeddings changed; adapters never change them here.
+        options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
+        self.model.save_pretrained(directory, **options)
+        self.tokenizer.save_pretrained(directory)
+
+
+def _head_options(config: Any) -> dict[str, float | None]:
+    """Scale and cap of the logits, under the names that transformers' model families use."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None)
+    if scale is None and (divisor := getattr(text, "logits_scaling", None)):
+        scale = 1.0 / divisor
+    return {"softcap": getattr(text, "final_logit_softcapping", None), "logit_scale": scale}
+
+
+def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
+    """Load a model or a saved adapter with its base, and put new adapters on it when ``lora.rank`` > 0.
+
+    With adapters the frozen weights are kept in ``config.dtype``; weights that are trained stay in fp32.
+
+    Raises:
+        ModelError: not found, or a model that this trainer cannot use.
+    """
+    transformers_logging.disable_progress_bar()
+    device = _device(config.device)
+    dtype = getattr(torch, config.dtype)
+    directory = resolve(config.path, config.cache)
+    adapter = directory / "adapter_config.json"
+    base = directory
+    if adapter.is_file():
+        base = resolve(json.loads(adapter.read_text())["base_model_name_or_path"], config.cache)
+        if lora.rank:
+            raise ModelError(f"lora.rank: expected 0 (the adapter in {directory} is trained on), got {lora.rank}")
+    adapted = adapter.is_file() or lora.rank > 0
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype if adapted else torch.float32, attn_implementation=config.attention
+        )
+    except (ImportError, ValueError, OSError) as error:
+        raise ModelError(f"model: expected a causal language model in {base}, got: {error}") from error
+    if adapter.is_file():
+        model = PeftModel.from_pretrained(model, directory, is_trainable=True)
+    elif lora.rank:
+        model = _with_adapters(model, lora, seed)
+        name = config.path if config.path in EMBEDDED else str(base.resolve())
+        model.peft_config["default"].base_model_name_or_path = name
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(model.to(device), tokenizer, dtype)
+
+
+def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+    peft_config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        layers_to_transform=list(lora.layers) or None,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng([]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft still reads an attribute that transformers has renamed
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, peft_config)
+        except ValueError as error:
+            raise ModelError(f"lora: expected modules of {type(model).__name__}, got: {error}") from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"model.device: expected auto, cpu or cuda[:N], got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"model.device: expected a device of this machine, got {name!r} and no CUDA")
+    return device

@@ -1,0 +1,176 @@
+"""Pictures and one Markdown page from run directories."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: a machine without a display must draw them too
+import matplotlib.pyplot as plt
+
+from .diversity import Estimate
+from .errors import DataError
+from .evaluate import Evaluation, difference
+from .rundir import read
+
+CURVES = {
+    "reward/mean": "mean reward of the step's answers",
+    "eapo/entropy": "token entropy (nats)",
+    "eapo/positive_weight": "weight of positive answers",
+    "diversity/distinct_2": "distinct-2 of the answers to one question",
+}
+"""Metric -> title, in the order of the picture."""
+
+METRICS = {
+    "reward": "reward",
+    "reward_best": "best reward of {k} answers",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "self_bleu": "self-BLEU (lower = more varied)",
+    "entropy": "token entropy (nats)",
+    "length": "length (tokens)",
+    "truncated": "truncated",
+}
+"""Metric of an evaluation -> name in the table."""
+
+
+def draw_curves(runs: Sequence[Path], target: Path) -> None:
+    """One panel for each of CURVES, one line for each run; a run without a metric has no line in its panel."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout="constrained")
+    for (metric, title), axis in zip(CURVES.items(), axes.flat, strict=True):
+        for run in runs:
+            points = [(row["step"], row[metric]) for row in read(run, "metrics") if row.get(metric) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", label=run.name)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(target, dpi=130)
+    plt.close(figure)
+
+
+def first_and_last(run: Path) -> list[tuple[Evaluation, Evaluation]]:
+    """For every evaluated set of questions the first and the last evaluation, where there are two."""
+    by_set: dict[str, list[Evaluation]] = {}
+    for row in read(run, "evaluations"):
+        by_set.setdefault(row["dataset"], []).append(Evaluation(**row))
+    return [(found[0], found[-1]) for found in by_set.values() if len(found) > 1]
+
+
+def comparison(before: Evaluation, after: Evaluation, resamples: int) -> list[list[str]]:
+    """Rows of metric, before, after and change, each mean with its 95 % interval."""
+    first, last = before.estimates(resamples), after.estimates(resamples)
+    return [
+        [
+            name.format(k=before.responses),
+            *map(_cell, (first[key], last[key], difference(before, after, key, resamples))),
+        ]
+        for key, name in METRICS.items()
+    ]
+
+
+def _cell(estimate: Estimate) -> str:
+    return f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An aligned table, readable as plain text too."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    return "\n".join(f"| {line} |" for line in [lines[0], " | ".join("-" * width for width in widths), *lines[1:]])
+
+
+def estimates_table(evaluation: Evaluation, resamples: int) -> str:
+    """One evaluation as a Markdown table."""
+    rows = [
+        [METRICS[name].format(k=evaluation.responses), _cell(found)]
+        for name, found in evaluation.estimates(resamples).items()
+    ]
+    questions = len(evaluation.values["reward"])
+    return markdown_table(
+        [f"{questions} {evaluation.dataset} questions, {evaluation.responses} answers each", "mean [95 % interval]"],
+        rows,
+    )
+
+
+def summary_table(run: Path, resamples: int) -> str:
+    """Before/after tables of one run as Markdown; empty when it was not evaluated twice."""
+    parts = []
+    for before, after in first_and_last(run):
+        questions = len(before.values["reward"])
+        title = (
+            f"{run.name}: {questions} {before.dataset} questions, {before.responses} answers each, mean [95 % interval]"
+        )
+        header = ["", f"before (step {before.step})", f"after (step {after.step})", "change"]
+        parts.append(f"{title}\n\n{markdown_table(header, comparison(before, after, resamples))}")
+    return "\n\n".join(parts)
+
+
+def write_report(runs: Sequence[Path], directory: Path, *, resamples: int = 2000) -> tuple[Path, Path]:
+    """Write curves.png and report.md to ``directory``; returns their paths.
+
+    Raises:
+        DataError: a run without a single finished step.
+    """
+    for run in runs:
+        if not read(run, "metrics"):
+            raise DataError(f"report: expected a run with metrics.jsonl, got {run}")
+    directory.mkdir(parents=True, exist_ok=True)
+    picture, page = directory / "curves.png", directory / "report.md"
+    draw_curves(runs, picture)
+    sections = ["# " + ", ".join(run.name for run in runs), "![curves](curves.png)"]
+    for run in runs:
+        sections += _run_section(run, resamples)
+    page.write_text("\n\n".join(sections) + "\n")
+    return picture, page
+
+
+def _run_section(run: Path, resamples: int) -> list[str]:
+    config = tomllib.loads((run / "config.toml").read_text())
+    rows = read(run, "metrics")
+    picked = [
+        "reward/mean",
+        "eapo/entropy",
+        "eapo/positive_weight",
+        "diversity/distinct_2",
+        "clip_fraction",
+        "grad_norm",
+    ]
+    header = ["step", *picked]
+    shown = rows[:: max(1, len(rows) // 10)]
+    shown = shown if shown[-1] is rows[-1] else [*shown, rows[-1]]
+    curve = [[str(row["step"]), *(_number(row.get(name)) for name in picked)] for row in shown]
+    about = (
+        f"{config['model']['path']}, method {config['loss']['method']}, seed {config['seed']}, {rows[-1]['step']} of "
+        f"{config['steps']} steps, {config['rollout']['prompts']} questions x {config['rollout']['responses']} answers "
+        f"a step, learning rate {config['optim']['lr']}, LoRA rank {config['lora']['rank']} (0 = all weights)."
+    )
+    sections = [f"## {run.name}", about, summary_table(run, resamples), markdown_table(header, curve)]
+    return [section for section in [*sections, _samples(run)] if section]
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _samples(run: Path) -> str:
+    """The same evaluation questions answered at first and at last."""
+    rows = [row for row in read(run, "samples") if row.get("dataset") == "held-out"]
+    if not rows:
+        return ""
+    first, last = rows[0]["step"], rows[-1]["step"]
+    lines = ["One answer each to the first held-out questions:"]
+    for before in [row for row in rows if row["step"] == first][:3]:
+        after = next(row for row in rows if row["step"] == last and row["prompt"] == before["prompt"])
+        lines.append(
+            f"- {before['prompt']}\n"
+            f"  - step {first}: {before['completion']!r}\n"
+            f"  - step {last}: {after['completion']!r}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,220 @@
+"""Rewards with TRL's signature, and what happens when one of them fails.
+
+A reward function is ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, one number for each
+answer. ``columns`` are the data file's other columns, repeated like the prompts. For chat prompts ``completions`` are
+lists of messages, for text prompts they are text. None means "not for this function": it is left out of the sum.
+
+An exception, NaN or an infinite score is a failure of that answer: it is reported with the answer, and the answer's
+whole group is left out of the step (its mean would be wrong without it) or the run stops (``rewards.on_failure``). A
+function that returns something else than one number for each answer is broken for all of them: the run always stops.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+
+from .config import RewardsConfig
+from .embedding import SentenceEmbedding
+from .errors import ConfigError, RewardError
+
+RewardFunction = Callable[..., Sequence[float | None]]
+Completion = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One answer that one reward function could not score."""
+
+    function: str
+    index: int
+    prompt: Any
+    completion: Completion
+    reason: str
+
+    def __str__(self) -> str:
+        sample = f"prompt {self.prompt!r}, answer {text_of(self.completion)[:120]!r}"
+        return f"reward {self.function} failed on answer {self.index}: {self.reason}; {sample}"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of B answers.
+
+    Attributes:
+        total: [B] fp32 CPU, the weighted sum; NaN where the answer must not be trained on.
+        parts: function name -> its B scores; None where it did not score the answer or failed on it.
+        failures: one entry for each failed score.
+    """
+
+    total: torch.Tensor
+    parts: dict[str, list[float | None]]
+    failures: list[Failure]
+
+
+class Rewards:
+    """The configured functions and their weights.
+
+    Raises:
+        ConfigError: an import path that leads nowhere.
+    """
+
+    def __init__(self, config: RewardsConfig, *, cache: str, device: torch.device) -> None:
+        self.config = config
+        self.functions: dict[str, RewardFunction] = {}
+        for name in config.functions:
+            if name == "similarity":
+                embedding = SentenceEmbedding(config.embedding_model, cache, device)
+                self.functions[name] = Similarity(embedding, config.embedding_share)
+            else:
+                self.functions[name] = BUILT_IN[name] if name in BUILT_IN else import_function(name)
+
+    def score(
+        self, columns: Mapping[str, Sequence[Any]], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
+    ) -> Scores:
+        """Score B answers, given as text, to the questions in ``columns`` (the data file's, with ``prompt``).
+
+        Raises:
+            RewardError: a function broke its contract, or failed while ``on_failure`` is "stop".
+        """
+        prompts = columns["prompt"]
+        completions: list[Completion] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        others = {name: column for name, column in columns.items() if name != "prompt"}
+        calls = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **others}
+        parts: dict[str, list[float | None]] = {}
+        failures: list[Failure] = []
+        total = torch.zeros(len(completions), dtype=torch.float64)
+        scored = torch.zeros(len(completions), dtype=torch.bool)
+        for (name, function), weight in zip(self.functions.items(), self.config.weights, strict=True):
+            values, reasons = _call(name, function, calls)
+            for i, reason in reasons.items():
+                failures.append(Failure(name, i, prompts[i], completions[i], reason))
+                total[i] = math.nan
+            for i, value in enumerate(values):
+                if value is not None:
+                    total[i] += weight * value
+                    scored[i] = True
+            parts[name] = values
+        for i in (~scored & ~total.isnan()).nonzero().flatten().tolist():
+            failures.append(Failure("(all)", i, prompts[i], completions[i], "no function scored it"))
+            total[i] = math.nan
+        if failures and self.config.on_failure == "stop":
+            raise RewardError(str(failures[0]))
+        return Scores(total.float(), parts, failures)
+
+
+def _call(
+    name: str, function: RewardFunction, arguments: Mapping[str, Sequence[Any]]
+) -> tuple[list[float | None], dict[int, str]]:
+    """Scores, and index -> reason of the failed ones (whose score is None)."""
+
+    def on(rows: Sequence[int]) -> list[float | None]:
+        return _checked(
+            name, function(**{key: [column[i] for i in rows] for key, column in arguments.items()}), len(rows)
+        )
+
+    everyone = range(len(arguments["completions"]))
+    reasons: dict[int, str] = {}
+    try:
+        values = on(everyone)
+    except RewardError:
+        raise
+    except Exception as whole:  # users' code may raise anything; one call for each answer finds the culprit
+        values = []
+        for i in everyone:
+            try:
+                values += on([i])
+            except RewardError:
+                raise
+            except Exception as error:
+                values.append(None)
+                reasons[i] = f"{type(error).__name__}: {error}"
+        if not reasons:
+            raise RewardError(
+                f"reward {name}: expected the same for one answer as for many, got {type(whole).__name__}: {whole} "
+                f"on {len(everyone)} answers together and none on each alone"
+            ) from whole
+    for i, value in enumerate(values):
+        if value is not None and not math.isfinite(value):
+            values[i], reasons[i] = None, f"expected a finite number, got {value}"
+    return values, reasons
+
+
+def _checked(name: str, values: object, count: int) -> list[float | None]:
+    if isinstance(values, torch.Tensor):
+        values = values.tolist()
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
+        got = f"{len(values)} of them" if isinstance(values, Sequence) else repr(values)
+        raise RewardError(f"reward {name}: expected a list of {count} numbers or None, got {got}")
+    try:
+        return [None if value is None else float(value) for value in values]
+    except (TypeError, ValueError):
+        raise RewardError(f"reward {name}: expected numbers or None, got {list(values)!r:.200}") from None
+
+
+def import_function(path: str) -> RewardFunction:
+    """The function behind ``module:function``.
+
+    Raises:
+        ConfigError: not of that form, no such module or function, or not callable.
+    """
+    module, _, attribute = path.partition(":")
+    if not attribute:
+        names = ", ".join([*BUILT_IN, "similarity"])
+        raise ConfigError(f"rewards.functions: expected one of {names} or module:function, got {path!r}")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"rewards.functions: expected an importable {path!r}, got {error}") from error
+    if not callable(function):
+        raise ConfigError(f"rewards.functions: expected a function at {path!r}, got {function!r}")
+    return function
+
+
+def text_of(completion: Completion) -> str:
+    """The text of an answer, whichever form it has."""
+    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+
+
+class Similarity:
+    """share * cosine of sentence embeddings + (1 - share) * ROUGE-L, between the answer and the reference ``answer``.
+
+    The cosine alone can be gamed: "Asthma is a kind of fruit" is close to any sentence about asthma.
+    """
+
+    def __init__(self, embedding: SentenceEmbedding, share: float) -> None:
+        self.embedding, self.share = embedding, share
+
+    def __call__(self, completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
+        texts = [text_of(completion) for completion in completions]
+        vectors = self.embedding([*texts, *answer])
+        cosine = (vectors[: len(texts)] * vectors[len(texts) :]).sum(-1).tolist()
+        return [self.share * c + (1 - self.share) * r for c, r in zip(cosine, rouge(texts, answer), strict=True)]
+
+
+_ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
+    """F1 of ROUGE-L (longest common subsequence of stemmed words) with the reference answer."""
+    pairs = zip(completions, answer, strict=True)
+    return [_ROUGE.score(reference, text_of(completion))["rougeL"].fmeasure for completion, reference in pairs]
+
+
+def exact_match(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
+    """1 where the answer equals the reference up to case and surrounding space, else 0."""
+    pairs = zip(completions, answer, strict=True)
+    return [float(text_of(c).strip().casefold() == str(reference).strip().casefold()) for c, reference in pairs]
+
+
+BUILT_IN: dict[str, RewardFunction] = {"rouge": rouge, "exact_match": exact_match}
+"""Functions that need nothing but the texts. ``similarity`` is built in too, with the configured embedding."""

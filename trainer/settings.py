@@ -1,0 +1,143 @@
+"""From a TOML recipe and command-line overrides to a ``Config``, and back to TOML.
+
+tyro parses and converts both: the recipe is handed to it as arguments, so there is one set of rules for values. Its
+boxes of help are turned into one line, because a typo in a job script should not fill a screen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from .config import Config
+from .errors import ConfigError
+
+
+def parse_config(
+    arguments: Sequence[str], *, recipe: Path | None = None, prog: str = "python -m trainer train"
+) -> Config:
+    """Build a ``Config`` from ``--config RECIPE`` (or ``recipe``) and ``--section.key value`` overrides.
+
+    Raises:
+        ConfigError: the recipe cannot be read, a key is unknown or a value does not fit; one line, expected and got.
+    """
+    recipe, overrides = _take_recipe(list(arguments), recipe)
+    config = Config()
+    if recipe is not None:
+        config = _tyro(_read_recipe(recipe), config, prog, source=str(recipe))
+    for argument in overrides:
+        if argument.startswith("--") and argument not in ("--help", "--"):
+            _check_key(argument[2:].split("=")[0].replace("-", "_"), source="command line")
+    return _tyro(overrides, config, prog, source="command line")
+
+
+def _take_recipe(arguments: list[str], recipe: Path | None) -> tuple[Path | None, list[str]]:
+    rest: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config" or argument.startswith("--config="):
+            path = next(remaining, "") if argument == "--config" else argument.removeprefix("--config=")
+            if not path:
+                raise ConfigError("command line: --config: expected the path of a TOML recipe, got nothing")
+            recipe = Path(path)
+        else:
+            rest.append(argument)
+    return recipe, rest
+
+
+def _read_recipe(path: Path) -> list[str]:
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config: expected a readable TOML recipe, got {path} ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected TOML, got {error}") from None
+    return list(_as_arguments(table, "", str(path)))
+
+
+def _as_arguments(table: dict[str, Any], prefix: str, source: str) -> Iterator[str]:
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        section = _check_key(name, source)
+        if section != isinstance(value, dict):
+            expected = "a table" if section else "a value"
+            raise ConfigError(f"{source}: {name}: expected {expected}, got {value!r}")
+        if isinstance(value, dict):
+            yield from _as_arguments(value, f"{name}.", source)
+        else:
+            yield f"--{name}"
+            yield from map(str, value) if isinstance(value, list) else [str(value)]
+
+
+def _check_key(name: str, source: str) -> bool:
+    """Raise unless ``name`` is a field of the tree. Returns whether it is a section."""
+    node: Any = Config()
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        known = [f.name for f in fields(node)] if is_dataclass(node) else []
+        if part not in known:
+            close = get_close_matches(part, known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            where = ".".join(parts[:i]) or "the top level"
+            raise ConfigError(f"{source}: {name}: expected at {where} one of {', '.join(known)}; got {part!r}{hint}")
+        node = getattr(node, part)
+    return is_dataclass(node)
+
+
+def _tyro(arguments: Sequence[str], default: Config, prog: str, source: str) -> Config:
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                Config,
+                prog=prog,
+                args=arguments,
+                default=default,
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+                description="Flags override the recipe given by --config RECIPE.toml.",
+            )
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(f"{source}: {_message(box.getvalue())}") from None
+
+
+def _message(box: str) -> str:
+    """The message of one of tyro's error boxes: its rows up to the first rule."""
+    rows = [line.strip("│ ") for line in box.splitlines()[1:]]
+    end = next((i for i, row in enumerate(rows) if set(row) <= set("─╰╯")), len(rows))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(rows[:end]))
+    return re.sub(r"^Error parsing \w+: ", "", text)
+
+
+def to_toml(config: Any, prefix: str = "") -> str:
+    """The tree as TOML that ``parse_config`` reads back. None (TOML has no null) becomes a comment."""
+    lines, tables = [], []
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            tables.append(f"\n[{prefix}{item.name}]\n" + to_toml(value, f"{prefix}{item.name}."))
+        else:
+            lines.append(f"# {item.name} is None" if value is None else f"{item.name} = {_toml_value(value)}")
+    return "\n".join([*lines, *tables]) + ("\n" if not prefix else "")
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)
