@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, disable_progress_bars
+from datasets import logging as datasets_logging
+from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from .config import DataConfig
@@ -58,10 +60,12 @@ def load_questions(path: str, limit: int = 0) -> Questions:
     if file.stat().st_size == 0:
         raise DataError(f"data: expected at least one row, got the empty file {path}")
     disable_progress_bars()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # its errors are raised as well, and reported once
     try:
         table = readers[file.suffix](str(file))
-    except (ValueError, OSError, RuntimeError) as error:  # datasets wraps parser errors in all three
-        raise DataError(f"data: expected rows that datasets can read, got {path} ({error})") from error
+    except (DatasetsError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise DataError(f"data: expected rows that datasets can read, got {path} ({reason})") from error
     for column in ("prompt", "answer"):
         if column not in table.column_names:
             raise DataError(f"data: expected a column {column!r} in {path}, got {', '.join(table.column_names)}")

@@ -25,5 +25,5 @@ class DivergenceError(EapoError):
     """The loss or the gradient norm is not finite; the optimizer step was not taken."""
 
 
-class Interrupted(Exception):  # noqa: N818 - a request to stop, not an error
+class Interrupted(Exception):
     """Raised at a safe point after the first SIGINT."""

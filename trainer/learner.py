@@ -122,18 +122,21 @@ class Learner:
         tokens = sum(len(experience.answers.completion_ids[i]) for group in groups for i in group)
         denominator = tokens if self.method.config.reduction == "token_mean" else sequences
         sums: dict[str, Tensor] = {}
+        loss = counted = torch.zeros((), device=self.policy.device)
         self.optimizer.zero_grad(set_to_none=True)
         for group in groups:
             tick()
             batch = collate(experience.answers, group, self.policy.device)
             out = self._loss(experience, batch, denominator)
             out.loss.backward()
-            share = len(batch.targets) / tokens
-            means = {name: share * value for name, value in out.metrics.items() if name != "tokens"}
-            for name, value in {**means, "loss": out.loss.detach()}.items():
-                sums[name] = sums.get(name, 0) + value
+            loss = loss + out.loss.detach()
+            weight = out.metrics.pop("tokens")
+            counted = counted + weight
+            for name, value in out.metrics.items():
+                sums[name] = sums.get(name, 0) + weight * value
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable(), self.optim.max_grad_norm)
-        values = {name: float(value) for name, value in {**sums, "grad_norm": norm}.items()}
+        means = {name: value / counted.clamp_min(1) for name, value in sums.items()}
+        values = {name: float(value) for name, value in {**means, "loss": loss, "grad_norm": norm}.items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 self.optimizer.zero_grad(set_to_none=True)

@@ -170,8 +170,17 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
         name = config.path if config.path in EMBEDDED else str(base.resolve())
         model.peft_config["default"].base_model_name_or_path = name
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with _renames_ignored():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(model.to(device), tokenizer, dtype)
+
+
+@contextmanager
+def _renames_ignored() -> Iterator[None]:
+    """transformers 5.23 renamed gradient to activation checkpointing; peft and older versions know the old name only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
@@ -182,8 +191,7 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftM
         layers_to_transform=list(lora.layers) or None,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng([]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft still reads an attribute that transformers has renamed
+    with torch.random.fork_rng([]), _renames_ignored():
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, peft_config)

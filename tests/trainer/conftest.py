@@ -1,0 +1,75 @@
+"""A run of the real loop on a tiny model and questions about numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from tiny import make_model, make_tokenizer
+
+from trainer.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardsConfig,
+    RolloutConfig,
+)
+from trainer.policy import Policy
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    make_model().save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def policy() -> Policy:
+    return Policy(make_model(), make_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    rows = [{"prompt": f"what is after n{i} ?", "answer": f"n{i + 1} n{i + 2}", "number": i} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(model_dir: Path, questions: Path, tmp_path: Path) -> Config:
+    """A run of the real loop that takes about a second."""
+    return Config(
+        name="tiny",
+        out=str(tmp_path / "runs"),
+        steps=3,
+        model=ModelConfig(path=str(model_dir), device="cpu"),
+        data=DataConfig(train=str(questions), eval=str(questions), train_limit=8, eval_limit=2),
+        rollout=RolloutConfig(prompts=3, responses=4, max_new_tokens=6),
+        rewards=RewardsConfig(functions=("reward_functions:low_numbers",)),
+        optim=OptimConfig(lr=1e-2),
+        eval=EvalConfig(responses=3, resamples=50),
+    )
+
+
+@pytest.fixture
+def changed(config: Config) -> Callable[..., Config]:
+    """``changed(steps=5, optim={"lr": 1.0})``: the config with fields of itself and of its sections replaced."""
+
+    def change(**fields: Any) -> Config:
+        sections = {k: replace(getattr(config, k), **v) for k, v in fields.items() if isinstance(v, dict)}
+        return replace(config, **{**fields, **sections})
+
+    return change

@@ -1,0 +1,35 @@
+"""Reward functions that tests name by import path."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def low_numbers(completions: list[str], **_: Any) -> list[float]:
+    """Share of the words that are n0 to n9: something a tiny model learns in a few steps."""
+    return [sum(word in {f"n{i}" for i in range(10)} for word in text.split()) / 6 for text in completions]
+
+
+def nan_for_number_1(completions: list[str], number: list[int], **_: Any) -> list[float]:
+    """The last answer to question 1 has no valid score."""
+    last = max((i for i, n in enumerate(number) if n == 1), default=None)
+    return [math.nan if i == last else float(len(text)) for i, text in enumerate(completions)]
+
+
+def raises_for_number_1(completions: list[str], number: list[int], **_: Any) -> list[float]:
+    if 1 in number:
+        raise RuntimeError("number 1 is broken")
+    return [float(len(text)) for text in completions]
+
+
+def always_raises(completions: list[str], **_: Any) -> list[float]:
+    raise OSError("the judge is away")
+
+
+def too_few(completions: list[str], **_: Any) -> list[float]:
+    return [1.0]
+
+
+def only_even(completions: list[str], number: list[int], **_: Any) -> list[float | None]:
+    return [1.0 if n % 2 == 0 else None for n in number]

@@ -1,0 +1,40 @@
+"""Diversity and intervals against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from trainer.diversity import bootstrap, distinct_n, self_bleu
+
+
+def test_distinct_n() -> None:
+    answers = ["A cat, a dog.", "a cat"]  # words: a cat a dog / a cat; bigrams: a-cat cat-a a-dog / a-cat
+    assert distinct_n(answers, 1) == pytest.approx(3 / 6)
+    assert distinct_n(answers, 2) == pytest.approx(3 / 4)
+    assert distinct_n(["one", ""], 2) == 0.0
+
+
+def test_self_bleu() -> None:
+    assert self_bleu(["a b c d e", "a b c d e"]) == pytest.approx(1.0)
+    assert self_bleu(["a b c d", "e f g h"]) < 0.05
+    # "a b" against "a c" with weights 1/2: precisions 1/2 and smoothed 0.1/1, no brevity penalty; both ways alike.
+    assert self_bleu(["a b", "a c"]) == pytest.approx(math.sqrt(0.5 * 0.1))
+    # "a b c" inside "a b c d": three of three n-grams match, brevity penalty exp(1 - 4/3). The other way round:
+    # precisions 3/4, 2/3, 1/2 and 0.1/1.
+    short, long = math.exp(1 - 4 / 3), (3 / 4 * 2 / 3 * 1 / 2 * 0.1) ** 0.25
+    assert self_bleu(["a b c", "a b c d"]) == pytest.approx((short + long) / 2)
+    assert math.isnan(self_bleu(["only one", ""]))
+
+
+def test_bootstrap_covers_the_mean_and_skips_what_is_missing() -> None:
+    values = np.random.default_rng(0).normal(5.0, 1.0, 100)
+    found = bootstrap([*values, math.nan], resamples=2000)
+    assert found.mean == pytest.approx(values.mean())
+    half = 1.96 * values.std() / 10
+    assert found.low == pytest.approx(values.mean() - half, abs=0.05)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.05)
+    assert bootstrap([*values, math.nan], resamples=2000) == found
+    assert math.isnan(bootstrap([math.nan], resamples=10).mean)

@@ -1,0 +1,165 @@
+"""Measurement against dense logits, micro-batches that change nothing, and a stop before a bad step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_model, make_tokenizer, no_tick
+
+from eapo_kernels import METHODS, get_method
+from trainer.batching import Answers, collate, plan, select
+from trainer.config import OptimConfig
+from trainer.errors import DivergenceError, Interrupted
+from trainer.learner import Experience, Learner, measure
+from trainer.policy import Policy
+from trainer.rollouts import Rollouts, Sampling
+from trainer.transformers_engine import TransformersEngine
+
+TEMPERATURE = 0.8
+
+
+@pytest.fixture
+def rollouts(policy: Policy) -> Rollouts:
+    prompts = [[5, 6, 7, 12, 8], [9], [10, 11, 12]]
+    return TransformersEngine(policy, 64).generate(prompts, Sampling(4, 9, TEMPERATURE, 1.0, seed=2), no_tick)
+
+
+@pytest.fixture
+def experience(policy: Policy, rollouts: Rollouts) -> Experience:
+    answers = select(rollouts, range(12))
+    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+    rewards = torch.randint(0, 2, (12,), generator=torch.Generator().manual_seed(0)).float()
+    rewards[:3] = torch.tensor([0.0, 1.0, 1.0])
+    return Experience(answers, rewards, torch.arange(12) // 4, old, answers.rollout_logp, torch.tensor(0.7))
+
+
+def learner(policy: Policy, method: str = "eapo", changes: dict[str, Any] | None = None, **optim: Any) -> Learner:
+    built = get_method(method, fixed_length=9, **(changes or {}))
+    return Learner(policy, built, OptimConfig(**{"lr": 1e-2, **optim}), temperature=TEMPERATURE, steps=10)
+
+
+def test_batches_hold_every_response_token_once(rollouts: Rollouts) -> None:
+    answers = select(rollouts, [7, 0, 3, 11, 5])
+    groups = plan(answers, range(5), budget=30)
+    assert sorted(i for group in groups for i in group) == list(range(5))
+    tokens = []
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(map(answers.length, group)) <= 30
+        batch = collate(answers, group, torch.device("cpu"))
+        columns = (batch.rows, batch.targets, batch.sequence_ids, batch.tokens)
+        for row, target, sequence, token in zip(*(column.tolist() for column in columns), strict=True):
+            position = token - answers.starts[sequence]
+            assert target == answers.completion_ids[sequence][position]
+            place, column = divmod(row, batch.input_ids.shape[1])
+            assert column == len(answers.prompt_ids[sequence]) - 1 + position
+            assert batch.input_ids[place, column + 1] == target
+        tokens += batch.tokens.tolist()
+        assert batch.attention_mask.sum() == sum(map(answers.length, group))
+    assert sorted(tokens) == list(range(answers.tokens))
+    assert plan(answers, range(5), budget=1) == [[i] for i in sorted(range(5), key=answers.length, reverse=True)]
+
+
+@pytest.mark.parametrize("budget", [1, 40, 1000])
+def test_measurement_equals_dense_logits(policy: Policy, rollouts: Rollouts, budget: int) -> None:
+    answers = select(rollouts, range(12))
+    found = measure(policy, answers, temperature=TEMPERATURE, budget=budget, tick=no_tick)
+    for i, (prompt, completion) in enumerate(zip(answers.prompt_ids, answers.completion_ids, strict=True)):
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        full = (logits.double() / TEMPERATURE).log_softmax(-1)
+        own = slice(answers.starts[i], answers.starts[i + 1])
+        torch.testing.assert_close(found.logp[own].double(), full.gather(1, torch.tensor(completion)[:, None])[:, 0],
+                                   atol=2e-5, rtol=0)  # fmt: skip
+        torch.testing.assert_close(found.entropy[own].double(), -(full.exp() * full).sum(-1), atol=2e-5, rtol=0)
+    torch.testing.assert_close(found.logp, answers.rollout_logp, atol=2e-5, rtol=0)
+
+
+def gradients(policy: Policy, experience: Experience, budget: int, method: str, **changes: Any) -> tuple[list, dict]:
+    """Gradients that the optimizer would see in one update (the norm is far below the clip)."""
+    own = learner(policy, method, changes, micro_batch_tokens=budget, max_grad_norm=1e9)
+    own.optimizer.step = lambda: None  # type: ignore[method-assign]
+    if not METHODS[method].controller:
+        experience = replace(experience, positive_weight=None)
+    metrics = own.update(experience, step=0, seed=0, tick=no_tick)
+    return [p.grad.clone() for p in policy.trainable() if p.grad is not None], metrics
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_cut_into_micro_batches_changes_nothing(policy: Policy, experience: Experience, method: str) -> None:
+    whole, metrics = gradients(policy, experience, 10_000, method)
+    assert sum(g.abs().sum() for g in whole) > 0
+    for budget in (1, 45):
+        cut, cut_metrics = gradients(policy, experience, budget, method)
+        for a, b in zip(whole, cut, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        for name in ("loss", "grad_norm", "clip_fraction", "ratio_mean", "eapo/entropy"):
+            assert cut_metrics[name] == pytest.approx(metrics[name], abs=1e-6, rel=1e-4)
+
+
+def test_gradient_is_that_of_the_equation(policy: Policy, experience: Experience) -> None:
+    """E10 with ratio 1, retyped on the model's own logits: -1/T sum_t w_i A_i dlogp_t."""
+    found, _ = gradients(policy, experience, 10_000, "eapo")
+    rewards = experience.rewards.view(3, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)).flatten()
+    weighted = torch.where(advantages > 0, 0.7 * advantages, advantages)
+    policy.zero_grad()
+    answers = experience.answers
+    for i, (prompt, completion) in enumerate(zip(answers.prompt_ids, answers.completion_ids, strict=True)):
+        logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        logp = (logits / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])
+        (-weighted[i] * logp.sum() / answers.tokens).backward()
+    for a, p in zip(found, policy.trainable(), strict=True):
+        torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_minibatches_and_epochs_take_as_many_optimizer_steps(policy: Policy, experience: Experience) -> None:
+    own = learner(policy, minibatches=3, epochs=2, micro_batch_tokens=40)
+    ticks: list[tuple[int, int]] = []
+    metrics = own.update(experience, step=0, seed=0, tick=lambda *done: ticks.append(done))
+    assert {int(state["step"]) for state in own.optimizer.state.values()} == {6}
+    assert [done for done, _ in ticks] == list(range(ticks[0][1]))
+    assert metrics["ratio_mean"] != 1.0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(policy: Policy, experience: Experience) -> None:
+    with torch.no_grad():
+        policy.language_model.model.norm.weight[0] = float("inf")
+    before = [p.clone() for p in policy.trainable()]
+    with pytest.raises(DivergenceError, match="expected a finite number, got nan; no step was taken"):
+        learner(policy).update(experience, step=0, seed=0, tick=no_tick)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
+
+
+def test_leaving_through_the_tick_keeps_the_weights(policy: Policy, experience: Experience) -> None:
+    before = [p.clone() for p in policy.trainable()]
+
+    def leave(done: int, total: int) -> None:
+        if done == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        learner(policy, micro_batch_tokens=30).update(experience, step=0, seed=0, tick=leave)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
+
+
+def test_schedules() -> None:
+    policy = Policy(make_model(), make_tokenizer())
+    constant = learner(policy, warmup_steps=4)
+    assert [constant.learning_rate(step) for step in (0, 1, 3, 4, 9)] == pytest.approx([2.5e-3, 5e-3, 1e-2, 1e-2, 1e-2])
+    cosine = learner(policy, schedule="cosine", warmup_steps=2)
+    assert [cosine.learning_rate(step) for step in (2, 6, 10)] == pytest.approx([1e-2, 5.5e-3, 1e-3])
+
+
+def answers_of(lengths: list[tuple[int, int]]) -> Answers:
+    rollouts = Rollouts(
+        [[2] * p for p, _ in lengths], [[3] * c for _, c in lengths], [torch.zeros(c) for _, c in lengths], []
+    )
+    return select(rollouts, range(len(lengths)))
+
+
+def test_plan_puts_neighbours_in_length_together() -> None:
+    answers = answers_of([(1, 1), (1, 99), (2, 1), (2, 98), (1, 2)])
+    assert plan(answers, range(5), budget=200) == [[1, 3], [2, 4, 0]]

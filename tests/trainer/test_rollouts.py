@@ -1,0 +1,90 @@
+"""The transformers engine: what an answer is, and whose log-probs are recorded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import make_model, make_tokenizer, no_tick
+
+from trainer.policy import Policy
+from trainer.rollouts import Rollouts, Sampling
+from trainer.transformers_engine import TransformersEngine
+
+PROMPTS = [[5, 6, 7, 12, 8], [9], [10, 11, 12]]
+SAMPLING = Sampling(responses=6, max_new_tokens=10, temperature=0.7, top_p=1.0, seed=5)
+
+
+def generate(policy: Policy, sampling: Sampling = SAMPLING, batch: int = 64) -> Rollouts:
+    return TransformersEngine(policy, batch).generate(PROMPTS, sampling, no_tick)
+
+
+def teacher_forced(policy: Policy, rollouts: Rollouts, temperature: float) -> list[torch.Tensor]:
+    """Scaled log-probs over the whole vocabulary at every response position, one answer at a time, no padding."""
+    result = []
+    for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True):
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0]
+        result.append((logits[len(prompt) - 1 : -1].double() / temperature).log_softmax(-1))
+    return result
+
+
+def test_an_answer_ends_with_its_eos_and_never_holds_another(policy: Policy) -> None:
+    rollouts = generate(policy)
+    assert len(rollouts.completion_ids) == 18
+    assert rollouts.prompt_ids == [prompt for prompt in PROMPTS for _ in range(6)]
+    assert 0 < sum(rollouts.truncated) < 18
+    for ids, logp, truncated in zip(rollouts.completion_ids, rollouts.logp, rollouts.truncated, strict=True):
+        assert len(ids) == len(logp) <= 10
+        assert 1 not in ids[:-1]
+        assert (ids[-1] == 1) is not truncated
+        assert not truncated or len(ids) == 10
+
+
+@pytest.mark.parametrize("batch", [64, 4])
+def test_recorded_log_probs_are_the_teacher_forced_ones(policy: Policy, batch: int) -> None:
+    rollouts = generate(policy, batch=batch)
+    dense = teacher_forced(policy, rollouts, SAMPLING.temperature)
+    for ids, logp, full in zip(rollouts.completion_ids, rollouts.logp, dense, strict=True):
+        torch.testing.assert_close(logp.double(), full.gather(1, torch.tensor(ids)[:, None])[:, 0], atol=2e-5, rtol=0)
+
+
+def test_nucleus_sampling_records_the_cut_distribution(policy: Policy) -> None:
+    rollouts = generate(policy, Sampling(6, 10, 0.7, 0.5, seed=1))
+    dense = teacher_forced(policy, rollouts, 0.7)
+    for ids, logp, full in zip(rollouts.completion_ids, rollouts.logp, dense, strict=True):
+        for token, got, row in zip(ids, logp.tolist(), full, strict=True):
+            ordered = row.exp().sort(descending=True)
+            kept = ordered.indices[: int((ordered.values.cumsum(0) < 0.5).sum()) + 1]
+            assert token in kept
+            assert got == pytest.approx((row[token] - row[kept].logsumexp(0)).item(), abs=2e-5)
+
+
+def test_the_models_own_sampling_defaults_do_not_leak_in() -> None:
+    plain, altered = (Policy(make_model(), make_tokenizer()) for _ in range(2))
+    own = altered.language_model.generation_config
+    own.top_k, own.repetition_penalty, own.temperature, own.min_new_tokens = 3, 1.5, 0.1, 8
+    assert generate(altered).completion_ids == generate(plain).completion_ids
+    assert altered.language_model.generation_config is own
+
+
+def test_answers_depend_on_the_seed_and_leave_global_random_numbers_alone(policy: Policy) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    first = generate(policy)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(1)
+    assert generate(policy).completion_ids == first.completion_ids
+    assert generate(policy, Sampling(6, 10, 0.7, 1.0, seed=6)).completion_ids != first.completion_ids
+
+
+def test_sampling_follows_the_distribution(policy: Policy) -> None:
+    """2,000 first tokens against the model's probabilities: chi-square of the ten most likely and the rest."""
+    rollouts = TransformersEngine(policy, 2000).generate([PROMPTS[0]], Sampling(2000, 1, 1.3, 1.0, 0), no_tick)
+    with torch.no_grad():
+        p = (policy.model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1] / 1.3).softmax(-1)
+    top = p.topk(10).indices
+    counts = torch.bincount(torch.tensor([ids[0] for ids in rollouts.completion_ids]), minlength=len(p))
+    observed = torch.cat([counts[top], counts.sum(0, keepdim=True) - counts[top].sum()])
+    expected = 2000 * torch.cat([p[top], 1 - p[top].sum(0, keepdim=True)])
+    assert ((observed - expected) ** 2 / expected).sum() < 29.6  # 0.1 % quantile of chi-square with 10 degrees

@@ -1,0 +1,128 @@
+"""Recipes and overrides: precedence, round trip, and one clear line with exit code 2 for everything wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.__main__ import DEMO, main
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.settings import parse_config, to_toml
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) -> None:
+    text = "steps = 7\n[optim]\nlr = 1e-3\nbetas = [0.8, 0.9]\n[lora]\nlayers = [1, 2]\n[eapo]\nhigh = inf\n"
+    flags = "--optim.lr 5e-4 --rewards.functions rouge exact_match --rewards.weights 0.3 0.7 --loss.clip-high 0.3"
+    config = parse_config(["--config", str(write(tmp_path, text)), *flags.split()])
+    assert (config.steps, config.optim.lr, config.optim.betas, config.lora.layers) == (7, 5e-4, (0.8, 0.9), (1, 2))
+    assert config.rewards.functions == ("rouge", "exact_match")
+    assert config.loss.build(8).config.clip_high == 0.3
+    assert config.loss.build(8).config.clip_low == 0.2
+    assert config.rollout == Config().rollout
+
+
+def test_toml_round_trip(tmp_path: Path) -> None:
+    config = parse_config(
+        ["--name", 'a "b"', "--overwrite", "True", "--data.system-prompt", "eins\nzwei", "--lora.layers", "3"]
+    )
+    assert parse_config([], recipe=write(tmp_path, to_toml(config))) == config
+    assert parse_config([], recipe=write(tmp_path, to_toml(Config()))) == Config()
+
+
+def test_demo_recipe_is_valid() -> None:
+    assert parse_config([], recipe=DEMO).steps >= 12
+
+
+WRONG_FLAGS = [
+    (["--optim.lrr", "1"], "optim.lrr: expected at optim one of", "got 'lrr' (did you mean 'lr'?)"),
+    (["--optim.lr", "abc"], "--optim.lr", "float: 'abc'"),
+    (["--optim.lr", "-1"], "optim.lr: expected a positive number", "got -1.0"),
+    (["--steps", "0"], "steps: expected at least 1", "got 0"),
+    (["--steps", "2.5"], "--steps", "2.5"),
+    (["--rollout.responses", "1"], "rollout.responses: expected at least 2", "got 1"),
+    (["--rollout.engine", "magic"], "'magic'", "transformers"),
+    (["--loss.method", "reinforce++"], "loss.method: expected one of eapo", "got 'reinforce++'"),
+    (["--loss.clip_low", "2"], "loss.clip_low: expected", "got 2.0"),
+    (["--loss.advantage", "foo"], "loss.advantage: expected one of", "'foo'"),
+    (["--eapo.ema", "1"], "eapo.ema: expected", "got 1.0"),
+    (["--rewards.weights", "1", "2"], "rewards.weights: expected as many as rewards.functions (1)", "got (1.0, 2.0)"),
+    (["--name", "../x"], "name: expected a directory name", "'../x'"),
+    (["--overwrite"], "--overwrite", "Expected 1"),
+    (["stray"], "stray", ""),
+    (["--config"], "expected the path of a TOML recipe", "got nothing"),
+    (["--config", "no/such.toml"], "expected a readable TOML recipe", "no/such.toml"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "got"), WRONG_FLAGS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_wrong_flags_are_one_line(
+    arguments: list[str], expected: str, got: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert expected in captured.err
+    assert got in captured.err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("stepps = 3", "stepps: expected at the top level one of"),
+        ("[optim]\nlearning_rate = 1.0", "optim.learning_rate: expected at optim one of lr, "),
+        ("optim = 3", "optim: expected a table, got 3"),
+        ("[steps]\na = 1", "steps: expected a value, got {'a': 1}"),
+        ('steps = "many"', "'many'"),
+        ("steps = true", "'True'"),
+        ("steps = ", "expected TOML, got"),
+        ("[rollout]\ntemperature = 0", "rollout.temperature: expected a positive number, got 0"),
+    ],
+)  # fmt: skip
+def test_wrong_recipes_are_one_line_with_the_file(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        parse_config([], recipe=path)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(str(path))
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["report", "/nowhere"], ["train", "--data.train", "/nowhere.jsonl"]])
+def test_other_wrong_input_is_one_line_too(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_documents_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for key, sentence in (
+        ("--optim.lr", "Peak learning rate"),
+        ("--eapo.kappa", "Exponent"),
+        ("--lora.rank", "0 trains every"),
+    ):
+        assert key in text
+        assert sentence in text
+
+
+def test_commands_run_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "print-config", "--steps", "5"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "steps = 5" in done.stdout

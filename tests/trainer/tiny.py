@@ -1,0 +1,36 @@
+"""A tiny language model and its tokenizer, both made in code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["<pad>", "<eos>", "<unk>", "user:", "assistant:", "what", "is", "after", "?", *(f"n{i}" for i in range(40))]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    fast.chat_template = TEMPLATE if chat else None
+    return fast
+
+
+def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    ids = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+    torch.manual_seed(seed)
+    # A larger spread than the default, so that the random model is not uniform and mistakes show.
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **ids, "initializer_range": 0.2, **changes})).eval()
+
+
+def no_tick(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
