@@ -17,9 +17,7 @@ def describe(tensor: object) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {tensor.device}"
 
 
-def require_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
-) -> None:
+def require_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
     """ShapeError unless the tensor has this shape, one of these dtypes, and the device of ``like``."""
     good = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape and tensor.dtype in dtypes
     if not (good and tensor.device == like.device):

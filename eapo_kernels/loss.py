@@ -174,9 +174,8 @@ def _positive_weight(method: Method, given: float | Tensor | EntropyRatio | None
     """The positive weight as a 0-dim fp32 tensor on the device."""
     if method.positive_weight is not None:
         if given is not None:
-            raise EapoError(
-                f"positive_weight: expected None for method {method.name!r}, whose weight is {method.positive_weight:g}, got {given!r}"
-            )
+            own = f"whose weight is {method.positive_weight:g}"
+            raise EapoError(f"positive_weight: expected None for method {method.name!r}, {own}, got {given!r}")
         given = method.positive_weight
     elif given is None:
         raise EapoError(
@@ -208,7 +207,8 @@ def _one_pass(
 ) -> tuple[Tensor, Tensor]:
     """(loss, sums) with the gradients computed along the way; ``loss.backward()`` hands them out."""
     inputs = (projection.hidden, projection.weight, projection.bias)
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+    needs = (wanted[0], wanted[1], wanted[2])
     detached = replace(
         projection,
         hidden=projection.hidden.detach(),

@@ -89,7 +89,9 @@ def eager_token_stats(
         z = z * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    z = z * (inv_temperature.unsqueeze(-1) if isinstance(inv_temperature, Tensor) and inv_temperature.dim() else inv_temperature)
+    z = z * (
+        inv_temperature.unsqueeze(-1) if isinstance(inv_temperature, Tensor) and inv_temperature.dim() else inv_temperature
+    )
     valid = targets != IGNORE_INDEX
     if mask is not None:
         valid = valid & mask

@@ -73,7 +73,7 @@ def _check_values(batch: TokenBatch, size: int) -> None:
             place = int((~value.isfinite()).nonzero()[0, 0])
             raise EapoError(f"batch.{name}: expected finite numbers, got {float(value[place])} at {place}")
     ids = batch.sequence_ids
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < size):
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < size):
         got = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise EapoError(f"batch.sequence_ids: expected values in [0, {size}), got {got}")
     valid = batch.targets != IGNORE_INDEX

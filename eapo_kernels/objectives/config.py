@@ -82,11 +82,6 @@ def _choice(name: str, value: object, table: Iterable[str]) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    ok = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and low <= value <= high
-        and math.isfinite(value)
-    )
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value)
     bound = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
     require(ok, name, f"a finite number {bound}" if low > -math.inf else "a finite number", repr(value))

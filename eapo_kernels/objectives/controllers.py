@@ -81,9 +81,7 @@ class EntropyRatio:
         count = torch.as_tensor(token_count).detach().to(total.device, torch.float64)
         if total.device.type == "cpu":
             require(bool(count > 0), "token_count", "a positive number", float(count))
-            require(
-                bool(total.isfinite() & (total > 0)), "entropy_sum", "a positive finite number of nats", float(total)
-            )
+            require(bool(total.isfinite() & (total > 0)), "entropy_sum", "a positive finite number of nats", float(total))
         entropy = total / count
         good = entropy.isfinite() & (entropy > 0)
         initial, previous, weight = (t.to(total.device) for t in (self._initial, self._entropy, self._weight))

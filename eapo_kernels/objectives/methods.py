@@ -60,7 +60,7 @@ METHODS: MappingProxyType[str, Method] = MappingProxyType(
                 "dr_grpo",
                 EAPOConfig(advantage="group_mean", reduction="fixed_length"),
                 source="2503.20783",
-                summary="No division by the group's spread, constant length (set fixed_length): no bias by difficulty or length.",
+                summary="No division by the group's spread, constant length (set fixed_length): no difficulty or length bias.",
             ),
             Method(
                 "psr",

@@ -183,4 +183,4 @@ def _sequence_mean(values: Tensor, terms: PolicyTerms) -> Tensor:
     size = max(terms.n_sequences, 1)
     total = valid.new_zeros(size).index_add(0, terms.sequence_ids, values.double() * valid)
     count = valid.new_zeros(size).index_add(0, terms.sequence_ids, valid)
-    return (total / count.clamp_min(1))[terms.sequence_ids].float()
+    return (total / count.clamp_min(1))[terms.sequence_ids].to(values.dtype)

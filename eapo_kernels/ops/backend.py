@@ -19,6 +19,14 @@ class LogitCotangents(NamedTuple):
     entropy: Tensor | None = None
     lse: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> LogitCotangents:
+        """The same record with a function applied to every tensor that is there."""
+        return LogitCotangents._make(None if t is None else function(t) for t in self)
+
+    def rows(self, index: slice | Tensor) -> LogitCotangents:
+        """The cotangents of some of the rows."""
+        return self.map(lambda t: t[index])
+
 
 class Statistics(Protocol):
     """Statistics of every row, reading each logit once and storing none beyond ``budget`` bytes."""

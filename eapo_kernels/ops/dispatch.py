@@ -54,7 +54,7 @@ def resolve(name: str, projection: Projection, schedule: str) -> Backend:
     return _load("torch")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_choice(device: str, schedule: str, name: str) -> None:
     logger.info("backend for %s (%s schedule): %s", device, schedule, name)
 

@@ -22,7 +22,9 @@ def build_projection(
     logit_scale: float | None,
     rows_shape: torch.Size,
 ) -> Projection:
-    """Check what defines the logits and flatten it to rows: hidden [..., D] -> [N, D]. Casts under autocast as ``F.linear`` would.
+    """Check what defines the logits and flatten it to rows: hidden [..., D] -> [N, D].
+
+    Under autocast it casts as ``F.linear`` would.
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.
@@ -71,9 +73,7 @@ def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:
     bad = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab))
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])
-        raise EapoError(
-            f"targets: expected values in [0, {vocab}) or {IGNORE_INDEX}, got {int(targets[row])} in row {row}"
-        )
+        raise EapoError(f"targets: expected values in [0, {vocab}) or {IGNORE_INDEX}, got {int(targets[row])} in row {row}")
     rows = projection.row_inv_temperature
     if rows is not None and not bool(((rows > 0) & rows.isfinite()).all()):
         raise EapoError(f"inv_temperature: expected positive finite values, got a minimum of {float(rows.min())}")

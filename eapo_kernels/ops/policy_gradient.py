@@ -101,5 +101,5 @@ def policy_gradient(
 
 
 def _unit(projection: Projection) -> float:
-    """A power of two near 1 / N: the size of a mean's coefficients, taken out of fp16 operands so that they do not underflow."""
+    """A power of two near 1 / N, the size of a mean's coefficients: taken out of fp16 operands, which would underflow."""
     return 2.0 ** -(projection.n_rows.bit_length()) if projection.operand_dtype == torch.float16 else 1.0

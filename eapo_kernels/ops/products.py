@@ -15,13 +15,14 @@ _WIDEN_ROWS = 8192
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) -> Tensor:
-    """out += a @ b (out = a @ b with ``overwrite``). out: [M, K] fp32/fp64; a: [M, J], b: [J, K], each of out's or of a narrower dtype."""
+    """out += a @ b, or out = a @ b with ``overwrite``.
+
+    out: [M, K] fp32/fp64; a: [M, J], b: [J, K], each of out's or of a narrower dtype.
+    """
     if a.dtype == b.dtype == out.dtype:
         torch.mm(a, b, out=out) if overwrite else torch.addmm(out, a, b, out=out)
     elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out) if overwrite else torch.addmm(
-            out, a, b, out_dtype=out.dtype, out=out
-        )
+        torch.mm(a, b, out_dtype=out.dtype, out=out) if overwrite else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         _add_widened_(out, a, b, overwrite)
     return out

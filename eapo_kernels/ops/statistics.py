@@ -6,6 +6,7 @@ a confident token is ``-log1p(rest / e_y)``, exact where ``log(1 + tiny)`` would
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,14 @@ class RowStatistics(NamedTuple):
     mean_shifted: Tensor | None = None
     p2: Tensor | None = None
     p2_logp: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
+        """The same record with a function applied to every tensor that is there."""
+        return RowStatistics._make(None if t is None else function(t) for t in self)
+
+    def rows(self, index: slice | Tensor) -> RowStatistics:
+        """The statistics of some of the rows."""
+        return self.map(lambda t: t[index])
 
 
 def finish(sums: RowSums) -> RowStatistics:

@@ -1,7 +1,6 @@
 """THE op: log-prob, entropy and lse of every token from hidden states and the head, differentiable, without the logits.
 
-Forward reads each logit once (2NDV operations); backward recomputes slabs of the vocabulary (6NDV), so that a slab of
-d_weight is one product over all tokens, rounded once. docs/math.md E1-E6.
+This file is the custom op, its autograd and the public function; the work is in ``recompute``. docs/math.md E1-E6.
 """
 
 from __future__ import annotations
@@ -12,141 +11,14 @@ from torch import Tensor
 from ..checks import describe, require_tensor
 from ..errors import ShapeError, require
 from ..types import IGNORE_INDEX, Options, TokenStats
-from . import dispatch, plans, products
-from .backend import Backend, LogitCotangents
+from . import dispatch
+from .backend import LogitCotangents
 from .inputs import build_projection, check_values
 from .projection import Projection
-from .rows import may_compact, scatter_rows, valid_index, valid_rows
+from .recompute import compute_gradients, compute_statistics
 from .statistics import RowStatistics
 
 ENTROPY_MODES = ("grad", "nograd", "none")
-
-
-def compute_statistics(
-    projection: Projection, targets: Tensor, backend: Backend, *, entropy: bool, second_moments: bool, options: Options
-) -> RowStatistics:
-    """Statistics of every row, exact zeros where the target is -100."""
-    n_rows, valid = projection.n_rows, valid_rows(targets, None)
-    index = valid_index(valid) if may_compact(targets, options.compact) else None
-    if index is not None:
-        projection, targets, valid = projection.rows(index), targets[index], valid[index]
-    if projection.n_rows == 0:
-        zeros = projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype)
-        moment = zeros if second_moments else None
-        return RowStatistics(
-            zeros, zeros if entropy else None, zeros, zeros, zeros, zeros if entropy else None, moment, moment
-        )
-    targets = targets.clamp_min(0)
-    result = backend.statistics(
-        projection, targets, entropy=entropy, second_moments=second_moments, budget=options.memory_budget
-    )
-    fields = []
-    for values in result:
-        if values is not None:
-            values = scatter_rows(torch.where(valid, values, torch.zeros_like(values)), index, n_rows)
-        fields.append(values)
-    return RowStatistics(*fields)
-
-
-def compute_gradients(
-    projection: Projection,
-    targets: Tensor,
-    statistics: RowStatistics,
-    cotangents: LogitCotangents,
-    backend: Backend,
-    *,
-    needs: tuple[bool, bool, bool],
-    options: Options,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(d_hidden, d_weight, d_bias) by E6 in the inputs' dtypes, None where not needed.
-
-    Rows whose target is -100 or whose cotangents are all zero do not enter the products.
-    """
-    n_rows, dtype = projection.n_rows, projection.statistics_dtype
-    live = valid_rows(targets, None)
-    index = None
-    if may_compact(targets, options.compact):
-        some = torch.stack([c != 0 for c in cotangents if c is not None]).any(0)
-        index = valid_index(live & some)
-    if index is not None:
-        projection, targets, live = projection.rows(index), targets[index], live[index]
-        statistics = RowStatistics(*(None if s is None else s[index] for s in statistics))
-        cotangents = LogitCotangents(*(None if c is None else c[index] for c in cotangents))
-    cotangents = LogitCotangents(*(None if c is None else torch.where(live, c.to(dtype), 0) for c in cotangents))
-    targets = targets.clamp_min(0)
-
-    hidden, weight = projection.hidden, projection.weight
-    need_hidden, need_weight, need_bias = needs
-    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
-    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
-    d_bias = weight.new_zeros(projection.vocab) if need_bias else None
-    if projection.n_rows > 0:
-        _add_slab_gradients(
-            projection, targets, statistics, cotangents, backend, d_hidden, d_weight, d_bias, options.memory_budget
-        )
-    if d_hidden is not None:
-        d_hidden = scatter_rows(d_hidden.to(hidden.dtype), index, n_rows)
-    return d_hidden, d_weight, d_bias
-
-
-def _add_slab_gradients(
-    projection: Projection,
-    targets: Tensor,
-    statistics: RowStatistics,
-    cotangents: LogitCotangents,
-    backend: Backend,
-    d_hidden: Tensor | None,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
-    budget: int,
-) -> None:
-    """The slab loop of ``compute_gradients``. d_hidden is the statistics-dtype accumulator, d_weight and d_bias final."""
-    hidden, weight = projection.hidden, projection.weight
-    dtype = projection.statistics_dtype
-    gain = _underflow_gain(projection.operand_dtype, cotangents)
-    rows, columns = plans.slab(projection.n_rows, projection.vocab, backend.slab_bytes(projection), budget)
-    workspace = hidden.new_empty(rows * columns, dtype=projection.operand_dtype)
-    row_slices = [slice(r, min(r + rows, projection.n_rows)) for r in range(0, projection.n_rows, rows)]
-    direct = d_weight is not None and d_weight.dtype == dtype
-    for start in range(0, projection.vocab, columns):
-        here = slice(start, min(start + columns, projection.vocab))
-        width = here.stop - here.start
-        slab_weight = None
-        if d_weight is not None:
-            slab_weight = d_weight[here] if direct else weight.new_zeros((width, projection.dim), dtype=dtype)
-        for part in row_slices:
-            n_part = part.stop - part.start
-            gradient = workspace[: n_part * width].view(n_part, width)
-            backend.logit_gradient(
-                gradient,
-                projection.rows(part),
-                targets[part],
-                here,
-                RowStatistics(*(None if s is None else s[part] for s in statistics)),
-                LogitCotangents(*(None if c is None else c[part] for c in cotangents)),
-                gain,
-            )
-            if d_hidden is not None:
-                products.add_product_(d_hidden[part], gradient, weight[here])
-            if slab_weight is not None:
-                products.add_product_(slab_weight, gradient.t(), hidden[part])
-            if d_bias is not None:
-                slab_bias = gradient.sum(0, dtype=dtype)
-                d_bias[here] += (slab_bias if gain is None else slab_bias / gain).to(d_bias.dtype)
-        if slab_weight is not None and gain is not None:
-            slab_weight /= gain
-        if slab_weight is not None and not direct:
-            d_weight[here] = slab_weight  # type: ignore[index]
-    if d_hidden is not None and gain is not None:
-        d_hidden /= gain
-
-
-def _underflow_gain(dtype: torch.dtype, cotangents: LogitCotangents) -> Tensor | None:
-    """A power of two that brings the largest cotangent near 1, so that fp16 logit gradients do not underflow; else None."""
-    if dtype != torch.float16:
-        return None
-    largest = torch.stack([c.abs().amax() for c in cotangents if c is not None]).amax()
-    return torch.where(largest > 0, torch.exp2(-largest.log2().ceil()), torch.ones_like(largest))
 
 
 @torch.library.custom_op("eapo_kernels::token_stats", mutates_args=())
@@ -185,8 +57,10 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _forward_fake(hidden, weight, bias, targets, row_inv_temperature, inv_temperature, logit_scale, softcap, entropy,
-                  second_moments, backend, memory_budget, compact, debug):  # type: ignore[no-untyped-def]  # fmt: skip
+def _forward_fake(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, targets, row_inv_temperature, inv_temperature, logit_scale, softcap, entropy, second_moments,
+    backend, memory_budget, compact, debug,
+):  # fmt: skip
     n = hidden.shape[0]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row = hidden.new_empty(n, dtype=dtype)
@@ -239,9 +113,10 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _backward_fake(hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy, grad_lse,
-                   inv_temperature, logit_scale, softcap, need_hidden, need_weight, need_bias, backend, memory_budget,
-                   compact):  # type: ignore[no-untyped-def]  # fmt: skip
+def _backward_fake(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy, grad_lse, inv_temperature,
+    logit_scale, softcap, need_hidden, need_weight, need_bias, backend, memory_budget, compact,
+):  # fmt: skip
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else hidden.new_empty(0),

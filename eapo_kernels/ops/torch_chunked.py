@@ -16,8 +16,13 @@ from .backend import Backend, ChunkGradient, Coefficients, LogitCotangents, Surr
 from .projection import Projection
 from .statistics import RowStatistics, RowSums, finish
 
-_CACHE_BYTES = 2**20
-"""A block of logits that, with its exponentials, fits the private cache of a current CPU core or two."""
+_CACHE_BYTES = 8 * 2**20
+"""Logits processed together: with their exponentials they fit a server's last-level cache. Blocks of 0.5 to 32 MiB measured
+within 10 % of each other, the whole chunk 3 times slower; fewer blocks mean fewer thread barriers on a busy machine."""
+
+
+_UNDERFLOWN = -1e4
+"""exp of it is 0 in fp32 and fp64: a finite stand-in for the -inf of removed columns, where x * e^x must be 0 and not NaN."""
 
 
 def _blocks(z: Tensor) -> Iterator[slice]:
@@ -52,7 +57,7 @@ class _Reduction:
         x = torch.sub(z, row_max)
         index = targets.unsqueeze(1)
         x_target = x.gather(1, index)
-        x.clamp_(min=torch.finfo(x.dtype).min)  # -inf columns: x e^x must be 0, not NaN
+        x.clamp_(min=_UNDERFLOWN)
         e = torch.exp(x, out=z)
         e.scatter_(1, index, 0.0)
         rest = e.sum(1)
@@ -72,9 +77,7 @@ class _Reduction:
         return RowSums(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
 
 
-def statistics(
-    projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int
-) -> RowStatistics:
+def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
     """See ``backend.Statistics``."""
     reduction = _Reduction(entropy, second_moments)
     columns = slice(0, projection.vocab)
@@ -104,18 +107,11 @@ def logit_gradient(
     for block in _blocks(z):
         part = projection.rows(block)
         logits = part.shape_logits_(z[block], columns)
-        coefficients = _row_coefficients(_take(statistics, block), _take_cotangents(cotangents, block), part, gain)
-        gradient = _gradient_from_logits_(logits, part, targets[block], columns, _take(statistics, block), coefficients)
+        s = statistics.rows(block)
+        coefficients = _row_coefficients(s, cotangents.rows(block), part, gain)
+        gradient = _gradient_from_logits_(logits, part, targets[block], columns, s, coefficients)
         if z is not out:
             out[block] = gradient
-
-
-def _take(statistics: RowStatistics, block: slice) -> RowStatistics:
-    return RowStatistics(*(None if t is None else t[block] for t in statistics))  # type: ignore[arg-type]
-
-
-def _take_cotangents(cotangents: LogitCotangents, block: slice) -> LogitCotangents:
-    return LogitCotangents(*(None if t is None else t[block] for t in cotangents))
 
 
 def _row_coefficients(
@@ -157,7 +153,7 @@ def _gradient_from_logits_(
     if beta is None:
         gradient = torch.mul(p, alpha, out=z)
     else:
-        x.clamp_(min=torch.finfo(x.dtype).min)
+        x.clamp_(min=_UNDERFLOWN)
         gradient = x.mul_(-beta).add_(alpha).mul_(p)
     _put_target_(gradient, targets, columns, target)
     return gradient if slope is None else gradient.mul_(slope)
@@ -198,8 +194,8 @@ class _TorchChunk:
         if self._keep_logits:
             columns = slice(0, self._projection.vocab)
             for block in _blocks(z):
-                part, s = self._projection.rows(block), _take(self._statistics, block)
-                coefficients = _row_coefficients(s, _take_cotangents(cotangents, block), part, None)
+                part, s = self._projection.rows(block), self._statistics.rows(block)
+                coefficients = _row_coefficients(s, cotangents.rows(block), part, None)
                 _gradient_from_logits_(z[block], part, self._targets[block], columns, s, coefficients)
             factor = torch.ones_like(self._s0)
         else:

@@ -1,0 +1,136 @@
+"""The schedule of the op: statistics in the forward, logits recomputed in the backward.
+
+Forward reads each logit once (2NDV operations); backward recomputes slabs of the vocabulary (6NDV), so that a slab of
+d_weight is one product over all tokens, rounded once, and no fp32 copy of d_weight is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import Options
+from . import plans, products
+from .backend import Backend, LogitCotangents
+from .projection import Projection
+from .rows import may_compact, scatter_rows, valid_index, valid_rows
+from .statistics import RowStatistics
+
+
+def compute_statistics(
+    projection: Projection, targets: Tensor, backend: Backend, *, entropy: bool, second_moments: bool, options: Options
+) -> RowStatistics:
+    """Statistics of every row, exact zeros where the target is -100."""
+    n_rows, valid = projection.n_rows, valid_rows(targets, None)
+    index = valid_index(valid) if may_compact(targets, options.compact) else None
+    if index is not None:
+        projection, targets, valid = projection.rows(index), targets[index], valid[index]
+    if projection.n_rows == 0:
+        zeros = projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype)
+        moment = zeros if second_moments else None
+        return RowStatistics(zeros, zeros if entropy else None, zeros, zeros, zeros, zeros if entropy else None, moment, moment)
+    targets = targets.clamp_min(0)
+    result = backend.statistics(
+        projection, targets, entropy=entropy, second_moments=second_moments, budget=options.memory_budget
+    )
+    return result.map(lambda values: scatter_rows(torch.where(valid, values, 0), index, n_rows))
+
+
+def compute_gradients(
+    projection: Projection,
+    targets: Tensor,
+    statistics: RowStatistics,
+    cotangents: LogitCotangents,
+    backend: Backend,
+    *,
+    needs: tuple[bool, bool, bool],
+    options: Options,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(d_hidden, d_weight, d_bias) by E6 in the inputs' dtypes, None where not needed.
+
+    Rows whose target is -100 or whose cotangents are all zero do not enter the products.
+    """
+    n_rows, dtype = projection.n_rows, projection.statistics_dtype
+    live = valid_rows(targets, None)
+    index = None
+    if may_compact(targets, options.compact):
+        some = torch.stack([c != 0 for c in cotangents if c is not None]).any(0)
+        index = valid_index(live & some)
+    if index is not None:
+        projection, targets, live = projection.rows(index), targets[index], live[index]
+        statistics, cotangents = statistics.rows(index), cotangents.rows(index)
+    cotangents = cotangents.map(lambda c: torch.where(live, c.to(dtype), 0))
+    targets = targets.clamp_min(0)
+
+    hidden, weight = projection.hidden, projection.weight
+    need_hidden, need_weight, need_bias = needs
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
+    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    d_bias = weight.new_zeros(projection.vocab) if need_bias else None
+    if projection.n_rows > 0:
+        _add_slab_gradients(
+            projection, targets, statistics, cotangents, backend, d_hidden, d_weight, d_bias, options.memory_budget
+        )
+    if d_hidden is not None:
+        d_hidden = scatter_rows(d_hidden.to(hidden.dtype), index, n_rows)
+    return d_hidden, d_weight, d_bias
+
+
+def _add_slab_gradients(
+    projection: Projection,
+    targets: Tensor,
+    statistics: RowStatistics,
+    cotangents: LogitCotangents,
+    backend: Backend,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    budget: int,
+) -> None:
+    """The slab loop of ``compute_gradients``. d_hidden is the statistics-dtype accumulator, d_weight and d_bias final."""
+    hidden, weight = projection.hidden, projection.weight
+    dtype = projection.statistics_dtype
+    gain = _underflow_gain(projection.operand_dtype, cotangents)
+    rows, columns = plans.slab(projection.n_rows, projection.vocab, backend.slab_bytes(projection), budget)
+    workspace = hidden.new_empty(rows * columns, dtype=projection.operand_dtype)
+    row_slices = [slice(r, min(r + rows, projection.n_rows)) for r in range(0, projection.n_rows, rows)]
+    direct = d_weight is not None and d_weight.dtype == dtype
+    for start in range(0, projection.vocab, columns):
+        here = slice(start, min(start + columns, projection.vocab))
+        width = here.stop - here.start
+        slab_weight = None
+        if d_weight is not None:
+            slab_weight = d_weight[here] if direct else weight.new_zeros((width, projection.dim), dtype=dtype)
+        for part in row_slices:
+            n_part = part.stop - part.start
+            gradient = workspace[: n_part * width].view(n_part, width)
+            backend.logit_gradient(
+                gradient,
+                projection.rows(part),
+                targets[part],
+                here,
+                statistics.rows(part),
+                cotangents.rows(part),
+                gain,
+            )
+            if d_hidden is not None:
+                products.add_product_(d_hidden[part], gradient, weight[here])
+            if slab_weight is not None:
+                products.add_product_(slab_weight, gradient.t(), hidden[part])
+            if d_bias is not None:
+                slab_bias = gradient.sum(0, dtype=dtype)
+                d_bias[here] += (slab_bias if gain is None else slab_bias / gain).to(d_bias.dtype)
+        if slab_weight is not None and gain is not None:
+            slab_weight /= gain
+        if slab_weight is not None and not direct:
+            d_weight[here] = slab_weight  # type: ignore[index]
+    if d_hidden is not None and gain is not None:
+        d_hidden /= gain
+
+
+def _underflow_gain(dtype: torch.dtype, cotangents: LogitCotangents) -> Tensor | None:
+    """A power of two that brings the largest cotangent near 1, so that fp16 logit gradients do not underflow; else None."""
+    if dtype != torch.float16:
+        return None
+    largest = torch.stack([c.abs().amax() for c in cotangents if c is not None]).amax()
+    return torch.where(largest > 0, torch.exp2(-largest.log2().ceil()), torch.ones_like(largest))

@@ -1,0 +1,60 @@
+"""Advantages and splits against hand-computed numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from eapo_kernels import EapoError
+from eapo_kernels.objectives.advantages import ADVANTAGES
+from eapo_kernels.objectives.weighting import SPLITS
+
+REWARDS = torch.tensor([1.0, 2.0, 3.0, 0.5, 0.5])
+GROUPS = torch.tensor([9, 9, 9, -4, -4])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("group_norm", [-1 / (1 + 1e-6), 0.0, 1 / (1 + 1e-6), 0.0, 0.0]),
+        ("group_mean", [-1.0, 0.0, 1.0, 0.0, 0.0]),
+        ("sign", [-1.0, 0.0, 1.0, 0.0, 0.0]),
+        ("batch_norm", [(r - 1.4) / (math.sqrt(4.7 / 4) + 1e-6) for r in (1, 2, 3, 0.5, 0.5)]),
+    ],
+)
+def test_by_hand(name: str, expected: list[float]) -> None:
+    torch.testing.assert_close(ADVANTAGES[name](REWARDS, GROUPS), torch.tensor(expected))
+
+
+def test_order_of_responses_does_not_matter() -> None:
+    order = torch.tensor([3, 0, 4, 2, 1])
+    for advantage in (ADVANTAGES["group_norm"], ADVANTAGES["sign"]):
+        torch.testing.assert_close(advantage(REWARDS[order], GROUPS[order]), advantage(REWARDS, GROUPS)[order])
+
+
+def test_a_mean_that_fp32_cannot_hold_is_still_a_tie() -> None:
+    rewards = torch.tensor([0.1, 0.2, 0.3] * 50)
+    groups = torch.arange(150) // 3
+    for name in ("sign", "group_norm"):
+        assert (ADVANTAGES[name](rewards, groups).reshape(-1, 3)[:, 1] == 0).all()
+    assert (ADVANTAGES["sign"](torch.full((7,), 0.1), torch.zeros(7, dtype=torch.int64)) == 0).all()
+
+
+def test_binary() -> None:
+    rewards = torch.tensor([1.0, 0.0, 1.0])
+    assert ADVANTAGES["binary"](rewards, torch.zeros(3, dtype=torch.int64)).tolist() == [1, -1, 1]
+    with pytest.raises(EapoError, match=r"expected 0 or 1 .* got 0.5"):
+        ADVANTAGES["binary"](torch.tensor([1.0, 0.5]), torch.zeros(2, dtype=torch.int64))
+
+
+def test_splits() -> None:
+    advantages = torch.tensor([-1.0, 0.0, 1.0, 2.0, 0.0])
+    expected = {
+        "group": [False, False, True, False, False],
+        "batch": [False, True, True, False, False],
+        "advantage": [False, False, True, True, False],
+    }
+    for name, positive in expected.items():
+        assert SPLITS[name](REWARDS, GROUPS, advantages).positive().tolist() == positive

@@ -1,0 +1,108 @@
+"""The house rules that can be read off the source: arrows point down, imports are light, nothing happens at import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {
+    "eapo_kernels.errors": 0,
+    "eapo_kernels.checks": 1,
+    "eapo_kernels.types": 1,
+    "eapo_kernels.reference": 2,
+    "eapo_kernels.ops": 3,
+    "eapo_kernels.objectives": 3,
+    "eapo_kernels.loss": 4,
+    "eapo_kernels": 5,
+    "eapo_kernels.testing": 5,
+    "eapo_kernels.integrations": 6,
+    "trainer": 7,
+    "benchmarks": 7,
+}
+SIBLINGS = [("eapo_kernels.ops", "eapo_kernels.objectives"), ("eapo_kernels.ops", "eapo_kernels.reference"),
+            ("eapo_kernels.objectives", "eapo_kernels.reference"), ("eapo_kernels.loss", "eapo_kernels.reference"),
+            ("trainer", "benchmarks")]  # fmt: skip
+
+
+def _unit(module: str) -> str | None:
+    """The layer a module belongs to: the longest prefix in LAYERS."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        if name in LAYERS and (name != "eapo_kernels" or length == len(parts)):
+            return name
+    return None
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path) -> list[str]:
+    """Absolute names of everything a file imports, at any depth of its code."""
+    package = _module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            found += [f"{prefix}.{alias.name}" for alias in node.names]
+    return found
+
+
+FILES = sorted(p for top in ("eapo_kernels", "trainer", "benchmarks") for p in (ROOT / top).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_point_down(path: Path) -> None:
+    own = _unit(_module_name(path))
+    assert own is not None, f"{path} belongs to no layer"
+    for imported in _imports(path):
+        other = _unit(imported)
+        if imported.startswith("eapo_kernels.") and other is None and own not in ("eapo_kernels",):
+            other = "eapo_kernels"  # a name from the package itself
+        if other is None or other == own:
+            continue
+        assert LAYERS[other] <= LAYERS[own], f"{own} imports {imported}, which lies above it"
+        assert (own, other) not in SIBLINGS, f"{own} imports {imported}"
+        assert (other, own) not in SIBLINGS or own == "eapo_kernels.reference", f"{own} imports {imported}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_small(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= 350, f"{path} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_swallowed_errors(path: Path) -> None:
+    """Catching everything is for the border to users' own code, where the failure is reported with its sample."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            raises = any(isinstance(n, ast.Raise) for n in ast.walk(node))
+            broad = caught in ("everything", "Exception", "BaseException")
+            border = path.relative_to(ROOT).as_posix() == "trainer/rewards.py"
+            assert raises or border or not broad, f"{path}:{node.lineno} swallows {caught}"
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, os, torch; before = dict(os.environ), set(sys.modules); import eapo_kernels; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before[1]}; "
+        "assert dict(os.environ) == before[0]; print(sorted(new))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "'eapo_kernels'" in out.stdout
+    for heavy in ("triton", "transformers", "numpy", "trainer", "trl", "verl", "vllm"):
+        assert f"'{heavy}'" not in out.stdout, out.stdout
