@@ -25,14 +25,15 @@ class Console:
     Args:
         stop: looked at on every tick.
         silence: seconds after which a plain (non-terminal) output says what is going on.
+        rich: where to print; standard output when not given.
 
     Attributes:
         seconds: phase name -> time spent in it; the reader empties it.
     """
 
-    def __init__(self, stop: StopRequest, silence: float = 5.0) -> None:
+    def __init__(self, stop: StopRequest, silence: float = 5.0, rich: RichConsole | None = None) -> None:
         self.stop, self.silence = stop, silence
-        self.rich = RichConsole(highlight=False, soft_wrap=True)
+        self.rich = rich or RichConsole(highlight=False, soft_wrap=True)
         self.live = self.rich.is_terminal
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -52,9 +53,7 @@ class Console:
             threading.Thread(target=self._heartbeat, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._closed.set()
         if self.live:
             self._progress.stop()

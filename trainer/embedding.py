@@ -31,9 +31,7 @@ class SentenceEmbedding:
         vectors: dict[str, Tensor] = {}
         for start in range(0, len(unique), self.batch):
             chunk = unique[start : start + self.batch]
-            tokens = self.tokenizer(
-                chunk, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-            )
+            tokens = self.tokenizer(chunk, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
             tokens = tokens.to(self.device)
             hidden = self.model(**tokens).last_hidden_state
             weight = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)

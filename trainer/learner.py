@@ -75,9 +75,7 @@ class Learner:
     def __init__(self, policy: Policy, method: Method, optim: OptimConfig, *, temperature: float, steps: int) -> None:
         self.policy, self.method, self.optim = policy, method, optim
         self.inv_temperature, self.steps = 1 / temperature, steps
-        self.optimizer = torch.optim.AdamW(
-            policy.trainable(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(policy.trainable(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
 
     def learning_rate(self, step: int) -> float:
         """The rate of training step ``step`` (from 0)."""
@@ -114,15 +112,13 @@ class Learner:
                 sums[name] += value / len(minibatches)
         return {**sums, "lr": self.learning_rate(step)}
 
-    def _step(
-        self, experience: Experience, groups: Sequence[Sequence[int]], tick: Callable[[], None]
-    ) -> dict[str, float]:
+    def _step(self, experience: Experience, groups: Sequence[Sequence[int]], tick: Callable[[], None]) -> dict[str, float]:
         """One optimizer step on the micro-batches ``groups``."""
         sequences = sum(map(len, groups))
         tokens = sum(len(experience.answers.completion_ids[i]) for group in groups for i in group)
         denominator = tokens if self.method.config.reduction == "token_mean" else sequences
         sums: dict[str, Tensor] = {}
-        loss = counted = torch.zeros((), device=self.policy.device)
+        loss = counted = positives = torch.zeros((), device=self.policy.device)
         self.optimizer.zero_grad(set_to_none=True)
         for group in groups:
             tick()
@@ -130,12 +126,13 @@ class Learner:
             out = self._loss(experience, batch, denominator)
             out.loss.backward()
             loss = loss + out.loss.detach()
-            weight = out.metrics.pop("tokens")
-            counted = counted + weight
+            counted = counted + out.metrics["tokens"]
+            positives = positives + len(group) * out.metrics["eapo/positive_fraction"]
             for name, value in out.metrics.items():
-                sums[name] = sums.get(name, 0) + weight * value
+                sums[name] = sums.get(name, 0) + out.metrics["tokens"] * value
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable(), self.optim.max_grad_norm)
-        means = {name: value / counted.clamp_min(1) for name, value in sums.items()}
+        means = {name: value / counted.clamp_min(1) for name, value in sums.items() if name != "tokens"}
+        means["eapo/positive_fraction"] = positives / sequences
         values = {name: float(value) for name, value in {**means, "loss": loss, "grad_norm": norm}.items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):

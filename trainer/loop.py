@@ -85,9 +85,7 @@ def _train(config: Config, console: Console) -> bool:
     def evaluation(step: int) -> None:
         for name, questions in eval_sets.items():
             if questions:
-                result, samples = evaluate(
-                    config, policy, engine, rewards, questions, dataset=name, step=step, console=console
-                )
+                result, samples = evaluate(config, policy, engine, rewards, questions, dataset=name, step=step, console=console)
                 run.append("evaluations", asdict(result))
                 for sample in samples[:: result.responses]:
                     run.append("samples", sample)

@@ -56,9 +56,7 @@ def rollout_metrics(
     }
 
 
-def sample_record(
-    step: int, index: int, columns: dict[str, list[Any]], texts: Sequence[str], scores: Scores
-) -> dict[str, Any]:
+def sample_record(step: int, index: int, columns: dict[str, list[Any]], texts: Sequence[str], scores: Scores) -> dict[str, Any]:
     """One answer as samples.jsonl keeps it."""
     return {
         "step": step,

@@ -50,9 +50,7 @@ class Policy(nn.Module):
         self.language_model = model.get_base_model() if isinstance(model, PeftModel) else model
         head = self.language_model.get_output_embeddings()
         if type(head) is not nn.Linear:
-            raise ModelError(
-                f"model: expected a plain linear output head (no adapter on it), got {type(head).__name__}"
-            )
+            raise ModelError(f"model: expected a plain linear output head (no adapter on it), got {type(head).__name__}")
         eos = self.language_model.generation_config.eos_token_id or tokenizer.eos_token_id
         if eos is None:
             raise ModelError("model: expected an end-of-sequence token in the generation config or tokenizer, got none")
@@ -164,7 +162,8 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(f"model: expected a causal language model in {base}, got: {error}") from error
     if adapter.is_file():
-        model = PeftModel.from_pretrained(model, directory, is_trainable=True)
+        with _renames_ignored():
+            model = PeftModel.from_pretrained(model, directory, is_trainable=True)
     elif lora.rank:
         model = _with_adapters(model, lora, seed)
         name = config.path if config.path in EMBEDDED else str(base.resolve())
@@ -177,7 +176,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
 
 @contextmanager
 def _renames_ignored() -> Iterator[None]:
-    """transformers 5.23 renamed gradient to activation checkpointing; peft and older versions know the old name only."""
+    """transformers 5.23 calls gradient checkpointing activation checkpointing; peft and older versions do not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

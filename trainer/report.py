@@ -89,8 +89,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def estimates_table(evaluation: Evaluation, resamples: int) -> str:
     """One evaluation as a Markdown table."""
     rows = [
-        [METRICS[name].format(k=evaluation.responses), _cell(found)]
-        for name, found in evaluation.estimates(resamples).items()
+        [METRICS[name].format(k=evaluation.responses), _cell(found)] for name, found in evaluation.estimates(resamples).items()
     ]
     questions = len(evaluation.values["reward"])
     return markdown_table(
@@ -104,9 +103,7 @@ def summary_table(run: Path, resamples: int) -> str:
     parts = []
     for before, after in first_and_last(run):
         questions = len(before.values["reward"])
-        title = (
-            f"{run.name}: {questions} {before.dataset} questions, {before.responses} answers each, mean [95 % interval]"
-        )
+        title = f"{run.name}: {questions} {before.dataset} questions, {before.responses} answers each, mean [95 % interval]"
         header = ["", f"before (step {before.step})", f"after (step {after.step})", "change"]
         parts.append(f"{title}\n\n{markdown_table(header, comparison(before, after, resamples))}")
     return "\n\n".join(parts)
@@ -169,8 +166,6 @@ def _samples(run: Path) -> str:
     for before in [row for row in rows if row["step"] == first][:3]:
         after = next(row for row in rows if row["step"] == last and row["prompt"] == before["prompt"])
         lines.append(
-            f"- {before['prompt']}\n"
-            f"  - step {first}: {before['completion']!r}\n"
-            f"  - step {last}: {after['completion']!r}"
+            f"- {before['prompt']}\n  - step {first}: {before['completion']!r}\n  - step {last}: {after['completion']!r}"
         )
     return "\n".join(lines)

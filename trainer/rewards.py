@@ -118,9 +118,7 @@ def _call(
     """Scores, and index -> reason of the failed ones (whose score is None)."""
 
     def on(rows: Sequence[int]) -> list[float | None]:
-        return _checked(
-            name, function(**{key: [column[i] for i in rows] for key, column in arguments.items()}), len(rows)
-        )
+        return _checked(name, function(**{key: [column[i] for i in rows] for key, column in arguments.items()}), len(rows))
 
     everyone = range(len(arguments["completions"]))
     reasons: dict[int, str] = {}

@@ -23,9 +23,7 @@ from .config import Config
 from .errors import ConfigError
 
 
-def parse_config(
-    arguments: Sequence[str], *, recipe: Path | None = None, prog: str = "python -m trainer train"
-) -> Config:
+def parse_config(arguments: Sequence[str], *, recipe: Path | None = None, prog: str = "python -m trainer train") -> Config:
     """Build a ``Config`` from ``--config RECIPE`` (or ``recipe``) and ``--section.key value`` overrides.
 
     Raises:

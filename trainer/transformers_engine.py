@@ -55,9 +55,7 @@ class TransformersEngine:
         return result
 
     @torch.inference_mode()
-    def _sample(
-        self, prompts: list[list[int]], sampling: Sampling, seed: int, tick: _TokenTick
-    ) -> tuple[Tensor, Tensor]:
+    def _sample(self, prompts: list[list[int]], sampling: Sampling, seed: int, tick: _TokenTick) -> tuple[Tensor, Tensor]:
         """Sampled tokens and their log-probs, both [b, T] CPU; what follows an end-of-sequence token means nothing."""
         policy = self.policy
         width = max(map(len, prompts))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 
@@ -33,3 +36,9 @@ def too_few(completions: list[str], **_: Any) -> list[float]:
 
 def only_even(completions: list[str], number: list[int], **_: Any) -> list[float | None]:
     return [1.0 if n % 2 == 0 else None for n in number]
+
+
+def slow(completions: list[str], **_: Any) -> list[float]:
+    Path(os.environ["SLOW_REWARD_STARTED"]).touch()
+    time.sleep(60)
+    return [0.0 for _ in completions]

@@ -154,9 +154,7 @@ def test_schedules() -> None:
 
 
 def answers_of(lengths: list[tuple[int, int]]) -> Answers:
-    rollouts = Rollouts(
-        [[2] * p for p, _ in lengths], [[3] * c for _, c in lengths], [torch.zeros(c) for _, c in lengths], []
-    )
+    rollouts = Rollouts([[2] * p for p, _ in lengths], [[3] * c for _, c in lengths], [torch.zeros(c) for _, c in lengths], [])
     return select(rollouts, range(len(lengths)))
 
 

@@ -31,21 +31,14 @@ SIZES = {
     "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
     "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.3,
 }  # fmt: skip
-GPT2_SIZES = {
-    "vocab_size": len(WORDS),
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "eos_token_id": 1,
-    "initializer_range": 0.3,
-}
+GPT2_SIZES = {"vocab_size": len(WORDS), "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 1}
 
 FAMILIES = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
     "gemma2 (softcap)": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=2.0)),
     "granite (divisor)": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
     "cohere (scale)": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZES, eos_token_id=1)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZES, initializer_range=0.3)),
 }
 ADAPTERS = LoraConfig(rank=4, layers=(1,))
 
@@ -121,9 +114,7 @@ def test_recomputed_activations_give_the_same_gradients(model_dir: Path) -> None
         policy = load_policy(config, LoraConfig(), seed=0)
         assert bool(policy.checkpointed) is checkpointing
         inputs = torch.arange(12).view(2, 6)
-        policy(
-            inputs, torch.ones_like(inputs), torch.arange(10), lambda h, w, **_: (h @ w.T).square().mean()
-        ).backward()
+        policy(inputs, torch.ones_like(inputs), torch.arange(10), lambda h, w, **_: (h @ w.T).square().mean()).backward()
         assert not any(module.training for module in policy.modules())
         gradients.append([p.grad for p in policy.trainable()])
     torch.testing.assert_close(*gradients)

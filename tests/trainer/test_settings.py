@@ -67,9 +67,7 @@ WRONG_FLAGS = [
 @pytest.mark.parametrize(
     ("arguments", "expected", "got"), WRONG_FLAGS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_wrong_flags_are_one_line(
-    arguments: list[str], expected: str, got: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_flags_are_one_line(arguments: list[str], expected: str, got: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -121,8 +119,6 @@ def test_help_documents_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_commands_run_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", "print-config", "--steps", "5"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "trainer", "print-config", "--steps", "5"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "steps = 5" in done.stdout

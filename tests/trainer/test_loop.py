@@ -1,0 +1,231 @@
+"""The real loop on a tiny model: it learns, it is deterministic, it logs what it promises, and it stops cleanly."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_tokenizer
+
+from trainer.__main__ import main
+from trainer.config import Config
+from trainer.errors import ConfigError, RewardError
+from trainer.loop import train
+from trainer.rundir import read
+from trainer.settings import parse_config, to_toml
+
+Change = Callable[..., Config]
+
+
+def rows(config: Config, stream: str = "metrics") -> list[dict[str, Any]]:
+    return read(Path(config.out) / config.name, stream)
+
+
+def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    timed = ("seconds/", "tokens_per_second")
+    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in metrics]
+
+
+def test_reward_rises(changed: Change) -> None:
+    config = changed(steps=20, rollout={"prompts": 8, "responses": 8}, data={"eval": ""})
+    assert train(config)
+    rewards = [row["reward/mean"] for row in rows(config)]
+    assert sum(rewards[-3:]) / 3 > 2 * sum(rewards[:3]) / 3
+
+
+def test_a_run_leaves_its_files_and_every_metric(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(config)
+    run = Path(config.out) / config.name
+    assert parse_config([], recipe=run / "config.toml") == config
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["versions"]["torch"]
+    assert {path.name for path in run.iterdir()} == {
+        "config.toml", "environment.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "model", "report.md",
+        "curves.png",
+    }  # fmt: skip
+
+    metrics = rows(config)
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    weights = [row["eapo/positive_weight"] for row in metrics]
+    assert weights == pytest.approx([row["eapo/entropy"] / metrics[0]["eapo/entropy"] for row in metrics], rel=1e-5)
+    assert weights[0] == pytest.approx(1.0)
+    for row in metrics:
+        assert row["eapo/entropy_init"] == pytest.approx(metrics[0]["eapo/entropy"], rel=1e-6)
+        assert row["eapo/entropy_ratio"] == pytest.approx(row["eapo/positive_weight"])
+        assert 0 < row["eapo/positive_fraction"] < 1
+        assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-5)  # one update a step: on-policy
+        assert row["rollout/logp_gap_max"] < 1e-4
+        assert row["clip_fraction"] == 0
+        assert row["lr"] == 1e-2
+        wanted = {"loss", "grad_norm", "reward/mean", "reward/std", "reward/reward_functions:low_numbers/mean"}
+        wanted |= {"response/length", "response/truncated", "diversity/distinct_2", "tokens_per_second"}
+        wanted |= {f"seconds/{phase}" for phase in ("rollouts", "rewards", "old_logp", "update")}
+        assert wanted <= row.keys()
+        assert all(math.isfinite(value) for value in row.values())
+
+    evaluations = rows(config, "evaluations")
+    assert [(row["dataset"], row["step"]) for row in evaluations] == [("held-out", 0), ("held-out", 3)]
+    assert len(evaluations[0]["values"]["reward"]) == 2
+    samples = rows(config, "samples")
+    assert [s["step"] for s in samples] == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
+    output = capsys.readouterr().out
+    assert "step 3/3  reward " in output
+    assert "2 held-out questions, 3 answers each" in output
+    assert str(run / "curves.png") in output
+
+
+def test_a_seed_decides_the_run(changed: Change) -> None:
+    runs = [changed(name=name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))]
+    for config in runs:
+        train(config)
+    first, second, third = (without_times(rows(config)) for config in runs)
+    assert first == second
+    assert first != third
+    assert rows(runs[0], "evaluations") == rows(runs[1], "evaluations")
+
+
+def test_micro_batches_and_generation_batches_do_not_change_the_run(changed: Change) -> None:
+    one, cut = changed(name="one"), changed(name="cut", optim={"micro_batch_tokens": 40})
+    for config in (one, cut):
+        train(config)
+    for a, b in zip(rows(one), rows(cut), strict=True):
+        assert a["reward/mean"] == b["reward/mean"]
+        for name in ("loss", "grad_norm", "eapo/entropy", "eapo/positive_weight", "eapo/positive_fraction"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"loss": {"method": "grpo"}},
+        {"loss": {"method": "dr_grpo", "clip_high": 0.28}, "optim": {"minibatches": 2, "epochs": 2}},
+        {"loss": {"importance_cap": 2.0}, "rollout": {"top_p": 0.8, "temperature": 0.7}},
+        {"lora": {"rank": 2}, "eval": {"every": 1, "train_questions": 2}, "optim": {"schedule": "cosine"}},
+        {"loss": {"method": "w_reinforce"}, "rewards": {"functions": ("exact_match",)}},
+    ],
+    ids=str,
+)
+def test_settings_run(changed: Change, sections: dict[str, Any]) -> None:
+    config = changed(steps=2, **sections)
+    assert train(config)
+    assert len(rows(config)) == 2
+    method = sections.get("loss", {}).get("method", "eapo")
+    expected = {"grpo": 1.0, "dr_grpo": 1.0, "w_reinforce": 0.1}.get(method)
+    if expected is not None:
+        assert rows(config)[1]["eapo/positive_weight"] == pytest.approx(expected)
+    if "eval" in sections:
+        assert [row["step"] for row in rows(config, "evaluations") if row["dataset"] == "train"] == [0, 1, 2]
+
+
+def test_chat_prompts(changed: Change, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    row = {"prompt": [{"role": "user", "content": "what is n1 ?"}], "answer": "n2"}
+    path.write_text(f"{json.dumps(row)}\n" * 2)
+    config = changed(steps=1, data={"train": str(path), "eval": ""}, rollout={"prompts": 2},
+                     rewards={"functions": ("rouge",)})  # fmt: skip
+    assert train(config)
+
+
+@pytest.mark.parametrize("function", ["nan_for_number_1", "raises_for_number_1"])
+def test_a_failed_reward_is_reported_and_its_group_not_trained_on(
+    changed: Change, function: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = changed(data={"train_limit": 3, "eval": ""}, rewards={"functions": (f"reward_functions:{function}",)})
+    assert train(config)
+    assert [row["reward/excluded_groups"] for row in rows(config)] == [1, 1, 1]
+    assert all(math.isfinite(row["loss"]) for row in rows(config))
+    assert f"left out: reward reward_functions:{function} failed on answer" in capsys.readouterr().out
+
+
+def test_nothing_left_to_train_on_ends_the_run(changed: Change) -> None:
+    config = changed(data={"eval": ""}, rewards={"functions": ("reward_functions:always_raises",)})
+    with pytest.raises(RewardError, match=r"step 1: expected at least one fully scored group.*the judge is away"):
+        train(config)
+    assert rows(config) == []
+
+
+def test_a_run_is_not_overwritten_by_accident(changed: Change) -> None:
+    config = changed(steps=1, data={"eval": ""})
+    train(config)
+    with pytest.raises(ConfigError, match="expected a new run"):
+        train(config)
+    train(changed(steps=2, overwrite=True, data={"eval": ""}))
+    assert len(rows(config)) == 2
+
+
+def test_eval_and_report_commands(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config)
+    run = Path(config.out) / config.name
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(to_toml(config))
+    capsys.readouterr()
+    assert main(["eval", "--config", str(recipe), "--name", "again", "--model.path", str(run / "model")]) == 0
+    assert "| reward " in capsys.readouterr().out
+    after, again = rows(config, "evaluations")[-1], read(Path(config.out) / "again", "evaluations")[0]
+    assert again["values"] == after["values"]  # the saved model is the trained one, and evaluation is deterministic
+    assert main(["report", str(run), str(run), "--out", str(tmp_path / "both")]) == 0
+    assert (tmp_path / "both" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "both" / "report.md").read_text()
+    assert page.count("2 held-out questions, 3 answers each") == 2
+
+
+def start(config: Config, tmp_path: Path) -> subprocess.Popen[str]:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(to_toml(config))
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "SLOW_REWARD_STARTED": str(tmp_path / "started")}
+    command = [sys.executable, "-m", "trainer", "train", "--config", str(recipe)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **own})
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_sigint_keeps_what_there_is(changed: Change, tmp_path: Path) -> None:
+    config = changed(steps=100_000)
+    process = start(config, tmp_path)
+    wait_for(lambda: len(rows(config)) >= 2, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopping at the next safe point" in err
+    run = Path(config.out) / config.name
+    steps = len(rows(config))
+    assert f"interrupted after {steps} of 100000 steps" in out
+    assert (run / "model" / "model.safetensors").exists()
+    assert (run / "curves.png").exists()
+    assert tomllib.loads((run / "config.toml").read_text())["steps"] == 100_000
+
+
+def test_a_second_sigint_stops_at_once(changed: Change, tmp_path: Path) -> None:
+    config = changed(data={"eval": ""}, rewards={"functions": ("reward_functions:slow",)})
+    process = start(config, tmp_path)
+    wait_for((tmp_path / "started").exists, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+    assert time.monotonic() - begun < 10
+
+
+def test_an_untrained_tokenizer_template_is_saved_with_the_model(config: Config) -> None:
+    train(config)
+    template = (Path(config.out) / config.name / "model" / "chat_template.jinja").read_text()
+    assert template == make_tokenizer().chat_template
