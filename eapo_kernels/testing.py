@@ -6,12 +6,14 @@ Used by the tests and by the benchmarks, so that both judge the same thing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from . import reference
 from .types import IGNORE_INDEX, TokenStats
@@ -140,3 +142,27 @@ def oracle_token_stats(inputs: Inputs, **options: Any) -> TokenStats:
     if isinstance(options.get("inv_temperature"), Tensor):
         options["inv_temperature"] = options["inv_temperature"].double()
     return reference.token_stats(wide.hidden, wide.weight, wide.targets, bias=wide.bias, **options)
+
+
+def peak_memory(function: Callable[[], object], device: str | torch.device = "cpu") -> int:
+    """Bytes of tensors alive at the worst moment of ``function()`` beyond those alive before, its result included.
+
+    From PyTorch's own accounting: the allocator's on CUDA, the profiler's memory events on the CPU.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak

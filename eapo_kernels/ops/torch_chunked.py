@@ -28,7 +28,7 @@ _UNDERFLOWN = -1e4
 def _blocks(z: Tensor) -> Iterator[slice]:
     """Slices of rows of z that are processed together."""
     n_rows, columns = z.shape
-    step = n_rows if z.is_cuda else max(1, _CACHE_BYTES // max(columns * z.element_size(), 1))
+    step = n_rows if z.is_cuda else max(1, min(_CACHE_BYTES // (columns * z.element_size()), n_rows // 4))
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 
@@ -149,7 +149,7 @@ def _gradient_from_logits_(
     assert target is not None
     slope = projection.softcap_slope(z) if projection.softcap is not None else None
     x = z.sub_(s.row_max.unsqueeze(1))
-    p = torch.exp(x - s.log_sum.unsqueeze(1))
+    p = torch.sub(x, s.log_sum.unsqueeze(1)).exp_()
     if beta is None:
         gradient = torch.mul(p, alpha, out=z)
     else:
@@ -211,9 +211,9 @@ def open_chunk(projection: Projection, targets: Tensor, *, entropy: bool, entrop
 
 
 def chunk_bytes(projection: Projection) -> int:
-    """Workspace per logit: on CUDA a block is the chunk, so its temporaries count."""
+    """Workspace per logit: the logits and two temporaries of a block, which on CUDA is the whole chunk, else a quarter at most."""
     size = projection.statistics_dtype.itemsize
-    return 3 * size + projection.operand_dtype.itemsize if projection.hidden.is_cuda else size
+    return 3 * size + projection.operand_dtype.itemsize if projection.hidden.is_cuda else size + size // 2
 
 
 BACKEND = Backend(
