@@ -1,0 +1,48 @@
+"""Choosing a backend: "auto" takes what is proven, a name is taken at its word, and a refusal says why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from eapo_kernels import BackendUnavailable, available_backends, token_stats
+from eapo_kernels.ops import dispatch, plans, torch_chunked
+from eapo_kernels.ops.projection import Projection
+
+TENSOR = torch.zeros(2, 8)
+
+
+def test_auto_takes_only_what_is_proven() -> None:
+    for device, backend, schedule in plans.PROVEN:
+        assert backend == "torch", f"{backend} on {device} ({schedule}) needs a committed result from that hardware"
+    assert dispatch.resolve("auto", Projection(TENSOR, TENSOR), "autograd") is torch_chunked.BACKEND
+
+
+def test_available_backends_gives_a_reason_for_each_refusal() -> None:
+    answer = available_backends("cpu")
+    assert set(answer) == {"torch", "triton"}
+    assert answer["torch"] is None
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    picky = replace(torch_chunked.BACKEND, supports=lambda projection: "only on Sundays")
+    monkeypatch.setattr(torch_chunked, "BACKEND", picky)
+    with pytest.raises(BackendUnavailable, match="backend 'torch': only on Sundays"):
+        token_stats(TENSOR, TENSOR, torch.tensor([0, 1]), backend="torch")
+
+
+def test_without_triton_the_torch_backend_works_and_the_other_says_so() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; "
+        "from eapo_kernels import available_backends, token_stats; "
+        "h = torch.zeros(2, 8); token_stats(h, h, torch.tensor([0, 1])); print(available_backends()['triton'])"
+    )
+    root = Path(__file__).parents[2]
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert out.stdout.startswith("backend 'triton': ")
+    assert "triton" in out.stdout.removeprefix("backend 'triton': ")

@@ -1,0 +1,29 @@
+"""Products keep fp32 accumulation whatever the operands are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eapo_kernels.ops import products
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 20_000), (20_000, 3, 7), (4, 20_000, 6), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_add_product(dtype: torch.dtype, shape: tuple[int, int, int], overwrite: bool, device: str, poisoned: None) -> None:
+    m, j, k = shape
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(m, j, generator=generator).to(device, dtype)
+    b = torch.randn(j, k, generator=generator).to(device, dtype)
+    out = torch.full((m, k), float("nan")) if overwrite else torch.randn(m, k, generator=generator)
+    out = out.to(device)
+    expected = a.double() @ b.double() + (0 if overwrite else out.double())
+    products.add_product_(out, a, b, overwrite=overwrite)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5 * j**0.5)
+
+
+def test_project_takes_the_weight_as_it_is(device: str) -> None:
+    hidden, weight = torch.randn(5, 8, device=device), torch.randn(9, 8, device=device)
+    out = torch.empty(5, 9, device=device)
+    torch.testing.assert_close(products.project_(out, hidden, weight), hidden @ weight.T)
