@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..errors import require
 from .advantages import ADVANTAGES, Advantage
 from .reductions import REDUCTIONS
-from .surrogates import KL_ESTIMATORS, SEQUENCE_RATIO, SURROGATES, Surrogate
+from .surrogates import KL_ESTIMATORS, SEQUENCE_RATIO, SURROGATES, Clip, Surrogate
 from .weighting import SPLITS
 
 
@@ -69,6 +69,11 @@ class EAPOConfig:
         if self.fixed_length is not None:
             ok = isinstance(self.fixed_length, int) and self.fixed_length > 0
             require(ok, "fixed_length", "a positive int", repr(self.fixed_length))
+
+    @property
+    def clip(self) -> Clip:
+        """The ratio's bounds."""
+        return Clip(self.clip_low, self.clip_high, self.dual_clip)
 
     @property
     def scope(self) -> str:

@@ -156,7 +156,7 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
     if config.surrogate in SEQUENCE_RATIO:
         ratio = _sequence_mean(ratio, terms)
     surrogate = SURROGATES[config.surrogate] if isinstance(config.surrogate, str) else config.surrogate
-    objective, clipped = surrogate(logp, ratio, terms.weighted_advantages(), config)
+    objective, clipped = surrogate(logp, ratio, terms.weighted_advantages(), config.clip)
     if terms.importance is not None:
         objective = objective * terms.importance
     per_token = -objective

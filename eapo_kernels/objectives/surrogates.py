@@ -7,19 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .config import EAPOConfig
-
 MAX_LOG_RATIO = 60.0
 """Log-ratios are clamped to +-60 so that exp stays finite in fp32; beyond it the gradient is zero instead of NaN."""
 
-Surrogate = Callable[[Tensor, Tensor, Tensor, "EAPOConfig"], tuple[Tensor, Tensor]]
-"""(logp, log_ratio, advantages, config) -> (term, clipped). ``log_ratio`` is logp - old_logp, clamped, with gradient."""
+
+class Clip(NamedTuple):
+    """Bounds of the ratio: 1 - low, 1 + high; ``dual`` bounds a negative advantage's term by dual * A, or None."""
+
+    low: float
+    high: float
+    dual: float | None = None
+
+
+Surrogate = Callable[[Tensor, Tensor, Tensor, Clip], tuple[Tensor, Tensor]]
+"""(logp, log_ratio, advantages, clip) -> (term, clipped). ``log_ratio`` is logp - old_logp, clamped, with gradient."""
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor | None) -> Tensor:
@@ -28,32 +34,32 @@ def log_ratio(logp: Tensor, old_logp: Tensor | None) -> Tensor:
     return (logp - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def reinforce(logp: Tensor, log_ratio: Tensor, advantages: Tensor, config: EAPOConfig) -> tuple[Tensor, Tensor]:
+def reinforce(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
     """A * logp (Williams 1992). Ignores the old policy."""
     return advantages * logp, torch.zeros_like(logp, dtype=torch.bool)
 
 
-def ppo_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, config: EAPOConfig) -> tuple[Tensor, Tensor]:
+def ppo_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
     """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347; two bounds: DAPO, arXiv 2503.14476).
 
-    With ``dual_clip`` c, negative advantages are bounded below by c * A (arXiv 1912.09729).
+    With ``clip.dual`` c, negative advantages are bounded below by c * A (arXiv 1912.09729).
     """
     ratio = log_ratio.exp()
     term = ratio * advantages
-    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages
+    bounded = ratio.clamp(1 - clip.low, 1 + clip.high) * advantages
     clipped = bounded < term
     term = torch.where(clipped, bounded, term)
-    if config.dual_clip is not None:
-        floor = config.dual_clip * advantages
+    if clip.dual is not None:
+        floor = clip.dual * advantages
         under = (advantages < 0) & (term < floor)
         term, clipped = torch.where(under, floor, term), clipped | under
     return term, clipped
 
 
-def cispo(logp: Tensor, log_ratio: Tensor, advantages: Tensor, config: EAPOConfig) -> tuple[Tensor, Tensor]:
+def cispo(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
     """sg(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logp: the weight is clipped, the gradient kept (arXiv 2506.13585)."""
     ratio = log_ratio.detach().exp()
-    weight = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    weight = ratio.clamp(1 - clip.low, 1 + clip.high)
     return weight * advantages * logp, torch.zeros_like(logp, dtype=torch.bool)
 
 
