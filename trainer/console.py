@@ -80,9 +80,9 @@ class Console:
         self._progress.update(self._run, description=f"training, {eta}", completed=step)
 
     @contextmanager
-    def phase(self, name: str, *, total: int | None = None) -> Iterator[Tick]:
+    def phase(self, name: str) -> Iterator[Tick]:
         """A piece of work; yields the function to call with (done, total)."""
-        task = self._progress.add_task(name, total=total)
+        task = self._progress.add_task(name, total=None)
         self._status, self._since = name, time.monotonic()
 
         def tick(done: int, total: int) -> None:

@@ -69,6 +69,8 @@ def load_questions(path: str, limit: int = 0) -> Questions:
     for column in ("prompt", "answer"):
         if column not in table.column_names:
             raise DataError(f"data: expected a column {column!r} in {path}, got {', '.join(table.column_names)}")
+    for column in {"prompts", "completions", "completion_ids"} & set(table.column_names):
+        raise DataError(f"data: expected no column with a name that reward functions use already, got {column!r} in {path}")
     rows = list(table.select(range(min(limit, len(table)))) if limit else table)
     if not rows:
         raise DataError(f"data: expected at least one row, got none in {path}")

@@ -47,6 +47,9 @@ class Estimate:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
 
 def bootstrap(values: Sequence[float], resamples: int, seed: int = 0) -> Estimate:
     """Mean of the finite ``values`` with a percentile bootstrap interval over them; NaN when there are none."""

@@ -44,11 +44,8 @@ class Evaluation:
     def headline(self, resamples: int) -> str:
         """Reward, entropy and diversity in one line."""
         found = self.estimates(resamples)
-        reward, others = (
-            found["reward"],
-            [f"{name} {found[name].mean:.3f}" for name in ("entropy", "distinct_2", "self_bleu")],
-        )
-        return f"reward {reward.mean:.3f} [{reward.low:.3f}, {reward.high:.3f}]  " + "  ".join(others)
+        others = "  ".join(f"{name} {found[name].mean:.3f}" for name in ("entropy", "distinct_2", "self_bleu"))
+        return f"reward {found['reward']}  {others}"
 
 
 def known(column: Sequence[float | None]) -> list[float]:
@@ -90,8 +87,8 @@ def evaluate(
     texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
     with console.phase(f"{title}: rewards"):
         scores = rewards.score(questions.columns(indices, k), texts, rollouts.completion_ids)
-    for failure in scores.failures:
-        console.line(str(failure))
+    for line in scores.complaints():
+        console.line(line)
     with console.phase(f"{title}: entropy") as tick:
         answers = select(rollouts, range(len(texts)))
         budget = config.optim.micro_batch_tokens
@@ -112,14 +109,9 @@ def evaluate(
         }
         for name, value in row.items():
             values.setdefault(name, []).append(value)
+    asked = (row["prompt"] for row in questions.rows for _ in range(k))
     samples = [
-        {
-            "step": step,
-            "dataset": dataset,
-            "prompt": questions.rows[i // k]["prompt"],
-            "completion": texts[i],
-            "reward": total,
-        }
-        for i, total in enumerate(scores.total.tolist())
+        {"step": step, "dataset": dataset, "prompt": prompt, "completion": text, "reward": reward}
+        for prompt, text, reward in zip(asked, texts, scores.total.tolist(), strict=True)
     ]
     return Evaluation(dataset, step, values, k), samples

@@ -112,8 +112,8 @@ def _train(config: Config, console: Console) -> bool:
 
             with console.phase("rewards"):
                 scores = rewards.score(columns, texts, rollouts.completion_ids)
-                for failure in scores.failures:
-                    console.line(f"left out: {failure}")
+                for line in scores.complaints():
+                    console.line(f"left out: {line}")
                 kept = whole_groups(scores, rollout.responses)
                 if not kept:
                     raise RewardError(

@@ -35,7 +35,7 @@ class Policy(nn.Module):
     Attributes:
         model: the transformers model, or the peft model around it.
         tokenizer: its tokenizer.
-        eos_ids: the tokens that end an answer.
+        eos_ids: the tokens that end an answer: the tokenizer's and those of the generation config.
         head_options: bias, softcap and logit_scale of the output head, as keywords of ``eapo_kernels``.
     """
 
@@ -51,10 +51,11 @@ class Policy(nn.Module):
         head = self.language_model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise ModelError(f"model: expected a plain linear output head (no adapter on it), got {type(head).__name__}")
-        eos = self.language_model.generation_config.eos_token_id or tokenizer.eos_token_id
-        if eos is None:
+        own = self.language_model.generation_config.eos_token_id
+        found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        if not found:
             raise ModelError("model: expected an end-of-sequence token in the generation config or tokenizer, got none")
-        self.eos_ids: list[int] = [eos] if isinstance(eos, int) else list(eos)
+        self.eos_ids: list[int] = sorted(found)
         self.pad_id: int = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.head_options = _head_options(self.language_model.config)
         self.checkpointed = [
@@ -95,9 +96,11 @@ class Policy(nn.Module):
         """Transformers recomputes only layers in training mode; their children stay in eval mode, without dropout."""
         for layer in self.checkpointed:
             layer.training = torch.is_grad_enabled()
-        yield
-        for layer in self.checkpointed:
-            layer.training = False
+        try:
+            yield
+        finally:
+            for layer in self.checkpointed:
+                layer.training = False
 
     @torch.no_grad()
     def _check_head(self) -> None:

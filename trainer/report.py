@@ -12,7 +12,6 @@ import matplotlib
 matplotlib.use("Agg")  # files only: a machine without a display must draw them too
 import matplotlib.pyplot as plt
 
-from .diversity import Estimate
 from .errors import DataError
 from .evaluate import Evaluation, difference
 from .rundir import read
@@ -67,16 +66,9 @@ def comparison(before: Evaluation, after: Evaluation, resamples: int) -> list[li
     """Rows of metric, before, after and change, each mean with its 95 % interval."""
     first, last = before.estimates(resamples), after.estimates(resamples)
     return [
-        [
-            name.format(k=before.responses),
-            *map(_cell, (first[key], last[key], difference(before, after, key, resamples))),
-        ]
+        [name.format(k=before.responses), *map(str, (first[key], last[key], difference(before, after, key, resamples)))]
         for key, name in METRICS.items()
     ]
-
-
-def _cell(estimate: Estimate) -> str:
-    return f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -89,7 +81,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def estimates_table(evaluation: Evaluation, resamples: int) -> str:
     """One evaluation as a Markdown table."""
     rows = [
-        [METRICS[name].format(k=evaluation.responses), _cell(found)] for name, found in evaluation.estimates(resamples).items()
+        [METRICS[name].format(k=evaluation.responses), str(found)] for name, found in evaluation.estimates(resamples).items()
     ]
     questions = len(evaluation.values["reward"])
     return markdown_table(
@@ -131,14 +123,7 @@ def write_report(runs: Sequence[Path], directory: Path, *, resamples: int = 2000
 def _run_section(run: Path, resamples: int) -> list[str]:
     config = tomllib.loads((run / "config.toml").read_text())
     rows = read(run, "metrics")
-    picked = [
-        "reward/mean",
-        "eapo/entropy",
-        "eapo/positive_weight",
-        "diversity/distinct_2",
-        "clip_fraction",
-        "grad_norm",
-    ]
+    picked = [*CURVES, "clip_fraction", "grad_norm"]
     header = ["step", *picked]
     shown = rows[:: max(1, len(rows) // 10)]
     shown = shown if shown[-1] is rows[-1] else [*shown, rows[-1]]

@@ -57,6 +57,11 @@ class Scores:
     parts: dict[str, list[float | None]]
     failures: list[Failure]
 
+    def complaints(self, most: int = 3) -> list[str]:
+        """The failures as lines to print: the first ones and how many more there are."""
+        more = len(self.failures) - most
+        return [str(failure) for failure in self.failures[:most]] + ([f"... and {more} more failures"] if more > 0 else [])
+
 
 class Rewards:
     """The configured functions and their weights.

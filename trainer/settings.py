@@ -72,9 +72,10 @@ def _as_arguments(table: dict[str, Any], prefix: str, source: str) -> Iterator[s
             raise ConfigError(f"{source}: {name}: expected {expected}, got {value!r}")
         if isinstance(value, dict):
             yield from _as_arguments(value, f"{name}.", source)
+        elif isinstance(value, list):
+            yield from (f"--{name}", *map(str, value))
         else:
-            yield f"--{name}"
-            yield from map(str, value) if isinstance(value, list) else [str(value)]
+            yield f"--{name}={value}"
 
 
 def _check_key(name: str, source: str) -> bool:

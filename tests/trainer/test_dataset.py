@@ -32,6 +32,7 @@ def test_columns_repeat_each_row_for_its_answers(questions: Path) -> None:
     [
         ("a.jsonl", '{"prompt": "x"}\n', "expected a column 'answer'"),
         ("a.jsonl", '{"question": "x", "answer": "y"}\n', "expected a column 'prompt'"),
+        ("a.jsonl", '{"prompt": "x", "answer": "y", "completions": 1}\n', "got 'completions'"),
         ("a.jsonl", "", "empty file"),
         ("a.jsonl", "{not json", "expected rows that datasets can read"),
         ("a.csv", "prompt,answer\n", "expected a file ending in .jsonl, .json, .parquet"),

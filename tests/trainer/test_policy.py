@@ -134,3 +134,10 @@ def test_what_cannot_be_trained_is_refused(model_dir: Path, model: dict, lora: d
     config = replace(ModelConfig(path=str(model_dir), device="cpu"), **model)
     with pytest.raises(ModelError, match=message):
         load_policy(config, LoraConfig(**lora), seed=0)
+
+
+@pytest.mark.parametrize(("config", "expected"), [(7, [1, 7]), ([7, 1, 8], [1, 7, 8]), (None, [1]), (0, [0, 1])])
+def test_an_answer_ends_at_any_of_the_ids(config: int | list[int] | None, expected: list[int]) -> None:
+    model = make_model()
+    model.generation_config.eos_token_id = config
+    assert Policy(model, make_tokenizer()).eos_ids == expected

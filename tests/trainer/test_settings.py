@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.__main__ import DEMO, main
+from trainer.__main__ import main
+from trainer.commands import DEMO
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.settings import parse_config, to_toml
@@ -32,9 +33,9 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Pa
 
 
 def test_toml_round_trip(tmp_path: Path) -> None:
-    config = parse_config(
-        ["--name", 'a "b"', "--overwrite", "True", "--data.system-prompt", "eins\nzwei", "--lora.layers", "3"]
-    )
+    flags = ["--name", 'a "b"', "--overwrite", "True", "--data.system-prompt=--so\nto = say", "--lora.layers", "3"]
+    config = parse_config([*flags, "--loss.importance-cap", "2", "--data.eval", ""])
+    assert config.data.system_prompt == "--so\nto = say"
     assert parse_config([], recipe=write(tmp_path, to_toml(config))) == config
     assert parse_config([], recipe=write(tmp_path, to_toml(Config()))) == Config()
 

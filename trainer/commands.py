@@ -1,0 +1,76 @@
+"""What each command does. Heavy imports wait until its arguments are known to be good."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from eapo_kernels import EapoError
+
+from .errors import ConfigError, DataError, ModelError
+from .settings import parse_config, to_toml
+
+DEMO = Path(__file__).parent / "recipes" / "demo.toml"
+
+DEMO_NOTICE = """\
+eapo_kernels demo. What it is: SmolLM2-135M-Instruct, dequantized from a 4-bit file, learns with EAPO to define medical
+terms the way WordNet does. The reward is similarity to WordNet's gloss (sentence embedding + ROUGE-L), not correctness.
+A method at work on a small machine: not a medical model, not a benchmark, not medical advice.
+"""
+
+
+def _train(arguments: Sequence[str]) -> int:
+    config = parse_config(arguments)
+    from .loop import train
+
+    return 0 if train(config) else 130
+
+
+def _eval(arguments: Sequence[str]) -> int:
+    config = parse_config(arguments, prog="python -m trainer eval")
+    from .eval_command import evaluate_model
+
+    return 0 if evaluate_model(config) else 130
+
+
+def _report(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer report", description="Draw curves and a Markdown page.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories; several are drawn into one picture")
+    parser.add_argument("--out", type=Path, help="where curves.png and report.md go (default: the first run)")
+    options = parser.parse_args(arguments)
+    from .report import write_report
+
+    for path in write_report(options.runs, options.out or options.runs[0]):
+        print(path)
+    return 0
+
+
+def _print_config(arguments: Sequence[str]) -> int:
+    print(to_toml(parse_config(arguments, prog="python -m trainer print-config")), end="")
+    return 0
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    config = parse_config(arguments, recipe=DEMO, prog="python -m trainer demo")
+    print(DEMO_NOTICE, flush=True)
+    from .loop import train
+
+    return 0 if train(config) else 130
+
+
+COMMANDS = {"train": _train, "eval": _eval, "report": _report, "print-config": _print_config, "demo": _demo}
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run the command ``name``; errors become one line on stderr and an exit code."""
+    try:
+        if name not in COMMANDS:
+            raise ConfigError(f"command: expected one of {', '.join(COMMANDS)}, got {name!r}")
+        return COMMANDS[name](arguments)
+    except EapoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | DataError | ModelError) else 1
+    except KeyboardInterrupt:
+        return 130
