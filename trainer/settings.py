@@ -6,6 +6,7 @@ boxes of help are turned into one line, because a typo in a job script should no
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -29,7 +30,13 @@ def parse_config(arguments: Sequence[str], *, recipe: Path | None = None, prog: 
     Raises:
         ConfigError: the recipe cannot be read, a key is unknown or a value does not fit; one line, expected and got.
     """
-    recipe, overrides = _take_recipe(list(arguments), recipe)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path, default=recipe)
+    try:
+        known, overrides = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        raise ConfigError("command line: --config: expected the path of a TOML recipe, got nothing") from None
+    recipe = known.config
     config = Config()
     if recipe is not None:
         config = _tyro(_read_recipe(recipe), config, prog, source=str(recipe))
@@ -37,20 +44,6 @@ def parse_config(arguments: Sequence[str], *, recipe: Path | None = None, prog: 
         if argument.startswith("--") and argument not in ("--help", "--"):
             _check_key(argument[2:].split("=")[0].replace("-", "_"), source="command line")
     return _tyro(overrides, config, prog, source="command line")
-
-
-def _take_recipe(arguments: list[str], recipe: Path | None) -> tuple[Path | None, list[str]]:
-    rest: list[str] = []
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == "--config" or argument.startswith("--config="):
-            path = next(remaining, "") if argument == "--config" else argument.removeprefix("--config=")
-            if not path:
-                raise ConfigError("command line: --config: expected the path of a TOML recipe, got nothing")
-            recipe = Path(path)
-        else:
-            rest.append(argument)
-    return recipe, rest
 
 
 def _read_recipe(path: Path) -> list[str]:

@@ -54,7 +54,7 @@ class TransformersEngine:
                 result.truncated.append(length is None)
         return result
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _sample(self, prompts: list[list[int]], sampling: Sampling, seed: int, tick: _TokenTick) -> tuple[Tensor, Tensor]:
         """Sampled tokens and their log-probs, both [b, T] CPU; what follows an end-of-sequence token means nothing."""
         policy = self.policy
