@@ -19,7 +19,7 @@ def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:
     Raises EapoError when not even one row fits.
     """
     fit = budget // max(bytes_per_row, 1)
-    require(fit >= 1, "Options.memory_budget", f"at least {bytes_per_row} bytes, one row of logits", budget)
+    require(fit >= 1, "Options.memory_budget", f"at least {bytes_per_row} bytes, the workspace of one row", budget)
     if fit >= n_rows:
         return max(n_rows, 1)
     if fit >= _ROW_ALIGNMENT:

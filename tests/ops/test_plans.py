@@ -13,7 +13,7 @@ from eapo_kernels.ops import plans
 @given(st.integers(1, 10**6), st.integers(1, 2**21), st.integers(1, 2**34))
 def test_row_chunks_fit_the_budget(n_rows: int, bytes_per_row: int, budget: int) -> None:
     if budget < bytes_per_row:
-        with pytest.raises(EapoError, match="one row of logits"):
+        with pytest.raises(EapoError, match="the workspace of one row"):
             plans.row_chunk(n_rows, bytes_per_row, budget)
         return
     chunk = plans.row_chunk(n_rows, bytes_per_row, budget)
