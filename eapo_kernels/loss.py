@@ -268,6 +268,7 @@ def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms:
         clip_low=c.clip_low,
         clip_high=c.clip_high,
         dual_clip=c.dual_clip,
+        valid=terms.valid,
     )
 
 

@@ -92,6 +92,7 @@ class SurrogateTerms:
         negative_weight: number.
         clip_low, clip_high: numbers >= 0.
         dual_clip: number > 1, or None.
+        valid: [C] bool, the tokens that count: the others add to no sum and get a zero coefficient. None: all.
     """
 
     sequence_ids: Tensor
@@ -105,6 +106,7 @@ class SurrogateTerms:
     clip_low: float
     clip_high: float
     dual_clip: float | None
+    valid: Tensor | None = None
 
 
 class Coefficients(NamedTuple):
