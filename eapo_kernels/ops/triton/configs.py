@@ -1,0 +1,130 @@
+"""Tile configurations as data. None has been measured on hardware yet: they compile for their architecture without spills
+(tests/aot) and are otherwise what the shapes suggest. A measured row replaces its line and names the GPU and the commit.
+
+Nothing here imports triton or looks at a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts its work.
+
+    Attributes:
+        block_n, block_v, block_d: tokens and columns of a program's tile, and the depth of one step of its product.
+        group_n: row tiles that sweep the vocabulary together, so that hidden and weight panels stay in L2.
+        warps, stages: warps of a program; steps of the product in flight.
+        max_registers: cap on registers per thread, or None.
+        descriptors: load operands by tensor descriptor (TMA); needs rows of 16-byte multiples, see ``launch.describable``.
+        resident: programs that share one multiprocessor.
+        slices: pieces of its columns in which a tile leaves the product: more of them need fewer registers.
+    """
+
+    block_n: int
+    block_v: int
+    block_d: int = 0
+    group_n: int = 16
+    warps: int = 4
+    stages: int = 3
+    max_registers: int | None = None
+    descriptors: bool = False
+    resident: int = 1
+    slices: int = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table: ``tile`` suits ``kernel`` on ``family`` near [*, dim] x [vocab, dim] operands of ``itemsize`` bytes.
+
+    Kernels without a product have one line a family, of itemsize 4.
+    """
+
+    kernel: str
+    family: str
+    itemsize: int
+    dim: int
+    vocab: int
+    tile: Tile
+
+
+PRODUCTS = ("stream_statistics", "logit_gradient")
+"""Kernels that multiply hidden and weight."""
+
+
+def _products(family: str, itemsize: int, dim: int, tile: Tile) -> tuple[Entry, ...]:
+    return tuple(Entry(kernel, family, itemsize, dim, 131072, tile) for kernel in PRODUCTS)
+
+
+TABLE = (
+    # Interpreted: time goes by operations, not by elements, so tiles are large.
+    *_products("interpreter", 2, 4096, Tile(64, 2048, 128, descriptors=True)),
+    *_products("interpreter", 2, 4096, Tile(64, 2048, 128)),
+    *_products("interpreter", 4, 4096, Tile(64, 2048, 128)),
+    Entry("row_statistics", "interpreter", 4, 4096, 131072, Tile(64, 4096)),
+    Entry("row_gradient", "interpreter", 4, 4096, 131072, Tile(64, 4096)),
+    Entry("finalize", "interpreter", 4, 4096, 131072, Tile(1024, 0)),
+    # Hopper, half precision: 128x128 leaves room for two programs, whose epilogues and products overlap (the epilogue weighs
+    # more when D is small); 128x256 reads less shared memory per operation. Lines without descriptors are for operands that no
+    # descriptor can describe: rows that are not multiples of 16 bytes, or strided.
+    *_products("sm90", 2, 2048, Tile(128, 128, 64, warps=8, max_registers=128, descriptors=True, resident=2, slices=4)),
+    *_products("sm90", 2, 4096, Tile(128, 256, 64, warps=8, descriptors=True, slices=4)),
+    *_products("sm90", 2, 4096, Tile(64, 128, 32, warps=8, slices=4)),
+    *_products("sm90", 4, 4096, Tile(64, 64, 32, warps=8, stages=2, resident=2)),
+    # Blackwell (data centre): accumulators live in tensor memory.
+    *_products("sm100", 2, 4096, Tile(128, 128, 64, warps=8, descriptors=True, resident=2, slices=4)),
+    *_products("sm100", 2, 4096, Tile(64, 128, 32, warps=8, slices=4)),
+    *_products("sm100", 4, 4096, Tile(64, 64, 32, warps=8, stages=2, resident=2)),
+    # Ampere and everything else: at most 96 KiB of shared memory.
+    *_products("sm80", 2, 4096, Tile(128, 128, 32, warps=8, slices=4)),
+    *_products("sm80", 4, 4096, Tile(64, 64, 32, warps=8, stages=2, resident=2)),
+    # One row a program, bound by memory on every architecture.
+    *(
+        Entry(kernel, family, 4, 4096, 131072, Tile(1, block, warps=8))
+        for family in ("sm80", "sm90", "sm100")
+        for kernel, block in (("row_statistics", 8192), ("row_gradient", 4096))
+    ),
+    *(Entry("finalize", family, 4, 4096, 131072, Tile(256, 0)) for family in ("sm80", "sm90", "sm100")),
+)
+
+
+def family(capability: tuple[int, int] | None) -> str:
+    """The table's name of a compute capability; None is the interpreter. Unknown ones get what asks least of the hardware."""
+    if capability is None:
+        return "interpreter"
+    return {9: "sm90", 10: "sm100"}.get(capability[0], "sm80")
+
+
+@functools.cache
+def find(kernel: str, family: str, itemsize: int, dim: int = 4096, vocab: int = 131072, *, descriptors: bool = False) -> Tile:
+    """The tile of the nearest line: kernel, family and item size must agree, then D and V by their ratios.
+
+    descriptors: whether the operands can be loaded by descriptor; such lines are preferred then, and excluded otherwise.
+    """
+
+    def distance(entry: Entry) -> tuple[bool, float]:
+        far = abs(math.log2(max(dim, 1) / entry.dim)) + abs(math.log2(vocab / entry.vocab))
+        return entry.tile.descriptors != descriptors, far
+
+    lines = [e for e in TABLE if (e.kernel, e.family, e.itemsize) == (kernel, family, itemsize)]
+    return min((e for e in lines if descriptors or not e.tile.descriptors), key=distance).tile
+
+
+@functools.cache
+def tiles_per_split(row_tiles: int, column_tiles: int, slots: int, max_splits: int) -> int:
+    """Vocabulary tiles per program of the forward pass, so that the programs fill the machine's ``slots`` evenly.
+
+    The cost of a choice is its waves times the length of a program, where starting and ending a program counts as one tile.
+    """
+    limit = max(1, min(column_tiles, max_splits, -(-4 * slots // row_tiles)))
+
+    def cost(splits: int) -> tuple[int, int]:
+        length = -(-column_tiles // splits)
+        programs = row_tiles * -(-column_tiles // length)
+        return -(-programs // slots) * (length + 1), splits
+
+    return -(-column_tiles // min(range(1, limit + 1), key=cost))

@@ -1,0 +1,213 @@
+"""The last step of a forward pass, one launch over tokens: partial sums become statistics (E2-E4) and, on request, the loss and
+the coefficients of a clipped, sign-weighted surrogate (E9, E10; ``backend.SurrogateTerms``)."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import SUMS, Coefficients, LogitCotangents, SurrogateTerms
+from ..statistics import RowStatistics
+from . import configs
+from .configs import Tile
+from .launch import Launch, family, options
+from .math import NEG_INF, expm1, log1p
+from .sums import PartialSums
+
+N_SUMS = tl.constexpr(len(SUMS))
+
+_TERMS = (
+    "sequence_ids", "valid", "old_logp", "scale", "advantages", "rewards", "thresholds", "positive_weight",
+    "negative_weight", "ratio_low", "ratio_high", "dual_clip",
+)  # fmt: skip
+"""Parameters of the kernel that describe a surrogate."""
+
+
+@triton.jit
+def merge_sums(sums, rows, n_rows, n_splits, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr):
+    """(row_max, z_target, rest, x_exp, exp2, x_exp2) over all ranges, each [BLOCK_N]; row_max includes the target now.
+
+    Two passes in a fixed order: the maximum first, then every range rescaled to it (the merge of math.md, once per range).
+    """
+    field = tl.cast(n_splits, tl.int64) * n_rows
+    row_max = tl.full(rows.shape, NEG_INF, tl.float32)
+    z_target = tl.zeros(rows.shape, tl.float32)
+    for split in range(0, n_splits):
+        at = sums + tl.cast(split, tl.int64) * n_rows + rows
+        row_max = tl.maximum(row_max, tl.load(at))  # [BLOCK_N]
+        z_target += tl.load(at + field)  # [BLOCK_N]
+    row_max = tl.maximum(row_max, z_target)
+    rest = tl.zeros(rows.shape, tl.float32)
+    x_exp = tl.zeros(rows.shape, tl.float32)
+    exp2 = tl.zeros(rows.shape, tl.float32)
+    x_exp2 = tl.zeros(rows.shape, tl.float32)
+    for split in range(0, n_splits):
+        at = sums + tl.cast(split, tl.int64) * n_rows + rows
+        shift = tl.load(at) - row_max  # [BLOCK_N]
+        r = tl.exp(shift)
+        shift = tl.where(r > 0.0, shift, 0.0)
+        part = tl.load(at + 2 * field)  # [BLOCK_N]
+        rest += r * part
+        if ENTROPY:
+            x_exp += r * (tl.load(at + 3 * field) + shift * part)  # [BLOCK_N]
+        if SECOND_MOMENTS:
+            part = tl.load(at + 4 * field)  # [BLOCK_N]
+            exp2 += r * r * part
+            x_exp2 += r * r * (tl.load(at + 5 * field) + shift * part)  # [BLOCK_N]
+    return row_max, z_target, rest, x_exp, exp2, x_exp2
+
+
+@triton.jit
+def bounded_log_ratio(logp, other):
+    """logp - other within +-60, NaN kept."""
+    gap = logp - other
+    return tl.where(gap < -60.0, -60.0, tl.where(gap > 60.0, 60.0, gap))
+
+
+@triton.jit
+def clipped_surrogate(logp, old_logp, advantage, low, high, dual_clip):
+    """(term, d term / d logp, ratio, clipped) of ``SurrogateTerms``, without weight and scale. All [BLOCK_N].
+
+    Where two branches are equal the unclipped one counts: its gradient is kept and the token is not called clipped.
+    low, high: bounds of the ratio. dual_clip: number or None.
+    """
+    log_ratio = bounded_log_ratio(logp, old_logp)
+    ratio = tl.exp(log_ratio)
+    free = ratio * advantage
+    limit = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
+    clipped = limit < free
+    term = tl.where(clipped, limit, free)
+    if dual_clip is not None:
+        floor = dual_clip * advantage
+        under = (advantage < 0.0) & (term < floor)
+        term = tl.where(under, floor, term)
+        clipped = clipped | under
+    flat = clipped | (log_ratio != logp - old_logp)
+    return term, tl.where(flat, 0.0, free), ratio, clipped
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_splits"])
+def finalize_kernel(
+    out, sums, n_rows, n_splits,
+    coefficient, totals, sequence_ids, valid, old_logp, scale, advantages, rewards, thresholds, positive_weight,
+    negative_weight, ratio_low, ratio_high, dual_clip,
+    BLOCK_N: tl.constexpr, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr, SURROGATE: tl.constexpr,
+):  # fmt: skip
+    """Finish a block of tokens; each program owns its rows of every output.
+
+    out: [4, 6 or 8, n_rows] fp32: logp, lse, row_max, log_sum, then entropy and mean_shifted, then p2 and p2_logp.
+    sums: see ``PartialSums``.
+    coefficient: [n_rows] fp32, d loss / d logp. totals: [programs, len(SUMS)] fp32, the block's share of ``backend.SUMS``.
+    ratio_low, ratio_high: 1 - clip_low, 1 + clip_high. The others from ``sequence_ids`` on: ``SurrogateTerms``. Without
+    SURROGATE all of these are None.
+    """
+    block = tl.program_id(0)
+    rows = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = rows < n_rows
+    rows = tl.minimum(rows, n_rows - 1)
+    row_max, z_target, rest, x_exp, exp2, x_exp2 = merge_sums(sums, rows, n_rows, n_splits, ENTROPY, SECOND_MOMENTS)
+
+    x = z_target - row_max
+    e = tl.exp(x)
+    s0 = rest + e
+    top = x == 0.0
+    log_sum = tl.where(top, log1p(rest), tl.log(s0))
+    logp = tl.where(top, -log_sum, x - log_sum)
+    at = out + rows
+    field = tl.cast(n_rows, tl.int64)
+    tl.store(at, logp, mask=mask)  # [BLOCK_N]
+    tl.store(at + field, row_max + log_sum, mask=mask)  # [BLOCK_N]
+    tl.store(at + 2 * field, row_max, mask=mask)  # [BLOCK_N]
+    tl.store(at + 3 * field, log_sum, mask=mask)  # [BLOCK_N]
+    x = tl.where(e > 0.0, x, 0.0)  # x e^x -> 0 at x = -inf
+    entropy = tl.zeros([BLOCK_N], tl.float32)
+    if ENTROPY:
+        mean = (x_exp + x * e) / s0
+        entropy = log_sum - mean
+        entropy = tl.where(entropy < 0.0, 0.0, entropy)
+        tl.store(at + 4 * field, entropy, mask=mask)  # [BLOCK_N]
+        tl.store(at + 5 * field, mean, mask=mask)  # [BLOCK_N]
+    if SECOND_MOMENTS:
+        p2 = (exp2 + e * e) / (s0 * s0)
+        tl.store(at + 6 * field, p2, mask=mask)  # [BLOCK_N]
+        tl.store(at + 7 * field, (x_exp2 + x * (e * e)) / (s0 * s0) - log_sum * p2, mask=mask)  # [BLOCK_N]
+
+    if SURROGATE:
+        counts = mask
+        if valid is not None:
+            counts = mask & tl.load(valid + rows).to(tl.int1)  # [BLOCK_N]
+        sequence = tl.load(sequence_ids + rows)  # [BLOCK_N]
+        advantage = tl.load(advantages + sequence)  # [BLOCK_N]
+        positive = tl.load(rewards + sequence) > tl.load(thresholds + sequence)  # [BLOCK_N]
+        weight = tl.where(positive, tl.load(positive_weight), negative_weight)
+        factor = -tl.load(scale + rows) * weight  # [BLOCK_N]
+        old = tl.load(old_logp + rows)  # [BLOCK_N]
+        term, slope, ratio, clipped = clipped_surrogate(logp, old, advantage, ratio_low, ratio_high, dual_clip)
+        tl.store(coefficient + rows, tl.where(counts, factor * slope, 0.0), mask=mask)  # [BLOCK_N]
+        gap = -bounded_log_ratio(logp, old)
+        totals += block * N_SUMS
+        tl.store(totals, tl.sum(tl.where(counts, factor * term, 0.0), 0))
+        tl.store(totals + 1, tl.sum(tl.where(counts, entropy, 0.0), 0))
+        tl.store(totals + 2, tl.sum(tl.where(counts, ratio, 0.0), 0))
+        tl.store(totals + 3, tl.sum(tl.where(counts & clipped, 1.0, 0.0), 0))
+        tl.store(totals + 4, tl.sum(tl.where(counts, expm1(gap) - gap, 0.0), 0))
+        tl.store(totals + 5, 0.0)
+
+
+class Finalized(NamedTuple):
+    """What a finalize launch writes.
+
+    Attributes:
+        statistics: of every row.
+        coefficient: [N] fp32, d loss / d logp, or None without terms.
+        totals: [programs, len(SUMS)] fp32, or None without terms.
+    """
+
+    statistics: RowStatistics
+    coefficient: Tensor | None
+    totals: Tensor | None
+
+    def coefficients(self) -> Coefficients:
+        """The blocks' totals are added in a fixed order."""
+        assert self.totals is not None
+        return Coefficients(LogitCotangents(self.coefficient), self.totals.sum(0))
+
+
+def finalize(
+    partial: PartialSums, terms: SurrogateTerms | None = None, *, tile: Tile | None = None
+) -> tuple[Launch, Finalized]:
+    """The launch that turns partial sums into statistics, with ``terms`` also into coefficients and sums, and its outputs."""
+    sums, entropy, second_moments = partial.values, partial.entropy, partial.second_moments
+    n_rows = sums.shape[2]
+    tile = tile or configs.find("finalize", family(sums.device), 4)
+    programs = triton.cdiv(n_rows, tile.block_n)
+    out = sums.new_empty(8 if second_moments else 6 if entropy else 4, n_rows)
+    coefficient = totals = None
+    arguments: dict[str, Any] = dict.fromkeys(_TERMS)
+    if terms is not None:
+        coefficient, totals = sums.new_empty(n_rows), sums.new_empty(programs, len(SUMS))
+        vectors = {f.name: getattr(terms, f.name) for f in fields(terms) if f.name in _TERMS}
+        arguments |= {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in vectors.items()}
+        arguments |= {"ratio_low": 1.0 - terms.clip_low, "ratio_high": 1.0 + terms.clip_high}
+    arguments |= {
+        "out": out,
+        "sums": sums,
+        "n_rows": n_rows,
+        "n_splits": partial.splits,
+        "coefficient": coefficient,
+        "totals": totals,
+        "BLOCK_N": tile.block_n,
+        "ENTROPY": entropy,
+        "SECOND_MOMENTS": second_moments,
+        "SURROGATE": terms is not None,
+    }
+    logp, lse, row_max, log_sum = out[:4]
+    statistics = RowStatistics(logp, out[4] if entropy else None, lse, row_max, log_sum, out[5] if entropy else None)
+    if second_moments:
+        statistics = statistics._replace(p2=out[6], p2_logp=out[7])
+    launch = Launch(finalize_kernel, programs, arguments, options(tile), sums.device)
+    return launch, Finalized(statistics, coefficient, totals)

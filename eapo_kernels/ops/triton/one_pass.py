@@ -1,0 +1,85 @@
+"""One chunk of the one-pass schedule: raw logits by one large product, two passes of a row kernel around ``finalize``.
+
+The chunk's logits live once, in fp32, between ``open_chunk`` and ``Chunk.gradient``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import products
+from ..backend import ChunkGradient, Coefficients, LogitCotangents, SurrogateTerms
+from ..projection import Projection
+from ..statistics import RowStatistics
+from .finalize import Finalized, finalize
+from .rows import row_gradient, row_statistics
+
+_ALIGNMENT = 16
+"""Columns to which a row of the workspace is padded: full vector loads, and operands that tensor cores take at any V."""
+
+
+def workspace(projection: Projection, dtype: torch.dtype) -> Tensor:
+    """[N, V] uninitialised, with padded rows."""
+    padded = -(-projection.vocab // _ALIGNMENT) * _ALIGNMENT
+    return projection.hidden.new_empty(projection.n_rows, padded, dtype=dtype)[:, : projection.vocab]
+
+
+class TritonChunk:
+    """See ``backend.Chunk``."""
+
+    def __init__(self, projection: Projection, targets: Tensor, entropy: bool) -> None:
+        self._projection, self._targets = projection, targets
+        raw = workspace(projection, torch.float32)
+        self._raw: Tensor | None = products.project_(raw, projection.hidden, projection.weight)
+        launch, self._sums = row_statistics(raw, projection, targets, entropy=entropy)
+        launch()
+        self._final: Finalized | None = None
+
+    def _finalize(self, terms: SurrogateTerms | None) -> Finalized:
+        launch, final = finalize(self._sums, terms)
+        launch()
+        self._final = final
+        return final
+
+    def statistics(self) -> RowStatistics:
+        """One launch; see ``backend.Chunk``."""
+        return self._finalize(None).statistics
+
+    def surrogate(self, terms: SurrogateTerms) -> Coefficients:
+        """One launch; see ``backend.Chunk``."""
+        return self._finalize(terms).coefficients()
+
+    def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
+        """One launch; in place where the operands of the products are fp32. See ``backend.Chunk``.
+
+        The row factors are 1, but for fp16 operands the power of two that brings each row's cotangents near 1.
+        """
+        assert self._raw is not None, "gradient: expected one call per chunk, got a second one"
+        raw, self._raw = self._raw, None
+        statistics = (self._final or self._finalize(None)).statistics
+        dtype = self._projection.operand_dtype
+        matrix = raw if dtype == raw.dtype else workspace(self._projection, dtype)
+        factor = torch.ones_like(statistics.logp)
+        if dtype == torch.float16:
+            factor = _power_of_two(cotangents)
+            cotangents = cotangents.map(lambda c: c / factor)
+        row_gradient(matrix, raw, self._projection, self._targets, statistics, cotangents)()
+        return ChunkGradient(matrix, factor)
+
+
+def _power_of_two(cotangents: LogitCotangents) -> Tensor:
+    """[C] powers of two at the size of each row's largest cotangent, 1 where all are zero."""
+    largest = torch.stack([c.abs() for c in cotangents if c is not None]).amax(0)
+    return torch.where(largest > 0, torch.exp2(largest.log2().floor()), 1.0)
+
+
+def open_chunk(projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool) -> TritonChunk:
+    """See ``backend.OpenChunk``. The logits are kept, so any cotangent can follow."""
+    return TritonChunk(projection, targets, entropy or entropy_gradient)
+
+
+def chunk_bytes(projection: Projection) -> int:
+    """fp32 logits and, where the products want another dtype, the gradient matrix."""
+    dtype = projection.operand_dtype
+    return 4 if dtype == torch.float32 else 4 + dtype.itemsize

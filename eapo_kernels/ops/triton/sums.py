@@ -1,0 +1,65 @@
+"""Vocabulary sums on their way from the kernels that walk the vocabulary to the one that finishes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..projection import Projection
+from .math import LN2, LOWEST, NEG_INF
+
+
+@dataclass(frozen=True)
+class PartialSums:
+    """Sums of ``statistics.RowSums`` per vocabulary range, to be merged by ``finalize``.
+
+    Attributes:
+        values: [fields, splits, N] fp32; fields: row_max (without the target), z_target (0 outside the range that holds it),
+            rest, then x_exp with ``entropy``, then exp2 and x_exp2 with ``second_moments``. x is relative to the row_max of the
+            range; a range without any column has row_max -inf and zero sums.
+        entropy, second_moments: which fields are there.
+    """
+
+    values: Tensor
+    entropy: bool
+    second_moments: bool
+
+    @staticmethod
+    def fields(entropy: bool, second_moments: bool) -> int:
+        """How many fields there are (with second moments, a place is kept for x_exp)."""
+        return 6 if second_moments else 4 if entropy else 3
+
+    @staticmethod
+    def empty(projection: Projection, splits: int, entropy: bool, second_moments: bool) -> PartialSums:
+        fields = PartialSums.fields(entropy, second_moments)
+        shape = (fields, splits, projection.n_rows)
+        values = projection.hidden.new_empty(shape, dtype=torch.float32)
+        return PartialSums(values, entropy, second_moments)
+
+    @property
+    def splits(self) -> int:
+        return self.values.shape[1]
+
+
+@triton.jit
+def store_sums(
+    sums, rows, n_rows, split, n_splits, scale, y_max, y_target, rest, x_exp, exp2, x_exp2,
+    ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of one vocabulary range in nats, see ``PartialSums``."""
+    empty = y_max <= LOWEST
+    mask = rows < n_rows
+    at = sums + split.to(tl.int64) * n_rows + rows
+    field = tl.cast(n_splits, tl.int64) * n_rows
+    tl.store(at, tl.where(empty, NEG_INF, y_max * scale), mask=mask)  # [BLOCK_N]
+    tl.store(at + field, tl.where(y_target <= LOWEST, NEG_INF, y_target * scale), mask=mask)  # [BLOCK_N]
+    tl.store(at + 2 * field, tl.where(empty, 0.0, rest), mask=mask)  # [BLOCK_N]
+    if ENTROPY:
+        tl.store(at + 3 * field, tl.where(empty, 0.0, x_exp * LN2), mask=mask)  # [BLOCK_N]
+    if SECOND_MOMENTS:
+        tl.store(at + 4 * field, tl.where(empty, 0.0, exp2), mask=mask)  # [BLOCK_N]
+        tl.store(at + 5 * field, tl.where(empty, 0.0, x_exp2 * LN2), mask=mask)  # [BLOCK_N]
