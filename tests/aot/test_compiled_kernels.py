@@ -1,0 +1,87 @@
+"""Every shipped tile compiles for its architecture without spills, on the tensor cores, within shared memory. Needs no GPU.
+
+Compiling and interpreting exclude each other in one process: run as ``pytest tests/aot``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from eapo_kernels.ops.triton import configs
+from eapo_kernels.ops.triton.configs import Entry
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs its own process: pytest tests/aot"),
+]
+
+BUILDS = [(entry, variant) for entry in configs.TABLE if entry.family != "interpreter" for variant in ("plain", "full")]
+TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA"}
+SHARED_LIMIT = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
+"""Bytes a program may have; sm80 stands for its family, whose consumer cards have 99 KiB."""
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, Entry):
+        return str(value)
+    t = value.tile
+    load = "tma" if t.descriptors else "pointers"
+    return f"{value.family}-{value.kernel}-{8 * value.itemsize}bit-{t.block_n}x{t.block_v}x{t.block_d}-{load}"
+
+
+@pytest.mark.parametrize(("entry", "variant"), BUILDS, ids=_name)
+def test_compiles_well(entry: Entry, variant: str) -> None:
+    from eapo_kernels.ops.triton import report
+
+    u = report.usage(report.example(entry, variant), report.ARCHITECTURES[entry.family])
+    assert u.spills == 0
+    assert u.stack == 0
+    assert u.doubles == 0, "a Python float has become fp64 arithmetic"
+    assert u.shared <= SHARED_LIMIT[entry.family]
+    assert u.threads == 32 * entry.tile.warps
+    product = entry.kernel in configs.PRODUCTS
+    assert set(u.tensor) == ({TENSOR_CORES[entry.family]} if product and entry.itemsize == 2 else set())
+    assert (u.tma > 0) == entry.tile.descriptors
+    if variant == "plain":
+        residents = entry.tile.resident
+        assert residents * u.threads * (-(-u.registers // 8) * 8) <= 65536, "registers of the programs that share an SM"
+        assert residents * (u.shared + 1024) <= SHARED_LIMIT[entry.family] + 1024, "their shared memory"
+
+
+def test_half_precision_and_bfloat16_compile_alike() -> None:
+    """The table has one line for both: fp16 operands change neither registers nor instructions."""
+    from dataclasses import replace
+
+    import torch
+
+    from eapo_kernels.ops.triton import report
+
+    (entry, *_) = (e for e in configs.TABLE if e.family == "sm90" and e.tile.descriptors)
+    launch = report.example(entry, "plain")
+    arguments = dict(launch.arguments)
+    for name in ("hidden", "weight"):
+        base = torch.empty_like(arguments[name].base, dtype=torch.float16)
+        arguments[name] = replace(arguments[name], base=base)
+    half = report.usage(replace(launch, arguments=arguments), 90)
+    assert half == report.usage(launch, 90)
+
+
+def test_numbers_are_passed_as_fp32_and_never_specialised() -> None:
+    """A new temperature or soft-cap is a new argument, not a new kernel, 1.0 included."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import native_specialize_impl
+
+    for value in (0.7, 1.0, 30.0):
+        assert native_specialize_impl(CUDABackend, value, False, True, True) == ("fp32", None)
+
+
+def test_report_prints_a_line_per_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eapo_kernels.ops.triton import report
+
+    monkeypatch.setattr(report, "usage", lambda launch, architecture: report.Usage(128, 0, 0, 1024, {"HGMMA": 4}, 6, 0, 256))
+    lines = list(report.rows("sm90"))
+    assert len(lines) == 2 + sum(entry.family == "sm90" for entry, _ in BUILDS)
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "| 4 HGMMA | 6 |" in lines[2]

@@ -1,0 +1,61 @@
+"""What the tests of the Triton kernels compare with: the float64 oracle, eager PyTorch, the torch backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eapo_kernels import Options, reference, token_stats
+from eapo_kernels.ops.projection import Projection
+from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats
+from eapo_kernels.types import TokenStats
+
+GRADIENT_FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""The last rounding to the dtype (statistics are fp32 for every dtype)."""
+
+STATISTICS_FLOOR = 1e-6
+
+
+def cotangents(n: int, which: str = "all", device: str = "cpu") -> Tensor:
+    """[3, n] random cotangents of logp, entropy and lse, zero for all but ``which``."""
+    values = torch.randn(3, n, generator=torch.Generator().manual_seed(7))
+    keep = torch.tensor([which in (name, "all") for name in ("logp", "entropy", "lse")])
+    return (values * keep[:, None]).to(device)
+
+
+def run(function: Any, inputs: Inputs, weights: Tensor, **options: Any) -> tuple[TokenStats, tuple[Tensor, ...]]:
+    """Statistics, and gradients of their sum weighted by ``weights`` [3, N]."""
+    leaves = inputs.leaves()
+    stats = function(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, **options)
+    pairs = zip((stats.logp, stats.entropy, stats.lse), weights.to(stats.logp.dtype), strict=True)
+    loss = sum((s * c).sum() for s, c in pairs if bool((c != 0).any()))
+    return stats, torch.autograd.grad(loss, leaves)
+
+
+def triton_token_stats(*args: Any, **options: Any) -> TokenStats:
+    return token_stats(*args, backend="triton", **options)
+
+
+def compare(inputs: Inputs, weights: Tensor, options: Options | None = None, **transform: Any) -> None:
+    """The Triton backend is no worse than twice eager PyTorch in statistics and gradients, plus the floors."""
+    dtype = inputs.hidden.dtype
+    doubled = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in transform.items()}
+    truth, truth_grads = run(reference.token_stats, inputs.to(torch.float64), weights, **doubled)
+    eager, eager_grads = run(eager_token_stats, inputs.to(dtype), weights, **transform)
+    actual, grads = run(triton_token_stats, inputs.to(dtype), weights, options=options, **transform)
+    for name in TokenStats._fields:
+        got, plain, exact = (getattr(s, name) for s in (actual, eager, truth))
+        if exact is not None:
+            assert got.dtype == torch.float32
+            assert_no_worse_than(got, plain, exact, floor=STATISTICS_FLOOR, name=name)
+    for name, got, plain, exact in zip(("hidden", "weight", "bias"), grads, eager_grads, truth_grads, strict=False):
+        assert got.dtype == dtype
+        assert_no_worse_than(got, plain, exact, floor=GRADIENT_FLOOR[dtype], name=f"d_{name}")
+
+
+def projection(inputs: Inputs, **transform: Any) -> Projection:
+    """The record that backends take, without gradient."""
+    bias = None if inputs.bias is None else inputs.bias.detach()
+    return Projection(inputs.hidden.detach(), inputs.weight.detach(), bias, **transform)

@@ -1,0 +1,121 @@
+"""The backend's record: what it refuses, and that it is a good citizen of torch.library and torch.compile."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comparison import projection
+from torch import Tensor
+
+from eapo_kernels import BackendUnavailable, available_backends, token_stats
+from eapo_kernels.ops import plans
+from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.triton import backend, launch
+from eapo_kernels.testing import make_inputs
+
+CPU = Projection(torch.zeros(2, 8), torch.zeros(3, 8))
+
+
+def _pretend(kind: str, dtype: torch.dtype = torch.float32) -> Projection:
+    tensor = SimpleNamespace(device=torch.device(kind), dtype=dtype)
+    return Projection(tensor, tensor)  # type: ignore[arg-type]
+
+
+def test_runs_here(device: str) -> None:
+    assert available_backends(device)["triton"] is None
+
+
+def test_auto_does_not_take_it() -> None:
+    """Until a committed result from hardware shows it correct and faster."""
+    assert not any(name == "triton" for _, name, _ in plans.PROVEN)
+
+
+def test_float64_is_refused(device: str) -> None:
+    inputs = make_inputs(4, 8, 9, dtype=torch.float64, device=device)
+    with pytest.raises(BackendUnavailable, match="backend 'triton': float64 inputs"):
+        token_stats(inputs.hidden, inputs.weight, inputs.targets, backend="triton")
+
+
+def test_every_refusal_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "NVIDIA" in backend.supports(_pretend("mps"))
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    assert "TRITON_INTERPRET=1" in backend.supports(CPU)
+    monkeypatch.setattr(backend, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "7.5" in backend.supports(_pretend("cuda"))
+    monkeypatch.setattr(backend, "capability", lambda device: (9, 0))
+    assert backend.supports(_pretend("cuda")) is None
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "AMD" in backend.supports(_pretend("cuda"))
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    assert "interpreter" in backend.supports(_pretend("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_descriptor_can_describe(dtype: torch.dtype, device: str) -> None:
+    matrix = torch.zeros(40, 64, dtype=dtype, device=device)
+    assert launch.describable(matrix)
+    assert launch.describable(matrix[3:, :40])
+    assert not launch.describable(matrix[:, 1:])
+    assert not launch.describable(matrix.t())
+    assert not launch.describable(matrix[:, ::2])
+    assert not launch.describable(matrix[:1].expand(40, 64))
+    assert not launch.describable(torch.zeros(40, 7, dtype=dtype, device=device))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's table")
+def test_descriptors_are_used_where_they_can_be() -> None:
+    inputs = make_inputs(4, 16, 99, dtype=torch.bfloat16)
+    assert launch.product_tile("stream_statistics", projection(inputs)).descriptors
+    odd = make_inputs(4, 7, 99, dtype=torch.bfloat16)
+    assert not launch.product_tile("stream_statistics", projection(odd)).descriptors
+
+
+@pytest.mark.parametrize(("second_moments", "entropy"), [(False, True), (True, True), (False, False)])
+def test_custom_op_contract(second_moments: bool, entropy: bool, device: str) -> None:
+    inputs = make_inputs(9, 8, 33, device=device)
+    hidden, weight = inputs.leaves()
+    targets = inputs.targets.clone()
+    targets[2] = -100
+    rows = torch.ones(9, device=device)
+    args = (hidden, weight, None, targets, rows, 1.0, 1.0, None, entropy, second_moments, "triton", 2**20, True, False)
+    torch.library.opcheck(torch.ops.eapo_kernels.token_stats.default, args)
+
+
+def test_compiles_in_one_graph_without_recompiling_for_a_new_length(device: str) -> None:
+    inputs = make_inputs(64, 16, 99, device=device)
+    weight = inputs.weight.requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        stats = token_stats(hidden, weight, targets, inv_temperature=0.9, backend="triton")
+        return stats.logp.sum() + 0.1 * stats.entropy.sum()
+
+    torch._dynamo.reset()
+    for n in (64, 40, 23):
+        hidden, targets = inputs.hidden[:n].clone(), inputs.targets[:n].clone()
+        with torch._dynamo.config.patch(error_on_recompile=n != 64):
+            value = loss(hidden, weight, targets)
+        (gradient,) = torch.autograd.grad(value, [weight])
+        expected = token_stats(hidden, weight, targets, inv_temperature=0.9, backend="triton")
+        (plain,) = torch.autograd.grad(expected.logp.sum() + 0.1 * expected.entropy.sum(), [weight])
+        torch.testing.assert_close(gradient, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_temperature_and_length_do_not_recompile(device: str) -> None:
+    from eapo_kernels.ops.triton.forward import stream_statistics_kernel
+
+    inputs = make_inputs(100, 64, 1000, dtype=torch.bfloat16, device=device)
+
+    def variants() -> int:
+        return sum(len(cache[0]) for cache in stream_statistics_kernel.device_caches.values())
+
+    token_stats(inputs.hidden, inputs.weight, inputs.targets, inv_temperature=0.9, backend="triton")
+    before = variants()
+    for n, inv_temperature in ((100, 1.0), (99, 0.7), (96, 2.0), (1, 1.3)):
+        token_stats(inputs.hidden[:n], inputs.weight, inputs.targets[:n], inv_temperature=inv_temperature, backend="triton")
+    assert variants() == before

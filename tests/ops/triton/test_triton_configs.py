@@ -1,0 +1,75 @@
+"""The table of tiles and the split of the vocabulary: pure functions, no triton."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from eapo_kernels.ops.triton import configs
+from eapo_kernels.ops.triton.configs import family, find, tiles_per_split
+
+FAMILIES = ("interpreter", "sm80", "sm90", "sm100")
+KERNELS = ("stream_statistics", "logit_gradient", "row_statistics", "row_gradient", "finalize")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("descriptors", [True, False])
+def test_every_kernel_has_a_tile_everywhere(kernel: str, name: str, descriptors: bool) -> None:
+    for itemsize in (2, 4) if kernel in configs.PRODUCTS else (4,):
+        for dim in (1, 576, 4096, 20_000):
+            tile = find(kernel, name, itemsize, dim, 1 if dim == 1 else 151_936, descriptors=descriptors)
+            assert descriptors or not tile.descriptors
+
+
+def test_the_nearest_line_wins() -> None:
+    assert find("stream_statistics", "sm90", 2, 1024, 131072, descriptors=True).block_v == 128
+    assert find("stream_statistics", "sm90", 2, 8192, 131072, descriptors=True).block_v == 256
+    assert find("stream_statistics", "sm90", 2, 8192, 131072, descriptors=True).descriptors
+    assert not find("stream_statistics", "sm90", 4, 8192, 131072, descriptors=True).descriptors
+
+
+def test_tiles_are_legal() -> None:
+    for entry in configs.TABLE:
+        t = entry.tile
+        sizes = [t.block_n, *([t.block_v] if t.block_v else []), *([t.block_d] if t.block_d else [])]
+        assert all(size & (size - 1) == 0 for size in sizes), entry
+        if t.block_d:
+            assert min(sizes) >= 16, entry
+            assert not t.descriptors or max(t.block_n, t.block_v) <= 256 or entry.family == "interpreter", entry
+        assert t.block_v % max(t.slices, 1) == 0, entry
+
+
+def test_families() -> None:
+    assert family(None) == "interpreter"
+    assert [family(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))] == [
+        "sm80", "sm80", "sm90", "sm100", "sm100", "sm80",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("row_tiles", [1, 2, 32, 64, 65, 500])
+@pytest.mark.parametrize("column_tiles", [1, 3, 197, 594, 1187])
+def test_ranges_fill_the_machine(row_tiles: int, column_tiles: int) -> None:
+    """Never worse than one range, never an empty one, and within a tenth of perfect balance where there is enough work."""
+    slots = 264
+
+    def waves(length: int) -> int:
+        return math.ceil(row_tiles * math.ceil(column_tiles / length) / slots) * (length + 1)
+
+    length = tiles_per_split(row_tiles, column_tiles, slots, 10**9)
+    assert 1 <= length <= column_tiles
+    assert waves(length) <= waves(column_tiles)
+    work = row_tiles * column_tiles
+    if work >= 64 * slots and row_tiles >= 32:
+        assert waves(length) <= 1.1 * work / slots
+
+
+def test_ranges_respect_their_limit() -> None:
+    assert tiles_per_split(1, 1000, 264, 0) == 1000
+    assert tiles_per_split(1, 1000, 264, 4) >= 250
+    assert tiles_per_split(64, 1000, 1, 10**9) == 1000
+
+
+def test_no_line_appears_twice() -> None:
+    assert len(set(configs.TABLE)) == len(configs.TABLE)
