@@ -1,7 +1,7 @@
 """From vocabulary sums to statistics: the last, per-row step that every backend shares (docs/math.md E2-E4).
 
 The sums leave the target column out. Then ``1 - p_y`` is ``rest / s0``, a quotient and not a difference, and the log-prob of
-a confident token is ``-log1p(rest / e_y)``, exact where ``log(1 + tiny)`` would lose it.
+a confident token is ``-log1p(rest)``, exact where ``log(1 + tiny)`` would lose it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def finish(sums: RowSums) -> RowStatistics:
     s0 = rest + e
     log_s0 = s0.log()
     log_sum = torch.where(x == 0, rest.log1p(), log_s0)
-    logp = torch.where(x > -80, -(rest / e).log1p(), x - log_s0)
+    logp = torch.where(x == 0, -log_sum, x - log_s0)  # below the maximum both parts are <= 0: nothing cancels
     entropy = mean = p2 = p2_logp = None
     if sums.x_exp is not None:
         mean = (sums.x_exp + _x_times(x, e)) / s0

@@ -168,6 +168,16 @@ def test_confident_token_keeps_its_precision(device: str) -> None:
     torch.testing.assert_close(gradient.item(), 20 * math.exp(-20) / (1 + math.exp(-20)), rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.parametrize("height", [-1e-3, -20.0, -79.9, -85.0, -200.0])
+def test_improbable_target_among_many_keeps_its_precision(height: float, device: str) -> None:
+    """Below 20,000 equal columns; the quotient of the sums would overflow from about -79 nats on."""
+    weight = torch.zeros(20_000, 16, device=device)
+    weight[7, 0] = height
+    stats = token_stats(torch.ones(1, 16, device=device), weight, torch.tensor([7], device=device))
+    expected = weight[7, 0].item() - math.log(19_999 + math.exp(height))
+    torch.testing.assert_close(stats.logp.item(), expected, rtol=3e-7, atol=0.0)
+
+
 def test_minus_infinity_columns(device: str, poisoned: None) -> None:
     inputs = make_inputs(63, 16, 300, bias=True, device=device)
     inputs.bias[::2] = -math.inf
