@@ -13,6 +13,12 @@ _COLUMN_ALIGNMENT = 256
 _MIN_SLAB = 2048
 
 
+def padded(columns: int) -> int:
+    """Row stride of a block of logits: a multiple of 16 elements, so that kernels load vectors and the library's products take
+    the block on tensor cores whatever V is. Adds less than 16 columns to the memory budget."""
+    return -(-columns // 16) * 16
+
+
 def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:
     """Rows per chunk so that a chunk stays within the budget, in nearly equal aligned chunks.
 

@@ -92,7 +92,7 @@ def _add_slab_gradients(
     dtype = projection.statistics_dtype
     gain = _underflow_gain(projection.operand_dtype, cotangents)
     rows, columns = plans.slab(projection.n_rows, projection.vocab, backend.slab_bytes(projection), budget)
-    workspace = hidden.new_empty(rows * columns, dtype=projection.operand_dtype)
+    workspace = hidden.new_empty(rows, plans.padded(columns), dtype=projection.operand_dtype)
     row_slices = [slice(r, min(r + rows, projection.n_rows)) for r in range(0, projection.n_rows, rows)]
     direct = d_weight is not None and d_weight.dtype == dtype
     for start in range(0, projection.vocab, columns):
@@ -102,8 +102,7 @@ def _add_slab_gradients(
         if d_weight is not None:
             slab_weight = d_weight[here] if direct else weight.new_zeros((width, projection.dim), dtype=dtype)
         for part in row_slices:
-            n_part = part.stop - part.start
-            gradient = workspace[: n_part * width].view(n_part, width)
+            gradient = workspace[: part.stop - part.start, :width]
             backend.logit_gradient(
                 gradient,
                 projection.rows(part),

@@ -8,21 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import products
+from .. import plans, products
 from ..backend import ChunkGradient, Coefficients, LogitCotangents, SurrogateTerms
 from ..projection import Projection
 from ..statistics import RowStatistics
 from .finalize import Finalized, finalize
 from .rows import row_gradient, row_statistics
 
-_ALIGNMENT = 16
-"""Columns to which a row of the workspace is padded: full vector loads, and operands that tensor cores take at any V."""
-
 
 def workspace(projection: Projection, dtype: torch.dtype) -> Tensor:
     """[N, V] uninitialised, with padded rows."""
-    padded = -(-projection.vocab // _ALIGNMENT) * _ALIGNMENT
-    return projection.hidden.new_empty(projection.n_rows, padded, dtype=dtype)[:, : projection.vocab]
+    n_rows, vocab = projection.n_rows, projection.vocab
+    return projection.hidden.new_empty(n_rows, plans.padded(vocab), dtype=dtype)[:, :vocab]
 
 
 class TritonChunk:
