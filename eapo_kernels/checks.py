@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from .errors import ShapeError, require
+from .types import IGNORE_INDEX
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -23,3 +24,22 @@ def require_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tu
     if not (good and tensor.device == like.device):
         names = "/".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ShapeError(f"{name}: expected {names} {list(shape)} {like.device}, got {describe(tensor)}")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an int or float; a bool is a mistake."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def require_scalar(name: str, value: object, expected: str) -> None:
+    """Raise unless ``value`` is a number or a real 0-dim tensor. ``expected`` says so in words."""
+    good = is_number(value)
+    if isinstance(value, Tensor):
+        good = value.dim() == 0 and value.dtype in (*FLOATS, torch.int32, torch.int64)
+    require(good, name, expected, describe(value))
+
+
+def valid_tokens(targets: Tensor, mask: Tensor | None) -> Tensor:
+    """[...] bool: the tokens that count: their target is not -100 and their mask, if there is one, is True."""
+    valid = targets != IGNORE_INDEX
+    return valid if mask is None else valid & mask

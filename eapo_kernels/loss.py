@@ -6,25 +6,26 @@ chunk by chunk with one logit computation, for losses in which a token's coeffic
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .errors import EapoError, require
+from .checks import describe, require_scalar
+from .errors import EapoError, ShapeError, require
 from .objectives.batch import check_batch
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
 from .objectives.methods import METHODS, Method, get_method
 from .objectives.policy import PolicyTerms, loss_and_sums, prepare
-from .ops import dispatch, plans
-from .ops.backend import SUMS, Chunk, Coefficients, LogitCotangents, SurrogateTerms
+from .one_pass import one_pass
+from .ops import plans
+from .ops.backend import SUMS
 from .ops.inputs import build_projection, check_values
-from .ops.policy_gradient import policy_gradient
 from .ops.projection import Projection
-from .ops.rows import may_compact, valid_index
 from .ops.token_stats import token_stats
-from .types import LossOutput, Options, TokenBatch
+from .types import IGNORE_INDEX, LossOutput, Options, TokenBatch
 
 SCHEDULES = ("auto", "one_pass", "autograd")
 
@@ -57,7 +58,7 @@ def eapo_loss(
             here, once: do not scale the advantages as well.
         config: the switches; the defaults are ``EAPOConfig()``.
         bias, inv_temperature, softcap, logit_scale: as in ``token_stats``.
-        schedule: "one_pass", "autograd" or "auto".
+        schedule: "one_pass" (its loss takes one ``backward``), "autograd" or "auto".
         backend: as in ``token_stats``.
         options: memory budget and the like.
 
@@ -67,7 +68,9 @@ def eapo_loss(
     Raises:
         ShapeError, EapoError, BackendUnavailable: bad input; the message says what was expected and what was given.
     """
-    method = METHODS["eapo"] if config is None else replace(METHODS["eapo"], config=config)
+    config = EAPOConfig() if config is None else config
+    require(isinstance(config, EAPOConfig), "config", "an EAPOConfig or None", repr(config))
+    method = replace(METHODS["eapo"], config=config)
     return policy_loss(
         hidden, weight, batch, method=method, positive_weight=positive_weight, bias=bias, inv_temperature=inv_temperature,
         softcap=softcap, logit_scale=logit_scale, schedule=schedule, backend=backend, options=options,
@@ -101,19 +104,22 @@ def policy_loss(
         ``ratio_mean``, ``old_kl`` (k3 to the old policy, nats), ``kl`` (to the reference, nats; 0 without one), ``tokens``; and
         ``eapo/entropy_ratio``, ``eapo/entropy_init`` when ``positive_weight`` is an EntropyRatio.
     """
-    options = options or Options()
+    options = Options() if options is None else options
+    require(isinstance(options, Options), "options", "Options or None", repr(options))
     method = get_method(method)
     require(schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
-    lam = _positive_weight(method, positive_weight, weight.device)
     check_batch(batch, method.config, debug=options.debug)
+    if not (isinstance(weight, Tensor) and weight.device == batch.targets.device):
+        raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
+    lam = _positive_weight(method, positive_weight, weight.device, options.debug)
     terms = prepare(batch, method.config, lam)
     projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape)
+    check_values(projection, torch.where(terms.valid, batch.targets, IGNORE_INDEX), options.debug)
     targets = torch.where(terms.valid, batch.targets, 0)
-    check_values(projection, targets, options.debug)
 
     schedule = _choose_schedule(schedule, method, backend, projection)
     if schedule == "one_pass":
-        loss, sums = _one_pass(projection, targets, terms, backend, options)
+        loss, sums = one_pass(projection, targets, terms, backend, options)
     else:
         gradient = method.config.entropy_coef != 0
         stats = token_stats(
@@ -170,7 +176,7 @@ class EAPOLoss(nn.Module):
         self.controller.load_state_dict(state)
 
 
-def _positive_weight(method: Method, given: float | Tensor | EntropyRatio | None, device: torch.device) -> Tensor:
+def _positive_weight(method: Method, given: float | Tensor | EntropyRatio | None, device: torch.device, debug: bool) -> Tensor:
     """The positive weight as a 0-dim fp32 tensor on the device."""
     if method.positive_weight is not None:
         if given is not None:
@@ -182,11 +188,13 @@ def _positive_weight(method: Method, given: float | Tensor | EntropyRatio | None
             f"positive_weight: expected a number, a 0-dim tensor or an EntropyRatio for method {method.name!r}, got None"
         )
     value = given.weight if isinstance(given, EntropyRatio) else given
-    lam = torch.as_tensor(value).detach()
-    require(lam.dim() == 0, "positive_weight", "a number or a 0-dim tensor", f"a tensor {list(lam.shape)}")
-    if not lam.is_cuda:
-        require(bool((lam >= 0) & lam.isfinite()), "positive_weight", "a finite number >= 0", float(lam))
-    return lam.to(device, torch.float32)
+    require_scalar("positive_weight", value, "a number, a 0-dim tensor or an EntropyRatio")
+    if not isinstance(value, Tensor):
+        require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
+        return torch.full((), value, dtype=torch.float32, device=device)
+    if debug or not value.is_cuda:
+        require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
+    return value.detach().to(device, torch.float32, copy=True)
 
 
 def _choose_schedule(schedule: str, method: Method, backend: str, projection: Projection) -> str:
@@ -202,83 +210,13 @@ def _choose_schedule(schedule: str, method: Method, backend: str, projection: Pr
     return "one_pass" if token_scope and proven and not torch.compiler.is_compiling() else "autograd"
 
 
-def _one_pass(
-    projection: Projection, targets: Tensor, terms: PolicyTerms, backend_name: str, options: Options
-) -> tuple[Tensor, Tensor]:
-    """(loss, sums) with the gradients computed along the way; ``loss.backward()`` hands them out."""
-    inputs = (projection.hidden, projection.weight, projection.bias)
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-    needs = (wanted[0], wanted[1], wanted[2])
-    detached = replace(
-        projection,
-        hidden=projection.hidden.detach(),
-        weight=projection.weight.detach(),
-        bias=None if projection.bias is None else projection.bias.detach(),
-    )
-    backend = dispatch.resolve(backend_name, projection, "one_pass")
-    n_rows = projection.n_rows
-    index = valid_index(terms.valid) if may_compact(targets, options.compact) else None
-    if index is not None:
-        detached, targets, terms = detached.rows(index), targets[index], terms.rows(index)
-    entropy_gradient = terms.config.entropy_coef != 0
-    fuse = backend.fuses_surrogate and _is_clipped_surrogate(terms)
-
-    def coefficients(chunk: Chunk, rows: slice) -> Coefficients:
-        part = terms.rows(rows)
-        if fuse:
-            return chunk.surrogate(_surrogate_terms(part))
-        stats = chunk.statistics()
-        assert stats.entropy is not None
-        with torch.enable_grad():
-            logp = stats.logp.detach().requires_grad_()
-            entropy = stats.entropy.detach().requires_grad_(entropy_gradient)
-            loss, sums = loss_and_sums(part, logp, entropy)
-            if not any(needs):
-                return Coefficients(LogitCotangents(None), sums)
-            gradients = torch.autograd.grad(loss, [logp, entropy] if entropy_gradient else [logp])
-        return Coefficients(LogitCotangents(*gradients), sums)
-
-    result = policy_gradient(
-        detached, targets, index, n_rows, coefficients, backend, entropy=True, entropy_gradient=entropy_gradient,
-        needs=needs, options=options,
-    )  # fmt: skip
-    loss = _Stored.apply(result.sums[0], *inputs, (result.d_hidden, result.d_weight, result.d_bias))
-    return loss, result.sums
-
-
-def _is_clipped_surrogate(terms: PolicyTerms) -> bool:
-    """Whether the loss is what ``SurrogateTerms`` can say."""
-    c = terms.config
-    plain = c.surrogate == "ppo_clip" and not c.entropy_coef and terms.ref_logp is None
-    return plain and terms.old_logp is not None and not terms.per_token
-
-
-def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms:
-    assert terms.old_logp is not None
-    c = terms.config
-    return SurrogateTerms(
-        sequence_ids=terms.sequence_ids,
-        old_logp=terms.old_logp,
-        scale=terms.scale if terms.importance is None else terms.scale * terms.importance,
-        advantages=terms.advantages,
-        rewards=terms.split.values,
-        thresholds=terms.split.thresholds,
-        positive_weight=terms.positive_weight,
-        negative_weight=c.negative_weight,
-        clip_low=c.clip_low,
-        clip_high=c.clip_high,
-        dual_clip=c.dual_clip,
-        valid=terms.valid,
-    )
-
-
 def _metrics(terms: PolicyTerms, sums: Tensor, positive_weight: object) -> dict[str, Tensor]:
     """Sums over tokens to means over the tokens that count."""
     sums = sums.float()
     tokens = terms.valid.sum().float()
     means = dict(zip(SUMS, sums / tokens.clamp_min(1), strict=True))
     positive = terms.split.positive().float()
-    if terms.per_token:
+    if terms.token_split:
         fraction = (positive * terms.valid).sum() / tokens.clamp_min(1)
     else:
         counts = sums.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, terms.valid.float())
@@ -294,24 +232,6 @@ def _metrics(terms: PolicyTerms, sums: Tensor, positive_weight: object) -> dict[
         "tokens": tokens,
     }
     if isinstance(positive_weight, EntropyRatio):
-        metrics["eapo/entropy_ratio"] = positive_weight.ratio.float()
+        metrics["eapo/entropy_ratio"] = positive_weight.ratio.float()  # on the device of the controller
         metrics["eapo/entropy_init"] = positive_weight.initial_entropy.float()
     return metrics
-
-
-class _Stored(torch.autograd.Function):
-    """A loss whose gradients are already known; backward scales them."""
-
-    @staticmethod
-    def forward(ctx, loss, hidden, weight, bias, gradients):  # type: ignore[no-untyped-def]
-        ctx.gradients = gradients
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
-        if ctx.gradients is None:
-            raise EapoError("backward: expected one call per one_pass loss, got a second one; use schedule='autograd'")
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = (None if g is None else g.mul_(grad_loss).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
-        return (None, *scaled, None)

@@ -50,10 +50,11 @@ class TokenBatch:
         mask: [N] bool or None, False marks a token that does not count.
         ref_logp: [N] float or None, log-prob under the reference policy (nats), for the KL penalty.
         rollout_logp: [N] float or None, log-prob the rollout engine reported (nats), for truncated importance sampling.
-        advantages: [B] or [N] float or None, replaces the advantage computed from ``rewards``.
-        denominator: number, 0-dim tensor or None, the *global* count that the reduction divides by (tokens for
-            ``token_mean``, sequences for the others), so that the losses of micro-batches and ranks add up to the
-            loss of the whole batch. None: counted in this batch.
+        advantages: [B] or [N] float or None, replaces the advantage computed from ``rewards``. The split into positive and
+            negative is still that of the rewards where they are given, else the advantage's sign.
+        denominator: number, 0-dim tensor or None, the *global* count that the reduction divides by (tokens that count for
+            ``token_mean``, responses with such tokens for the others; without those that ``drop_zero_weight`` drops), so that
+            the losses of micro-batches and ranks add up to the loss of the whole batch. None: counted in this batch.
         sequence_lengths: [B] or None, *global* number of valid tokens of each response for ``seq_mean_token_mean``,
             needed only when one response is spread over several micro-batches. None: counted in this batch.
     """
@@ -76,8 +77,8 @@ class LossOutput:
     """A scalar loss and what there is to log about it.
 
     Attributes:
-        loss: 0-dim fp32, differentiable.
-        metrics: name -> 0-dim fp32 tensor without gradient (on the device of the loss: reading one synchronises).
+        loss: 0-dim fp32 (fp64 for fp64 inputs), differentiable.
+        metrics: name -> 0-dim fp32 tensor without gradient (on an accelerator, reading one synchronises).
     """
 
     loss: Tensor
@@ -101,7 +102,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require(
-            isinstance(self.memory_budget, int) and self.memory_budget > 0,
+            type(self.memory_budget) is int and self.memory_budget > 0,
             "Options.memory_budget",
             "a positive number of bytes (int)",
             repr(self.memory_budget),

@@ -46,6 +46,22 @@ def test_workspace_is_bounded_whatever_the_number_of_tokens(schedule: str, dtype
     assert growth <= 1536 * (3 * D * 4 + 800) + 2**20, "grows with N by rows of hidden and vectors, not by logits"
 
 
+@pytest.mark.parametrize("schedule", ["autograd", "one_pass"])
+def test_forward_alone_stays_within_the_budget(schedule: str, device: str) -> None:
+    inputs = make_inputs(1024, 4, V, device=device)
+    batch = TokenBatch(inputs.targets, torch.arange(1024) % 8, torch.linspace(0, 1, 8), torch.arange(8) // 4)
+    batch = TokenBatch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()})
+
+    @torch.no_grad()
+    def loss() -> object:
+        return eapo_loss(
+            inputs.hidden, inputs.weight, batch, positive_weight=1.0, schedule=schedule, options=Options(memory_budget=BUDGET)
+        )
+
+    loss()
+    assert peak_memory(loss, device) <= BUDGET + 2**20
+
+
 def test_the_eager_twin_would_not_pass(device: str) -> None:
     """The accounting sees what it is meant to see."""
     inputs = make_inputs(512, D, V, device=device)

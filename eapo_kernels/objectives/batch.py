@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, describe, require_tensor
+from ..checks import FLOATS, describe, require_scalar, require_tensor, valid_tokens
 from ..errors import EapoError, ShapeError, require
-from ..types import IGNORE_INDEX, TokenBatch
+from ..types import TokenBatch
 from .config import EAPOConfig
 
 
 def n_sequences(batch: TokenBatch) -> int:
-    """B: from the rewards, else the lengths, else the advantages (per token: at most one response a token)."""
-    for per_sequence in (batch.rewards, batch.sequence_lengths):
-        if per_sequence is not None:
+    """B: from the rewards, groups or lengths, else from the advantages (per token: at most one response a token)."""
+    for per_sequence in (batch.rewards, batch.group_ids, batch.sequence_lengths, batch.advantages):
+        if isinstance(per_sequence, Tensor):
             return per_sequence.numel()
-    return 0 if batch.advantages is None else batch.advantages.numel()
+    return 0
+
+
+def has_token_advantages(batch: TokenBatch) -> bool:
+    """Whether the advantages are [N]; where N = B they are the responses', which ``check_batch`` makes unambiguous."""
+    if batch.advantages is None or batch.advantages.shape != batch.targets.shape:
+        return False
+    known = any(t is not None for t in (batch.rewards, batch.group_ids, batch.sequence_lengths))
+    return not known or n_sequences(batch) != batch.targets.numel()
 
 
 def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
@@ -26,6 +36,7 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
         ShapeError: a shape, dtype or device does not fit.
         EapoError: something the loss needs is missing, a reward or log-prob is not finite, a sequence id is out of range.
     """
+    require(isinstance(batch, TokenBatch), "batch", "a TokenBatch", repr(batch))
     targets = batch.targets
     if not (isinstance(targets, Tensor) and targets.dim() == 1 and targets.dtype == torch.int64):
         raise ShapeError(f"batch.targets: expected int64 [N], got {describe(targets)}")
@@ -36,6 +47,10 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
         complete = batch.rewards is not None and batch.group_ids is not None
         require(complete, f"batch.{missing}", "[B] unless advantages are given", None)
     size = n_sequences(batch)
+    if batch.rewards is not None and config.split == "group":
+        require(batch.group_ids is not None, "batch.group_ids", "[B] with split='group'", None)
+    if batch.denominator is not None:
+        require_scalar("batch.denominator", batch.denominator, "a number or a 0-dim tensor")
     for name, value in (("rewards", batch.rewards), ("sequence_lengths", batch.sequence_lengths)):
         if value is not None:
             dtypes = FLOATS if name == "rewards" else (*FLOATS, torch.int64, torch.int32)
@@ -49,7 +64,7 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
         require_tensor("batch.mask", batch.mask, tokens, (torch.bool,), targets)
     _check_log_probs(batch, config, tokens)
     if debug or not targets.is_cuda:
-        _check_values(batch, size)
+        _check_values(batch, config, size)
 
 
 def _check_log_probs(batch: TokenBatch, config: EAPOConfig, tokens: tuple[int, ...]) -> None:
@@ -66,25 +81,45 @@ def _check_log_probs(batch: TokenBatch, config: EAPOConfig, tokens: tuple[int, .
             require(reason is None, f"batch.{name}", f"[N] floats with {reason}", None)
 
 
-def _check_values(batch: TokenBatch, size: int) -> None:
-    for name in ("rewards", "advantages"):
-        value = getattr(batch, name)
-        if value is not None and not bool(value.isfinite().all()):
-            place = int((~value.isfinite()).nonzero()[0, 0])
-            raise EapoError(f"batch.{name}: expected finite numbers, got {float(value[place])} at {place}")
-    ids = batch.sequence_ids
+def _check_values(batch: TokenBatch, config: EAPOConfig, size: int) -> None:
+    valid = valid_tokens(batch.targets, batch.mask)
+    everything = torch.ones((), dtype=torch.bool, device=valid.device)
+    _require_finite("rewards", batch.rewards, everything)
+    _require_finite("advantages", batch.advantages, valid if has_token_advantages(batch) else everything)
+    for name in ("old_logp", "ref_logp", "rollout_logp"):
+        _require_finite(name, getattr(batch, name), valid)
+
+    ids = batch.sequence_ids[valid]
     if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < size):
         got = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise EapoError(f"batch.sequence_ids: expected values in [0, {size}), got {got}")
-    valid = batch.targets != IGNORE_INDEX
-    if batch.mask is not None:
-        valid = valid & batch.mask
-    for name in ("old_logp", "ref_logp", "rollout_logp"):
-        value = getattr(batch, name)
-        if value is not None and not bool((value.isfinite() | ~valid).all()):
-            place = int((~value.isfinite() & valid).nonzero()[0, 0])
+    n = batch.targets.numel()
+    if batch.advantages is not None and batch.advantages.numel() == n and ids.numel():
+        one_each = size == n and int(ids.max()) == n - 1 if has_token_advantages(batch) else True
+        if one_each and not torch.equal(batch.sequence_ids, torch.arange(n, device=ids.device)):
             raise EapoError(
-                f"batch.{name}: expected finite log-probs where the mask is True, got {float(value[place])} at {place}"
+                f"batch.advantages: expected [B] or [N] with B != N (or sequence_ids 0, 1, 2, ...), got B = N = {n}"
             )
     if batch.denominator is not None:
-        require(float(batch.denominator) > 0, "batch.denominator", "a positive number", float(batch.denominator))
+        value = float(batch.denominator)
+        require(0 < value < math.inf, "batch.denominator", "a positive finite number", value)
+    if batch.sequence_lengths is not None:
+        counts = torch.bincount(ids, minlength=size)
+        lengths = batch.sequence_lengths
+        short = ~(lengths >= counts)
+        if bool(short.any()):
+            i = int(short.nonzero()[0, 0])
+            raise EapoError(
+                f"batch.sequence_lengths: expected at least {int(counts[i])}, the tokens here, got {float(lengths[i])} at {i}"
+            )
+        if config.scope == "sequence" and bool(((lengths != counts) & (counts > 0)).any()):
+            raise EapoError(f"batch.sequence_lengths: expected whole responses with surrogate {config.surrogate!r}, got parts")
+
+
+def _require_finite(name: str, values: Tensor | None, where: Tensor) -> None:
+    if values is None:
+        return
+    bad = ~values.isfinite() & where
+    if bool(bad.any()):
+        place = int(bad.nonzero()[0, 0])
+        raise EapoError(f"batch.{name}: expected finite numbers, got {float(values[place])} at {place}")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..checks import is_number
 from ..errors import require
 from .advantages import ADVANTAGES, Advantage
 from .reductions import REDUCTIONS
@@ -52,11 +53,13 @@ class EAPOConfig:
     importance_cap: float | None = None
 
     def __post_init__(self) -> None:
-        _choice("surrogate", self.surrogate, SURROGATES)
-        _choice("advantage", self.advantage, ADVANTAGES)
+        _choice("surrogate", self.surrogate, SURROGATES, or_function=True)
+        _choice("advantage", self.advantage, ADVANTAGES, or_function=True)
         _choice("split", self.split, SPLITS)
         _choice("reduction", self.reduction, REDUCTIONS)
         _choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        ok = isinstance(self.drop_zero_weight, bool)
+        require(ok, "drop_zero_weight", "True or False", repr(self.drop_zero_weight))
         _number("clip_low", self.clip_low, 0, 1)
         _number("clip_high", self.clip_high, 0)
         _number("negative_weight", self.negative_weight, 0)
@@ -64,10 +67,12 @@ class EAPOConfig:
         _number("entropy_coef", self.entropy_coef, -math.inf)
         if self.dual_clip is not None:
             _number("dual_clip", self.dual_clip, 1)
+            require(self.dual_clip > 1, "dual_clip", "a finite number > 1", self.dual_clip)
         if self.importance_cap is not None:
             _number("importance_cap", self.importance_cap, 0)
+            require(self.importance_cap > 0, "importance_cap", "a finite number > 0", self.importance_cap)
         if self.fixed_length is not None:
-            ok = isinstance(self.fixed_length, int) and self.fixed_length > 0
+            ok = is_number(self.fixed_length) and isinstance(self.fixed_length, int) and self.fixed_length > 0
             require(ok, "fixed_length", "a positive int", repr(self.fixed_length))
 
     @property
@@ -77,16 +82,19 @@ class EAPOConfig:
 
     @property
     def scope(self) -> str:
-        """The tokens that one token's coefficient depends on: "token" (its own statistics) or "sequence"."""
+        """What one token's coefficient depends on: "token" (itself), "sequence", or "batch" (anything: a user's function)."""
+        if callable(self.surrogate):
+            return "batch"
         return "sequence" if self.surrogate in SEQUENCE_RATIO else "token"
 
 
-def _choice(name: str, value: object, table: Iterable[str]) -> None:
-    if not callable(value):
-        require(value in list(table), name, f"one of {', '.join(table)}", repr(value))
+def _choice(name: str, value: object, table: Iterable[str], *, or_function: bool = False) -> None:
+    if not (or_function and callable(value)):
+        what = f"one of {', '.join(table)}" + (" or a function" if or_function else "")
+        require(isinstance(value, str) and value in list(table), name, what, repr(value))
 
 
 def _number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value)
+    ok = isinstance(value, (int, float)) and is_number(value) and low <= value <= high and math.isfinite(value)
     bound = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
     require(ok, name, f"a finite number {bound}" if low > -math.inf else "a finite number", repr(value))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import is_number, require_scalar
 from ..errors import EapoError, require
 
 
@@ -37,11 +38,14 @@ class EntropyRatio:
         Raises:
             EapoError: a number out of its range.
         """
+        for name, value in (("kappa", kappa), ("scale", scale), ("low", low), ("high", high), ("ema", ema)):
+            require(is_number(value), name, "a number", repr(value))
         require(math.isfinite(kappa), "kappa", "a finite number", kappa)
         require(math.isfinite(scale) and scale >= 0, "scale", "a finite number >= 0", scale)
-        require(0 <= low <= high, "low, high", "0 <= low <= high", f"low={low}, high={high}")
+        require(0 <= low <= high and low < math.inf, "low, high", "0 <= low <= high, low finite", f"low={low}, high={high}")
         require(0 <= ema < 1, "ema", "a number in [0, 1)", ema)
-        self.kappa, self.scale, self.low, self.high, self.ema = kappa, scale, low, high, ema
+        self.kappa, self.scale, self.ema = float(kappa), float(scale), float(ema)
+        self.low, self.high = float(low), float(high)
         self._initial = torch.tensor(math.nan, dtype=torch.float64)
         self._entropy = torch.tensor(math.nan, dtype=torch.float64)
         self._weight = torch.tensor(min(max(scale, low), high), dtype=torch.float64)
@@ -77,6 +81,8 @@ class EntropyRatio:
             EapoError: the entropy is not a positive finite number, or the count not positive. Tensors on an accelerator are
                 not looked at: there such a step leaves the state as it was.
         """
+        require_scalar("entropy_sum", entropy_sum, "a number or a 0-dim tensor")
+        require_scalar("token_count", token_count, "a number or a 0-dim tensor")
         total = torch.as_tensor(entropy_sum).detach().double()
         count = torch.as_tensor(token_count).detach().to(total.device, torch.float64)
         if total.device.type == "cpu":
@@ -116,9 +122,10 @@ class EntropyRatio:
         require(set(state) == expected, "EntropyRatio state", f"keys {sorted(expected)}", sorted(state))
         if state["settings"] != self._settings():
             raise EapoError(f"EntropyRatio settings: expected {self._settings()}, got {state['settings']}")
-        self._initial, self._entropy, self._weight = (
-            torch.as_tensor(state[k], dtype=torch.float64).clone() for k in ("initial_entropy", "entropy", "weight")
-        )
+        values = [torch.as_tensor(state[k], dtype=torch.float64).clone() for k in ("initial_entropy", "entropy", "weight")]
+        good = all(v.dim() == 0 for v in values) and bool((values[2] >= 0) & values[2].isfinite())
+        require(good, "EntropyRatio state", "0-dim numbers and a finite weight >= 0", {k: state[k] for k in sorted(expected)})
+        self._initial, self._entropy, self._weight = values
 
     def _settings(self) -> dict[str, float]:
         return {"kappa": self.kappa, "scale": self.scale, "low": self.low, "high": self.high, "ema": self.ema}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TIE = 1e-6
+_TIE = torch.finfo(torch.float32).eps
 """A reward this close to its mean, relative to the group's largest magnitude, counts as equal to it: the rewards of a group
 are fp32 numbers whose mean need not be representable."""
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..types import IGNORE_INDEX, TokenBatch
+from ..checks import valid_tokens
+from ..types import TokenBatch
 from .advantages import ADVANTAGES
-from .batch import n_sequences
+from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig
 from .reductions import REDUCTIONS, Counts
 from .surrogates import KL_ESTIMATORS, MAX_LOG_RATIO, SEQUENCE_RATIO, SURROGATES, kl_k3, log_ratio
-from .weighting import SPLITS, Split, by_advantage
+from .weighting import SPLITS, Split
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ class PolicyTerms:
     Attributes:
         config: the loss.
         valid: [N] bool, the tokens that count (after dropping responses of weight zero).
-        sequence_ids: [N] int64.
+        sequence_ids: [N] int64, 0 for tokens that do not count.
         scale: [N] fp32, the reduction's weight of a token.
         importance: [N] fp32, truncated importance weight of the policy term, or None.
-        advantages: [B] or [N] fp32, without the sign weights.
-        split: values and thresholds [B] (or [N] with per-token advantages) that make a response positive.
+        advantages: [B] fp32, or [N] with ``token_advantages``; without the sign weights.
+        split: values and thresholds that make a response positive, [B], or [N] with ``token_split``.
         positive_weight: 0-dim fp32.
         old_logp, ref_logp: [N] fp32 or None.
         n_sequences: B.
-        per_token: whether advantages are given per token instead of per response.
+        token_advantages, token_split: whether the advantages and the split are given per token instead of per response.
     """
 
     config: EAPOConfig
@@ -45,16 +46,14 @@ class PolicyTerms:
     old_logp: Tensor | None
     ref_logp: Tensor | None
     n_sequences: int
-    per_token: bool
-
-    def weights(self) -> Tensor:
-        """w_i of E10: the positive weight or the negative one, [B] (or [N]) fp32."""
-        return torch.where(self.split.positive(), self.positive_weight, self.config.negative_weight)
+    token_advantages: bool
+    token_split: bool
 
     def weighted_advantages(self) -> Tensor:
-        """[N] fp32 advantage of each token with its sign weight applied: the one place where it is."""
-        weighted = self.weights() * self.advantages
-        return weighted if self.per_token else weighted[self.sequence_ids]
+        """[N] fp32 advantage of each token with its sign weight w_i (E10) applied: the one place where it is."""
+        weights = torch.where(self.split.positive(), self.positive_weight, self.config.negative_weight)
+        weights = weights if self.token_split else weights[self.sequence_ids]
+        return weights * (self.advantages if self.token_advantages else self.advantages[self.sequence_ids])
 
     def rows(self, index: slice | Tensor) -> PolicyTerms:
         """The same loss for some of the tokens."""
@@ -62,7 +61,7 @@ class PolicyTerms:
         def take(t: Tensor | None) -> Tensor | None:
             return None if t is None else t[index]
 
-        part = replace(
+        return replace(
             self,
             valid=self.valid[index],
             sequence_ids=self.sequence_ids[index],
@@ -70,52 +69,36 @@ class PolicyTerms:
             importance=take(self.importance),
             old_logp=take(self.old_logp),
             ref_logp=take(self.ref_logp),
+            advantages=self.advantages[index] if self.token_advantages else self.advantages,
+            split=Split(*(t[index] for t in self.split)) if self.token_split else self.split,
         )
-        if self.per_token:
-            advantages = self.advantages[index]
-            part = replace(part, advantages=advantages, split=by_advantage(None, None, advantages))
-        return part
 
 
 def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> PolicyTerms:
     """Advantages, split, weights and the reduction's denominators of a (checked) batch. No gradient."""
-    size = n_sequences(batch)
+    size, valid = n_sequences(batch), valid_tokens(batch.targets, batch.mask)
+    token_advantages = has_token_advantages(batch)
     if batch.advantages is not None:
         advantages = batch.advantages.detach().float()
-        per_token = advantages.shape == batch.targets.shape and not (
-            batch.rewards is not None and advantages.shape == batch.rewards.shape
-        )
+        if token_advantages:
+            advantages = torch.where(valid, advantages, 0.0)
     else:
         assert batch.rewards is not None
         assert batch.group_ids is not None
         estimator = ADVANTAGES[config.advantage] if isinstance(config.advantage, str) else config.advantage
-        advantages, per_token = estimator(batch.rewards, batch.group_ids), False
-    if batch.rewards is None or batch.group_ids is None or per_token:
-        split = by_advantage(None, None, advantages)
-    else:
-        split = SPLITS[config.split](batch.rewards, batch.group_ids, advantages)
-
-    valid = batch.targets != IGNORE_INDEX
-    if batch.mask is not None:
-        valid = valid & batch.mask
-    if config.drop_zero_weight:
-        weights = torch.where(split.positive(), positive_weight, config.negative_weight)
-        kept = weights != 0
-        valid = valid & (kept if per_token else kept[batch.sequence_ids])
+        advantages = estimator(batch.rewards, batch.group_ids).float()
+    by_reward = batch.rewards is not None and config.split != "advantage"
+    split = SPLITS[config.split if by_reward else "advantage"](batch.rewards, batch.group_ids, advantages)
+    token_split = token_advantages and not by_reward
 
     def counted(values: Tensor | None) -> Tensor | None:
         return None if values is None else torch.where(valid, values.detach().float(), 0.0)
 
     old_logp, ref_logp, rollout_logp = counted(batch.old_logp), counted(batch.ref_logp), counted(batch.rollout_logp)
-    ones = valid.float()
-    if batch.sequence_lengths is not None:
-        lengths = batch.sequence_lengths.float()
-    else:
-        lengths = ones.new_zeros(size).index_add_(0, batch.sequence_ids, ones)
-    denominator = batch.denominator
-    if denominator is not None:
-        denominator = torch.as_tensor(denominator, dtype=torch.float32, device=ones.device)
-    counts = Counts(ones, batch.sequence_ids, lengths, denominator, config.fixed_length)
+    sequence_ids = torch.where(valid, batch.sequence_ids, 0)
+    if config.drop_zero_weight:
+        kept = torch.where(split.positive(), positive_weight, config.negative_weight) != 0
+        valid = valid & (kept if token_split else kept[sequence_ids])
     importance = None
     if config.importance_cap is not None:
         assert old_logp is not None
@@ -125,8 +108,8 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
     return PolicyTerms(
         config=config,
         valid=valid,
-        sequence_ids=batch.sequence_ids,
-        scale=REDUCTIONS[config.reduction](counts),
+        sequence_ids=sequence_ids,
+        scale=REDUCTIONS[config.reduction](_counts(batch, config, valid, sequence_ids, size)),
         importance=importance,
         advantages=advantages,
         split=split,
@@ -134,8 +117,21 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         old_logp=old_logp,
         ref_logp=ref_logp,
         n_sequences=size,
-        per_token=per_token,
+        token_advantages=token_advantages,
+        token_split=token_split,
     )
+
+
+def _counts(batch: TokenBatch, config: EAPOConfig, valid: Tensor, sequence_ids: Tensor, size: int) -> Counts:
+    ones = valid.float()
+    lengths = ones.new_zeros(size).index_add_(0, sequence_ids, ones)
+    denominator = batch.denominator
+    if isinstance(denominator, Tensor):
+        denominator = denominator.to(ones.device, torch.float32)
+    elif denominator is not None:
+        denominator = torch.full((), float(denominator), device=ones.device)
+    whole = lengths if batch.sequence_lengths is None else batch.sequence_lengths.float()
+    return Counts(ones, sequence_ids, whole, (lengths > 0).sum().float(), denominator, config.fixed_length)
 
 
 def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -178,7 +174,7 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
 
 
 def _sequence_mean(values: Tensor, terms: PolicyTerms) -> Tensor:
-    """[N]: the mean over the valid tokens of the token's response; fp64 sums do not depend on the order of addition."""
+    """[N]: the mean over the valid tokens of the token's response; summed in fp64, where the order of addition hardly shows."""
     valid = terms.valid.double()
     size = max(terms.n_sequences, 1)
     total = valid.new_zeros(size).index_add(0, terms.sequence_ids, values.double() * valid)

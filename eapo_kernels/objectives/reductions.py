@@ -6,7 +6,6 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..errors import EapoError
@@ -18,7 +17,8 @@ class Counts(NamedTuple):
     Attributes:
         valid: [N] fp32, 1 for a token that counts, else 0.
         sequence_ids: [N] int64.
-        lengths: [B] fp32, valid tokens of each response.
+        lengths: [B] fp32, valid tokens of each response, of the whole response where it is spread over micro-batches.
+        present: 0-dim fp32, responses with a valid token here.
         denominator: 0-dim fp32 or None, the global count that replaces the local one.
         fixed_length: the constant length of ``fixed_length``, or None.
     """
@@ -26,18 +26,15 @@ class Counts(NamedTuple):
     valid: Tensor
     sequence_ids: Tensor
     lengths: Tensor
+    present: Tensor
     denominator: Tensor | None
     fixed_length: int | None
 
     def tokens(self) -> Tensor:
-        local = self.valid.sum() if self.denominator is None else self.denominator
-        return local.clamp_min(1)
+        return self.valid.sum().clamp_min(1) if self.denominator is None else self.denominator
 
     def sequences(self) -> Tensor:
-        if self.denominator is not None:
-            return self.denominator.clamp_min(1)
-        present = torch.zeros_like(self.lengths).index_add_(0, self.sequence_ids, self.valid)
-        return (present > 0).sum().to(self.valid.dtype).clamp_min(1)
+        return self.present.clamp_min(1) if self.denominator is None else self.denominator
 
 
 def token_mean(c: Counts) -> Tensor:

@@ -27,14 +27,16 @@ class Split(NamedTuple):
         return self.values > self.thresholds
 
 
-def by_group(rewards: Tensor, group_ids: Tensor, advantages: Tensor) -> Split:
+def by_group(rewards: Tensor | None, group_ids: Tensor | None, advantages: Tensor) -> Split:
     """Against the reward mean of the response's group."""
+    assert rewards is not None
     groups = Groups(rewards, group_ids)
     return Split(rewards.float(), (groups.means + groups.tie_width()).float())
 
 
-def by_batch(rewards: Tensor, group_ids: Tensor, advantages: Tensor) -> Split:
+def by_batch(rewards: Tensor | None, group_ids: Tensor | None, advantages: Tensor) -> Split:
     """Against the reward mean of the whole batch."""
+    assert rewards is not None
     groups = Groups(rewards, None)
     return Split(rewards.float(), (groups.means + groups.tie_width()).float())
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .projection import Projection
@@ -22,6 +23,11 @@ class LogitCotangents(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> LogitCotangents:
         """The same record with a function applied to every tensor that is there."""
         return LogitCotangents._make(None if t is None else function(t) for t in self)
+
+    def power_of_two(self) -> Tensor:
+        """[N] powers of two at the size of each row's largest cotangent, 1 where all are zero: what fp16 operands leave out."""
+        largest = torch.stack([c.abs() for c in self if c is not None]).amax(0)
+        return torch.where(largest > 0, torch.exp2(largest.log2().floor()), 1.0)
 
     def rows(self, index: slice | Tensor) -> LogitCotangents:
         """The cotangents of some of the rows."""

@@ -13,6 +13,12 @@ from ..types import IGNORE_INDEX
 from .projection import Projection
 
 
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast does to an argument of ``F.linear``: everything floating but fp64 is cast."""
+    castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor
+
+
 def build_projection(
     hidden: Tensor,
     weight: Tensor,
@@ -30,11 +36,12 @@ def build_projection(
         ShapeError: a shape, dtype or device does not fit.
         EapoError: a temperature, soft-cap or scale is not a positive finite number.
     """
-    if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS and weight.shape[0] > 0):
-        raise ShapeError(f"weight: expected a floating-point [V, D] with V >= 1, got {describe(weight)}")
+    if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS and weight.numel() > 0):
+        raise ShapeError(f"weight: expected a floating-point [V, D] with V, D >= 1, got {describe(weight)}")
     if torch.is_autocast_enabled(weight.device.type):
         dtype = torch.get_autocast_dtype(weight.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
     require_tensor("hidden", hidden, (*rows_shape, weight.shape[1]), (weight.dtype,), weight)
     if bias is not None:
         require_tensor("bias", bias, (weight.shape[0],), (weight.dtype,), weight)
@@ -75,5 +82,8 @@ def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:
         row = int(bad.nonzero()[0, 0])
         raise EapoError(f"targets: expected values in [0, {vocab}) or {IGNORE_INDEX}, got {int(targets[row])} in row {row}")
     rows = projection.row_inv_temperature
-    if rows is not None and not bool(((rows > 0) & rows.isfinite()).all()):
-        raise EapoError(f"inv_temperature: expected positive finite values, got a minimum of {float(rows.min())}")
+    if rows is not None:
+        wrong = ~((rows > 0) & rows.isfinite()) & (targets != IGNORE_INDEX)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            raise EapoError(f"inv_temperature: expected positive finite values, got {float(rows[row])} in row {row}")

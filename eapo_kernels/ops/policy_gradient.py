@@ -43,7 +43,6 @@ def policy_gradient(
     coefficients: CoefficientFunction,
     backend: Backend,
     *,
-    entropy: bool,
     entropy_gradient: bool,
     needs: tuple[bool, bool, bool],
     options: Options,
@@ -57,8 +56,7 @@ def policy_gradient(
         n_rows: N.
         coefficients: turns a chunk's statistics into cotangents and sums.
         backend: who computes.
-        entropy: the coefficient function reads the entropy.
-        entropy_gradient: it returns a cotangent for it.
+        entropy_gradient: the coefficient function returns a cotangent for the entropy.
         needs: gradients wanted for hidden, weight, bias; all False computes the sums alone.
         options: memory budget.
     """
@@ -75,10 +73,11 @@ def policy_gradient(
     for start in range(0, projection.n_rows, step):
         rows = slice(start, min(start + step, projection.n_rows))
         part = projection.rows(rows)
-        chunk = backend.open_chunk(part, targets[rows], entropy=entropy, entropy_gradient=entropy_gradient)
+        chunk = backend.open_chunk(part, targets[rows], entropy=True, entropy_gradient=entropy_gradient)
         cotangents, chunk_sums = coefficients(chunk, rows)
         sums += chunk_sums
         if not any(needs):
+            del chunk  # before the next one is allocated
             continue
         matrix, factor = chunk.gradient(cotangents)
         if d_hidden is not None:

@@ -60,6 +60,13 @@ class Projection:
         temperature = None if self.row_inv_temperature is None else self.row_inv_temperature[index]
         return replace(self, hidden=self.hidden[index], row_inv_temperature=temperature)
 
+    def cleared(self, valid: Tensor) -> Projection:
+        """The same projection with harmless numbers in the rows that do not count, where 0 times anything could be NaN."""
+        temperature = self.row_inv_temperature
+        if temperature is not None:
+            temperature = torch.where(valid, temperature, 1)
+        return replace(self, hidden=torch.where(valid.unsqueeze(1), self.hidden, 0), row_inv_temperature=temperature)
+
     def row_scale(self) -> float | Tensor:
         """dz / d(hidden @ weight.T + bias) without the soft-cap's factor: a number, or [N]."""
         scale = self.logit_scale * self.inv_temperature

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import valid_tokens
 from ..types import Options
 from . import plans, products
 from .backend import Backend, LogitCotangents
 from .projection import Projection
-from .rows import may_compact, scatter_rows, valid_index, valid_rows
+from .rows import may_compact, scatter_rows, valid_index
 from .statistics import RowStatistics
 
 
@@ -21,9 +22,11 @@ def compute_statistics(
     projection: Projection, targets: Tensor, backend: Backend, *, entropy: bool, second_moments: bool, options: Options
 ) -> RowStatistics:
     """Statistics of every row, exact zeros where the target is -100."""
-    n_rows, valid = projection.n_rows, valid_rows(targets, None)
-    index = valid_index(valid) if may_compact(targets, options.compact) else None
-    if index is not None:
+    n_rows, valid = projection.n_rows, valid_tokens(targets, None)
+    index = None
+    if not may_compact(targets, options.compact):
+        projection = projection.cleared(valid)
+    elif (index := valid_index(valid)) is not None:
         projection, targets, valid = projection.rows(index), targets[index], valid[index]
     if projection.n_rows == 0:
         zeros = projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype)
@@ -51,12 +54,11 @@ def compute_gradients(
     Rows whose target is -100 or whose cotangents are all zero do not enter the products.
     """
     n_rows, dtype = projection.n_rows, projection.statistics_dtype
-    live = valid_rows(targets, None)
+    live = valid_tokens(targets, None)
     index = None
-    if may_compact(targets, options.compact):
-        some = torch.stack([c != 0 for c in cotangents if c is not None]).any(0)
-        index = valid_index(live & some)
-    if index is not None:
+    if not may_compact(targets, options.compact):
+        projection = projection.cleared(live)
+    elif (index := valid_index(live & torch.stack([c != 0 for c in cotangents if c is not None]).any(0))) is not None:
         projection, targets, live = projection.rows(index), targets[index], live[index]
         statistics, cotangents = statistics.rows(index), cotangents.rows(index)
     cotangents = cotangents.map(lambda c: torch.where(live, c.to(dtype), 0))

@@ -5,14 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import IGNORE_INDEX
-
-
-def valid_rows(targets: Tensor, mask: Tensor | None) -> Tensor:
-    """[N] bool: the rows that count."""
-    valid = targets != IGNORE_INDEX
-    return valid if mask is None else valid & mask
-
 
 def may_compact(tensor: Tensor, compact: bool) -> bool:
     """Compaction reads a count on the host, which a CUDA graph under capture does not allow."""

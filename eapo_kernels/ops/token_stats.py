@@ -170,7 +170,7 @@ def token_stats(
         hidden: [..., D] bf16/fp16/fp32 (fp64 on the torch backend), hidden states at the positions that predict ``targets``.
         weight: [V, D], the head's weight, dtype and device of ``hidden``.
         targets: [...] int64, the sampled token at each position (already shifted); -100 leaves a row out.
-        bias: [V] or None; -inf removes a column.
+        bias: [V] or None; -inf removes a column (under a soft-cap, which maps -inf to -softcap, it only lowers it).
         inv_temperature: 1 / temperature > 0, a number or a tensor [...].
         softcap: c of c * tanh(logits / c), or None.
         logit_scale: factor on the logits before the soft-cap, or None.

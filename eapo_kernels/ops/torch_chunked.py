@@ -88,6 +88,7 @@ def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second
         for block in _blocks(z):
             logits = chunk.rows(block).shape_logits_(z[block], columns)
             reduction.add(logits, targets[start : start + step][block], keep=False)
+        del z, logits  # before the next chunk is allocated
     return finish(reduction.sums())
 
 
@@ -190,28 +191,36 @@ class _TorchChunk:
 
     def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
         z, self._z = self._z, self._z.new_empty(0)
-        scale = self._projection.row_scale()
-        if self._keep_logits:
-            columns = slice(0, self._projection.vocab)
-            for block in _blocks(z):
-                part, s = self._projection.rows(block), self._statistics.rows(block)
-                coefficients = _row_coefficients(s, cotangents.rows(block), part, None)
-                _gradient_from_logits_(z[block], part, self._targets[block], columns, s, coefficients)
-            factor = torch.ones_like(self._s0)
-        else:
+        dtype = self._projection.operand_dtype
+        if not self._keep_logits:
             assert cotangents.logp is not None
             assert cotangents.entropy is None
-            factor = cotangents.logp * scale / -self._s0
-        return ChunkGradient(z.to(self._projection.operand_dtype), factor)
+            factor = cotangents.logp * self._projection.row_scale() / -self._s0
+            return ChunkGradient(z.to(dtype), factor)
+        factor = torch.ones_like(self._s0)
+        if dtype == torch.float16:
+            factor = cotangents.power_of_two()
+            cotangents = cotangents.map(lambda c: c / factor)
+        columns = slice(0, self._projection.vocab)
+        for block in _blocks(z):
+            part, s = self._projection.rows(block), self._statistics.rows(block)
+            coefficients = _row_coefficients(s, cotangents.rows(block), part, None)
+            _gradient_from_logits_(z[block], part, self._targets[block], columns, s, coefficients)
+        return ChunkGradient(z.to(dtype), factor)
 
 
 def open_chunk(projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool) -> _TorchChunk:
-    """See ``backend.OpenChunk``."""
-    return _TorchChunk(projection, targets, entropy, keep_logits=entropy_gradient or projection.softcap is not None)
+    """See ``backend.OpenChunk``. fp16 cannot hold the exponentials' target column, which reaches -V: there logits are kept."""
+    narrow = projection.operand_dtype == torch.float16
+    keep_logits = entropy_gradient or projection.softcap is not None or narrow
+    return _TorchChunk(projection, targets, entropy, keep_logits)
 
 
 def chunk_bytes(projection: Projection) -> int:
-    """Workspace per logit: the logits and two temporaries of a block, which on CUDA is the whole chunk, else a quarter at most."""
+    """Workspace per logit: the logits and two temporaries of a block, which on CUDA is the whole chunk, else a quarter at most.
+
+    With fewer than four rows a block is a row, and the temporaries of one row come on top.
+    """
     size = projection.statistics_dtype.itemsize
     return 3 * size + projection.operand_dtype.itemsize if projection.hidden.is_cuda else size + size // 2
 

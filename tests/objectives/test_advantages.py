@@ -42,6 +42,11 @@ def test_a_mean_that_fp32_cannot_hold_is_still_a_tie() -> None:
     assert (ADVANTAGES["sign"](torch.full((7,), 0.1), torch.zeros(7, dtype=torch.int64)) == 0).all()
 
 
+def test_close_rewards_are_not_ties() -> None:
+    rewards = torch.tensor([1000.0, 1000.0005, 1000.001, 1000.0015])
+    assert ADVANTAGES["sign"](rewards, torch.zeros(4, dtype=torch.int64)).tolist() == [-1, -1, 1, 1]
+
+
 def test_binary() -> None:
     rewards = torch.tensor([1.0, 0.0, 1.0])
     assert ADVANTAGES["binary"](rewards, torch.zeros(3, dtype=torch.int64)).tolist() == [1, -1, 1]

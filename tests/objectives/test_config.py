@@ -10,7 +10,7 @@ from eapo_kernels import METHODS, EAPOConfig, EapoError, get_method
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("surrogate", "trpo", "surrogate: expected one of reinforce, ppo_clip, cispo, gspo, got 'trpo'"),
+        ("surrogate", "trpo", "surrogate: expected one of reinforce, ppo_clip, cispo, gspo or a function, got 'trpo'"),
         ("advantage", "gae", "advantage: expected one of group_norm"),
         ("split", "median", "split: expected one of group, batch, advantage, got 'median'"),
         ("reduction", "mean", "reduction: expected one of token_mean"),
@@ -21,6 +21,10 @@ from eapo_kernels import METHODS, EAPOConfig, EapoError, get_method
         ("importance_cap", float("nan"), "importance_cap: expected a finite number >= 0, got nan"),
         ("kl_coef", "0.1", "kl_coef: expected a finite number >= 0, got '0.1'"),
         ("entropy_coef", float("inf"), "entropy_coef: expected a finite number, got inf"),
+        ("dual_clip", 1.0, "dual_clip: expected a finite number > 1, got 1.0"),
+        ("split", lambda *a: a, "split: expected one of group, batch, advantage, got <function"),
+        ("drop_zero_weight", "no", "drop_zero_weight: expected True or False, got 'no'"),
+        ("fixed_length", True, "fixed_length: expected a positive int, got True"),
         ("fixed_length", 0, "fixed_length: expected a positive int, got 0"),
         ("negative_weight", -1, "negative_weight: expected a finite number >= 0, got -1"),
     ],

@@ -65,6 +65,8 @@ def test_state_of_other_settings_is_refused() -> None:
         EntropyRatio(kappa=2.0).load_state_dict(EntropyRatio().state_dict())
     with pytest.raises(EapoError, match="EntropyRatio state: expected keys"):
         EntropyRatio().load_state_dict({"weight": 1.0})
+    with pytest.raises(EapoError, match="EntropyRatio state: expected 0-dim numbers and a finite weight >= 0"):
+        EntropyRatio().load_state_dict(EntropyRatio().state_dict() | {"weight": math.nan})
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,8 @@ def test_state_of_other_settings_is_refused() -> None:
         (math.nan, 1, "entropy_sum: expected a positive finite number of nats, got nan"),
         (0.0, 1, "entropy_sum: expected a positive finite number of nats, got 0.0"),
         (torch.tensor(math.inf), 1, "got inf"),
+        (torch.tensor([1.0]), 1, r"entropy_sum: expected a number or a 0-dim tensor, got float32 \[1\] cpu"),
+        ("3", 1, "entropy_sum: expected a number or a 0-dim tensor, got '3'"),
     ],
 )
 def test_bad_updates(entropy: float, count: int, message: str) -> None:
@@ -82,7 +86,17 @@ def test_bad_updates(entropy: float, count: int, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"kappa": math.nan}, {"scale": -1.0}, {"low": -0.1}, {"low": 2.0, "high": 1.0}, {"ema": 1.0}], ids=str
+    "settings",
+    [
+        {"kappa": math.nan},
+        {"kappa": "1"},
+        {"low": math.inf},
+        {"scale": -1.0},
+        {"low": -0.1},
+        {"low": 2.0, "high": 1.0},
+        {"ema": 1.0},
+    ],
+    ids=str,
 )
 def test_bad_settings(settings: dict[str, float]) -> None:
     with pytest.raises(EapoError, match="expected"):

@@ -59,16 +59,10 @@ class TritonChunk:
         matrix = raw if dtype == raw.dtype else workspace(self._projection, dtype)
         factor = torch.ones_like(statistics.logp)
         if dtype == torch.float16:
-            factor = _power_of_two(cotangents)
+            factor = cotangents.power_of_two()
             cotangents = cotangents.map(lambda c: c / factor)
         row_gradient(matrix, raw, self._projection, self._targets, statistics, cotangents)()
         return ChunkGradient(matrix, factor)
-
-
-def _power_of_two(cotangents: LogitCotangents) -> Tensor:
-    """[C] powers of two at the size of each row's largest cotangent, 1 where all are zero."""
-    largest = torch.stack([c.abs() for c in cotangents if c is not None]).amax(0)
-    return torch.where(largest > 0, torch.exp2(largest.log2().floor()), 1.0)
 
 
 def open_chunk(projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool) -> TritonChunk:
