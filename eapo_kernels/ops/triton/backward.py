@@ -53,7 +53,7 @@ def gradient_coefficients(logp, log_sum, mean_shifted, grad_logp, grad_entropy, 
 @triton.jit
 def gradient_tile(y, scale, row_max, log_sum, alpha, beta, ENTROPY: tl.constexpr):
     """p_v (alpha - beta x_v), [BLOCK_N, BLOCK_V]; the vectors are [BLOCK_N]."""
-    x = y * scale[:, None] - row_max[:, None]
+    x = tl.fma(y, scale[:, None], -row_max[:, None])
     p = tl.exp2((x - log_sum[:, None]) * LOG2E)
     if ENTROPY:
         p *= alpha[:, None] - beta[:, None] * x

@@ -77,7 +77,7 @@ TABLE = (
     *_products("sm90", 4, 4096, Tile(64, 64, 32, warps=8, stages=2, resident=2)),
     # Blackwell (data centre): accumulators live in tensor memory.
     *_products("sm100", 2, 4096, Tile(128, 128, 64, warps=8, descriptors=True, resident=2, slices=4)),
-    *_products("sm100", 2, 4096, Tile(64, 128, 32, warps=8, slices=4)),
+    *_products("sm100", 2, 4096, Tile(64, 64, 32, warps=8, slices=2)),
     *_products("sm100", 4, 4096, Tile(64, 64, 32, warps=8, stages=2, resident=2)),
     # Ampere and everything else: at most 96 KiB of shared memory.
     *_products("sm80", 2, 4096, Tile(128, 128, 32, warps=8, slices=4)),

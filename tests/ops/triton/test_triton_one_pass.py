@@ -13,6 +13,7 @@ from torch import Tensor
 from eapo_kernels import EAPOConfig, Options, TokenBatch, eapo_loss, reference
 from eapo_kernels.ops import torch_chunked
 from eapo_kernels.ops.backend import LogitCotangents
+from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.triton import one_pass, rows
 from eapo_kernels.ops.triton.backend import BACKEND
 from eapo_kernels.ops.triton.configs import Tile
@@ -87,27 +88,23 @@ def test_tiles_change_only_the_rounding(tile: Tile, device: str) -> None:
     torch.testing.assert_close(raw.double(), gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_small_fp16_cotangents_do_not_underflow(device: str) -> None:
-    """The row factor carries the size of a mean over a million tokens; the matrix stays in fp16's range."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_small_cotangents_do_not_underflow(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coefficients of a mean over a million tokens: for fp16 operands the row factor carries their size, not the matrix."""
+    monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: dtype))  # as on CUDA
     inputs = make_inputs(16, 16, 99, dtype=torch.float16, device=device)
     p = projection(inputs)
-    chunk = one_pass.TritonChunk(p, inputs.targets, True)
-    statistics = chunk.statistics()
+    chunk = BACKEND.open_chunk(p, inputs.targets, entropy=True, entropy_gradient=False)
+    chunk.statistics()
     small = torch.linspace(-1e-6, 1e-6, 16, device=device)
     small[3] = 0.0
-    factor = one_pass._power_of_two(LogitCotangents(small))
-    assert factor[3] == 1
-    scaled = LogitCotangents(small / factor)
-    assert (scaled.logp.abs() < 2).all()
-    out = p.hidden.new_empty(16, 112)[:, :99]
-    raw = one_pass.workspace(p, torch.float32)
-    raw.copy_(p.hidden.float() @ p.weight.float().T)
-    rows.row_gradient(out, raw, p, inputs.targets, statistics, scaled)()
-    assert out.dtype == torch.float16
-    prob = torch.softmax(raw.double(), 1)
+    matrix, factor = chunk.gradient(LogitCotangents(small))
+    assert matrix.dtype == dtype
+    assert (factor.log2() == factor.log2().round()).all()
+    prob = torch.softmax(p.hidden.double() @ p.weight.double().T, 1)
     one_hot = torch.nn.functional.one_hot(inputs.targets, 99)
     exact = small.double().unsqueeze(1) * (one_hot - prob)
-    torch.testing.assert_close(out.double() * factor.double().unsqueeze(1), exact, rtol=2e-3, atol=1e-12)
+    torch.testing.assert_close(matrix.double() * factor.double().unsqueeze(1), exact, rtol=2e-3, atol=1e-13)
 
 
 def test_a_chunk_gives_its_gradient_once(device: str) -> None:
