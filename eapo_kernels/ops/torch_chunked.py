@@ -64,7 +64,7 @@ class _Reduction:
         x_exp = exp2 = x_exp2 = None
         if self.entropy or self.second_moments:
             x.mul_(e)
-            x_exp = x.sum(1)
+            x_exp = x.sum(1) if self.entropy else None
         if self.second_moments:
             x_exp2 = x.mul_(e).sum(1)
             exp2 = torch.mul(e, e, out=x).sum(1)

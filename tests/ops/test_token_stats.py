@@ -256,7 +256,7 @@ def test_custom_op_contract() -> None:
     targets = inputs.targets.clone()
     targets[2] = -100
     op = torch.ops.eapo_kernels.token_stats.default
-    for second_moments, entropy in ((False, True), (True, True), (False, False)):
+    for second_moments, entropy in ((False, True), (True, True), (False, False), (True, False)):
         args = (
             hidden,
             weight,
