@@ -7,7 +7,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install -c constraints.txt
 .PHONY: help demo test lint format bench bench-cpu clean
 
 help:
-	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (about 8 minutes on 2 cores)"
+	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (about 6 minutes on 2 free cores)"
 	@echo "make test       set up, then run all tests"
 	@echo "make lint       ruff, mypy"
 	@echo "make format     let ruff rewrite"

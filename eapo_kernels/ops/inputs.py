@@ -6,11 +6,19 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..checks import FLOATS, describe, require_tensor
 from ..errors import EapoError, ShapeError, require
 from ..types import IGNORE_INDEX
 from .projection import Projection
+
+
+def _refuse_forward_mode(**tensors: Tensor | None) -> None:
+    """A custom op without a forward-mode formula would return a zero tangent in silence."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise EapoError(f"{name}: expected a tensor without forward-mode tangent (reverse mode only), got one with")
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -42,6 +50,8 @@ def build_projection(
         dtype = torch.get_autocast_dtype(weight.device.type)
         hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode(hidden=hidden, weight=weight, bias=bias)
     require_tensor("hidden", hidden, (*rows_shape, weight.shape[1]), (weight.dtype,), weight)
     if bias is not None:
         require_tensor("bias", bias, (weight.shape[0],), (weight.dtype,), weight)

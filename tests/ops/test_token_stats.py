@@ -249,6 +249,12 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(function, leaves)
 
 
+def test_forward_mode_is_refused() -> None:
+    inputs = make_inputs(5, 4, 7)
+    with pytest.raises(EapoError, match=r"hidden: expected a tensor without forward-mode tangent"):
+        torch.func.jvp(lambda h: token_stats(h, inputs.weight, inputs.targets).logp, (inputs.hidden,), (inputs.hidden,))
+
+
 def test_custom_op_contract() -> None:
     inputs = make_inputs(9, 8, 33)
     hidden, weight = inputs.leaves()
