@@ -19,7 +19,7 @@ from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Noise floor of gradients: the last rounding to the dtype (statistics are fp32 for every dtype)."""
 
-SHAPES = [(1, 8, 1), (1, 72, 257), (63, 72, 1031), (200, 64, 257), (5, 72, 50257)]
+SHAPES = [(1, 8, 1), (1, 72, 257), (63, 72, 1031), (200, 64, 257), (5, 72, 50257), (3, 8, 151936)]
 
 
 def _stats_and_grads(function: Any, inputs: Inputs, cotangents: Tensor, **options: Any) -> tuple[Tensor, ...]:
