@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import compare, cotangents, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,40 +17,7 @@ from eapo_kernels import EapoError, Options, ShapeError, reference, token_stats
 from eapo_kernels.ops import products, torch_chunked
 from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats, make_inputs, oracle_token_stats
 
-FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Noise floor of gradients: the last rounding to the dtype (statistics are fp32 for every dtype)."""
-
 SHAPES = [(1, 8, 1), (1, 72, 257), (63, 72, 1031), (200, 64, 257), (5, 72, 50257), (3, 8, 151936)]
-
-
-def _stats_and_grads(function: Any, inputs: Inputs, cotangents: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    leaves = inputs.leaves()
-    stats = function(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, **options)
-    pairs = zip((stats.logp, stats.entropy, stats.lse), cotangents.to(stats.logp.dtype), strict=True)
-    loss = sum((s * c).sum() for s, c in pairs if bool((c != 0).any()))
-    return stats, torch.autograd.grad(loss, leaves)
-
-
-def _compare(inputs: Inputs, cotangents: Tensor, options: Options | None = None, **transform: Any) -> None:
-    dtype = inputs.hidden.dtype
-    wide = inputs.to(torch.float64)
-    doubled = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in transform.items()}
-    truth, truth_grads = _stats_and_grads(reference.token_stats, wide, cotangents, **doubled)
-    eager, eager_grads = _stats_and_grads(eager_token_stats, inputs.to(dtype), cotangents, **transform)
-    actual, grads = _stats_and_grads(token_stats, inputs.to(dtype), cotangents, options=options, **transform)
-    for name in ("logp", "entropy", "lse"):
-        got = getattr(actual, name)
-        assert got.dtype == torch.float32
-        assert_no_worse_than(got, getattr(eager, name), getattr(truth, name), floor=1e-6, name=name)
-    for name, got, plain, exact in zip(("hidden", "weight", "bias"), grads, eager_grads, truth_grads, strict=False):
-        assert got.dtype == dtype
-        assert_no_worse_than(got, plain, exact, floor=FLOOR[dtype], name=f"d_{name}")
-
-
-def _cotangents(n: int, which: str, device: str, seed: int = 7) -> Tensor:
-    values = torch.randn(3, n, generator=torch.Generator().manual_seed(seed))
-    keep = torch.tensor([which in ("logp", "all"), which in ("entropy", "all"), which in ("lse", "all")])
-    return (values * keep[:, None]).to(device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -57,13 +25,13 @@ def _cotangents(n: int, which: str, device: str, seed: int = 7) -> Tensor:
 @pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "uniform"])
 def test_matches_the_oracle(shape: tuple[int, int, int], dtype: torch.dtype, peaked: bool, device: str, poisoned: None) -> None:
     inputs = make_inputs(*shape, dtype=dtype, peaked=peaked, device=device)
-    _compare(inputs, _cotangents(shape[0], "all", device))
+    compare(inputs, cotangents(shape[0], "all", device))
 
 
 @pytest.mark.parametrize("which", ["logp", "entropy", "lse"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_each_cotangent_alone(which: str, bias: bool, device: str, poisoned: None) -> None:
-    _compare(make_inputs(63, 72, 1031, bias=bias, device=device), _cotangents(63, which, device))
+    compare(make_inputs(63, 72, 1031, bias=bias, device=device), cotangents(63, which, device))
 
 
 @pytest.mark.parametrize(
@@ -81,12 +49,12 @@ def test_each_cotangent_alone(which: str, bias: bool, device: str, poisoned: Non
 def test_logit_transforms(transform: dict[str, Any], bias: bool, device: str, poisoned: None) -> None:
     rows = 0.5 + torch.rand(63, generator=torch.Generator().manual_seed(1)).to(device)
     transform = {k: rows if v == "rows" else v for k, v in transform.items()}
-    _compare(make_inputs(63, 72, 1031, bias=bias, device=device), _cotangents(63, "all", device), **transform)
+    compare(make_inputs(63, 72, 1031, bias=bias, device=device), cotangents(63, "all", device), **transform)
 
 
 def test_small_budget_changes_nothing_but_rounding(device: str) -> None:
     inputs = make_inputs(130, 24, 5000, device=device)
-    _compare(inputs, _cotangents(130, "all", device), options=Options(memory_budget=5000 * 16))
+    compare(inputs, cotangents(130, "all", device), options=Options(memory_budget=5000 * 16))
 
 
 def test_second_moments(device: str, poisoned: None) -> None:
@@ -155,7 +123,7 @@ def test_strided_inputs(device: str) -> None:
 def test_extreme_logits(scale: float, device: str, poisoned: None) -> None:
     inputs = make_inputs(32, 16, 200, device=device)
     extreme = Inputs(inputs.hidden * scale, inputs.weight, inputs.targets)
-    _compare(extreme, _cotangents(32, "all", device))
+    compare(extreme, cotangents(32, "all", device))
 
 
 def test_confident_token_keeps_its_precision(device: str) -> None:
@@ -183,9 +151,9 @@ def test_minus_infinity_columns(device: str, poisoned: None) -> None:
     inputs.bias[::2] = -math.inf
     keep = inputs.targets % 2 == 1
     inputs = Inputs(inputs.hidden[keep], inputs.weight, inputs.targets[keep], inputs.bias)
-    stats, grads = _stats_and_grads(token_stats, inputs, _cotangents(int(keep.sum()), "all", device))
+    stats, grads = run(token_stats, inputs, cotangents(int(keep.sum()), "all", device))
     small = Inputs(inputs.hidden.detach(), inputs.weight.detach()[1::2], inputs.targets // 2, inputs.bias.detach()[1::2])
-    expected, expected_grads = _stats_and_grads(token_stats, small, _cotangents(int(keep.sum()), "all", device))
+    expected, expected_grads = run(token_stats, small, cotangents(int(keep.sum()), "all", device))
     torch.testing.assert_close(stats.entropy, expected.entropy)
     torch.testing.assert_close(grads[0], expected_grads[0])
     torch.testing.assert_close(grads[1][1::2], expected_grads[1])
@@ -232,7 +200,7 @@ def test_rows_with_zero_cotangent_do_no_work(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_run_to_run_bitwise(device: str) -> None:
     inputs = make_inputs(130, 72, 1031, dtype=torch.bfloat16, device=device)
-    first, second = (_stats_and_grads(token_stats, inputs, _cotangents(130, "all", device)) for _ in range(2))
+    first, second = (run(token_stats, inputs, cotangents(130, "all", device)) for _ in range(2))
     for a, b in zip((*first[0][:3], *first[1]), (*second[0][:3], *second[1]), strict=True):
         assert torch.equal(a, b)
 

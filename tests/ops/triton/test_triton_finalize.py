@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from eapo_kernels.ops.backend import SUMS, Coefficients, SurrogateTerms
+from eapo_kernels.ops.backend import Coefficients, SurrogateTerms
 from eapo_kernels.ops.statistics import RowStatistics, RowSums, finish
 from eapo_kernels.ops.triton.finalize import finalize
 from eapo_kernels.ops.triton.sums import PartialSums
+from eapo_kernels.types import SUMS
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
+import comparison
 import pytest
 import torch
-from comparison import compare, cotangents, projection, run, triton_token_stats
+from comparison import cotangents, projection, run
 
 from eapo_kernels import Options, token_stats
 from eapo_kernels.ops import torch_chunked
@@ -22,6 +24,9 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 8, 1), (1, 72, 257), (63, 72, 1031), (200, 64, 257), (5, 72, 50257)]
+
+compare = partial(comparison.compare, backend="triton")
+triton_token_stats = partial(token_stats, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

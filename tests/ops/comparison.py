@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels compare with: the float64 oracle, eager PyTorch, the torch backend."""
+"""What the tests of every backend compare with: the float64 oracle and eager PyTorch."""
 
 from __future__ import annotations
 
@@ -34,17 +34,15 @@ def run(function: Any, inputs: Inputs, weights: Tensor, **options: Any) -> tuple
     return stats, torch.autograd.grad(loss, leaves)
 
 
-def triton_token_stats(*args: Any, **options: Any) -> TokenStats:
-    return token_stats(*args, backend="triton", **options)
-
-
-def compare(inputs: Inputs, weights: Tensor, options: Options | None = None, **transform: Any) -> None:
-    """The Triton backend is no worse than twice eager PyTorch in statistics and gradients, plus the floors."""
+def compare(
+    inputs: Inputs, weights: Tensor, options: Options | None = None, *, backend: str = "auto", **transform: Any
+) -> None:
+    """A backend is no worse than twice eager PyTorch in statistics and gradients, plus the floors."""
     dtype = inputs.hidden.dtype
     doubled = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in transform.items()}
     truth, truth_grads = run(reference.token_stats, inputs.to(torch.float64), weights, **doubled)
     eager, eager_grads = run(eager_token_stats, inputs.to(dtype), weights, **transform)
-    actual, grads = run(triton_token_stats, inputs.to(dtype), weights, options=options, **transform)
+    actual, grads = run(token_stats, inputs.to(dtype), weights, options=options, backend=backend, **transform)
     for name in TokenStats._fields:
         got, plain, exact = (getattr(s, name) for s in (actual, eager, truth))
         if exact is not None:
