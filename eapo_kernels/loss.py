@@ -21,11 +21,10 @@ from .objectives.methods import METHODS, Method, get_method
 from .objectives.policy import PolicyTerms, loss_and_sums, prepare
 from .one_pass import one_pass
 from .ops import plans
-from .ops.backend import SUMS
 from .ops.inputs import build_projection, check_values
 from .ops.projection import Projection
-from .ops.token_stats import token_stats
-from .types import IGNORE_INDEX, LossOutput, Options, TokenBatch
+from .ops.token_stats import project_stats
+from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch
 
 SCHEDULES = ("auto", "one_pass", "autograd")
 
@@ -114,19 +113,14 @@ def policy_loss(
     lam = _positive_weight(method, positive_weight, weight.device, options.debug)
     terms = prepare(batch, method.config, lam)
     projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape)
-    check_values(projection, torch.where(terms.valid, batch.targets, IGNORE_INDEX), options.debug)
-    targets = torch.where(terms.valid, batch.targets, 0)
+    targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
 
-    schedule = _choose_schedule(schedule, method, backend, projection)
-    if schedule == "one_pass":
+    if _choose_schedule(schedule, method, backend, projection) == "one_pass":
+        check_values(projection, targets, options.debug)
         loss, sums = one_pass(projection, targets, terms, backend, options)
     else:
-        gradient = method.config.entropy_coef != 0
-        stats = token_stats(
-            hidden, weight, batch.targets, bias=bias, inv_temperature=inv_temperature, softcap=softcap,
-            logit_scale=logit_scale, mask=terms.valid, entropy="grad" if gradient else "nograd", backend=backend,
-            options=options,
-        )  # fmt: skip
+        entropy = "grad" if method.config.entropy_coef else "nograd"
+        stats = project_stats(projection, targets, entropy=entropy, second_moments=False, backend=backend, options=options)
         loss, sums = loss_and_sums(terms, stats.logp, stats.entropy)
     return LossOutput(loss, _metrics(terms, sums, positive_weight))
 

@@ -22,10 +22,14 @@ from .types import Options
 def one_pass(
     projection: Projection, targets: Tensor, terms: PolicyTerms, backend_name: str, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """(loss, sums) with the gradients computed along the way; ``loss.backward()`` hands them out."""
+    """(loss, sums) with the gradients computed along the way; ``loss.backward()`` hands them out.
+
+    targets: [N] int64, -100 where ``terms.valid`` is False.
+    """
     inputs = (projection.hidden, projection.weight, projection.bias)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
     needs = (wanted[0], wanted[1], wanted[2])
+    targets = targets.clamp_min(0)
     detached = replace(
         projection,
         hidden=projection.hidden.detach(),
@@ -39,12 +43,12 @@ def one_pass(
     elif (index := valid_index(terms.valid)) is not None:
         detached, targets, terms = detached.rows(index), targets[index], terms.rows(index)
     entropy_gradient = terms.config.entropy_coef != 0
-    fuse = backend.fuses_surrogate and _is_clipped_surrogate(terms)
+    fused = backend.surrogate if _is_clipped_surrogate(terms) else None
 
     def coefficients(chunk: Chunk, rows: slice) -> Coefficients:
         part = terms.rows(rows)
-        if fuse:
-            return chunk.surrogate(_surrogate_terms(part))
+        if fused is not None:
+            return fused(chunk, _surrogate_terms(part))
         stats = chunk.statistics()
         assert stats.entropy is not None
         with torch.enable_grad():

@@ -16,6 +16,12 @@ IGNORE_INDEX = -100
 """Target value of a row that does not count (the Hugging Face convention)."""
 
 
+SUMS = ("loss", "entropy", "ratio", "clipped", "old_kl", "kl")
+"""What a coefficient function adds up over its tokens, in this order. ``loss`` is the chunk's share of the final loss, the
+others are plain sums over tokens: entropy and KL estimates in nats, the ratio to the old policy, and 1 for each token whose
+gradient the clip removed."""
+
+
 class TokenStats(NamedTuple):
     """Statistics of the next-token distribution p = softmax(z) at every position (docs/math.md E1-E4).
 

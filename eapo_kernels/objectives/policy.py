@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import valid_tokens
-from ..types import TokenBatch
+from ..types import SUMS, TokenBatch
 from .advantages import ADVANTAGES
 from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig
@@ -143,7 +143,7 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
         entropy: [N] fp32, differentiable where the loss has an entropy bonus; None counts as zero.
 
     Returns:
-        (0-dim fp32 loss, [6] fp32 sums in the order loss, entropy, ratio, clipped, old_kl, kl).
+        (0-dim fp32 loss, [len(SUMS)] fp32 sums).
     """
     config = terms.config
     logp = torch.where(terms.valid, logp, 0.0)
@@ -168,9 +168,15 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
     with torch.no_grad():
         valid = terms.valid.float()
         old_kl = torch.zeros_like(logp) if old is None else kl_k3(logp, old)
-        values = (torch.zeros_like(logp) if entropy is None else entropy, ratio.exp(), clipped.float(), old_kl, kl)
-        sums = torch.stack([loss.detach(), *((v.detach() * valid).sum() for v in values)])
-    return loss, sums
+        values = {
+            "entropy": torch.zeros_like(logp) if entropy is None else entropy,
+            "ratio": ratio.exp(),
+            "clipped": clipped.float(),
+            "old_kl": old_kl,
+            "kl": kl,
+        }
+        sums = {name: (v.detach() * valid).sum() for name, v in values.items()} | {"loss": loss.detach()}
+    return loss, torch.stack([sums[name] for name in SUMS])
 
 
 def _sequence_mean(values: Tensor, terms: PolicyTerms) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -73,12 +73,6 @@ class ChunkGradient(NamedTuple):
     row_factor: Tensor
 
 
-SUMS = ("loss", "entropy", "ratio", "clipped", "old_kl", "kl")
-"""What a coefficient function adds up over its tokens, in this order. ``loss`` is the chunk's share of the final loss, the
-others are plain sums over tokens: entropy and KL estimates in nats, the ratio to the old policy, and 1 for each token whose
-gradient the clip removed."""
-
-
 @dataclass(frozen=True)
 class SurrogateTerms:
     """A clipped, sign-weighted policy surrogate as numbers per token and per sequence (E9, E10), for one fused launch.
@@ -129,10 +123,6 @@ class Chunk(Protocol):
         """Statistics of the chunk's rows."""
         ...
 
-    def surrogate(self, terms: SurrogateTerms) -> Coefficients:
-        """Statistics, coefficients and sums of a clipped surrogate in one launch; only where ``Backend.fuses_surrogate``."""
-        ...
-
     def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
         """Turn the chunk's workspace into its logit gradient. May be called once."""
         ...
@@ -156,7 +146,8 @@ class Backend:
         slab_bytes: bytes of workspace per logit of a slab that ``logit_gradient`` fills.
         open_chunk: the first half of the one-pass schedule for a chunk of rows.
         chunk_bytes: bytes of workspace per logit of a chunk.
-        fuses_surrogate: whether its chunks have ``surrogate``.
+        surrogate: statistics, coefficients and sums of a clipped surrogate of one of its chunks in one launch; None: it has no
+            such kernel, and the caller does the vector maths.
     """
 
     name: str
@@ -166,4 +157,4 @@ class Backend:
     slab_bytes: Callable[[Projection], int]
     open_chunk: OpenChunk
     chunk_bytes: Callable[[Projection], int]
-    fuses_surrogate: bool = False
+    surrogate: Callable[[Any, SurrogateTerms], Coefficients] | None = None

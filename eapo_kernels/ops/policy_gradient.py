@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Options
+from ..types import SUMS, Options
 from . import plans, products
-from .backend import SUMS, Backend, Chunk, Coefficients
+from .backend import Backend, Chunk, Coefficients
 from .projection import Projection
 from .rows import scatter_rows
 
@@ -62,7 +62,7 @@ def policy_gradient(
     """
     dtype = projection.statistics_dtype
     hidden, weight = projection.hidden, projection.weight
-    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # weight and bias have hidden's dtype
     sums = hidden.new_zeros(len(SUMS), dtype=dtype)
     need_hidden, need_weight, need_bias = needs
     d_hidden = torch.zeros_like(hidden, dtype=stored, memory_format=torch.contiguous_format) if need_hidden else None
@@ -91,9 +91,9 @@ def policy_gradient(
         del chunk, matrix
     if d_weight is not None:
         d_weight = d_weight.mul_(unit) if unit != 1.0 else d_weight
-        d_weight = d_weight.to(torch.float32 if weight.dtype == torch.float16 else weight.dtype)
+        d_weight = d_weight.to(stored)
     if d_bias is not None:
-        d_bias = d_bias.to(torch.float32 if weight.dtype == torch.float16 else weight.dtype)
+        d_bias = d_bias.to(stored)
     if d_hidden is not None:
         d_hidden = scatter_rows(d_hidden, index, n_rows)
     return Gradients(sums, d_hidden, d_weight, d_bias)

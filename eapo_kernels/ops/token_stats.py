@@ -149,6 +149,34 @@ def _backward(ctx, grad_logp, grad_entropy, grad_lse, _grad_moments, _grad_state
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def project_stats(
+    projection: Projection, targets: Tensor, *, entropy: str, second_moments: bool, backend: str, options: Options
+) -> TokenStats:
+    """``token_stats`` of a checked projection; targets: [N] int64, -100 leaves a row out. Returns [N] each."""
+    logp, entropies, lse, moments, _ = _forward_op(
+        projection.hidden,
+        projection.weight,
+        projection.bias,
+        targets,
+        projection.row_inv_temperature,
+        projection.inv_temperature,
+        projection.logit_scale,
+        projection.softcap,
+        entropy != "none",
+        second_moments,
+        backend,
+        options.memory_budget,
+        options.compact,
+        options.debug,
+    )
+    return TokenStats(
+        logp,
+        None if entropy == "none" else entropies if entropy == "grad" else entropies.detach(),
+        lse,
+        *(moments.unbind(0) if second_moments else (None, None)),
+    )
+
+
 def token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -200,28 +228,7 @@ def token_stats(
     if mask is not None:
         require_tensor("mask", mask, tuple(shape), (torch.bool,), projection.hidden)
         targets = torch.where(mask, targets, IGNORE_INDEX)
-    logp, entropies, lse, moments, _ = _forward_op(
-        projection.hidden,
-        projection.weight,
-        projection.bias,
-        targets.reshape(-1),
-        projection.row_inv_temperature,
-        projection.inv_temperature,
-        projection.logit_scale,
-        projection.softcap,
-        entropy != "none",
-        second_moments,
-        backend,
-        options.memory_budget,
-        options.compact,
-        options.debug,
+    flat = project_stats(
+        projection, targets.reshape(-1), entropy=entropy, second_moments=second_moments, backend=backend, options=options
     )
-    if entropy == "nograd":
-        entropies = entropies.detach()
-    return TokenStats(
-        logp.reshape(shape),
-        entropies.reshape(shape) if entropy != "none" else None,
-        lse.reshape(shape),
-        moments[0].reshape(shape) if second_moments else None,
-        moments[1].reshape(shape) if second_moments else None,
-    )
+    return TokenStats._make(None if values is None else values.reshape(shape) for values in flat)

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from . import plans, products
-from .backend import Backend, ChunkGradient, Coefficients, LogitCotangents, SurrogateTerms
+from .backend import Backend, ChunkGradient, LogitCotangents
 from .projection import Projection
 from .statistics import RowStatistics, RowSums, finish
 
 _CACHE_BYTES = 32 * 2**20
-"""Logits processed together, about a server's last-level cache. Blocks of 0.5 to 32 MiB measured within 10 % of each other on
-a quiet machine and the whole chunk 3 times slower; on a busy one every block's thread barriers cost, so the largest won."""
-
+"""Logits processed together, about a server's last-level cache. Smaller blocks gain nothing and cost thread barriers, above all
+on a busy machine (docs/log.md)."""
 
 _UNDERFLOWN = -1e4
 """exp of it is 0 in fp32 and fp64: a finite stand-in for the -inf of removed columns, where x * e^x must be 0 and not NaN."""
@@ -185,9 +184,6 @@ class _TorchChunk:
 
     def statistics(self) -> RowStatistics:
         return self._statistics
-
-    def surrogate(self, terms: SurrogateTerms) -> Coefficients:
-        raise NotImplementedError("the torch backend takes the vector path")
 
     def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
         z, self._z = self._z, self._z.new_empty(0)

@@ -16,7 +16,7 @@ from . import backward
 from .finalize import finalize
 from .forward import stream_statistics
 from .launch import INTERPRETED, capability
-from .one_pass import chunk_bytes, open_chunk
+from .one_pass import TritonChunk, chunk_bytes, open_chunk
 
 
 def supports(projection: Projection) -> str | None:
@@ -68,5 +68,5 @@ BACKEND = Backend(
     slab_bytes=lambda projection: projection.operand_dtype.itemsize,
     open_chunk=open_chunk,
     chunk_bytes=chunk_bytes,
-    fuses_surrogate=True,
+    surrogate=TritonChunk.surrogate,
 )

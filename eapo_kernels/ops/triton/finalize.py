@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import SUMS, Coefficients, LogitCotangents, SurrogateTerms
+from ...types import SUMS
+from ..backend import Coefficients, LogitCotangents, SurrogateTerms
 from ..statistics import RowStatistics
 from . import configs
 from .configs import Tile
@@ -101,7 +102,7 @@ def finalize_kernel(
 
     out: [4, 6 or 8, n_rows] fp32: logp, lse, row_max, log_sum, then entropy and mean_shifted, then p2 and p2_logp.
     sums: see ``PartialSums``.
-    coefficient: [n_rows] fp32, d loss / d logp. totals: [programs, len(SUMS)] fp32, the block's share of ``backend.SUMS``.
+    coefficient: [n_rows] fp32, d loss / d logp. totals: [programs, len(SUMS)] fp32, the block's share of ``types.SUMS``.
     ratio_low, ratio_high: 1 - clip_low, 1 + clip_high. The others from ``sequence_ids`` on: ``SurrogateTerms``. Without
     SURROGATE all of these are None.
     """

@@ -44,7 +44,7 @@ class TritonChunk:
         return self._finalize(None).statistics
 
     def surrogate(self, terms: SurrogateTerms) -> Coefficients:
-        """One launch; see ``backend.Chunk``."""
+        """One launch; see ``backend.Backend``."""
         return self._finalize(terms).coefficients()
 
     def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
