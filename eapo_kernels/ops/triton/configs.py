@@ -103,14 +103,18 @@ def family(capability: tuple[int, int] | None) -> str:
 def find(kernel: str, family: str, itemsize: int, dim: int = 4096, vocab: int = 131072, *, descriptors: bool = False) -> Tile:
     """The tile of the nearest line: kernel, family and item size must agree, then D and V by their ratios.
 
-    descriptors: whether the operands can be loaded by descriptor; such lines are preferred then, and excluded otherwise.
+    Measured lines come before those of ``TABLE``. descriptors: whether the operands can be loaded by descriptor; such lines
+    are preferred then, and excluded otherwise.
     """
+    from . import measured
+
+    known = measured.candidates(kernel, family, itemsize, descriptors=descriptors)
 
     def distance(entry: Entry) -> tuple[bool, float]:
         far = abs(math.log2(max(dim, 1) / entry.dim)) + abs(math.log2(vocab / entry.vocab))
-        return entry.tile.descriptors != descriptors, far
+        return not known and entry.tile.descriptors != descriptors, far
 
-    lines = [e for e in TABLE if (e.kernel, e.family, e.itemsize) == (kernel, family, itemsize)]
+    lines = known or [e for e in TABLE if (e.kernel, e.family, e.itemsize) == (kernel, family, itemsize)]
     return min((e for e in lines if descriptors or not e.tile.descriptors), key=distance).tile
 
 
