@@ -5,6 +5,7 @@ from .loss import EAPOLoss, eapo_loss, policy_loss
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
 from .objectives.methods import METHODS, Method, get_method
+from .objectives.shaping.shape import shape_batch
 from .ops.dispatch import available_backends
 from .ops.token_stats import token_stats
 from .types import LossOutput, Options, TokenBatch, TokenStats
@@ -28,5 +29,6 @@ __all__ = [
     "eapo_loss",
     "get_method",
     "policy_loss",
+    "shape_batch",
     "token_stats",
 ]

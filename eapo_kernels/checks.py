@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -29,6 +32,19 @@ def require_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tu
 def is_number(value: object) -> bool:
     """Whether it is an int or float; a bool is a mistake."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def require_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise unless ``value`` is a finite number in [low, high]."""
+    ok = isinstance(value, (int, float)) and is_number(value) and low <= value <= high and math.isfinite(value)
+    bound = f" in [{low:g}, {high:g}]" if high < math.inf else f" >= {low:g}" if low > -math.inf else ""
+    require(ok, name, f"a finite number{bound}", repr(value))
+
+
+def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    names = list(choices)
+    require(isinstance(value, str) and value in names, name, f"one of {', '.join(names)}", repr(value))
 
 
 def require_scalar(name: str, value: object, expected: str) -> None:

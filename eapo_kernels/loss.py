@@ -94,7 +94,7 @@ def policy_loss(
     """The loss of any method: ``METHODS``'s by name, or a ``Method`` of your own. Arguments as in ``eapo_loss``.
 
     Args:
-        method: name or Method.
+        method: name or Method. One that weighs tokens (``method.shaper``) wants a batch that went through ``shape_batch``.
         positive_weight: required where the method has none of its own (``method.positive_weight is None``), else refused.
 
     Returns:
@@ -108,6 +108,8 @@ def policy_loss(
     method = get_method(method)
     require(schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
     check_batch(batch, method.config, debug=options.debug)
+    shaped = method.shaper is None or batch.advantages is not None
+    require(shaped, "batch.advantages", f"those of shape_batch with method {method.name!r}", None)
     if not (isinstance(weight, Tensor) and weight.device == batch.targets.device):
         raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
     lam = _positive_weight(method, positive_weight, weight.device, options.debug)
@@ -119,7 +121,7 @@ def policy_loss(
         check_values(projection, targets, options.debug)
         loss, sums = one_pass(projection, targets, terms, backend, options)
     else:
-        entropy = "grad" if method.config.entropy_coef else "nograd"
+        entropy = "grad" if terms.has_entropy_bonus else "nograd"
         stats = project_stats(projection, targets, entropy=entropy, second_moments=False, backend=backend, options=options)
         loss, sums = loss_and_sums(terms, stats.logp, stats.entropy)
     return LossOutput(loss, _metrics(terms, sums, positive_weight))
@@ -192,10 +194,11 @@ def _positive_weight(method: Method, given: float | Tensor | EntropyRatio | None
 
 
 def _choose_schedule(schedule: str, method: Method, backend: str, projection: Projection) -> str:
-    token_scope = method.scope == "token"
+    token_scope = method.config.scope == "token"
     if schedule == "one_pass" and not token_scope:
         raise EapoError(
-            f"schedule: expected 'autograd' for a loss of {method.scope} scope ({method.config.surrogate}), got 'one_pass'"
+            f"schedule: expected 'autograd' for a loss of {method.config.scope} scope ({method.config.surrogate}), "
+            "got 'one_pass'"
         )
     if schedule != "auto":
         return schedule

@@ -62,6 +62,9 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
         require_tensor("batch.advantages", batch.advantages, tokens if per_token else (size,), FLOATS, targets)
     if batch.mask is not None:
         require_tensor("batch.mask", batch.mask, tokens, (torch.bool,), targets)
+    for name in ("entropy_coef", "ratio_penalty"):
+        if getattr(batch, name) is not None:
+            require_tensor(f"batch.{name}", getattr(batch, name), tokens, FLOATS, targets)
     _check_log_probs(batch, config, tokens)
     if debug or not targets.is_cuda:
         _check_values(batch, config, size)
@@ -86,7 +89,7 @@ def _check_values(batch: TokenBatch, config: EAPOConfig, size: int) -> None:
     everything = torch.ones((), dtype=torch.bool, device=valid.device)
     _require_finite("rewards", batch.rewards, everything)
     _require_finite("advantages", batch.advantages, valid if has_token_advantages(batch) else everything)
-    for name in ("old_logp", "ref_logp", "rollout_logp"):
+    for name in ("old_logp", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty"):
         _require_finite(name, getattr(batch, name), valid)
 
     ids = batch.sequence_ids[valid]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..checks import is_number
+from ..checks import is_number, require_choice, require_number
 from ..errors import require
 from .advantages import ADVANTAGES, Advantage
 from .reductions import REDUCTIONS
@@ -22,7 +21,8 @@ class EAPOConfig:
         clip_low: the ratio's lower bound is 1 - clip_low.
         clip_high: the ratio's upper bound is 1 + clip_high.
         dual_clip: c > 1 bounds the loss of a negative advantage by c * |A| (ppo_clip and gspo), or None.
-        surrogate: "reinforce", "ppo_clip", "cispo", "gspo" (sequence ratio), or a function like those of ``surrogates``.
+        surrogate: "reinforce", "ppo_clip", "unclipped", "balanced_clip", "cispo", "gspo" (sequence ratio), or a function like
+            those of ``surrogates``.
         advantage: "group_norm", "group_mean", "sign", "batch_norm", "binary", or a function like those of ``advantages``.
         split: what makes a response positive: its reward above the mean of its "group" or of the "batch", or the sign of its
             "advantage".
@@ -33,6 +33,8 @@ class EAPOConfig:
         kl_coef: factor of the KL penalty to ``ref_logp`` (nats per token).
         kl_estimator: "k1", "k2" or "k3".
         entropy_coef: factor of the entropy bonus (loss per nat).
+        entropy_top_p: the bonus is on the entropy of the renormalised nucleus of this mass, in (0, 1), instead of the whole
+            distribution's; autograd schedule only. None: whole.
         importance_cap: truncates exp(old_logp - rollout_logp), the weight of the policy term for tokens whose rollout engine
             disagrees with the trainer; None: no correction.
     """
@@ -50,26 +52,30 @@ class EAPOConfig:
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
+    entropy_top_p: float | None = None
     importance_cap: float | None = None
 
     def __post_init__(self) -> None:
-        _choice("surrogate", self.surrogate, SURROGATES, or_function=True)
-        _choice("advantage", self.advantage, ADVANTAGES, or_function=True)
-        _choice("split", self.split, SPLITS)
-        _choice("reduction", self.reduction, REDUCTIONS)
-        _choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        _choice_or_function("surrogate", self.surrogate, SURROGATES)
+        _choice_or_function("advantage", self.advantage, ADVANTAGES)
+        require_choice("split", self.split, SPLITS)
+        require_choice("reduction", self.reduction, REDUCTIONS)
+        require_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         ok = isinstance(self.drop_zero_weight, bool)
         require(ok, "drop_zero_weight", "True or False", repr(self.drop_zero_weight))
-        _number("clip_low", self.clip_low, 0, 1)
-        _number("clip_high", self.clip_high, 0)
-        _number("negative_weight", self.negative_weight, 0)
-        _number("kl_coef", self.kl_coef, 0)
-        _number("entropy_coef", self.entropy_coef, -math.inf)
+        require_number("clip_low", self.clip_low, 0, 1)
+        require_number("clip_high", self.clip_high, 0)
+        require_number("negative_weight", self.negative_weight, 0)
+        require_number("kl_coef", self.kl_coef, 0)
+        require_number("entropy_coef", self.entropy_coef)
+        if self.entropy_top_p is not None:
+            require_number("entropy_top_p", self.entropy_top_p, 0, 1)
+            require(0 < self.entropy_top_p < 1, "entropy_top_p", "a number in (0, 1)", self.entropy_top_p)
         if self.dual_clip is not None:
-            _number("dual_clip", self.dual_clip, 1)
+            require_number("dual_clip", self.dual_clip, 1)
             require(self.dual_clip > 1, "dual_clip", "a finite number > 1", self.dual_clip)
         if self.importance_cap is not None:
-            _number("importance_cap", self.importance_cap, 0)
+            require_number("importance_cap", self.importance_cap, 0)
             require(self.importance_cap > 0, "importance_cap", "a finite number > 0", self.importance_cap)
         if self.fixed_length is not None:
             ok = is_number(self.fixed_length) and isinstance(self.fixed_length, int) and self.fixed_length > 0
@@ -88,13 +94,7 @@ class EAPOConfig:
         return "sequence" if self.surrogate in SEQUENCE_RATIO else "token"
 
 
-def _choice(name: str, value: object, table: Iterable[str], *, or_function: bool = False) -> None:
-    if not (or_function and callable(value)):
-        what = f"one of {', '.join(table)}" + (" or a function" if or_function else "")
-        require(isinstance(value, str) and value in list(table), name, what, repr(value))
-
-
-def _number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    ok = isinstance(value, (int, float)) and is_number(value) and low <= value <= high and math.isfinite(value)
-    bound = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
-    require(ok, name, f"a finite number {bound}" if low > -math.inf else "a finite number", repr(value))
+def _choice_or_function(name: str, value: object, table: Iterable[str]) -> None:
+    if not callable(value):
+        ok = isinstance(value, str) and value in list(table)
+        require(ok, name, f"one of {', '.join(table)} or a function", repr(value))

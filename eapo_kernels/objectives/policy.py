@@ -31,6 +31,7 @@ class PolicyTerms:
         split: values and thresholds that make a response positive, [B], or [N] with ``token_split``.
         positive_weight: 0-dim fp32.
         old_logp, ref_logp: [N] fp32 or None.
+        entropy_coef, ratio_penalty: [N] fp32 or None, see ``TokenBatch``.
         n_sequences: B.
         token_advantages, token_split: whether the advantages and the split are given per token instead of per response.
     """
@@ -45,9 +46,16 @@ class PolicyTerms:
     positive_weight: Tensor
     old_logp: Tensor | None
     ref_logp: Tensor | None
+    entropy_coef: Tensor | None
+    ratio_penalty: Tensor | None
     n_sequences: int
     token_advantages: bool
     token_split: bool
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the loss has a gradient with respect to the entropies."""
+        return self.config.entropy_coef != 0 or self.entropy_coef is not None
 
     def weighted_advantages(self) -> Tensor:
         """[N] fp32 advantage of each token with its sign weight w_i (E10) applied: the one place where it is."""
@@ -69,6 +77,8 @@ class PolicyTerms:
             importance=take(self.importance),
             old_logp=take(self.old_logp),
             ref_logp=take(self.ref_logp),
+            entropy_coef=take(self.entropy_coef),
+            ratio_penalty=take(self.ratio_penalty),
             advantages=self.advantages[index] if self.token_advantages else self.advantages,
             split=Split(*(t[index] for t in self.split)) if self.token_split else self.split,
         )
@@ -116,6 +126,8 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         positive_weight=positive_weight,
         old_logp=old_logp,
         ref_logp=ref_logp,
+        entropy_coef=counted(batch.entropy_coef),
+        ratio_penalty=counted(batch.ratio_penalty),
         n_sequences=size,
         token_advantages=token_advantages,
         token_split=token_split,
@@ -161,9 +173,12 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
         kl = KL_ESTIMATORS[config.kl_estimator](logp, terms.ref_logp)
         if config.kl_coef:
             per_token = per_token + config.kl_coef * kl
-    if config.entropy_coef:
+    if terms.ratio_penalty is not None:
+        per_token = per_token + terms.ratio_penalty * ratio.abs()
+    if terms.has_entropy_bonus:
         assert entropy is not None
-        per_token = per_token - config.entropy_coef * entropy
+        bonus = config.entropy_coef if terms.entropy_coef is None else config.entropy_coef + terms.entropy_coef
+        per_token = per_token - bonus * entropy
     loss = (terms.scale * torch.where(terms.valid, per_token, 0.0)).sum()
     with torch.no_grad():
         valid = terms.valid.float()

@@ -56,6 +56,23 @@ def ppo_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) ->
     return term, clipped
 
 
+def unclipped(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+    """rho A: importance sampling without bounds (KL-Cov, arXiv 2505.22617, bounds the step by a penalty instead)."""
+    return log_ratio.exp() * advantages, torch.zeros_like(logp, dtype=torch.bool)
+
+
+def balanced_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+    """``ppo_clip`` whose upper bound keeps the gradient: where rho A with A > 0 is bounded, (1 + clip_high) rho / sg(rho) A.
+
+    Positive tokens far above the old policy go on pushing with a bounded weight (agentic entropy-balanced optimisation, arXiv
+    2510.14545); negative advantages are clipped, and dually clipped, as usual.
+    """
+    term, clipped = ppo_clip(logp, log_ratio, advantages, clip)
+    over = clipped & (advantages > 0)
+    kept = (1 + clip.high) * (log_ratio - log_ratio.detach()).exp() * advantages
+    return torch.where(over, kept, term), clipped & ~over
+
+
 def cispo(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
     """sg(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logp: the weight is clipped, the gradient kept (arXiv 2506.13585)."""
     ratio = log_ratio.detach().exp()
@@ -64,7 +81,14 @@ def cispo(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tu
 
 
 SURROGATES: MappingProxyType[str, Surrogate] = MappingProxyType(
-    {"reinforce": reinforce, "ppo_clip": ppo_clip, "cispo": cispo, "gspo": ppo_clip}
+    {
+        "reinforce": reinforce,
+        "ppo_clip": ppo_clip,
+        "unclipped": unclipped,
+        "balanced_clip": balanced_clip,
+        "cispo": cispo,
+        "gspo": ppo_clip,
+    }
 )
 """``gspo`` is ``ppo_clip`` of the sequence's geometric-mean ratio (arXiv 2507.18071): see ``SEQUENCE_RATIO``."""
 

@@ -10,7 +10,11 @@ from eapo_kernels import METHODS, EAPOConfig, EapoError, get_method
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("surrogate", "trpo", "surrogate: expected one of reinforce, ppo_clip, cispo, gspo or a function, got 'trpo'"),
+        (
+            "surrogate",
+            "trpo",
+            "surrogate: expected one of reinforce, ppo_clip, unclipped, balanced_clip, cispo, gspo or a function, got 'trpo'",
+        ),
         ("advantage", "gae", "advantage: expected one of group_norm"),
         ("split", "median", "split: expected one of group, batch, advantage, got 'median'"),
         ("reduction", "mean", "reduction: expected one of token_mean"),
