@@ -129,9 +129,15 @@ class Chunk(Protocol):
 
 
 class OpenChunk(Protocol):
-    """Project a chunk of rows and reduce it to statistics; ``entropy_gradient``: its cotangent for entropy will not be None."""
+    """Project a chunk of rows and reduce it to statistics; ``entropy_gradient``: its cotangent for entropy will not be None.
 
-    def __call__(self, projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool) -> Chunk: ...
+    ``hint``: [C] fp32, about the log-prob of each target (an older policy's), or None. Never changes what is computed, whatever
+    is in it; a good one may spare the backend a pass.
+    """
+
+    def __call__(
+        self, projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, hint: Tensor | None = None
+    ) -> Chunk: ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ class Backend:
         logit_gradient: the recomputing backward pass, one slab of the vocabulary.
         slab_bytes: bytes of workspace per logit of a slab that ``logit_gradient`` fills.
         open_chunk: the first half of the one-pass schedule for a chunk of rows.
-        chunk_bytes: bytes of workspace per logit of a chunk.
+        chunk_row_bytes: bytes of workspace per row of a chunk, with or without ``entropy_gradient``.
         surrogate: statistics, coefficients and sums of a clipped surrogate of one of its chunks in one launch; None: it has no
             such kernel, and the caller does the vector maths.
     """
@@ -156,5 +162,5 @@ class Backend:
     logit_gradient: LogitGradient
     slab_bytes: Callable[[Projection], int]
     open_chunk: OpenChunk
-    chunk_bytes: Callable[[Projection], int]
+    chunk_row_bytes: Callable[[Projection, bool], int]
     surrogate: Callable[[Any, SurrogateTerms], Coefficients] | None = None

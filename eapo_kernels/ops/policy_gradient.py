@@ -46,6 +46,7 @@ def policy_gradient(
     entropy_gradient: bool,
     needs: tuple[bool, bool, bool],
     options: Options,
+    hint: Tensor | None = None,
 ) -> Gradients:
     """Run all chunks.
 
@@ -59,6 +60,7 @@ def policy_gradient(
         entropy_gradient: the coefficient function returns a cotangent for the entropy.
         needs: gradients wanted for hidden, weight, bias; all False computes the sums alone.
         options: memory budget.
+        hint: [M] fp32, about the log-prob of each target (``backend.OpenChunk``), or None.
     """
     dtype = projection.statistics_dtype
     hidden, weight = projection.hidden, projection.weight
@@ -69,11 +71,12 @@ def policy_gradient(
     d_weight = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format) if need_weight else None
     d_bias = weight.new_zeros(projection.vocab, dtype=dtype) if need_bias else None
     unit = _unit(projection)
-    step = plans.row_chunk(projection.n_rows, projection.vocab * backend.chunk_bytes(projection), options.memory_budget)
+    step = plans.row_chunk(projection.n_rows, backend.chunk_row_bytes(projection, entropy_gradient), options.memory_budget)
     for start in range(0, projection.n_rows, step):
         rows = slice(start, min(start + step, projection.n_rows))
         part = projection.rows(rows)
-        chunk = backend.open_chunk(part, targets[rows], entropy=True, entropy_gradient=entropy_gradient)
+        part_hint = None if hint is None else hint[rows]
+        chunk = backend.open_chunk(part, targets[rows], entropy=True, entropy_gradient=entropy_gradient, hint=part_hint)
         cotangents, chunk_sums = coefficients(chunk, rows)
         sums += chunk_sums
         if not any(needs):

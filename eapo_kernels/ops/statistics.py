@@ -38,8 +38,8 @@ class RowStatistics(NamedTuple):
 
     Attributes:
         logp, entropy, lse, p2, p2_logp: as in ``TokenStats``.
-        row_max: max_v z_v.
-        log_sum: log sum e^(z - row_max) >= 0, so p = e^(z - row_max - log_sum).
+        row_max: max_v z_v, or any other offset of the row.
+        log_sum: log sum e^(z - row_max), so p = e^(z - row_max - log_sum).
         mean_shifted: E_p[z - row_max] (xbar of E3), or None.
     """
 

@@ -205,8 +205,13 @@ class _TorchChunk:
         return ChunkGradient(z.to(dtype), factor)
 
 
-def open_chunk(projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool) -> _TorchChunk:
-    """See ``backend.OpenChunk``. fp16 cannot hold the exponentials' target column, which reaches -V: there logits are kept."""
+def open_chunk(
+    projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, hint: Tensor | None = None
+) -> _TorchChunk:
+    """See ``backend.OpenChunk``. The true maximum is at hand, so ``hint`` is not looked at.
+
+    fp16 cannot hold the exponentials' target column, which reaches -V: there logits are kept.
+    """
     narrow = projection.operand_dtype == torch.float16
     keep_logits = entropy_gradient or projection.softcap is not None or narrow
     return _TorchChunk(projection, targets, entropy, keep_logits)
@@ -228,5 +233,5 @@ BACKEND = Backend(
     logit_gradient=logit_gradient,
     slab_bytes=chunk_bytes,
     open_chunk=open_chunk,
-    chunk_bytes=chunk_bytes,
+    chunk_row_bytes=lambda projection, entropy_gradient: projection.vocab * chunk_bytes(projection),
 )

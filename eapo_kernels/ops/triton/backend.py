@@ -1,4 +1,4 @@
-"""The ``triton`` backend: streaming statistics, recomputed slabs, row kernels and a fused surrogate, as Triton kernels.
+"""The ``triton`` backend: streaming statistics, recomputed slabs, one-pass chunks and a fused surrogate, as Triton kernels.
 
 Correct in the interpreter and compiled for sm_80, sm_90 and sm_100 without spills, but not yet run on a GPU: ``plans.PROVEN``
 does not list it, so "auto" does not choose it. Ask for it by name.
@@ -16,7 +16,7 @@ from . import backward
 from .finalize import finalize
 from .forward import stream_statistics
 from .launch import INTERPRETED, capability
-from .one_pass import TritonChunk, chunk_bytes, open_chunk
+from .one_pass import chunk_row_bytes, open_chunk, surrogate
 
 
 def supports(projection: Projection) -> str | None:
@@ -67,6 +67,6 @@ BACKEND = Backend(
     logit_gradient=logit_gradient,
     slab_bytes=lambda projection: projection.operand_dtype.itemsize,
     open_chunk=open_chunk,
-    chunk_bytes=chunk_bytes,
-    surrogate=TritonChunk.surrogate,
+    chunk_row_bytes=chunk_row_bytes,
+    surrogate=surrogate,
 )

@@ -23,6 +23,8 @@ class Tile:
         descriptors: load operands by tensor descriptor (TMA); needs rows of 16-byte multiples, see ``launch.describable``.
         resident: programs that share one multiprocessor.
         slices: pieces of its columns in which a tile leaves the product: more of them need fewer registers.
+        stores: write by tensor descriptor too, where the output can be described.
+        persistent: only as many programs as run at once, each of which walks over tiles; else a program a tile.
     """
 
     block_n: int
@@ -35,6 +37,8 @@ class Tile:
     descriptors: bool = False
     resident: int = 1
     slices: int = 1
+    persistent: bool = False
+    stores: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,17 @@ class Entry:
     tile: Tile
 
 
-PRODUCTS = ("stream_statistics", "logit_gradient")
-"""Kernels that multiply hidden and weight."""
+PRODUCTS = ("stream_statistics", "logit_gradient", "exp_gemm", "exp_redo", "row_maxima")
+"""Kernels that multiply hidden and weight. "exp_redo" and "row_maxima" gather their rows and so have no descriptors."""
 
 
-def _products(family: str, itemsize: int, dim: int, tile: Tile) -> tuple[Entry, ...]:
-    return tuple(Entry(kernel, family, itemsize, dim, 131072, tile) for kernel in PRODUCTS)
+def _lines(kernels: tuple[str, ...], family: str, itemsize: int, dim: int, *tiles: Tile) -> tuple[Entry, ...]:
+    return tuple(Entry(kernel, family, itemsize, dim, 131072, tile) for tile in tiles for kernel in kernels)
 
+
+_products = functools.partial(_lines, ("stream_statistics", "logit_gradient"))
+_exponentials = functools.partial(_lines, ("exp_gemm",))
+_redone = functools.partial(_lines, ("exp_redo", "row_maxima"))
 
 TABLE = (
     # Interpreted: time goes by operations, not by elements, so tiles are large.
@@ -68,6 +76,12 @@ TABLE = (
     Entry("row_statistics", "interpreter", 4, 4096, 131072, Tile(64, 4096)),
     Entry("row_gradient", "interpreter", 4, 4096, 131072, Tile(64, 4096)),
     Entry("finalize", "interpreter", 4, 4096, 131072, Tile(1024, 0)),
+    Entry("list_unsound", "interpreter", 4, 4096, 131072, Tile(128, 32)),
+    Entry("exp_finalize", "interpreter", 4, 4096, 131072, Tile(128, 32)),
+    *_exponentials("interpreter", 2, 4096, Tile(64, 2048, 128, descriptors=True, slices=2, stores=True), Tile(64, 2048, 128)),
+    *_exponentials("interpreter", 4, 4096, Tile(64, 2048, 128)),
+    *(line for size in (2, 4) for line in _redone("interpreter", size, 4096, Tile(32, 2048, 128))),
+    *(Entry("row_offsets", "interpreter", size, 4096, 131072, Tile(128, 0, 1024)) for size in (2, 4)),
     # Hopper, half precision: 128x128 leaves room for two programs, whose epilogues and products overlap (the epilogue weighs
     # more when D is small); 128x256 reads less shared memory per operation. Lines without descriptors are for operands that no
     # descriptor can describe: rows that are not multiples of 16 bytes, or strided.
@@ -82,6 +96,21 @@ TABLE = (
     # Ampere and everything else: at most 96 KiB of shared memory.
     *_products("sm80", 2, 4096, Tile(128, 128, 32, warps=8, slices=4)),
     *_products("sm80", 4, 4096, Tile(64, 64, 32, warps=8, stages=2, resident=2)),
+    # The E form's first product, like the streaming forward without its running maxima.
+    *_exponentials(
+        "sm90", 2, 2048, Tile(128, 128, 64, warps=8, max_registers=128, descriptors=True, resident=2, slices=4, stores=True)
+    ),
+    *_exponentials(
+        "sm90", 2, 4096, Tile(128, 256, 64, warps=8, stages=4, descriptors=True, slices=4, persistent=True, stores=True)
+    ),
+    *_exponentials("sm90", 2, 4096, Tile(64, 128, 32, warps=8, slices=4)),
+    *_exponentials("sm100", 2, 4096, Tile(128, 128, 64, warps=8, descriptors=True, resident=2, slices=4)),
+    *_exponentials("sm100", 2, 4096, Tile(64, 64, 32, warps=8, slices=2)),
+    *_exponentials("sm80", 2, 4096, Tile(128, 128, 32, warps=8, slices=4)),
+    *(line for name in ("sm80", "sm90", "sm100") for line in _exponentials(name, 4, 4096, Tile(64, 64, 32, warps=8, stages=2))),
+    # Rows that are redone: rare, so one shape for all. The columns are those of the first run, these or fewer.
+    *(line for name in ("sm80", "sm90", "sm100") for line in _redone(name, 2, 4096, Tile(64, 256, 32, warps=8, slices=8))),
+    *(line for name in ("sm80", "sm90", "sm100") for line in _redone(name, 4, 4096, Tile(64, 64, 32, warps=8, stages=2))),
     # One row a program, bound by memory on every architecture.
     *(
         Entry(kernel, family, 4, 4096, 131072, Tile(1, block, warps=8))
@@ -89,6 +118,17 @@ TABLE = (
         for kernel, block in (("row_statistics", 8192), ("row_gradient", 4096))
     ),
     *(Entry("finalize", family, 4, 4096, 131072, Tile(256, 0)) for family in ("sm80", "sm90", "sm100")),
+    # Vectors of the E form: a few rows a program, so that even a chunk of 1024 rows is many programs.
+    *(
+        Entry(kernel, family, size, 4096, 131072, tile)
+        for family in ("sm80", "sm90", "sm100")
+        for kernel, size, tile in (
+            ("row_offsets", 2, Tile(4, 0, 512)),
+            ("row_offsets", 4, Tile(4, 0, 512)),
+            ("list_unsound", 4, Tile(32, 64)),
+            ("exp_finalize", 4, Tile(32, 64)),
+        )
+    ),
 )
 
 

@@ -21,12 +21,6 @@ from .sums import PartialSums
 
 N_SUMS = tl.constexpr(len(SUMS))
 
-_TERMS = (
-    "sequence_ids", "valid", "old_logp", "scale", "advantages", "rewards", "thresholds", "positive_weight",
-    "negative_weight", "ratio_low", "ratio_high", "dual_clip",
-)  # fmt: skip
-"""Parameters of the kernel that describe a surrogate."""
-
 
 @triton.jit
 def merge_sums(sums, rows, n_rows, n_splits, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr):
@@ -91,6 +85,33 @@ def clipped_surrogate(logp, old_logp, advantage, low, high, dual_clip):
     return term, tl.where(flat, 0.0, free), ratio, clipped
 
 
+@triton.jit
+def store_surrogate(
+    coefficient, totals, block, rows, mask, logp, entropy, sequence_ids, valid, old_logp, scale, advantages, rewards,
+    thresholds, positive_weight, negative_weight, ratio_low, ratio_high, dual_clip,
+):  # fmt: skip
+    """Coefficients of a block of tokens and its share of the sums; arguments as in ``finalize_kernel``, vectors [BLOCK_N]."""
+    counts = mask
+    if valid is not None:
+        counts = mask & tl.load(valid + rows).to(tl.int1)  # [BLOCK_N]
+    sequence = tl.load(sequence_ids + rows)  # [BLOCK_N]
+    advantage = tl.load(advantages + sequence)  # [BLOCK_N]
+    positive = tl.load(rewards + sequence) > tl.load(thresholds + sequence)  # [BLOCK_N]
+    weight = tl.where(positive, tl.load(positive_weight), negative_weight)
+    factor = -tl.load(scale + rows) * weight  # [BLOCK_N]
+    old = tl.load(old_logp + rows)  # [BLOCK_N]
+    term, slope, ratio, clipped = clipped_surrogate(logp, old, advantage, ratio_low, ratio_high, dual_clip)
+    tl.store(coefficient + rows, tl.where(counts, factor * slope, 0.0), mask=mask)  # [BLOCK_N]
+    gap = -bounded_log_ratio(logp, old)
+    totals += block * N_SUMS
+    tl.store(totals, tl.sum(tl.where(counts, factor * term, 0.0), 0))
+    tl.store(totals + 1, tl.sum(tl.where(counts, entropy, 0.0), 0))
+    tl.store(totals + 2, tl.sum(tl.where(counts, ratio, 0.0), 0))
+    tl.store(totals + 3, tl.sum(tl.where(counts & clipped, 1.0, 0.0), 0))
+    tl.store(totals + 4, tl.sum(tl.where(counts, expm1(gap) - gap, 0.0), 0))
+    tl.store(totals + 5, 0.0)
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_splits"])
 def finalize_kernel(
     out, sums, n_rows, n_splits,
@@ -138,25 +159,10 @@ def finalize_kernel(
         tl.store(at + 7 * field, (x_exp2 + x * (e * e)) / (s0 * s0) - log_sum * p2, mask=mask)  # [BLOCK_N]
 
     if SURROGATE:
-        counts = mask
-        if valid is not None:
-            counts = mask & tl.load(valid + rows).to(tl.int1)  # [BLOCK_N]
-        sequence = tl.load(sequence_ids + rows)  # [BLOCK_N]
-        advantage = tl.load(advantages + sequence)  # [BLOCK_N]
-        positive = tl.load(rewards + sequence) > tl.load(thresholds + sequence)  # [BLOCK_N]
-        weight = tl.where(positive, tl.load(positive_weight), negative_weight)
-        factor = -tl.load(scale + rows) * weight  # [BLOCK_N]
-        old = tl.load(old_logp + rows)  # [BLOCK_N]
-        term, slope, ratio, clipped = clipped_surrogate(logp, old, advantage, ratio_low, ratio_high, dual_clip)
-        tl.store(coefficient + rows, tl.where(counts, factor * slope, 0.0), mask=mask)  # [BLOCK_N]
-        gap = -bounded_log_ratio(logp, old)
-        totals += block * N_SUMS
-        tl.store(totals, tl.sum(tl.where(counts, factor * term, 0.0), 0))
-        tl.store(totals + 1, tl.sum(tl.where(counts, entropy, 0.0), 0))
-        tl.store(totals + 2, tl.sum(tl.where(counts, ratio, 0.0), 0))
-        tl.store(totals + 3, tl.sum(tl.where(counts & clipped, 1.0, 0.0), 0))
-        tl.store(totals + 4, tl.sum(tl.where(counts, expm1(gap) - gap, 0.0), 0))
-        tl.store(totals + 5, 0.0)
+        store_surrogate(
+            coefficient, totals, block, rows, mask, logp, entropy, sequence_ids, valid, old_logp, scale, advantages, rewards,
+            thresholds, positive_weight, negative_weight, ratio_low, ratio_high, dual_clip,
+        )  # fmt: skip
 
 
 class Finalized(NamedTuple):
@@ -178,6 +184,22 @@ class Finalized(NamedTuple):
         return Coefficients(LogitCotangents(self.coefficient), self.totals.sum(0))
 
 
+def surrogate_arguments(terms: SurrogateTerms | None, like: Tensor, programs: int, n_rows: int) -> dict[str, Any]:
+    """What ``store_surrogate`` takes, its outputs allocated; all None without terms."""
+    names = [f.name for f in fields(SurrogateTerms) if f.name not in ("clip_low", "clip_high")]
+    names += ["coefficient", "totals", "ratio_low", "ratio_high"]
+    if terms is None:
+        return dict.fromkeys(names) | {"SURROGATE": False}
+    given = {name: getattr(terms, name, None) for name in names}
+    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in given.items()} | {
+        "coefficient": like.new_empty(n_rows),
+        "totals": like.new_empty(programs, len(SUMS)),
+        "ratio_low": 1.0 - terms.clip_low,
+        "ratio_high": 1.0 + terms.clip_high,
+        "SURROGATE": True,
+    }
+
+
 def finalize(
     partial: PartialSums, terms: SurrogateTerms | None = None, *, tile: Tile | None = None
 ) -> tuple[Launch, Finalized]:
@@ -187,28 +209,18 @@ def finalize(
     tile = tile or configs.find("finalize", family(sums.device), 4)
     programs = triton.cdiv(n_rows, tile.block_n)
     out = sums.new_empty(8 if second_moments else 6 if entropy else 4, n_rows)
-    coefficient = totals = None
-    arguments: dict[str, Any] = dict.fromkeys(_TERMS)
-    if terms is not None:
-        coefficient, totals = sums.new_empty(n_rows), sums.new_empty(programs, len(SUMS))
-        vectors = {f.name: getattr(terms, f.name) for f in fields(terms) if f.name in _TERMS}
-        arguments |= {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in vectors.items()}
-        arguments |= {"ratio_low": 1.0 - terms.clip_low, "ratio_high": 1.0 + terms.clip_high}
-    arguments |= {
+    arguments = surrogate_arguments(terms, sums, programs, n_rows) | {
         "out": out,
         "sums": sums,
         "n_rows": n_rows,
         "n_splits": partial.splits,
-        "coefficient": coefficient,
-        "totals": totals,
         "BLOCK_N": tile.block_n,
         "ENTROPY": entropy,
         "SECOND_MOMENTS": second_moments,
-        "SURROGATE": terms is not None,
     }
     logp, lse, row_max, log_sum = out[:4]
     statistics = RowStatistics(logp, out[4] if entropy else None, lse, row_max, log_sum, out[5] if entropy else None)
     if second_moments:
         statistics = statistics._replace(p2=out[6], p2_logp=out[7])
     launch = Launch(finalize_kernel, programs, arguments, options(tile), sums.device)
-    return launch, Finalized(statistics, coefficient, totals)
+    return launch, Finalized(statistics, arguments["coefficient"], arguments["totals"])

@@ -42,6 +42,16 @@ def expm1(x):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    """x fp32 in another dtype, rounded to nearest. WIDEN: the interpreter cuts bf16 off, so its bits are rounded before."""
+    if WIDEN and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where((x == x) & (tl.abs(x) < float("inf")), rounded, x)
+    return x.to(dtype)
+
+
+@triton.jit
 def tanh_and_slope(u):
     """(tanh u, 1 - tanh^2 u), each to a few ulp: a polynomial near 0 (Cephes ``tanhf``), e^(-2|u|) elsewhere."""
     w = tl.exp(-2.0 * tl.abs(u))

@@ -1,19 +1,48 @@
-"""One chunk of the one-pass schedule: raw logits by one large product, two passes of a row kernel around ``finalize``.
+"""One chunk of the one-pass schedule, in one of two forms; ``form`` decides which.
 
-The chunk's logits live once, in fp32, between ``open_chunk`` and ``Chunk.gradient``.
+exponentials (E11, E12): the first product's epilogue stores E = e^(z - k) in the operands' dtype; no other kernel reads it all.
+logits: raw fp32 logits by the library's product, then two passes of a row kernel around ``finalize``.
 """
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
+import triton
 from torch import Tensor
 
 from .. import plans, products
-from ..backend import ChunkGradient, Coefficients, LogitCotangents, SurrogateTerms
+from ..backend import Chunk, ChunkGradient, Coefficients, LogitCotangents, SurrogateTerms
 from ..projection import Projection
 from ..statistics import RowStatistics
+from .exp_finalize import exp_finalize
+from .exp_gemm import exp_gemm
+from .exp_redo import redo
 from .finalize import Finalized, finalize
+from .launch import product_tile
+from .offsets import ExpSums, row_offsets
 from .rows import row_gradient, row_statistics
+
+
+class Form(NamedTuple):
+    """What a chunk keeps between its two products, and why."""
+
+    name: Literal["exponentials", "logits"]
+    reason: str
+
+
+def form(projection: Projection, entropy_gradient: bool) -> Form:
+    """The form of a chunk. Exponentials wherever they say all that the gradient needs and save something."""
+    if entropy_gradient:
+        return Form("logits", "the entropy's gradient needs each logit, not only its exponential")
+    if projection.softcap is not None:
+        return Form("logits", "a soft-cap's slope needs each logit")
+    if projection.hidden.dtype == torch.float16:
+        return Form("logits", "fp16 cannot hold e^(z - k)")
+    if projection.hidden.dtype == torch.float32:
+        return Form("logits", "fp32 logits become the gradient in place, and the library multiplies fp32 better")
+    return Form("exponentials", "half the memory, no pass over the chunk, statistics from fp32 accumulators")
 
 
 def workspace(projection: Projection, dtype: torch.dtype) -> Tensor:
@@ -22,10 +51,10 @@ def workspace(projection: Projection, dtype: torch.dtype) -> Tensor:
     return projection.hidden.new_empty(n_rows, plans.padded(vocab), dtype=dtype)[:, :vocab]
 
 
-class TritonChunk:
-    """See ``backend.Chunk``."""
+class LogitChunk:
+    """See ``backend.Chunk``. The logits live once, in fp32, until ``gradient``; any cotangent may follow."""
 
-    def __init__(self, projection: Projection, targets: Tensor, entropy: bool) -> None:
+    def __init__(self, projection: Projection, targets: Tensor, *, entropy: bool) -> None:
         self._projection, self._targets = projection, targets
         raw = workspace(projection, torch.float32)
         self._raw: Tensor | None = products.project_(raw, projection.hidden, projection.weight)
@@ -65,12 +94,68 @@ class TritonChunk:
         return ChunkGradient(matrix, factor)
 
 
-def open_chunk(projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool) -> TritonChunk:
-    """See ``backend.OpenChunk``. The logits are kept, so any cotangent can follow."""
-    return TritonChunk(projection, targets, entropy or entropy_gradient)
+class ExpChunk:
+    """See ``backend.Chunk``. No logit is kept: only a cotangent of logp may follow. ``row_max`` of its statistics is an offset.
+
+    Attributes:
+        sums: offsets and partial sums; ``sums.n_listed`` [1] int32 says on the device how many rows had to be redone.
+    """
+
+    def __init__(self, projection: Projection, targets: Tensor, hint: Tensor | None, *, entropy: bool) -> None:
+        self._projection, self._targets = projection, targets
+        self.sums = ExpSums.empty(projection, entropy)
+        matrix = workspace(projection, projection.operand_dtype)
+        row_offsets(projection, targets, hint, self.sums)()
+        exp_gemm(projection, targets, self.sums, matrix)()
+        redo(projection, targets, self.sums, matrix)
+        self._matrix: Tensor | None = matrix
+        self._slope: Tensor | None = None
+
+    def _finalize(self, terms: SurrogateTerms | None) -> Finalized:
+        assert self._matrix is not None, "statistics: expected before gradient, got after it"
+        launch, final, self._slope = exp_finalize(self._projection, self._targets, self.sums, self._matrix, terms)
+        launch()
+        return final
+
+    def statistics(self) -> RowStatistics:
+        """One launch; see ``backend.Chunk``."""
+        return self._finalize(None).statistics
+
+    def surrogate(self, terms: SurrogateTerms) -> Coefficients:
+        """One launch; see ``backend.Backend``."""
+        return self._finalize(terms).coefficients()
+
+    def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
+        """No launch over the matrix: the row factors are -(cotangent) * slope / S. See ``backend.Chunk``."""
+        assert self._matrix is not None, "gradient: expected one call per chunk, got a second one"
+        assert cotangents.logp is not None
+        assert cotangents.entropy is None
+        assert cotangents.lse is None
+        if self._slope is None:
+            self._finalize(None)
+        assert self._slope is not None
+        matrix, self._matrix = self._matrix, None
+        return ChunkGradient(matrix, cotangents.logp * self._slope)
 
 
-def chunk_bytes(projection: Projection) -> int:
-    """fp32 logits and, where the products want another dtype, the gradient matrix."""
-    dtype = projection.operand_dtype
-    return 4 if dtype == torch.float32 else 4 + dtype.itemsize
+def open_chunk(
+    projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, hint: Tensor | None = None
+) -> Chunk:
+    """See ``backend.OpenChunk``."""
+    if form(projection, entropy_gradient).name == "logits":
+        return LogitChunk(projection, targets, entropy=entropy or entropy_gradient)
+    return ExpChunk(projection, targets, hint, entropy=entropy)
+
+
+def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
+    """Exponentials: the gradient's matrix and two partial sums a tile. Logits: fp32, and the gradient's matrix if not fp32."""
+    dtype, columns = projection.operand_dtype, plans.padded(projection.vocab)
+    if form(projection, entropy_gradient).name == "exponentials":
+        tiles = triton.cdiv(projection.vocab, product_tile("exp_gemm", projection).block_v)
+        return columns * dtype.itemsize + 8 * tiles
+    return columns * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+
+
+def surrogate(chunk: LogitChunk | ExpChunk, terms: SurrogateTerms) -> Coefficients:
+    """See ``backend.Backend``."""
+    return chunk.surrogate(terms)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,13 @@ from ..statistics import RowStatistics
 from . import configs
 from .backward import logit_gradient
 from .configs import Entry
+from .exp_finalize import exp_finalize
+from .exp_gemm import exp_gemm
+from .exp_redo import list_unsound, row_maxima
 from .finalize import finalize
 from .forward import stream_statistics
 from .launch import Launch
+from .offsets import ExpSums, row_offsets
 from .one_pass import workspace
 from .rows import row_gradient, row_statistics
 from .sums import PartialSums
@@ -40,7 +44,14 @@ VARIANTS = ("plain", "full")
 
 ARCHITECTURES = {"sm80": 80, "sm90": 90, "sm100": 100}
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ def example(entry: Entry, variant: str) -> Launch:
     targets, row = empty(n, dtype=torch.int64), empty(n)
     statistics = RowStatistics(row, row, row, row, row, row)
     cotangents = LogitCotangents(row, row if full else None, row if full else None)
+    terms = SurrogateTerms(targets, row, row, row, row, row, empty(), 1.0, 0.2, 0.2, 3.0)
     match entry.kernel:
         case "stream_statistics":
             return stream_statistics(projection, targets, entropy=True, second_moments=full, budget=2**30, tile=entry.tile)[0]
@@ -106,10 +118,29 @@ def example(entry: Entry, variant: str) -> Launch:
             out = raw if full else workspace(projection, torch.bfloat16)
             return row_gradient(out, raw, projection, targets, statistics, cotangents, tile=entry.tile)
         case "finalize":
-            terms = SurrogateTerms(targets, row, row, row, row, row, empty(), 1.0, 0.2, 0.2, 3.0)
             sums = PartialSums.empty(projection, 8, True, full)
             return finalize(sums, terms if full else None, tile=entry.tile)[0]
+        case "row_offsets" | "exp_gemm" | "exp_redo" | "row_maxima" | "list_unsound" | "exp_finalize":
+            return exponential_example(entry, replace(projection, softcap=None), targets, terms if full else None)
     raise ValueError(f"kernel: expected one of the table's, got {entry.kernel!r}")
+
+
+def exponential_example(entry: Entry, projection: Projection, targets: Tensor, terms: SurrogateTerms | None) -> Launch:
+    """``example`` for the kernels of the E form."""
+    tile = entry.tile
+    sums = ExpSums.empty(projection, True, tile=tile if entry.kernel in ("exp_gemm", "exp_redo") else configs.Tile(0, 256))
+    matrix = workspace(projection, projection.hidden.dtype)
+    match entry.kernel:
+        case "row_offsets":
+            hint = projection.row_inv_temperature
+            return row_offsets(projection, targets, hint, sums, tile=tile)
+        case "exp_gemm" | "exp_redo":
+            return exp_gemm(projection, targets, sums, matrix, listed=entry.kernel == "exp_redo", tile=tile)
+        case "row_maxima":
+            return row_maxima(projection, sums, tile=tile)
+        case "list_unsound":
+            return list_unsound(projection, sums, tile=tile)
+    return exp_finalize(projection, targets, sums, matrix, terms, tile=tile)[0]
 
 
 def compile_launch(launch: Launch, architecture: int) -> Any:

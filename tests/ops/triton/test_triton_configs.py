@@ -10,14 +10,14 @@ from eapo_kernels.ops.triton import configs
 from eapo_kernels.ops.triton.configs import family, find, tiles_per_split
 
 FAMILIES = ("interpreter", "sm80", "sm90", "sm100")
-KERNELS = ("stream_statistics", "logit_gradient", "row_statistics", "row_gradient", "finalize")
+KERNELS = (*configs.PRODUCTS, "row_statistics", "row_gradient", "finalize", "row_offsets", "list_unsound", "exp_finalize")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("descriptors", [True, False])
 def test_every_kernel_has_a_tile_everywhere(kernel: str, name: str, descriptors: bool) -> None:
-    for itemsize in (2, 4) if kernel in configs.PRODUCTS else (4,):
+    for itemsize in (2, 4) if kernel in (*configs.PRODUCTS, "row_offsets") else (4,):
         for dim in (1, 576, 4096, 20_000):
             tile = find(kernel, name, itemsize, dim, 1 if dim == 1 else 151_936, descriptors=descriptors)
             assert descriptors or not tile.descriptors
@@ -35,10 +35,23 @@ def test_tiles_are_legal() -> None:
         t = entry.tile
         sizes = [t.block_n, *([t.block_v] if t.block_v else []), *([t.block_d] if t.block_d else [])]
         assert all(size & (size - 1) == 0 for size in sizes), entry
-        if t.block_d:
+        if entry.kernel in configs.PRODUCTS:
             assert min(sizes) >= 16, entry
             assert not t.descriptors or max(t.block_n, t.block_v) <= 256 or entry.family == "interpreter", entry
         assert t.block_v % max(t.slices, 1) == 0, entry
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_rows_are_redone_with_the_columns_of_the_first_run(name: str, itemsize: int) -> None:
+    """The launcher replaces the columns of the line by those of the first run, which must not need more registers."""
+    first = [e.tile for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("exp_gemm", name, itemsize)]
+    (again,) = (e.tile for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("exp_redo", name, itemsize))
+    assert not again.descriptors
+    assert not again.stores
+    for tile in first:
+        assert tile.block_v <= again.block_v
+        assert tile.block_v % again.slices == 0
 
 
 def test_families() -> None:

@@ -1,0 +1,138 @@
+"""Rows whose offset was wrong: found on the device, and redone on the device, with their maximum as the offset.
+
+Three launches that nobody waits for: list the rows whose sum is not sound, find the maxima of the listed rows, and run the
+first product again for them. Without such rows the last two leave after reading one number.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..projection import Projection
+from . import configs
+from .configs import Tile
+from .exp_gemm import exp_gemm
+from .launch import Launch, family, options, product_arguments, product_tile, slots, transform_arguments
+from .math import LOG2E, LOWEST, NEG_INF, row_scale, shape_logits
+from .offsets import ExpSums
+from .product import group_order, raw_logits
+
+MAX_BITS = tl.constexpr(48.0)
+"""|log2 S| of a sound row is less (33 nats). E would stay a normal number up to 88 bits and more, but sum x E has terms of the
+size of the offset's error, which cost the entropy 1e-5 nats at 60 nats; and no honest hint is off by e^33."""
+
+
+@triton.jit
+def merge_tiles(sums, rows, n_rows, n_tiles, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, shift=None):
+    """sum E over the column tiles (``ExpSums.values``), [BLOCK_N], in a fixed order, BLOCK_V tiles at a time.
+
+    With ``shift`` [BLOCK_N]: sum (x - shift) E instead.
+    """
+    field = tl.cast(n_tiles, tl.int64) * n_rows
+    total = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
+    for first in range(0, n_tiles, BLOCK_V):
+        tiles = first + tl.arange(0, BLOCK_V)
+        at = sums + tiles[:, None].to(tl.int64) * n_rows + rows[None, :]
+        mask = (tiles < n_tiles)[:, None]
+        part = tl.load(at, mask=mask, other=0.0)  # [BLOCK_V, BLOCK_N]
+        if shift is not None:
+            part = tl.fma(part, -shift[None, :], tl.load(at + field, mask=mask, other=0.0))  # [BLOCK_V, BLOCK_N]
+        total += part
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def list_unsound_kernel(
+    listed, n_listed, offsets, sums, row_inv_temperature, scale, n_rows, n_tiles,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Append the rows whose sum of E is NaN or beyond 2^(+-MAX_BITS) to ``listed``, and set their offset to -inf.
+
+    Their order depends on the hardware, their results do not. Arguments: see ``offsets.ExpSums``.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = rows < n_rows
+    safe_rows = tl.minimum(rows, n_rows - 1).to(tl.int64)
+    rest = merge_tiles(sums, safe_rows, n_rows, n_tiles, BLOCK_N, BLOCK_V)
+    k = tl.load(offsets + safe_rows)  # [BLOCK_N]
+    y = tl.load(offsets + n_rows + safe_rows)  # [BLOCK_N]
+    total = rest + tl.exp2(tl.fma(y, row_scale(row_inv_temperature, scale, safe_rows) * LOG2E, -k))
+    sound = (total > tl.exp2(-MAX_BITS)) & (total < tl.exp2(MAX_BITS))
+    unsound = (mask & (sound == 0)).to(tl.int32)
+    count = tl.sum(unsound, 0)
+    if count > 0:
+        place = tl.atomic_add(n_listed, count) + tl.cumsum(unsound, 0) - 1
+        tl.store(listed + place, rows, mask=unsound > 0)  # [BLOCK_N]
+        tl.store(offsets + rows, NEG_INF, mask=unsound > 0)  # [BLOCK_N]
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def row_maxima_kernel(
+    offsets, listed, n_listed, hidden, weight, bias, row_inv_temperature, scale, n_rows, n_columns, dim,
+    hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """offsets[row] = max_v z_v in bits for every listed row, the target included; -inf where every logit is.
+
+    Arguments and order of the tiles as in ``exp_gemm.exp_gemm_kernel``. A maximum is exact, so atomics do not make it random.
+    """
+    todo = tl.load(n_listed)
+    row_tiles, column_tiles = tl.cdiv(todo, BLOCK_N), tl.cdiv(n_columns, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        row_tile, column_tile = group_order(tile, row_tiles, column_tiles, GROUP_N)
+        first_row, first = row_tile * BLOCK_N, column_tile * BLOCK_V
+        raw = raw_logits(
+            hidden, weight, first_row, first, todo, n_columns, dim, hidden_stride_n, hidden_stride_d, weight_stride_v,
+            weight_stride_d, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN, listed,
+        )  # fmt: skip
+        columns = first + tl.arange(0, BLOCK_V)
+        y, _ = shape_logits(raw, bias, bias_stride, tl.minimum(columns, n_columns - 1), None)
+        top = tl.max(tl.where((columns < n_columns)[None, :], y, LOWEST), 1)
+        places = first_row + tl.arange(0, BLOCK_N)
+        rows = tl.load(listed + tl.minimum(places, todo - 1)).to(tl.int64)  # [BLOCK_N]
+        k = tl.where(top <= LOWEST, NEG_INF, top * (row_scale(row_inv_temperature, scale, rows) * LOG2E))
+        tl.atomic_max(offsets + rows, k, mask=places < todo)
+
+
+def list_unsound(projection: Projection, sums: ExpSums, *, tile: Tile | None = None) -> Launch:
+    """The launch that lists the rows to be redone in ``sums``."""
+    device = projection.hidden.device
+    tile = tile or configs.find("list_unsound", family(device), 4)
+    transform = transform_arguments(projection)
+    arguments = {
+        "listed": sums.listed,
+        "n_listed": sums.n_listed,
+        "offsets": sums.offsets,
+        "sums": sums.values,
+        "row_inv_temperature": transform["row_inv_temperature"],
+        "scale": transform["scale"],
+        "n_rows": projection.n_rows,
+        "n_tiles": sums.values.shape[1],
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+    }
+    return Launch(list_unsound_kernel, triton.cdiv(projection.n_rows, tile.block_n), arguments, options(tile), device)
+
+
+def row_maxima(projection: Projection, sums: ExpSums, *, tile: Tile | None = None) -> Launch:
+    """The launch that replaces the offsets of the listed rows by their maxima."""
+    device = projection.hidden.device
+    tile = tile or product_tile("row_maxima", projection)
+    arguments = product_arguments(projection, tile) | transform_arguments(projection) | {
+        "offsets": sums.offsets,
+        "listed": sums.listed,
+        "n_listed": sums.n_listed,
+    }  # fmt: skip
+    del arguments["cap"]
+    tiles = triton.cdiv(projection.n_rows, tile.block_n) * triton.cdiv(projection.vocab, tile.block_v)
+    return Launch(row_maxima_kernel, min(tiles, slots(device, tile)), arguments, options(tile), device)
+
+
+def redo(projection: Projection, targets: Tensor, sums: ExpSums, matrix: Tensor) -> None:
+    """Rewrite E and the sums of the rows whose offset was wrong. Three launches."""
+    list_unsound(projection, sums)()
+    row_maxima(projection, sums)()
+    exp_gemm(projection, targets, sums, matrix, listed=True)()

@@ -1,0 +1,124 @@
+"""The offset k of every row of the E form (E11), before its product: one row dot product with the target's weight.
+
+With a hint (the old policy's log-prob) k = z_y - hint, which is near log sum e^z; without, k = z_y. Either will do that is not
+off by ``exp_redo.MAX_BITS``; ``exp_redo`` finds the rows where it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..projection import Projection
+from . import configs
+from .configs import Tile
+from .launch import Launch, family, options, product_tile, transform_arguments
+from .math import LOG2E, LOWEST, row_scale
+
+
+@dataclass(frozen=True)
+class ExpSums:
+    """Offsets and partial sums of the E form, from the kernels that fill them to ``exp_finalize``.
+
+    x_v = z_v / log(2) - k is in bits: E_v = 2^x_v.
+
+    Attributes:
+        offsets: [2, N] fp32: k in bits; y_y with z_y = scale * y_y (``math``), at most LOWEST where z_y is -inf.
+        values: [1 or 2, column tiles, N] fp32 over the columns of a tile without the target: sum E, then sum x E (entropy).
+        block_v: columns of a tile.
+        listed, n_listed: [N] and [1] int32, the rows that had to be redone with their maximum, in no order, and how many.
+    """
+
+    offsets: Tensor
+    values: Tensor
+    block_v: int
+    listed: Tensor
+    n_listed: Tensor
+
+    @staticmethod
+    def empty(projection: Projection, entropy: bool, *, tile: Tile | None = None) -> ExpSums:
+        """Uninitialised, for the tile of ``exp_gemm``."""
+        tile = tile or product_tile("exp_gemm", projection)
+        n_rows, new = projection.n_rows, projection.hidden.new_empty
+        tiles = triton.cdiv(projection.vocab, tile.block_v)
+        return ExpSums(
+            offsets=new(2, n_rows, dtype=torch.float32),
+            values=new(1 + entropy, tiles, n_rows, dtype=torch.float32),
+            block_v=tile.block_v,
+            listed=new(n_rows, dtype=torch.int32),
+            n_listed=new(1, dtype=torch.int32),
+        )
+
+    @property
+    def entropy(self) -> bool:
+        return self.values.shape[0] == 2
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def row_offsets_kernel(
+    offsets, n_listed, hint, hidden, weight, bias, targets, row_inv_temperature, scale, n_rows, dim,
+    hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """offsets [2, n_rows]: see ``ExpSums``; n_listed becomes 0. hint: [n_rows] fp32 or None; one that is not finite is none.
+
+    hidden [n_rows, dim], weight [*, dim] with strides; targets: [n_rows] int64. Products and sums in fp32.
+    """
+    if tl.program_id(0) == 0:
+        tl.store(n_listed, 0)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = rows < n_rows
+    rows = tl.minimum(rows, n_rows - 1)
+    target = tl.load(targets + rows)  # [BLOCK_N]
+    dims = tl.arange(0, BLOCK_D)
+    h_at = hidden + rows[:, None] * hidden_stride_n + dims[None, :].to(tl.int64) * hidden_stride_d
+    w_at = weight + target[:, None] * weight_stride_v + dims[None, :].to(tl.int64) * weight_stride_d
+    product = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for d in range(0, dim, BLOCK_D):
+        inside = (dims < dim - d)[None, :]
+        h = tl.load(h_at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        w = tl.load(w_at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        product += h * w
+        h_at += BLOCK_D * tl.cast(hidden_stride_d, tl.int64)
+        w_at += BLOCK_D * tl.cast(weight_stride_d, tl.int64)
+    y = tl.sum(product, 1)
+    if bias is not None:
+        y += tl.load(bias + target * bias_stride).to(tl.float32)  # [BLOCK_N]
+        y = tl.where(y < LOWEST, LOWEST, y)
+    below = tl.zeros([BLOCK_N], tl.float32)
+    if hint is not None:
+        below = tl.load(hint + rows)  # [BLOCK_N]
+        below = tl.where(tl.abs(below) < float("inf"), below, 0.0)
+    k = tl.fma(y, row_scale(row_inv_temperature, scale, rows) * LOG2E, -below * LOG2E)
+    tl.store(offsets + rows, k, mask=mask)  # [BLOCK_N]
+    tl.store(offsets + n_rows + rows, y, mask=mask)  # [BLOCK_N]
+
+
+def row_offsets(
+    projection: Projection, targets: Tensor, hint: Tensor | None, sums: ExpSums, *, tile: Tile | None = None
+) -> Launch:
+    """The launch that fills ``sums.offsets``. targets: [N] int64 in [0, V). hint: [N] fp32 or None."""
+    hidden, weight = projection.hidden, projection.weight
+    tile = tile or configs.find("row_offsets", family(hidden.device), hidden.element_size())
+    arguments = transform_arguments(projection) | {
+        "offsets": sums.offsets,
+        "n_listed": sums.n_listed,
+        "hint": None if hint is None else hint.contiguous(),
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets.contiguous(),
+        "n_rows": projection.n_rows,
+        "dim": projection.dim,
+        "hidden_stride_n": hidden.stride(0),
+        "hidden_stride_d": hidden.stride(1),
+        "weight_stride_v": weight.stride(0),
+        "weight_stride_d": weight.stride(1),
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": tile.block_d,
+    }
+    del arguments["cap"]
+    return Launch(row_offsets_kernel, triton.cdiv(projection.n_rows, tile.block_n), arguments, options(tile), hidden.device)
