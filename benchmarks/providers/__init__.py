@@ -1,4 +1,4 @@
-"""Who is measured. A provider turns a case and a mode into a function without arguments that does the job once."""
+"""Who is measured: one small file each. A provider turns a case and a mode into a function that does the job once."""
 
 from __future__ import annotations
 
@@ -6,15 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 
-from torch import Tensor
+from ..case import MODES, Case
+from ..truth import Results
 
-from ..case import Case
+_FILES = (
+    "bare_gemms",
+    "eager",
+    "compiled",
+    "eapo",
+    "torch_lce",
+    "liger",
+    "trl",
+    "verl",
+    "cut_cross_entropy",
+    "quack",
+    "unsloth",
+)
 
-MODES = ("fwd", "fwd_bwd", "frozen_head")
-"""fwd: log-prob and entropy of every token. fwd_bwd: policy loss and both gradients. frozen_head: d_hidden only."""
 
-Results = dict[str, Tensor]
-"""What a run yields: some of logp, entropy, loss, d_hidden, d_weight, to be held against the truth."""
+def _always(device: str) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -23,17 +34,24 @@ class Provider:
 
     Attributes:
         name: ours start with ``eapo``; the floor is ``bare_gemms``.
-        job: what it computes, in words, where it is not the whole job.
-        prepare: (case, mode) -> function that runs once and returns its results.
+        job: what it computes, in words.
+        prepare: (case, mode) -> function without arguments that does the job once and returns its results. The import of a peer
+            and everything that its users do once belongs here, outside what is timed. May raise: the reason goes into the row.
         modes: those it can do.
+        objective: the loss that its gradients belong to, see ``truth.OBJECTIVES``.
+        unavailable: device type -> why it cannot run here at all, or None when it can.
+        settings: where they differ from what its users get by default, and why; else "defaults".
     """
 
     name: str
     job: str
     prepare: Callable[[Case, str], Callable[[], Results]]
     modes: tuple[str, ...] = field(default=MODES)
+    objective: str = "policy"
+    unavailable: Callable[[str], str | None] = _always
+    settings: str = "defaults"
 
 
 def load_providers() -> list[Provider]:
-    """All providers, the floor first."""
-    return [p for name in ("bare_gemms", "eager", "eapo") for p in import_module(f"{__name__}.{name}").PROVIDERS]
+    """All providers, the floor first. Importing them imports no peer."""
+    return [p for name in _FILES for p in import_module(f"{__name__}.{name}").PROVIDERS]

@@ -6,32 +6,26 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..case import CLIP, Case
-from . import Provider, Results
+from ..case import Case
+from ..truth import Results
+from . import Provider
+from .common import around
+
+
+def token_op(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) [N] fp32. targets: [N] >= 0."""
+    log_p = torch.log_softmax(F.linear(hidden, weight).float(), -1)
+    logp = log_p.gather(1, targets[:, None])[:, 0]
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p).sum(-1)
+    return logp, entropy
 
 
 def prepare(case: Case, mode: str) -> Callable[[], Results]:
-    hidden = case.inputs.hidden.detach().requires_grad_(mode != "fwd")
-    weight = case.inputs.weight.detach().requires_grad_(mode == "fwd_bwd")
-    old_logp = case.batch.old_logp
-    leaves = [hidden, weight] if mode == "fwd_bwd" else [hidden]
-
-    def run() -> Results:
-        log_p = torch.log_softmax(F.linear(hidden, weight).float(), -1)
-        logp = log_p.gather(1, case.inputs.targets[:, None])[:, 0]
-        with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).sum(-1)
-        results = {"logp": logp.detach(), "entropy": entropy}
-        if mode == "fwd":
-            return results
-        ratio = (logp - old_logp).exp()
-        gain = torch.minimum(ratio * case.advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * case.advantages)
-        loss = -gain.mean()
-        gradients = torch.autograd.grad(loss, leaves)
-        return results | {"loss": loss.detach()} | dict(zip(("d_hidden", "d_weight"), gradients, strict=False))
-
-    return run
+    targets = case.targets.clamp_min(0)
+    return around(lambda hidden, weight: token_op(hidden, weight, targets), case, mode)
 
 
 PROVIDERS = [Provider("unfused_eager", "log-prob, entropy, policy loss", prepare)]

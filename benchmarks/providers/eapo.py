@@ -1,55 +1,60 @@
-"""This package: the op alone, and the loss by each schedule of each backend that can run on the device."""
+"""This package: the op with a hand-written loss around it, and the EAPO loss by each schedule, for every backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from eapo_kernels import EAPOConfig, available_backends, eapo_loss, token_stats
 
 from ..case import CLIP, POSITIVE_WEIGHT, Case
-from . import Provider, Results
+from ..truth import Results
+from . import Provider
+from .common import around, gradients, leaves
+
+_BACKENDS = ("torch", "triton")
 
 
-def _prepare(backend: str, schedule: str) -> Callable[[Case, str], Callable[[], Results]]:
+def _op(backend: str) -> Callable[[Case, str], Callable[[], Results]]:
     def prepare(case: Case, mode: str) -> Callable[[], Results]:
-        hidden = case.inputs.hidden.detach().requires_grad_(mode != "fwd")
-        weight = case.inputs.weight.detach().requires_grad_(mode == "fwd_bwd")
-        leaves = [hidden, weight] if mode == "fwd_bwd" else [hidden]
+        def op(hidden, weight):
+            stats = token_stats(hidden, weight, case.targets, entropy="nograd", backend=backend)
+            return stats.logp, stats.entropy
+
+        return around(op, case, mode)
+
+    return prepare
+
+
+def _loss(backend: str, schedule: str) -> Callable[[Case, str], Callable[[], Results]]:
+    def prepare(case: Case, mode: str) -> Callable[[], Results]:
+        hidden, weight = leaves(case, mode)
         config = EAPOConfig(clip_low=CLIP, clip_high=CLIP)
 
         def run() -> Results:
-            if mode == "fwd":
-                stats = token_stats(hidden, weight, case.inputs.targets, entropy="nograd", backend=backend)
-                assert stats.entropy is not None
-                return {"logp": stats.logp, "entropy": stats.entropy}
             out = eapo_loss(
                 hidden, weight, case.batch, positive_weight=POSITIVE_WEIGHT, config=config, schedule=schedule, backend=backend
             )
-            gradients = torch.autograd.grad(out.loss, leaves)
-            return {"loss": out.loss.detach()} | dict(zip(("d_hidden", "d_weight"), gradients, strict=False))
+            return gradients(out.loss, hidden, weight)
 
         return run
 
     return prepare
 
 
-def _providers() -> list[Provider]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    able = [name for name, reason in available_backends(device).items() if reason is None]
-    found = []
-    for backend in able:
-        found.append(
-            Provider(
-                f"eapo_{backend}_one_pass",
-                "log-prob, entropy, EAPO loss",
-                _prepare(backend, "one_pass"),
-                ("fwd_bwd", "frozen_head"),
-            )
-        )
-        found.append(Provider(f"eapo_{backend}_autograd", "log-prob, entropy, EAPO loss", _prepare(backend, "autograd")))
-    return found
+def _unavailable(backend: str) -> Callable[[str], str | None]:
+    return lambda device: available_backends(device)[backend]
 
 
-PROVIDERS = _providers()
+_BACKWARD = ("fwd_bwd", "frozen_head", "half_zero_rows")
+
+PROVIDERS = [
+    provider
+    for name in _BACKENDS
+    for provider in (
+        Provider(f"eapo_{name}_one_pass", "log-prob, entropy, EAPO loss", _loss(name, "one_pass"), _BACKWARD,
+                 unavailable=_unavailable(name)),
+        Provider(f"eapo_{name}_autograd", "log-prob, entropy, EAPO loss", _loss(name, "autograd"), _BACKWARD,
+                 unavailable=_unavailable(name)),
+        Provider(f"eapo_{name}_op", "log-prob, entropy, policy loss", _op(name), unavailable=_unavailable(name)),
+    )
+]  # fmt: skip

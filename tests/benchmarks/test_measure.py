@@ -1,59 +1,203 @@
-"""The benchmark's own logic on a small shape: rows, gate, README block."""
+"""Measuring: rows, gate, clock, result files. On a shape of no interest."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import cpu, readme
-from benchmarks.case import make_case
-from benchmarks.measure import gate, measure, time_interleaved
-from benchmarks.providers import MODES, Provider, load_providers
+from benchmarks.case import MODES, Case, make_case
+from benchmarks.clock import CpuClock, parse_telemetry, time_interleaved
+from benchmarks.measure import gate, label, measure
+from benchmarks.providers import Provider, load_providers
+from benchmarks.results import ResultFile, environment, load, newest
+from benchmarks.sweep import Job, Limits, sweep
+from benchmarks.truth import Results, Truth, exact
+
+NAMES = ("bare_gemms", "bare_logits", "unfused_eager", "eapo_torch_one_pass", "eapo_torch_op")
+SHAPE = {"N": 64, "D": 16, "V": 500, "dtype": "float32"}
 
 
-def test_rows_of_every_mode() -> None:
-    case, truth = make_case(64, 16, 500, torch.float32)
-    for mode in MODES:
-        verdict, rows = measure(case, truth, load_providers(), mode, rounds=2)
-        assert verdict == {"green": True, "red": []}
-        assert {"bare_gemms", "unfused_eager", "eapo_torch_autograd"} <= {row["provider"] for row in rows}
-        for row in rows:
-            assert row["shape"] == {"N": 64, "D": 16, "V": 500, "dtype": "float32"}
-            assert 0 < row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
-            if row["provider"] != "bare_gemms":
-                assert row["errors"]
-                assert row["peak_bytes"] > 0
+@pytest.fixture(scope="module")
+def cases() -> dict[str, tuple[Case, Truth]]:
+    case = make_case(64, 16, 500, torch.float32)
+    return {mode: (case.for_mode(mode), exact(case.for_mode(mode))) for mode in MODES}
 
 
-def test_a_wrong_provider_turns_the_gate_red_and_yields_no_rows() -> None:
-    case, truth = make_case(64, 16, 500, torch.float32)
-    eager = next(p for p in load_providers() if p.name == "unfused_eager")
-    wrong = Provider("eapo_wrong", "", lambda c, m: lambda: {"logp": truth.logp + 0.01})
-    verdict, rows = measure(case, truth, [eager, wrong], "fwd", rounds=1)
+@pytest.fixture(scope="module")
+def providers() -> list[Provider]:
+    return [p for p in load_providers() if p.name in NAMES]
+
+
+def _provider(name: str, run: Callable[[Case, str], Callable[[], Results]], **options: Any) -> Provider:
+    return Provider(name, "a job", run, **options)
+
+
+def _raises(case: Case, mode: str) -> Callable[[], Results]:
+    raise NotImplementedError("V = 500 is not\na multiple of 128")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_every_mode(cases: dict[str, tuple[Case, Truth]], providers: list[Provider], mode: str) -> None:
+    case, truth = cases[mode]
+    verdict, rows = measure(case, truth, providers, mode, CpuClock(), rounds=2)
+    assert verdict == {"green": True, "red": []}
+    assert [row["provider"] for row in rows] == [p.name for p in providers if mode in p.modes]
+    for row in rows:
+        assert row["shape"] == SHAPE
+        assert (row["inputs"], row["mode"], row["rounds"], row["error"]) == ("peaked", mode, 2, None)
+        assert 0 < row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
+        assert set(row["time_over"]) == {"bare_gemms", "unfused_eager"}
+        assert row["tflops_useful"] * row["ms"]["p50"] * 1e9 == pytest.approx(case.useful_flops(mode))
+        if not row["provider"].startswith("bare_"):
+            assert row["errors"]
+            assert row["peak_bytes"] > 0
+    assert {row["provider"]: row["time_over"] for row in rows}["bare_gemms"]["bare_gemms"] == 1.0
+
+
+def test_a_provider_that_raises_has_a_row_and_the_others_are_timed(
+    cases: dict[str, tuple[Case, Truth]], providers: list[Provider]
+) -> None:
+    absent = _provider("absent", _raises, unavailable=lambda device: f"absent does not run on {device}")
+    broken = _provider("broken", _raises)
+    verdict, rows = measure(*cases["fwd"], [*providers, absent, broken], "fwd", CpuClock(), rounds=1)
+    assert verdict["green"]
+    by_name = {row["provider"]: row for row in rows}
+    assert by_name["absent"]["error"] == "absent does not run on cpu"
+    assert by_name["broken"]["error"] == "NotImplementedError: V = 500 is not"
+    for name in ("absent", "broken"):
+        assert (by_name[name]["ms"], by_name[name]["rounds"], by_name[name]["errors"]) == (None, 0, {})
+        assert by_name[name]["peak_bytes"] is None
+    assert by_name["unfused_eager"]["ms"]
+    assert by_name["eapo_torch_op"]["ms"]
+
+
+def test_a_wrong_provider_of_ours_turns_the_gate_red_and_nobody_is_timed(
+    cases: dict[str, tuple[Case, Truth]], providers: list[Provider]
+) -> None:
+    case, truth = cases["fwd"]
+    wrong = _provider("eapo_wrong", lambda c, m: lambda: {"logp": truth.logp + 0.01})
+    verdict, rows = measure(case, truth, [*providers, wrong], "fwd", CpuClock(), rounds=1)
     assert not verdict["green"]
+    assert len(verdict["red"]) == 1
     assert verdict["red"][0].startswith("eapo_wrong: logp error")
-    assert rows == []
-    assert not gate({"unfused_eager": {"logp": 1e-7}, "eapo_x": {"logp": float("nan")}}, torch.float32)["green"]
+    assert {row["error"] for row in rows} == {"not timed: the gate is red"}
+    assert not any(row["ms"] for row in rows)
+
+
+def test_ours_raising_is_red_unless_it_was_not_to_run_here(cases: dict[str, tuple[Case, Truth]]) -> None:
+    broken = _provider("eapo_broken", _raises)
+    verdict, rows = measure(*cases["fwd"], [broken], "fwd", CpuClock(), rounds=1)
+    assert verdict == {"green": False, "red": ["eapo_broken: NotImplementedError: V = 500 is not"]}
+    assert rows[0]["error"] == "NotImplementedError: V = 500 is not"
+    absent = _provider("eapo_absent", _raises, unavailable=lambda device: "no GPU")
+    assert measure(*cases["fwd"], [absent], "fwd", CpuClock(), rounds=1)[0]["green"]
+
+
+def test_the_gate_judges_ours_alone_and_nan_is_red() -> None:
+    plain = {"unfused_eager": {"logp": 1e-5}}
+    assert gate(plain | {"eapo_x": {"logp": 2.1e-5}, "peer": {"logp": 1.0}}, torch.float32)["green"]
+    assert not gate(plain | {"eapo_x": {"logp": 2.3e-5}}, torch.float32)["green"]
+    assert not gate(plain | {"eapo_x": {"logp": float("nan")}}, torch.float32)["green"]
 
 
 def test_interleaving_runs_everyone_every_round() -> None:
     calls: list[str] = []
-    times = time_interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4)
+    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = time_interleaved(runs, 4, CpuClock())
     assert [sorted(calls[i : i + 3]) for i in range(0, 15, 3)] == [["a", "b", "c"]] * 5
     assert {name: len(t) for name, t in times.items()} == {"a": 4, "b": 4, "c": 4}
 
 
-def test_command_writes_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cpu.main(["--out", str(tmp_path), "--rounds", "1", "--shape", "32", "16", "300"]) == 0
-    (path,) = tmp_path.glob("cpu-*.json")
-    result = json.loads(path.read_text())
-    assert {"environment", "gate", "rows"} == set(result)
+def test_interleaving_stops_after_three_rounds_when_time_is_up() -> None:
+    times = time_interleaved({"a": lambda: None, "b": lambda: None}, 50, CpuClock(), seconds=0.0)
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
+
+
+def test_telemetry_leaves_out_what_the_gpu_does_not_say() -> None:
+    assert parse_telemetry("1980, 3201, 689.41, 700.00, 61\n") == {
+        "sm_mhz": 1980.0,
+        "memory_mhz": 3201.0,
+        "power_w": 689.41,
+        "power_limit_w": 700.0,
+        "temperature_c": 61.0,
+    }
+    assert parse_telemetry("1980, [N/A], [Not Supported], 700.00, 61") == {
+        "sm_mhz": 1980.0,
+        "power_limit_w": 700.0,
+        "temperature_c": 61.0,
+    }
+    assert parse_telemetry("") == {}
+
+
+def test_result_files_accumulate_and_are_written_whole(
+    cases: dict[str, tuple[Case, Truth]], providers: list[Provider], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = ResultFile(environment("cpu"))
+    for mode in ("fwd", "frozen_head"):
+        case, truth = cases[mode]
+        verdict, rows = measure(case, truth, providers, mode, CpuClock(), rounds=1)
+        result.add(label(case, mode), verdict, rows)
+    path = result.save(tmp_path / "new" / "folder")
+    first = load(path)
+    assert [row["mode"] for row in first["rows"]] == ["fwd"] * 3 + ["frozen_head"] * 4
+    assert list(first["gate"]["cases"]) == [
+        "fwd peaked N=64 D=16 V=500 dtype=float32",
+        "frozen_head peaked N=64 D=16 V=500 dtype=float32",
+    ]
+    assert path.name.startswith("cpu-")
+
+    whole = Path.write_text
+
+    def torn(self: Path, text: str) -> int:
+        whole(self, text[: len(text) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    with pytest.raises(OSError, match="disk full"):
+        result.save(path.parent)
+    assert load(path) == first
+    assert list(path.parent.glob("*.json")) == [path]
+
+
+def test_result_files_turn_red_for_good_and_are_refused(tmp_path: Path) -> None:
+    result = ResultFile(environment("cpu"))
+    result.add("a", {"green": False, "red": ["eapo_x: logp error"]}, [])
+    result.add("b", {"green": True, "red": []}, [{"value": float("nan")}])
+    path = result.save(tmp_path)
+    assert json.loads(path.read_text())["rows"] == [{"value": "nan"}]
+    with pytest.raises(ValueError, match="expected a green gate, got eapo_x: logp error"):
+        load(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="expected environment, gate and rows"):
+        load(path)
+
+
+def test_newest_looks_at_the_date_of_its_kind(tmp_path: Path) -> None:
+    assert newest("gpu", tmp_path) is None
+    for gpu, date in (("NVIDIA H200", "2026-01-02"), ("NVIDIA A100", "2026-01-03"), ("CPU (x, 2 threads)", "2026-01-04")):
+        ResultFile({"gpu": gpu, "date": f"{date} 00:00 UTC", "commit": "abc"}).save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a100-2026-01-03-abc.json",
+        "cpu-2026-01-04-abc.json",
+        "h200-2026-01-02-abc.json",
+    ]
+    gpu = newest("gpu", tmp_path)
+    assert gpu is not None
+    assert gpu["environment"]["gpu"] == "NVIDIA A100"
+
+
+def test_a_sweep_says_what_it_left_out(providers: list[Provider], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = ResultFile(environment("cpu"))
+    job = Job(32, 16, 300, torch.float32, modes=("fwd",))
+    sweep([job], providers, result, tmp_path, "cpu", Limits(rounds=1, until=0.0))
+    assert result.rows == []
+    assert "left out, time is up: peaked N=32 D=16 V=300 float32 fwd" in capsys.readouterr().out
+    sweep([job], providers, result, tmp_path, "cpu", Limits(rounds=1))
     assert "unfused_eager" in capsys.readouterr().out
-    assert "unfused_eager" in readme.block(result)
-
-
-def test_readme_shows_the_committed_numbers() -> None:
-    assert readme.main(["--check"]) == 0
+    (path,) = tmp_path.iterdir()
+    assert {row["provider"] for row in load(path)["rows"]} == {"bare_gemms", "unfused_eager", "eapo_torch_op"}

@@ -1,0 +1,119 @@
+"""Result files: what is in them, writing one case after the other, finding the newest."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .clock import telemetry
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "benchmarks" / "results"
+_PEERS = ("triton", "liger-kernel", "trl", "verl", "cut-cross-entropy", "quack-kernels", "unsloth_zoo")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where and with what the numbers are made."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
+    gpu = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return {
+        "gpu": gpu,
+        "driver": _driver() if device == "cuda" else None,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PEERS},
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "clocks": telemetry(device),
+    }
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@dataclass
+class ResultFile:
+    """A result while it grows.
+
+    Attributes:
+        environment: see ``environment``.
+        gate: "green", "tests" (of the GPU gate), "cases" by "<inputs> N=.. D=.. V=.. dtype mode", "red": sentences.
+        rows: one a provider, case and mode; see ``measure``.
+    """
+
+    environment: dict[str, Any]
+    gate: dict[str, Any] = field(default_factory=lambda: {"green": True, "red": [], "tests": None, "cases": {}})
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """``<gpu>-<date>-<commit>.json``; processors are "cpu"."""
+        gpu = self.environment["gpu"]
+        short = "cpu" if gpu.startswith("CPU") else "-".join(gpu.lower().removeprefix("nvidia ").split())
+        return f"{short}-{self.environment['date'][:10]}-{self.environment['commit']}.json"
+
+    def add(self, case: str, verdict: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Take in what ``measure`` found for a case and mode."""
+        self.gate["cases"][case] = verdict
+        self.redden(verdict["red"])
+        self.rows += rows
+
+    def redden(self, red: list[str]) -> None:
+        """Note what is wrong; a single sentence turns the gate red for good."""
+        self.gate["red"] += red
+        self.gate["green"] = not self.gate["red"]
+
+    def save(self, folder: Path) -> Path:
+        """Write the file whole or not at all, and return its path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.name
+        scratch = path.with_suffix(".partial")
+        content = {"environment": self.environment, "gate": self.gate, "rows": self.rows}
+        scratch.write_text(json.dumps(_finite(content), indent=1) + "\n")
+        scratch.replace(path)
+        return path
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as text, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result file; raises ValueError when a part is missing or the gate was red."""
+    result = json.loads(path.read_text())
+    missing = {"environment", "gate", "rows"} - set(result)
+    if missing:
+        raise ValueError(f"{path}: expected environment, gate and rows, got a file without {', '.join(sorted(missing))}")
+    if not result["gate"]["green"]:
+        raise ValueError(f"{path}: expected a green gate, got {'; '.join(result['gate']['red'])}")
+    return result
+
+
+def newest(kind: str, folder: Path = FOLDER) -> dict[str, Any] | None:
+    """The latest result of this package's own GPU ("gpu") or processor ("cpu") runs, or None."""
+    paths = [p for p in folder.glob("*.json") if p.name.startswith("cpu-") == (kind == "cpu")]
+    return max((load(p) for p in paths), key=lambda r: r["environment"]["date"], default=None)

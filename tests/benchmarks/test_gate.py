@@ -1,0 +1,101 @@
+"""The GPU gate on a project of its own: what it counts, what turns it red, what it stops."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gate import Gate, read_report, run_gate, shards
+
+PASSES = "def test_passes():\n    pass\n"
+FAILS = "def test_fails():\n    assert 1 + 1 == 3\n"
+SKIPS = "import pytest\n\n\ndef test_skips():\n    pytest.skip('needs a peer')\n"
+NO_IMPORT = "import nowhere\n"
+ENDLESS = """
+import subprocess, sys, pathlib
+
+
+def test_endless():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    pathlib.Path("child.pid").write_text(str(child.pid))
+    child.wait()
+"""
+
+
+def _project(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / "tests" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A process that nobody has waited for yet is still listed, as a zombie.
+    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_counts_what_passed_failed_was_skipped_and_did_not_end(tmp_path: Path) -> None:
+    files = {
+        "test_a.py": PASSES,
+        "ops/test_b.py": FAILS,
+        "test_c.py": SKIPS,
+        "test_d.py": ENDLESS,
+        "test_e.py": "import nowhere\n",
+    }
+    start = time.monotonic()
+    gate = run_gate(8, 5, root=_project(tmp_path, files))
+    assert time.monotonic() - start < 30
+    assert (gate.passed, gate.failed, gate.skipped) == (1, 2, 1)
+    assert gate.unfinished == ["tests/test_d.py"]
+    assert any("test_fails: assert (1 + 1) == 3" in line or "test_fails: AssertionError" in line for line in gate.failures)
+    assert any("test_e" in line for line in gate.failures)
+    assert gate.skips == ["tests.test_c::test_skips: needs a peer"]
+    assert gate.red == [*gate.failures, "not finished in time: tests/test_d.py"]
+    assert gate.as_json()["failed"] == 2
+    deadline = time.monotonic() + 5
+    child = int((tmp_path / "child.pid").read_text())
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(child), "a test's own process outlived the gate"
+
+
+def test_one_green_file(tmp_path: Path) -> None:
+    gate = run_gate(60, 3, root=_project(tmp_path, {"test_a.py": PASSES, "test_b.py": FAILS}), only=("tests/test_a.py",))
+    assert (gate.passed, gate.failed, gate.red) == (1, 0, [])
+
+
+def test_no_test_at_all_is_red() -> None:
+    assert Gate().red == ["no test passed"]
+    assert Gate(skipped=4).red == ["no test passed"]
+
+
+def test_shards_deal_every_file_once(tmp_path: Path) -> None:
+    names = ["test_a.py", "ops/test_b.py", "ops/test_c.py", "gpu/test_d.py", "aot/test_e.py", "benchmarks/test_f.py"]
+    dealt = shards(_project(tmp_path, dict.fromkeys(names, PASSES)), 2)
+    assert dealt[:2] == [["tests/gpu"], ["tests/aot"]]
+    assert sorted(name for shard in dealt[2:] for name in shard) == [
+        "tests/ops/test_b.py",
+        "tests/ops/test_c.py",
+        "tests/test_a.py",
+    ]
+    assert [len(shard) for shard in dealt[2:]] == [2, 1]
+
+
+@pytest.mark.parametrize("tag", ["failure", "error"])
+def test_reports_of_failures_and_errors_count_alike(tmp_path: Path, tag: str) -> None:
+    path = tmp_path / "report.xml"
+    path.write_text(
+        f'<testsuites><testsuite><testcase classname="tests.a" name="one"/><testcase classname="tests.a" name="two">'
+        f'<{tag} message="first line&#10;second line">trace</{tag}></testcase></testsuite></testsuites>'
+    )
+    gate = Gate()
+    read_report(path, gate)
+    assert (gate.passed, gate.failed, gate.failures) == (1, 1, ["tests.a::two: first line"])

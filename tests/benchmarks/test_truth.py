@@ -1,0 +1,135 @@
+"""The benchmark's cases and their float64 results, against dense autograd written here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import truth as truth_module
+from benchmarks.case import CLIP, INPUTS, MODES, N_RESPONSES, POSITIVE_WEIGHT, Case, make_case
+from benchmarks.truth import OBJECTIVES, exact
+
+N, D, V = 80, 24, 300
+LENGTH = N // N_RESPONSES
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return make_case(N, D, V, torch.float32)
+
+
+def _dense(case: Case, objective: str) -> dict[str, Tensor]:
+    """logp, entropy, loss and both gradients from whole float64 logits; masked rows are cut out before anything is computed."""
+    kept = torch.arange(N)[case.valid]
+    hidden = case.hidden.double().requires_grad_()
+    weight = case.weight.double().requires_grad_()
+    p = torch.softmax(hidden[kept] @ weight.T, -1)
+    logp = p[torch.arange(len(kept)), case.targets[kept]].log()
+    if objective == "cross_entropy":
+        loss = -logp.mean()
+    else:
+        responses = kept // LENGTH
+        rewards = case.batch.rewards.double()
+        groups = rewards.view(-1, 4)
+        scores = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).flatten()
+        advantages = torch.where(scores > 0, POSITIVE_WEIGHT * scores, scores)[responses]
+        ratio = (logp - case.old_logp[kept].double()).exp()
+        loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages).mean()
+    d_hidden, d_weight = torch.autograd.grad(loss, [hidden, weight])
+    entropy = -(p * p.log()).sum(-1)
+    results = {"logp": logp, "entropy": entropy, "loss": loss, "d_hidden": d_hidden, "d_weight": d_weight}
+    return {name: value.detach() for name, value in results.items()}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("mode", ["fwd_bwd", "half_zero_rows"])
+def test_truth_equals_dense_autograd(case: Case, mode: str, objective: str) -> None:
+    this = case.for_mode(mode)
+    truth, dense = exact(this), _dense(this, objective)
+    # The case holds its advantages in fp32, the lines above in float64.
+    close = {"rtol": 1e-6, "atol": 1e-9}
+    torch.testing.assert_close(truth.logp[this.valid], dense["logp"], **close)
+    torch.testing.assert_close(truth.entropy[this.valid], dense["entropy"], **close)
+    for name in ("loss", "d_hidden", "d_weight"):
+        torch.testing.assert_close(getattr(truth, name)[objective], dense[name], **close)
+
+
+def test_half_zero_rows_masks_the_second_half_of_every_response(case: Case) -> None:
+    half = case.for_mode("half_zero_rows")
+    first = torch.tensor([True, True, True, False, False]).repeat(N_RESPONSES)  # LENGTH is odd: the middle token stays
+    assert torch.equal(half.valid, first)
+    assert torch.equal(half.targets, torch.where(first, case.targets, -100))
+    assert torch.equal(half.batch.targets, half.targets)
+    assert half.n_valid == 3 * N_RESPONSES
+    assert half.useful_flops("half_zero_rows") == 6 * half.n_valid * D * V
+    assert exact(half).d_hidden["policy"][~first].abs().max() == 0
+    assert case.for_mode("fwd_bwd") is case
+    assert case.n_valid == N
+
+
+@pytest.mark.parametrize("mode", ["fwd_bwd", "half_zero_rows"])
+def test_sampled_truth_is_rows_of_the_whole_truth(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    this = case.for_mode(mode)
+    whole = exact(this)
+    monkeypatch.setattr(truth_module, "_EVERYTHING", 1)
+    monkeypatch.setattr(truth_module, "_SAMPLED_ROWS", 10)
+    monkeypatch.setattr(truth_module, "_SAMPLED_COLUMNS", 40)
+    sample = exact(this)
+    assert len(sample.rows) == 10
+    assert 20 < len(sample.columns) <= 40
+    assert torch.isin(this.targets[this.valid][:20], sample.columns).all()
+    for objective in OBJECTIVES:
+        close = {"rtol": 1e-12, "atol": 1e-15}
+        torch.testing.assert_close(sample.loss[objective], whole.loss[objective], **close)
+        torch.testing.assert_close(sample.d_hidden[objective], whole.d_hidden[objective][sample.rows], **close)
+        torch.testing.assert_close(sample.d_weight[objective], whole.d_weight[objective][sample.columns], **close)
+        results = {"d_hidden": whole.d_hidden[objective], "d_weight": whole.d_weight[objective]}
+        assert max(sample.errors(results, objective).values()) < 1e-12
+
+
+def test_errors_are_relative_norms_over_the_valid_rows(case: Case) -> None:
+    half = case.for_mode("half_zero_rows")
+    truth = exact(half)
+    results = {
+        "logp": torch.where(half.valid, truth.logp * 1.01, 1e3),  # what stands in a masked row is nobody's business
+        "loss": truth.loss["cross_entropy"] * 0.5,
+        "d_hidden": truth.d_hidden["cross_entropy"] * 3,
+    }
+    errors = truth.errors(results, "cross_entropy")
+    assert errors == pytest.approx({"logp": 0.01, "loss": 0.5, "d_hidden": 2.0})
+
+
+def test_inputs_differ_as_they_say() -> None:
+    peaked, steep, uniform = (make_case(32, 64, 500, torch.float32, inputs=name) for name in ("peaked", "steep", "uniform"))
+    assert torch.equal(steep.hidden, 2 * peaked.hidden)
+    assert steep.largest_logit == pytest.approx(2 * peaked.largest_logit, rel=1e-6)
+    assert uniform.entropy.min() > 0.99 * torch.tensor(500.0).log()
+    assert peaked.entropy.mean() < 0.9 * uniform.entropy.mean()
+    for case in (peaked, steep, uniform):
+        z = case.hidden.double() @ case.weight.double().T
+        assert case.largest_logit == pytest.approx(float(z.abs().max()))
+        torch.testing.assert_close(case.lse, torch.logsumexp(z, -1))
+
+
+def test_unknown_inputs_and_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="n: expected a multiple of 16, got 20"):
+        make_case(20, 8, 50, torch.float32)
+    with pytest.raises(ValueError, match=f"inputs: expected one of {', '.join(INPUTS)}, got 'flat'"):
+        make_case(32, 8, 50, torch.float32, inputs="flat")
+
+
+def test_bytes_and_flops_count_what_the_mode_needs(case: Case) -> None:
+    assert {mode: case.useful_flops(mode) // (2 * N * D * V) for mode in MODES} == {
+        "fwd": 1,
+        "fwd_bwd": 3,
+        "frozen_head": 2,
+        "half_zero_rows": 3,
+    }
+    rows, head = N * D, V * D
+    assert [case.least_bytes(mode) // 4 for mode in MODES] == [
+        rows + head,
+        2 * (rows + head),
+        2 * rows + head,
+        2 * (rows + head),
+    ]
