@@ -79,14 +79,14 @@ def run(logp: Tensor, terms: SurrogateTerms, splits: int = 3) -> tuple[RowStatis
     return final.statistics, final.coefficients()
 
 
-def check(logp: Tensor, terms: SurrogateTerms) -> Tensor:
+def check(logp: Tensor, terms: SurrogateTerms, rtol: float = 2e-6) -> Tensor:
     statistics, (cotangents, sums) = run(logp, terms)
     torch.testing.assert_close(statistics.logp, logp, rtol=1e-6, atol=1e-7)
     expected, gradient = typed_again(statistics.logp, statistics.entropy, terms)
     assert sums.shape == (len(SUMS),)
     assert sums.dtype == torch.float32
-    torch.testing.assert_close(sums.double(), expected, rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(cotangents.logp.double(), gradient, rtol=2e-6, atol=1e-9)
+    torch.testing.assert_close(sums.double(), expected, rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(cotangents.logp.double(), gradient, rtol=rtol, atol=1e-9)
     assert cotangents.entropy is None
     assert cotangents.lse is None
     return sums
@@ -139,7 +139,7 @@ def test_far_ratios_are_finite_and_flat(device: str) -> None:
     _, (cotangents, sums) = run(logp, terms)
     assert sums.isfinite().all()
     assert (cotangents.logp[:3] == 0).all()
-    check(logp, terms)
+    check(logp, terms, rtol=5e-6)  # a GPU computes e^60 as 2^(60 log2 e), whose exponent is rounded: 60 * 2^-24 and 2 ulp
 
 
 def test_tie_with_the_threshold_is_not_positive(device: str) -> None:
