@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from eapo_kernels.ops.triton import configs
+from eapo_kernels.ops.triton import configs, measured
 from eapo_kernels.ops.triton.configs import family, find, tiles_per_split
 
 FAMILIES = ("interpreter", "sm80", "sm90", "sm100")
 KERNELS = (*configs.PRODUCTS, "row_statistics", "row_gradient", "finalize", "row_offsets", "list_unsound", "exp_finalize")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The table alone, also where a tuner has written its file."""
+    monkeypatch.setattr(measured, "PATH", tmp_path / "measured.json")
+    find.cache_clear()
+    yield
+    find.cache_clear()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
