@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from eapo_kernels.ops.triton import configs
+from eapo_kernels.ops.triton import configs, measured
 from eapo_kernels.ops.triton.configs import Entry
 
 pytestmark = [
@@ -17,7 +17,8 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs its own process: pytest tests/aot"),
 ]
 
-BUILDS = [(entry, variant) for entry in configs.TABLE if entry.family != "interpreter" for variant in ("plain", "full")]
+SHIPPED = [entry for entry in (*configs.TABLE, *measured.entries()) if entry.family != "interpreter"]
+BUILDS = [(entry, variant) for entry in SHIPPED for variant in ("plain", "full")]
 TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA"}
 SHARED_LIMIT = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
 """Bytes a program may have; sm80 stands for its family, whose consumer cards have 99 KiB."""
@@ -82,6 +83,6 @@ def test_report_prints_a_line_per_build(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(report, "usage", lambda launch, architecture: report.Usage(128, 0, 0, 1024, {"HGMMA": 4}, 6, 0, 256))
     lines = list(report.rows("sm90"))
-    assert len(lines) == 2 + sum(entry.family == "sm90" for entry, _ in BUILDS)
+    assert len(lines) == 2 + 2 * sum(entry.family == "sm90" for entry in configs.TABLE)
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     assert "| 4 HGMMA | 6 |" in lines[2]
