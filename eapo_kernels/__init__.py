@@ -4,8 +4,8 @@ from .errors import BackendUnavailable, EapoError, ShapeError
 from .loss import EAPOLoss, eapo_loss, policy_loss
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
-from .objectives.methods import METHODS, Method, get_method
-from .objectives.shaping.shape import shape_batch
+from .objectives.methods import METHODS, Method, get_method, make_controller
+from .objectives.shaping.shape import observed_entropy, shape_batch
 from .ops.dispatch import available_backends
 from .ops.token_stats import token_stats
 from .types import LossOutput, Options, TokenBatch, TokenStats
@@ -28,6 +28,8 @@ __all__ = [
     "available_backends",
     "eapo_loss",
     "get_method",
+    "make_controller",
+    "observed_entropy",
     "policy_loss",
     "shape_batch",
     "token_stats",

@@ -58,6 +58,8 @@ class TokenBatch:
         rollout_logp: [N] float or None, log-prob the rollout engine reported (nats), for truncated importance sampling.
         advantages: [B] or [N] float or None, replaces the advantage computed from ``rewards``. The split into positive and
             negative is still that of the rewards where they are given, else the advantage's sign.
+        token_advantages: whether the advantages are per token. None: told from their shape, which where N = B only works with
+            ``sequence_ids`` 0, 1, 2, ...
         entropy_coef: [N] float or None, factor of each token's entropy bonus (loss per nat), on top of the config's.
         ratio_penalty: [N] float >= 0 or None, factor of |log(pi / pi_old)| of each token, added to its loss.
         denominator: number, 0-dim tensor or None, the *global* count that the reduction divides by (tokens that count for
@@ -76,6 +78,7 @@ class TokenBatch:
     ref_logp: Tensor | None = None
     rollout_logp: Tensor | None = None
     advantages: Tensor | None = None
+    token_advantages: bool | None = None
     entropy_coef: Tensor | None = None
     ratio_penalty: Tensor | None = None
     denominator: float | Tensor | None = None
@@ -84,17 +87,15 @@ class TokenBatch:
     def select(self, tokens: Tensor | slice) -> TokenBatch:
         """The same batch with some of its tokens: what is given per token is indexed, what is given per response stays.
 
-        Where B = N, advantages are the responses'.
+        Where B = N, advantages are the responses' unless ``token_advantages`` says otherwise.
         """
         per_token = ("targets", "sequence_ids", "old_logp", "mask", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty")
         chosen = {name: value[tokens] for name in per_token if (value := getattr(self, name)) is not None}
         sized = next((t for t in (self.rewards, self.group_ids, self.sequence_lengths) if t is not None), None)
-        if (
-            self.advantages is not None
-            and len(self.advantages) == len(self.targets)
-            and (sized is None or len(sized) != len(self.targets))
-        ):
-            chosen["advantages"] = self.advantages[tokens]
+        if self.advantages is not None and len(self.advantages) == len(self.targets):
+            by_shape = sized is None or len(sized) != len(self.targets)
+            if by_shape if self.token_advantages is None else self.token_advantages:
+                chosen["advantages"] = self.advantages[tokens]
         return replace(self, **chosen)
 
 

@@ -23,6 +23,8 @@ def n_sequences(batch: TokenBatch) -> int:
 
 def has_token_advantages(batch: TokenBatch) -> bool:
     """Whether the advantages are [N]; where N = B they are the responses', which ``check_batch`` makes unambiguous."""
+    if batch.advantages is not None and batch.token_advantages is not None:
+        return batch.token_advantages
     if batch.advantages is None or batch.advantages.shape != batch.targets.shape:
         return False
     known = any(t is not None for t in (batch.rewards, batch.group_ids, batch.sequence_lengths))
@@ -59,6 +61,7 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
         require_tensor("batch.group_ids", batch.group_ids, (size,), integers, targets)
     if batch.advantages is not None:
         per_token = tuple(getattr(batch.advantages, "shape", ())) == tokens
+        per_token = per_token if batch.token_advantages is None else batch.token_advantages
         require_tensor("batch.advantages", batch.advantages, tokens if per_token else (size,), FLOATS, targets)
     if batch.mask is not None:
         require_tensor("batch.mask", batch.mask, tokens, (torch.bool,), targets)
@@ -97,7 +100,7 @@ def _check_values(batch: TokenBatch, config: EAPOConfig, size: int) -> None:
         got = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise EapoError(f"batch.sequence_ids: expected values in [0, {size}), got {got}")
     n = batch.targets.numel()
-    if batch.advantages is not None and batch.advantages.numel() == n and ids.numel():
+    if batch.advantages is not None and batch.token_advantages is None and batch.advantages.numel() == n and ids.numel():
         one_each = size == n and int(ids.max()) == n - 1 if has_token_advantages(batch) else True
         if one_each and not torch.equal(batch.sequence_ids, torch.arange(n, device=ids.device)):
             raise EapoError(

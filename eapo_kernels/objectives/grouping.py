@@ -1,4 +1,4 @@
-"""Sums over groups of responses, without a host synchronisation and independent of the order of the addition's threads."""
+"""Sums over classes of tokens or responses, without a host synchronisation and independent of the order of addition."""
 
 from __future__ import annotations
 
@@ -10,33 +10,87 @@ _TIE = torch.finfo(torch.float32).eps
 are fp32 numbers whose mean need not be representable."""
 
 
+class Partition:
+    """Statistics within classes: every result stands at each member, [N] fp64.
+
+    Attributes:
+        valid: [N] bool, the members that count; at the others results mean nothing.
+        index: [N] int64 in [0, N), the number of the member's class: classes in the order of their keys.
+        counts: [N] fp64, size of the member's class.
+    """
+
+    def __init__(self, keys: Tensor, valid: Tensor | None = None) -> None:
+        """keys: [N] int64, any values below the largest int64; members with equal keys form a class. valid None: all."""
+        self.valid = torch.ones_like(keys, dtype=torch.bool) if valid is None else valid
+        ordered, order = torch.sort(torch.where(self.valid, keys, torch.iinfo(torch.int64).max))
+        first = torch.ones_like(ordered)
+        first[1:] = (ordered[1:] != ordered[:-1]).to(first.dtype)
+        self.index = torch.empty_like(ordered).scatter_(0, order, first.cumsum(0) - 1)
+        self._size = max(keys.numel(), 1)
+        self.counts = self.sum(torch.ones_like(keys, dtype=torch.float64))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` [N] over the class."""
+        chosen = torch.where(self.valid, values.double(), 0.0)
+        return chosen.new_zeros(self._size).index_add_(0, self.index, chosen)[self.index]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of ``values`` over the class."""
+        return self.sum(values) / self.counts.clamp_min(1)
+
+    def max(self, values: Tensor) -> Tensor:
+        """The largest of ``values`` in the class."""
+        chosen = torch.where(self.valid, values.double(), float("-inf"))
+        return chosen.new_zeros(self._size).scatter_reduce_(0, self.index, chosen, "amax", include_self=False)[self.index]
+
+    def min(self, values: Tensor) -> Tensor:
+        """The smallest of ``values`` in the class."""
+        return -self.max(-values)
+
+    def rank(self, values: Tensor) -> Tensor:
+        """[N] int64: how many of the class come before the member by ``values``; ties in the order they stand in."""
+        order, first = self._sorted(values)
+        places = torch.arange(order.numel(), device=order.device)
+        return torch.empty_like(order).scatter_(0, order, places) - first
+
+    def quantile(self, values: Tensor, q: float) -> Tensor:
+        """The ``q``-quantile of ``values`` in the class, linear between neighbours (as torch.quantile)."""
+        order, first = self._sorted(values)
+        ordered = values.double()[order]
+        place = q * (self.counts - 1).clamp_min(0)
+        below = ordered[first + place.floor().long()]
+        return below + (ordered[first + place.ceil().long()] - below) * (place - place.floor())
+
+    def mean_of_classes(self, values: Tensor) -> Tensor:
+        """0-dim: mean over the classes of ``values`` that are the same within a class; 0 without any class."""
+        share = torch.where(self.valid, 1 / self.counts.clamp_min(1), 0.0)
+        return (torch.where(self.valid, values.double(), 0.0) * share).sum() / share.sum().clamp_min(1)
+
+    def following(self, values: Tensor, fill: float) -> Tensor:
+        """What stands in the next class of values that are the same within a class; ``fill`` after the last."""
+        table = torch.full((self._size + 1,), fill, dtype=torch.float64, device=values.device)
+        place = torch.where(self.valid, self.index, self._size)
+        table.scatter_(0, place, torch.where(self.valid, values.double(), fill))
+        return table[self.index + 1]
+
+    def _sorted(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The order by class, then by value; and [N] the place of the first of the member's class in it."""
+        by_value = values.argsort(stable=True)
+        order = by_value[self.index[by_value].argsort(stable=True)]
+        sizes = torch.zeros_like(self.index).index_add_(0, self.index, torch.ones_like(self.index))
+        return order, (sizes.cumsum(0) - sizes)[self.index]
+
+
 class Groups:
     """Group means, spreads and sizes of rewards [B] with group numbers [B] int64 (any values)."""
 
     def __init__(self, rewards: Tensor, group_ids: Tensor | None) -> None:
         """``group_ids`` None: one group of all."""
         self.rewards = rewards.double()
-        n = rewards.numel()
-        if group_ids is None:
-            self._index = torch.zeros(n, dtype=torch.int64, device=rewards.device)
-        else:
-            ordered, order = torch.sort(group_ids)
-            first = torch.ones_like(ordered)
-            if n > 1:
-                first[1:] = (ordered[1:] != ordered[:-1]).to(first.dtype)
-            self._index = torch.empty_like(ordered).scatter_(0, order, first.cumsum(0) - 1)
-        self._size = max(n, 1)
-        self.counts = self._sum(torch.ones_like(self.rewards))
-        self.means = self._sum(self.rewards) / self.counts
-
-    def _sum(self, values: Tensor) -> Tensor:
-        """[B]: the sum over the member's own group."""
-        total = values.new_zeros(self._size).index_add_(0, self._index, values)
-        return total[self._index]
-
-    def _extreme(self, values: Tensor, reduce: str) -> Tensor:
-        out = values.new_zeros(self._size).scatter_reduce_(0, self._index, values, reduce, include_self=False)
-        return out[self._index]
+        one = torch.zeros(rewards.shape, dtype=torch.int64, device=rewards.device)
+        self.members = Partition(one if group_ids is None else group_ids)
+        self.counts = self.members.counts
+        self.means = self.members.mean(self.rewards)
 
     def deviations(self) -> Tensor:
         """[B] r - mean of the group; exact zero for a tie with the mean (and so for a group of one)."""
@@ -45,9 +99,9 @@ class Groups:
 
     def tie_width(self) -> Tensor:
         """[B] >= 0: deviations up to this size are rounding."""
-        return _TIE * self._extreme(self.rewards.abs(), "amax")
+        return _TIE * self.members.max(self.rewards.abs())
 
     def unbiased_std(self) -> Tensor:
         """[B] standard deviation of the group with n - 1; zero where the group has one member or no spread."""
-        squares = self._sum(self.deviations().square())
+        squares = self.members.sum(self.deviations().square())
         return (squares / (self.counts - 1).clamp_min(1)).sqrt()

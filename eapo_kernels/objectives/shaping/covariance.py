@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...checks import require_number
+from ...errors import require
+from ..config import EAPOConfig
+from ..method import Method
 from .evidence import Evidence, Shaped
 from .shaper import Shaper
 
@@ -49,12 +52,16 @@ class ClipCov(Shaper):
         require_number("high", self.high, self.low)
 
     def __call__(self, evidence: Evidence) -> Shaped:
-        advantages = evidence.per_token(evidence.advantages())
-        covariance = token_covariance(evidence, advantages)
-        candidates = evidence.valid & (covariance > self.low) & (covariance < self.high)
-        count = (self.ratio * evidence.valid.sum().double()).long().clamp_min(1)
-        dropped = largest(evidence.uniform(), candidates, count)
+        advantages = evidence.token_advantages()
+        dropped = self.dropped(evidence, advantages, evidence.valid)
         return Shaped(torch.where(dropped, 0.0, advantages))
+
+    def dropped(self, evidence: Evidence, advantages: Tensor, among: Tensor) -> Tensor:
+        """[N] bool: what is drawn of the tokens ``among``, over which the means are taken and the share is counted."""
+        chosen = replace(evidence, valid=evidence.valid & among)
+        covariance = token_covariance(chosen, advantages)
+        candidates = chosen.valid & (covariance > self.low) & (covariance < self.high)
+        return largest(evidence.uniform(), candidates, chosen.share(self.ratio).clamp_min(1))
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,65 @@ class KlCov(Shaper):
         require_number("beta", self.beta, 0)
 
     def __call__(self, evidence: Evidence) -> Shaped:
-        advantages = evidence.per_token(evidence.advantages())
-        count = (self.ratio * evidence.valid.sum().double()).long().clamp_min(1)
+        advantages = evidence.token_advantages()
+        count = evidence.share(self.ratio).clamp_min(1)
         chosen = largest(token_covariance(evidence, advantages), evidence.valid, count)
         return Shaped(advantages, ratio_penalty=self.beta * chosen.float())
+
+
+@dataclass(frozen=True)
+class TeaRl(Shaper):
+    """TEA-RL: a token's entropy bonus is clamp(scale softmax_t(cov_t), 0, most), softmax over the tokens of its response.
+
+    The authors' loop leaves the gradient inside the covariance and, as released, overwrites this loss; here it is a constant
+    weight, as everywhere.
+
+    Attributes:
+        scale: factor on the softmax.
+        most: upper bound of the coefficient (loss per nat).
+    """
+
+    scope: ClassVar[str] = "batch"
+    scale: float = 10.0
+    most: float = 5.0
+
+    def __post_init__(self) -> None:
+        require_number("scale", self.scale, 0)
+        require_number("most", self.most, 0)
+        require(self.scale > 0, "scale", "a finite number > 0", self.scale)
+
+    def __call__(self, evidence: Evidence) -> Shaped:
+        advantages = evidence.token_advantages()
+        covariance, responses = token_covariance(evidence, advantages), evidence.by_sequence()
+        raised = torch.where(evidence.valid, (covariance - responses.max(covariance)).exp(), 0.0)
+        share = raised / responses.sum(raised).clamp_min(1e-30)
+        return Shaped(advantages, entropy_coef=(self.scale * share).clamp_max(self.most))
+
+
+METHODS = (
+    Method(
+        "clip_cov",
+        EAPOConfig(clip_low=1.0, clip_high=1.0),
+        shaper=ClipCov(),
+        source="2505.22617",
+        summary="A few of the tokens with a high covariance of advantage and log-prob lose their gradient.",
+        formula="w_t = 0 on a random 2e-4 of the tokens with 1 < (A_t - mean A)(log p_t - mean log p) < 5",
+    ),
+    Method(
+        "kl_cov",
+        EAPOConfig(surrogate="unclipped"),
+        shaper=KlCov(),
+        source="2505.22617",
+        summary="The tokens with the highest covariance of advantage and log-prob pay for leaving the old policy.",
+        formula="+ beta |log rho_t| on the 0.2 % of the tokens with the largest covariance",
+    ),
+    Method(
+        "tea_rl",
+        EAPOConfig(),
+        shaper=TeaRl(),
+        source="2508.03178",
+        summary="An entropy bonus for the tokens whose advantage and log-prob vary together.",
+        formula="c_t = clamp(10 softmax_t(cov_t), 0, 5), cov as in clip_cov",
+        confidence="medium",
+    ),
+)

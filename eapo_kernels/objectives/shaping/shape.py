@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...checks import FLOATS, require_tensor, valid_tokens
+from ...checks import FLOATS, require_number, require_tensor, valid_tokens
 from ...errors import require
 from ...types import TokenBatch, TokenStats
 from ..advantages import ADVANTAGES
+from ..reductions import REDUCTIONS, Counts
 from .evidence import Evidence
+from .shaper import MARKS, STATISTICS, token_entropy
 
 if TYPE_CHECKING:
-    from ..methods import Method
+    from ..method import Method
 
-_EXTRAS = ("tempered_logp", "nucleus_entropy", "teacher_logp", "answer", "turn_ids")
+_BOOLEAN = {"answer", "reinforce", "replayed", "spans"}
+_EXTRAS = (*(name for name in STATISTICS if name != "second_moments"), *MARKS)
 
 
 @torch.no_grad()
@@ -36,16 +39,19 @@ def shape_batch(
 
     Args:
         method: with a shaper; a method without one gets its batch back.
-        batch: all responses of the step (of all ranks), with rewards and group_ids; a response's tokens in order.
+        batch: all responses of the step (of all ranks), with rewards and group_ids; a response's tokens in order. Advantages
+            [B] that it brings along take the place of the config's.
         stats: the old policy's statistics of the same tokens, with what ``method.shaper.needs``.
-        state: the controller's numbers, for shapers that read them.
-        extras: further tensors [N] by name, see ``Evidence``: tempered_logp, nucleus_entropy, teacher_logp, answer, turn_ids.
+        state: the controller's numbers, ``controller.values()``, for shapers that read them.
+        extras: further tensors [N] by name, see ``Evidence``: tempered_logp, nucleus_entropy, teacher_logp (floats), answer,
+            reinforce, replayed, spans (bool), turn_ids (int64). What a method does not read is ignored.
         progress: share of the training that is done, in [0, 1].
         seed: for methods that draw at random: the same on all ranks, another each step.
 
     Returns:
         The batch with advantages [N] and, where the method has them, entropy_coef, ratio_penalty and a narrower mask. Pass
-        ``select(tokens)`` of it to ``policy_loss`` for every micro-batch, with the denominator of the whole.
+        ``select(tokens)`` of it to ``policy_loss`` for every micro-batch, with the denominator of the whole: counted from the
+        mask of this batch, not of the one that went in.
 
     Raises:
         EapoError, ShapeError: something the shaper needs is missing or does not fit.
@@ -53,50 +59,101 @@ def shape_batch(
     shaper = method.shaper
     if shaper is None:
         return batch
-    extras = dict(extras or {})
-    require(batch.rewards is not None, "batch.rewards", f"[B] with method {method.name!r}", None)
-    require(batch.group_ids is not None, "batch.group_ids", f"[B] with method {method.name!r}", None)
+    missing = sorted(shaper.state - set(state or {}))
+    expected = f"{', '.join(sorted(shaper.state))} of controller {method.controller!r} for method {method.name!r}"
+    require(not missing, "state", expected, f"no {', '.join(missing)}")
+    evidence = _evidence(method, batch, stats, extras, state, progress, seed)
+    shaped = shaper(evidence)
+    keep = evidence.valid if shaped.keep is None else evidence.valid & shaped.keep
+
+    def kept(values: Tensor | None, otherwise: Tensor | None) -> Tensor | None:
+        return otherwise if values is None else torch.where(keep, values, 0.0).float()
+
+    return replace(
+        batch,
+        advantages=kept(shaped.advantages, None),
+        token_advantages=True,
+        entropy_coef=kept(shaped.entropy_coef, batch.entropy_coef),
+        ratio_penalty=kept(shaped.ratio_penalty, batch.ratio_penalty),
+        mask=batch.mask if shaped.keep is None else keep,
+    )
+
+
+@torch.no_grad()
+def observed_entropy(
+    method: Method, batch: TokenBatch, stats: TokenStats, *, extras: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the method's controller is updated with once a step: ``controller.update(*observed_entropy(...))``.
+
+    A sum (nats) and a count, 0-dim fp64: add both over ranks first. For most methods the entropies of all tokens that count;
+    SIREN watches those of its peaks. Arguments and errors as in ``shape_batch``.
+    """
+    evidence = _evidence(method, batch, stats, extras, None, 0.0, 0)
+    return token_entropy(evidence) if method.shaper is None else method.shaper.observed(evidence)
+
+
+def _evidence(
+    method: Method,
+    batch: TokenBatch,
+    stats: TokenStats,
+    extras: Mapping[str, Tensor] | None,
+    state: Mapping[str, Tensor] | None,
+    progress: float,
+    seed: int,
+) -> Evidence:
+    """The checked evidence, with zeros at the tokens that do not count."""
+    extras, tokens, of = dict(extras or {}), tuple(batch.targets.shape), f"with method {method.name!r}"
+    require(batch.rewards is not None, "batch.rewards", f"[B] {of}", None)
+    require(batch.group_ids is not None, "batch.group_ids", f"[B] {of}", None)
+    require(stats.entropy is not None, "stats.entropy", "[N]", None)
     assert batch.rewards is not None
     assert batch.group_ids is not None
-    group_ids, tokens = batch.group_ids, tuple(batch.targets.shape)
+    assert stats.entropy is not None
+    group_ids, size = batch.group_ids, tuple(batch.rewards.shape)
+    require_tensor("batch.sequence_ids", batch.sequence_ids, tokens, (torch.int64,), batch.targets)
+    require_tensor("batch.group_ids", group_ids, size, (torch.int64,), batch.targets)
+    if batch.advantages is not None:
+        require_tensor("batch.advantages", batch.advantages, size, FLOATS, batch.targets)
     unknown = sorted(set(extras) - set(_EXTRAS))
     require(not unknown, "extras", f"names among {', '.join(_EXTRAS)}", ", ".join(unknown))
-    given = {"second_moments"} if stats.p2 is not None else set()
-    missing = sorted(shaper.needs - given - set(extras))
-    require(
-        not missing, "stats, extras", f"{', '.join(sorted(shaper.needs))} for method {method.name!r}", "none of " + str(missing)
-    )
-    require(stats.entropy is not None, "stats.entropy", "[N]", None)
-    assert stats.entropy is not None
-    for name, value in {"stats.logp": stats.logp, "stats.entropy": stats.entropy}.items():
-        require_tensor(name, value, tokens, FLOATS, batch.targets)
+    if method.shaper is not None:
+        given = {"second_moments"} if stats.p2 is not None and stats.p2_logp is not None else set()
+        missing = sorted(method.shaper.needs - given - set(extras))
+        require(not missing, "stats, extras", f"{', '.join(sorted(method.shaper.needs))} {of}", f"no {', '.join(missing)}")
+    for name, value in {"logp": stats.logp, "entropy": stats.entropy, "p2": stats.p2, "p2_logp": stats.p2_logp}.items():
+        if value is not None:
+            require_tensor(f"stats.{name}", value, tokens, FLOATS, batch.targets)
     for name, value in extras.items():
-        dtypes = {"answer": (torch.bool,), "turn_ids": (torch.int64,)}.get(name, FLOATS)
+        dtypes = (torch.bool,) if name in _BOOLEAN else (torch.int64,) if name == "turn_ids" else FLOATS
         require_tensor(f"extras.{name}", value, tokens, dtypes, batch.targets)
-    require(0 <= progress <= 1, "progress", "a number in [0, 1]", progress)
+    require_number("progress", progress, 0, 1)
     valid = valid_tokens(batch.targets, batch.mask)
     estimator = ADVANTAGES[method.config.advantage] if isinstance(method.config.advantage, str) else method.config.advantage
-    evidence = Evidence(
+    ids = torch.where(valid, batch.sequence_ids, 0)
+    ones = valid.float()
+    lengths = ones.new_zeros(size).index_add_(0, ids, ones)
+    counts = Counts(ones, ids, lengths, (lengths > 0).sum().float(), None, method.config.fixed_length)
+
+    def counted(values: Tensor | None) -> Tensor | None:
+        return None if values is None else torch.where(valid, values, torch.zeros_like(values))
+
+    logp, entropy = counted(stats.logp), counted(stats.entropy)
+    assert logp is not None
+    assert entropy is not None
+    return Evidence(
         valid=valid,
-        sequence_ids=batch.sequence_ids,
+        sequence_ids=ids,
         rewards=batch.rewards.float(),
         group_ids=group_ids,
         estimator=lambda rewards: estimator(rewards, group_ids),
-        logp=torch.where(valid, stats.logp, 0.0),
-        entropy=torch.where(valid, stats.entropy, 0.0),
-        p2=stats.p2,
-        p2_logp=stats.p2_logp,
+        given=None if batch.advantages is None else batch.advantages.float(),
+        scale=REDUCTIONS[method.config.reduction](counts),
+        logp=logp,
+        entropy=entropy,
+        p2=counted(stats.p2),
+        p2_logp=counted(stats.p2_logp),
         state=dict(state or {}),
         progress=progress,
         seed=seed,
-        **extras,
-    )
-    shaped = shaper(evidence)
-    keep = valid if shaped.keep is None else valid & shaped.keep
-    return replace(
-        batch,
-        advantages=torch.where(keep, shaped.advantages.float(), 0.0),
-        entropy_coef=batch.entropy_coef if shaped.entropy_coef is None else shaped.entropy_coef.float(),
-        ratio_penalty=batch.ratio_penalty if shaped.ratio_penalty is None else shaped.ratio_penalty.float(),
-        mask=batch.mask if shaped.keep is None else keep,
+        **{name: counted(value) for name, value in extras.items()},
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...checks import require_choice, require_number
+from ..config import EAPOConfig
+from ..method import Method
 from .evidence import Evidence, Shaped
 from .shaper import Shaper
 
@@ -33,7 +35,7 @@ class Steer(Shaper):
         require_choice("form", self.form, ("theorem", "released"))
 
     def __call__(self, evidence: Evidence) -> Shaped:
-        advantages = evidence.per_token(evidence.advantages())
+        advantages = evidence.token_advantages()
         log_p = evidence.logp.double()
         omega = (advantages * -log_p.expm1() * (log_p + evidence.entropy)).abs()
         if self.form == "theorem":
@@ -42,3 +44,15 @@ class Steer(Shaper):
         alpha = -math.log(max(self.lambda_min, 1e-30))
         weight = (-alpha * omega / evidence.largest(omega).clamp_min(floor)).exp().clamp(self.lambda_min, 1.0)
         return Shaped((weight * advantages).float())
+
+
+METHODS = (
+    Method(
+        "steer",
+        EAPOConfig(clip_high=0.28, dual_clip=10.0),
+        shaper=Steer(),
+        source="2510.10150",
+        summary="Tokens that are predicted to change the entropy much count less.",
+        formula="w_t = exp(ln(lambda_min) |Omega_t| / max |Omega|), Omega_t = A_t p_t (1 - p_t)(log p_t + H_t)",
+    ),
+)

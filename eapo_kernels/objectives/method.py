@@ -1,0 +1,58 @@
+"""What a method is: a policy loss as data, what weighs its tokens, and what steers it from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .config import EAPOConfig
+from .controllers import Controller, build_controller
+from .shaping.shaper import Shaper
+
+
+@dataclass(frozen=True)
+class Method:
+    """A policy-gradient method. A user's own is just another object.
+
+    Attributes:
+        name: what ``METHODS`` calls it.
+        config: surrogate, advantage, split, reduction and coefficients.
+        positive_weight: factor on the positive responses; None: the caller gives it at every call.
+        controller: name of what steers it from step to step, in ``CONTROLLERS``, or None.
+        controller_settings: the controller's numbers where they are not its own defaults.
+        shaper: weighs every token once a step (``shape_batch``), or None.
+        source: arXiv id of the paper, and of what else the numbers are from.
+        summary: one sentence.
+        formula: the weights in a line, in the symbols of docs/math.md.
+        confidence: "high" (read in the authors' code), "medium" (from a description), "low" (our proposal under the paper's
+            name).
+    """
+
+    name: str
+    config: EAPOConfig
+    positive_weight: float | None = 1.0
+    controller: str | None = None
+    controller_settings: Mapping[str, float] = field(default_factory=dict, hash=False)
+    shaper: Shaper | None = None
+    source: str = ""
+    summary: str = ""
+    formula: str = ""
+    confidence: str = "high"
+
+    @property
+    def scope(self) -> str:
+        """What a token's weight is computed from: "token", "sequence", "group" or "batch".
+
+        The weights of a shaper are fixed before the loss, so whatever their scope, the loss itself may be of token scope
+        (``config.scope``) and take the one-pass schedule.
+        """
+        return self.config.scope if self.shaper is None else self.shaper.scope
+
+
+def make_controller(method: Method) -> Controller | None:
+    """A fresh controller with the method's settings; None for a method without one.
+
+    Raises:
+        EapoError: the controller or a setting is unknown, or a number is out of its range.
+    """
+    return None if method.controller is None else build_controller(method.controller, method.controller_settings)
