@@ -82,10 +82,12 @@ def make_step(seed: int = 0, *, binary: bool = False) -> Step:
     return Step(hidden, weight, batch, stats, old)
 
 
-def with_denominator(step: Step, method: Method) -> Step:
-    """The step with the global count that the method's reduction divides by."""
-    count = int(step.valid.sum()) if method.config.reduction == "token_mean" else len(SIZES)
-    return replace(step, batch=replace(step.batch, denominator=count))
+def counted(batch: TokenBatch, method: Method) -> TokenBatch:
+    """The batch with the global counts that the method's reduction divides by, of the tokens that its mask leaves."""
+    assert batch.mask is not None
+    lengths = torch.zeros(len(SIZES)).index_add_(0, batch.sequence_ids, batch.mask.float())
+    count = lengths.sum() if method.config.reduction == "token_mean" else (lengths > 0).sum()
+    return replace(batch, denominator=int(count), sequence_lengths=lengths)
 
 
 def compare(
@@ -104,23 +106,20 @@ def compare(
     expected: the whole loss in float64 from dense logits, mean over the valid tokens where the method has a token mean. Checked
     on each schedule that the loss has, whole and in three micro-batches.
     """
-    step = with_denominator(step, method)
     shaped = shape_batch(method, step.batch, step.stats, state=state, extras=extras, progress=progress, seed=seed)
+    shaped = counted(shaped, method)
     hidden, weight = step.hidden.clone().requires_grad_(), step.weight.clone().requires_grad_()
     truth = expected(hidden, weight)
     truths = torch.autograd.grad(truth, [hidden, weight])
     assert truths[0].abs().max() > 1e-6, "the test's own loss has no gradient"
-    lengths = torch.zeros(len(SIZES)).index_add_(0, step.ids, step.valid.float())
-    schedules = (
-        ["autograd", "one_pass"] if method.config.scope == "token" and method.config.entropy_top_p is None else ["autograd"]
-    )
+    one_pass = method.config.scope == "token" and method.config.entropy_top_p is None
+    schedules = ["autograd", "one_pass"] if one_pass else ["autograd"]
     for schedule in schedules:
         for cuts in ([slice(None)], [step.ids < 3, (step.ids >= 3) & (step.ids < 4), step.ids >= 4]):
             h, w = step.hidden.clone().requires_grad_(), step.weight.clone().requires_grad_()
             total = torch.zeros((), dtype=torch.float64)
             for cut in cuts:
-                part = replace(shaped.select(cut), sequence_lengths=lengths)
-                loss = policy_loss(h[cut], w, part, method=method, schedule=schedule).loss
+                loss = policy_loss(h[cut], w, shaped.select(cut), method=method, schedule=schedule).loss
                 loss.backward()
                 total = total + loss.detach()
             torch.testing.assert_close(total, truth.detach(), rtol=tolerance, atol=tolerance * 0.1)
@@ -137,6 +136,38 @@ def group_normalised(step: Step, rewards: Tensor | None = None) -> Tensor:
         own = step.batch.group_ids == group
         out[own] = (r[own] - r[own].mean()) / (r[own].std() + 1e-6)
     return out
+
+
+def by_response(step: Step, function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """[B] float64: ``function`` of each response's valid values [N], one response at a time."""
+    parts = [values[step.valid & (step.ids == i)].double() for i in range(len(SIZES))]
+    return torch.stack([function(part) for part in parts])
+
+
+def of_policy(
+    step: Step,
+    advantages: Tensor,
+    *,
+    low: float = 0.2,
+    high: float = 0.2,
+    bonus: Tensor | float = 0.0,
+    keep: Tensor | None = None,
+    mean: str = "tokens",
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The clipped policy loss of advantages [N] minus an entropy bonus [N], as ``expected`` of ``compare``.
+
+    mean: over all "tokens" that count, or over "responses" of the mean over their tokens.
+    """
+    ok = step.valid if keep is None else step.valid & keep
+    lengths = torch.zeros(len(SIZES), dtype=torch.float64).index_add_(0, step.ids, ok.double())
+    share = 1 / ok.sum() if mean == "tokens" else 1 / (lengths[step.ids] * (lengths > 0).sum())
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        ratio = (step.logp(hidden, weight) - step.old["logp"]).exp()
+        terms = -clipped(ratio, advantages.double(), low, high) - bonus * step.entropy(hidden, weight)
+        return (share * terms * torch.ones_like(ratio))[ok].sum()
+
+    return loss
 
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float = 0.2, high: float = 0.2) -> Tensor:

@@ -78,7 +78,7 @@ METHODS = (
         controller="target_switch",
         shaper=Aepo(),
         source="2510.08141",
-        summary="REINFORCE on correct answers sampled hotter (entropy at or below its target) or cooler replaces some of GRPO's.",
+        summary="REINFORCE on correct answers sampled hotter (entropy at or below target) or cooler replaces some of GRPO's.",
         formula="A = 1 on the marked responses, else GRPO's; temperature 1.2 where H <= H*, else 0.8",
     ),
     Method(
