@@ -45,10 +45,36 @@ def test_compiles_well(entry: Entry, variant: str) -> None:
     product = entry.kernel in configs.PRODUCTS
     assert set(u.tensor) == ({TENSOR_CORES[entry.family]} if product and entry.itemsize == 2 else set())
     assert (u.tma > 0) == entry.tile.descriptors
+    assert (u.tma_stores > 0) == entry.tile.stores
     if variant == "plain":
         residents = entry.tile.resident
         assert residents * u.threads * (-(-u.registers // 8) * 8) <= 65536, "registers of the programs that share an SM"
         assert residents * (u.shared + 1024) <= SHARED_LIMIT[entry.family] + 1024, "their shared memory"
+
+
+REDONE = [
+    (family, itemsize, block_v)
+    for family in TENSOR_CORES
+    for itemsize in (2, 4)
+    for block_v in sorted(
+        {e.tile.block_v for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("exp_gemm", family, itemsize)}
+    )
+]
+
+
+@pytest.mark.parametrize(("family", "itemsize", "block_v"), REDONE)
+def test_rows_are_redone_without_spills_whatever_the_columns(family: str, itemsize: int, block_v: int) -> None:
+    """The line of "exp_redo" is used with the columns of the first run (``exp_gemm.redo_tile``)."""
+    from dataclasses import replace
+
+    from eapo_kernels.ops.triton import report
+
+    (entry,) = (e for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("exp_redo", family, itemsize))
+    entry = replace(entry, tile=replace(entry.tile, block_v=block_v))
+    u = report.usage(report.example(entry, "full"), report.ARCHITECTURES[family])
+    assert u.spills == 0
+    assert u.stack == 0
+    assert u.shared <= SHARED_LIMIT[family]
 
 
 def test_half_precision_and_bfloat16_compile_alike() -> None:
@@ -81,8 +107,8 @@ def test_numbers_are_passed_as_fp32_and_never_specialised() -> None:
 def test_report_prints_a_line_per_build(monkeypatch: pytest.MonkeyPatch) -> None:
     from eapo_kernels.ops.triton import report
 
-    monkeypatch.setattr(report, "usage", lambda launch, architecture: report.Usage(128, 0, 0, 1024, {"HGMMA": 4}, 6, 0, 256))
+    monkeypatch.setattr(report, "usage", lambda launch, architecture: report.Usage(128, 0, 0, 1024, {"HGMMA": 4}, 6, 2, 0, 256))
     lines = list(report.rows("sm90"))
     assert len(lines) == 2 + 2 * sum(entry.family == "sm90" for entry in configs.TABLE)
     assert all(line.count("|") == lines[0].count("|") for line in lines)
-    assert "| 4 HGMMA | 6 |" in lines[2]
+    assert "| 4 HGMMA | 6 + 2 |" in lines[2]

@@ -33,8 +33,8 @@ def exp_finalize_kernel(
         p_y >= 1/2:  logp = -log1p(R e^-x),  H = -logp - (X - x R) / S      exact however small 1 - p_y is
         else:        logp = x - log S,       H = log S - (X + x e^x) / S
 
-    k is any offset; a wrong one would leave differences of large numbers. So the sums are taken relative to k + c first, c the
-    power of two below S: X -> X - c R tile by tile, S -> S 2^-c, both exact. A row without any column gives NaN.
+    k is any offset; a wrong one would leave differences of large numbers. So the sums are taken relative to k + c first, 2^c
+    the power of two nearest to S: X -> X - c R tile by tile, S -> S 2^-c. A row without any column gives NaN.
 
     out: [5 or 7, n_rows] fp32: logp, lse, k + c, log_sum, factor, then entropy and mean_shifted. factor = -slope / S, with
     ``slope`` dz / d(hidden @ weight.T): the row's cotangent of logp times it is the factor of E in the gradient (E12).
@@ -53,7 +53,7 @@ def exp_finalize_kernel(
     bits = tl.where(y <= LOWEST, NEG_INF - k, tl.fma(y, factor * LOG2E, -k))  # NaN if every logit is -inf
     e = tl.exp2(bits)
     total = rest + e
-    c = tl.floor(tl.log2(total))
+    c = tl.floor(tl.log2(total) + 0.5)
     unit = tl.exp2(-c)
     x = (bits - c) * LN2
     confident = rest <= e

@@ -90,7 +90,7 @@ def exp_gemm_kernel(
     n_rows, n_columns, dim, hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride, matrix_stride,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
-    SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr,
+    SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Programs walk over the tiles of [n_rows, n_columns] in grouped order, as many apart as there are programs.
 
@@ -99,6 +99,7 @@ def exp_gemm_kernel(
     offsets: [2, n_rows] fp32, of which the first row is read: k in bits.
     listed, n_listed: None, or [n_rows] int32 of which the first ``n_listed[0]`` name the rows to be done; the others are left
     alone (their hidden is gathered: no DESCRIPTORS, no STORE).
+    FLATTEN: one pipeline over all tiles of a program, so that a tile's loads start before its predecessor's epilogue.
     The others: see ``product.raw_logits`` and ``math.shape_logits``.
     """
     todo = n_rows
@@ -106,7 +107,7 @@ def exp_gemm_kernel(
         todo = tl.load(n_listed)
     row_tiles, column_tiles = tl.cdiv(todo, BLOCK_N), tl.cdiv(n_columns, BLOCK_V)
     field = tl.cast(column_tiles, tl.int64) * n_rows
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, column_tile = group_order(tile, row_tiles, column_tiles, GROUP_N)
         first_row, first = row_tile * BLOCK_N, column_tile * BLOCK_V
         raw = raw_logits(
@@ -165,6 +166,7 @@ def exp_gemm(
         "SLICES": tile.slices,
         "ENTROPY": sums.entropy,
         "STORE": store,
+        "FLATTEN": tile.persistent,
     }  # fmt: skip
     del arguments["cap"]
     device = projection.hidden.device

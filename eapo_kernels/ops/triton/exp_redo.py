@@ -63,7 +63,8 @@ def list_unsound_kernel(
     unsound = (mask & (sound == 0)).to(tl.int32)
     count = tl.sum(unsound, 0)
     if count > 0:
-        place = tl.atomic_add(n_listed, count) + tl.cumsum(unsound, 0) - 1
+        index = tl.arange(0, BLOCK_N)
+        place = tl.atomic_add(n_listed, count) + tl.sum(tl.where(index[None, :] < index[:, None], unsound[None, :], 0), 1)
         tl.store(listed + place, rows, mask=unsound > 0)  # [BLOCK_N]
         tl.store(offsets + rows, NEG_INF, mask=unsound > 0)  # [BLOCK_N]
 

@@ -94,6 +94,7 @@ def row_offsets_kernel(
         below = tl.load(hint + rows)  # [BLOCK_N]
         below = tl.where(tl.abs(below) < float("inf"), below, 0.0)
     k = tl.fma(y, row_scale(row_inv_temperature, scale, rows) * LOG2E, -below * LOG2E)
+    k = tl.where(y <= LOWEST, float("inf"), k)  # E = 0: to be redone
     tl.store(offsets + rows, k, mask=mask)  # [BLOCK_N]
     tl.store(offsets + n_rows + rows, y, mask=mask)  # [BLOCK_N]
 

@@ -16,11 +16,12 @@ from .. import plans, products
 from ..backend import Chunk, ChunkGradient, Coefficients, LogitCotangents, SurrogateTerms
 from ..projection import Projection
 from ..statistics import RowStatistics
+from . import configs
 from .exp_finalize import exp_finalize
 from .exp_gemm import exp_gemm
 from .exp_redo import redo
 from .finalize import Finalized, finalize
-from .launch import product_tile
+from .launch import family, product_tile
 from .offsets import ExpSums, row_offsets
 from .rows import row_gradient, row_statistics
 
@@ -148,12 +149,13 @@ def open_chunk(
 
 
 def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
-    """Exponentials: the gradient's matrix and two partial sums a tile. Logits: fp32, and the gradient's matrix if not fp32."""
-    dtype, columns = projection.operand_dtype, plans.padded(projection.vocab)
+    """Exponentials: the gradient's matrix. Logits: fp32, and the gradient's matrix if not fp32. Both: partial sums a tile."""
+    dtype, vocab = projection.operand_dtype, projection.vocab
     if form(projection, entropy_gradient).name == "exponentials":
-        tiles = triton.cdiv(projection.vocab, product_tile("exp_gemm", projection).block_v)
-        return columns * dtype.itemsize + 8 * tiles
-    return columns * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+        sums = 8 * triton.cdiv(vocab, product_tile("exp_gemm", projection).block_v)
+        return plans.padded(vocab) * dtype.itemsize + sums
+    sums = 16 * triton.cdiv(vocab, configs.find("row_statistics", family(projection.hidden.device), 4).block_v)
+    return plans.padded(vocab) * (4 if dtype == torch.float32 else 4 + dtype.itemsize) + sums
 
 
 def surrogate(chunk: LogitChunk | ExpChunk, terms: SurrogateTerms) -> Coefficients:

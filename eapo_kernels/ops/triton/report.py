@@ -64,7 +64,7 @@ class Usage:
         spills: loads and stores of local memory.
         shared: bytes per program.
         tensor: tensor-core instructions, by mnemonic.
-        tma: bulk tensor loads.
+        tma, tma_stores: bulk tensor loads and stores.
         doubles: fp64 arithmetic instructions.
         threads: per program.
     """
@@ -75,6 +75,7 @@ class Usage:
     shared: int
     tensor: dict[str, int]
     tma: int
+    tma_stores: int
     doubles: int
     threads: int
 
@@ -192,6 +193,7 @@ def usage(launch: Launch, architecture: int) -> Usage:
         shared=compiled.metadata.shared,
         tensor={name: counts[name] for name in ("HGMMA", "HMMA", "UTCHMMA") if name in counts},
         tma=counts.get("UTMALDG", 0),
+        tma_stores=counts.get("UTMASTG", 0),
         doubles=sum(counts.get(name, 0) for name in ("DADD", "DMUL", "DFMA", "DSETP")),
         threads=32 * compiled.metadata.num_warps,
     )
@@ -208,7 +210,7 @@ def rows(family: str) -> Iterator[str]:
             tensor = " ".join(f"{count} {name}" for name, count in u.tensor.items()) or "-"
             yield (
                 f"| {entry.kernel} | {entry.itemsize} | {shape} | {variant} | {u.registers} | {u.spills} ({u.stack} B) "
-                f"| {u.shared} | {tensor} | {u.tma} |"
+                f"| {u.shared} | {tensor} | {u.tma} + {u.tma_stores} |"
             )
 
 

@@ -1,0 +1,317 @@
+"""The E form's kernels: statistics and logit gradient of a chunk against the float64 oracle, whatever the hint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from comparison import projection
+from torch import Tensor
+
+from eapo_kernels import reference
+from eapo_kernels.ops.backend import LogitCotangents
+from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.triton import exp_finalize, exp_gemm, exp_redo, offsets, one_pass
+from eapo_kernels.ops.triton.configs import Tile
+from eapo_kernels.ops.triton.one_pass import ExpChunk
+from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats, make_inputs
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, about overflow and infinities
+]
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 8, 1), (1, 72, 257), (63, 7, 1031), (200, 64, 257), (5, 72, 50257)]
+
+
+def transform_of(p: Projection) -> dict[str, Any]:
+    temperature = p.inv_temperature if p.row_inv_temperature is None else p.row_inv_temperature * p.inv_temperature
+    return {"inv_temperature": temperature, "logit_scale": p.logit_scale}
+
+
+def oracle(p: Projection, targets: Tensor) -> tuple[Any, Tensor]:
+    """Statistics and d logp / d(raw logits) [N, V] in float64 (E2, E5)."""
+    transform = {k: v.double() if isinstance(v, Tensor) else v for k, v in transform_of(p).items()}
+    bias = None if p.bias is None else p.bias.double()
+    hidden, weight = p.hidden.double(), p.weight.double()
+    stats = reference.token_stats(hidden, weight, targets, bias=bias, **transform)
+    raw = hidden @ weight.T
+    raw = raw if bias is None else raw + bias
+    scale = p.row_scale()
+    scale = scale.double().unsqueeze(1) if isinstance(scale, Tensor) else scale
+    one_hot = torch.nn.functional.one_hot(targets, p.vocab)
+    return stats, (one_hot - torch.softmax(raw * scale, 1)) * scale
+
+
+def run(p: Projection, targets: Tensor, hint: Tensor | None, **options: Any) -> tuple[Any, Tensor, int]:
+    """Statistics, d logp / d(raw logits), and the number of rows that were redone."""
+    chunk = ExpChunk(p, targets, hint, entropy=True, **options)
+    stats = chunk.statistics()
+    matrix, factor = chunk.gradient(LogitCotangents(torch.ones_like(stats.logp)))
+    assert matrix.dtype == p.operand_dtype
+    return stats, matrix.double() * factor.double().unsqueeze(1), int(chunk.sums.n_listed)
+
+
+def floor(p: Projection) -> float:
+    return 1e-5 if p.operand_dtype == torch.float32 else torch.finfo(p.operand_dtype).eps
+
+
+def check(p: Projection, targets: Tensor, hint: Tensor | None) -> int:
+    """No worse than twice eager PyTorch in the inputs' dtype; the gradient is judged row by row. Returns the rows redone."""
+    truth, gradient = oracle(p, targets)
+    eager = eager_token_stats(p.hidden, p.weight, targets, bias=p.bias, **transform_of(p))
+    stats, got, redone = run(p, targets, hint)
+    for name in ("logp", "entropy", "lse"):
+        value = getattr(stats, name)
+        assert value.dtype == torch.float32
+        assert_no_worse_than(value, getattr(eager, name), getattr(truth, name), floor=2e-6, name=name)
+        if p.hidden.dtype == torch.bfloat16:
+            assert float((value.double() - getattr(truth, name)).abs().max()) <= 1e-5, name
+    assert (stats.logp <= 0).all()
+    torch.testing.assert_close(stats.row_max + stats.log_sum, stats.lse, rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(stats.log_sum - stats.mean_shifted, stats.entropy, rtol=1e-6, atol=1e-6)
+    error = (got - gradient).norm(dim=1)
+    assert (error <= floor(p) * gradient.norm(dim=1) + 1e-30).all(), (error / gradient.norm(dim=1)).max()
+    return redone
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "uniform"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("hinted", [True, False], ids=["hint", "no_hint"])
+def test_matches_the_oracle(
+    shape: tuple[int, int, int], dtype: torch.dtype, peaked: bool, bias: bool, hinted: bool, device: str
+) -> None:
+    inputs = make_inputs(*shape, dtype=dtype, peaked=peaked, bias=bias, device=device)
+    p = projection(inputs)
+    noise = 0.3 * torch.randn(shape[0], generator=torch.Generator().manual_seed(5)).to(device)
+    hint = oracle(p, inputs.targets)[0].logp.float() + noise if hinted else None
+    assert check(p, inputs.targets, hint) == 0
+
+
+@pytest.mark.parametrize("off", [0.0, 5.0, -5.0, 30.0, -30.0, 60.0, -60.0, 200.0, -200.0, 3e38, -3e38])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_wrong_hint_changes_nothing(off: float, dtype: torch.dtype, device: str) -> None:
+    """Beyond 33 nats the rows are redone with their maximum; the statistics' bars are those of a perfect hint."""
+    inputs = make_inputs(63, 72, 1031, dtype=dtype, bias=True, device=device)
+    p = projection(inputs)
+    hint = oracle(p, inputs.targets)[0].logp.float() + off
+    assert check(p, inputs.targets, hint) == (0 if abs(off) < 33 else 63)
+
+
+def test_a_hint_that_is_not_finite_is_none(device: str) -> None:
+    inputs = make_inputs(63, 72, 1031, dtype=torch.bfloat16, device=device)
+    p = projection(inputs)
+    expected = run(p, inputs.targets, None)
+    for value in (math.nan, math.inf, -math.inf):
+        stats, matrix, redone = run(p, inputs.targets, torch.full((63,), value, device=device))
+        assert redone == 0
+        assert torch.equal(stats.logp, expected[0].logp)
+        assert torch.equal(stats.entropy, expected[0].entropy)
+        assert torch.equal(matrix, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_unsound_rows_are_redone(dtype: torch.dtype, device: str) -> None:
+    """The other rows stay bit for bit what they are without unsound neighbours."""
+    inputs = make_inputs(200, 24, 515, dtype=dtype, device=device)
+    p = projection(inputs)
+    hint = oracle(p, inputs.targets)[0].logp.float()
+    good = run(p, inputs.targets, hint)
+    bad = torch.zeros(200, dtype=torch.bool, device=device)
+    bad[torch.tensor([0, 3, 64, 65, 127, 199])] = True
+    assert check(p, inputs.targets, torch.where(bad, hint - 300.0, hint)) == 6
+    stats, matrix, _ = run(p, inputs.targets, torch.where(bad, hint - 300.0, hint))
+    for name in ("logp", "entropy", "lse"):
+        assert torch.equal(getattr(stats, name)[~bad], getattr(good[0], name)[~bad]), name
+    assert torch.equal(matrix[~bad], good[1][~bad])
+
+
+@pytest.mark.parametrize(
+    "transform", [{"logit_scale": 0.3}, {"inv_temperature": 1 / 0.7}, {"row_inv_temperature": "rows"}], ids=str
+)
+@pytest.mark.parametrize("off", [0.0, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logit_transforms(transform: dict[str, Any], off: float, dtype: torch.dtype, device: str) -> None:
+    rows = 0.5 + torch.rand(63, generator=torch.Generator().manual_seed(1)).to(device)
+    inputs = make_inputs(63, 72, 1031, dtype=dtype, bias=True, device=device)
+    p = projection(inputs, **{k: rows if v == "rows" else v for k, v in transform.items()})
+    check(p, inputs.targets, oracle(p, inputs.targets)[0].logp.float() + off)
+
+
+@pytest.mark.parametrize("off", [None, 0.0, 10.0, -10.0, 70.0])
+def test_confident_tokens_keep_their_relative_precision(off: float | None, device: str) -> None:
+    """1 - p_y from 1e-1 to 1e-12: logp, entropy and the target's gradient are right to 1e-5 of themselves."""
+    gaps = torch.linspace(2.0, 27.0, 40, dtype=torch.float64)
+    z = torch.stack([torch.zeros_like(gaps), -gaps, -gaps - 0.5], 1)
+    p = Projection(z.float().to(device), torch.eye(3, device=device))
+    targets = torch.zeros(40, dtype=torch.int64, device=device)
+    exact = torch.log_softmax(p.hidden.double(), 1)
+    hint = None if off is None else exact[:, 0].float() + off
+    stats, gradient, _ = run(p, targets, hint)
+    torch.testing.assert_close(stats.logp.double(), -torch.log1p(p.hidden[:, 1:].double().exp().sum(1)), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(stats.entropy.double(), -(exact.exp() * exact).sum(1), rtol=2e-5, atol=0.0)
+    torch.testing.assert_close(gradient[:, 0], exact[:, 1:].exp().sum(1), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("off", [None, 0.0, 100.0])
+@pytest.mark.parametrize("magnitude", [1e4, 1e-4])
+def test_extreme_logits(magnitude: float, off: float | None, device: str) -> None:
+    """Logits near +-1e4 (one-hot rows) and all equal."""
+    inputs = make_inputs(40, 16, 99, device=device)
+    inputs = Inputs(inputs.hidden * magnitude / 10, inputs.weight, inputs.targets)
+    p = projection(inputs)
+    truth, exact = oracle(p, inputs.targets)
+    eager = eager_token_stats(p.hidden, p.weight, inputs.targets)
+    stats, gradient, _ = run(p, inputs.targets, None if off is None else truth.logp.float() + off)
+    for name in ("logp", "entropy"):
+        got, plain, exact_value = (getattr(s, name).double() for s in (stats, eager, truth))
+        allowed = 2 * (plain - exact_value).abs().max() + 2e-6 * exact_value.abs().max().clamp_min(0.1)
+        assert (got - exact_value).abs().max() <= allowed, name
+    eager_gradient = torch.nn.functional.one_hot(inputs.targets, 99) - torch.softmax(p.hidden @ p.weight.T, 1)
+    assert_no_worse_than(gradient, eager_gradient, exact, floor=1e-5, name="gradient")
+
+
+@pytest.mark.parametrize("off", [None, 0.0, 100.0])
+def test_removed_columns(off: float | None, device: str) -> None:
+    """-inf in the bias: single columns, whole tiles, and a target, whose log-prob is -inf while its row stays finite."""
+    inputs = make_inputs(20, 16, 4200, bias=True, device=device)
+    bias = inputs.bias.clone()
+    bias[2048:4096] = -math.inf
+    bias[::7] = -math.inf
+    targets = torch.where(bias[inputs.targets].isinf(), 1, inputs.targets)
+    targets[4] = 7
+    p = projection(replace(inputs, bias=bias, targets=targets))
+    z = p.hidden.double() @ p.weight.double().T + bias.double()
+    log_p = torch.log_softmax(z, 1)
+    logp = log_p.gather(1, targets[:, None]).squeeze(1)
+    hint = None if off is None else logp.float() + off
+    stats, gradient, redone = run(p, targets, hint)
+    assert redone == (20 if off == 100.0 else 1)
+    assert stats.logp[4] == -math.inf
+    torch.testing.assert_close(stats.logp.double(), logp, rtol=1e-5, atol=1e-5)
+    entropy = -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0).sum(1)
+    torch.testing.assert_close(stats.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+    exact = torch.nn.functional.one_hot(targets, 4200) - log_p.exp()
+    assert_no_worse_than(gradient, exact, exact, floor=1e-5, name="gradient")
+    assert (gradient[:, bias == -math.inf][torch.arange(20) != 4] == 0).all()
+
+
+def test_a_row_without_any_column_is_nan_and_alone(device: str) -> None:
+    inputs = make_inputs(4, 16, 99, device=device)
+    p = projection(replace(inputs, bias=torch.full((99,), -math.inf, device=device)))
+    stats, _, redone = run(p, inputs.targets, None)
+    assert redone == 4
+    assert stats.logp.isnan().all()
+    hidden = inputs.hidden.clone()
+    hidden[2] = math.nan
+    stats, matrix, redone = run(projection(replace(inputs, hidden=hidden)), inputs.targets, None)
+    assert redone == 1
+    assert stats.logp.isnan().tolist() == [False, False, True, False]
+    assert matrix[torch.tensor([0, 1, 3])].isfinite().all()
+
+
+def test_strided_inputs(device: str) -> None:
+    """Hidden and weight of any stride, a column of a matrix as the bias; results as from contiguous copies."""
+    inputs = make_inputs(63, 72, 1031, dtype=torch.bfloat16, bias=True, device=device)
+    strided = Projection(
+        inputs.hidden.repeat_interleave(2, 1)[:, ::2],
+        inputs.weight.t().contiguous().t(),
+        torch.stack([inputs.bias, inputs.bias], 1)[:, 0],
+    )
+    targets = torch.stack([inputs.targets, inputs.targets], 1)[:, 0]
+    hint = torch.full((63, 2), -3.0, device=device)[:, 0]
+    plain, matrix, _ = run(projection(inputs), inputs.targets, hint)
+    stats, other, _ = run(strided, targets, hint)
+    torch.testing.assert_close(stats.logp, plain.logp, rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(stats.entropy, plain.entropy, rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(other, matrix, rtol=4e-6 + 2 * floor(strided), atol=1e-6)
+
+
+TILES = [
+    Tile(16, 128, 16, descriptors=True, slices=4, stores=True),
+    Tile(64, 64, 32, descriptors=True, slices=2, group_n=2, persistent=True, stores=True),
+    Tile(32, 256, 16, slices=8, group_n=1, persistent=True),
+    Tile(128, 128, 64, warps=8, slices=1),
+]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("off", [0.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dtype, device: str) -> None:
+    """Also tiles that stick out on every side, targets at tile borders, and E in the operands' own dtype."""
+    inputs = make_inputs(70, 48, 515, dtype=dtype, bias=True, device=device)
+    targets = inputs.targets.clone()
+    targets[:9] = torch.tensor([0, 63, 64, 127, 128, 255, 256, 511, 514], device=device)
+    p = projection(inputs)
+    truth, exact = oracle(p, targets)
+    sums = offsets.ExpSums.empty(p, True, tile=tile)
+    matrix = one_pass.workspace(p, dtype)
+    offsets.row_offsets(p, targets, truth.logp.float() + off, sums, tile=Tile(2, 0, 16))()
+    exp_gemm.exp_gemm(p, targets, sums, matrix, tile=tile)()
+    exp_redo.list_unsound(p, sums, tile=Tile(8, 4))()
+    assert int(sums.n_listed) == (70 if off else 0)
+    exp_redo.row_maxima(p, sums, tile=Tile(16, 64, 16))()
+    exp_gemm.exp_gemm(p, targets, sums, matrix, listed=True, tile=Tile(16, tile.block_v, 16, slices=2))()
+    launch, final, factor = exp_finalize.exp_finalize(p, targets, sums, matrix, tile=Tile(4, 2))
+    launch()
+    torch.testing.assert_close(final.statistics.logp.double(), truth.logp, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(final.statistics.entropy.double(), truth.entropy, rtol=1e-6, atol=1e-5)
+    unit = 1e-5 if dtype == torch.float32 else 2**-8
+    got = matrix.double() * factor.double().unsqueeze(1)
+    assert ((got - exact).abs() <= unit * 1.02 * exact.abs() + 1e-12).all(), "E is rounded to nearest, once"
+
+
+@pytest.mark.parametrize("off", [0.0, 100.0])
+def test_bitwise_reproducible(off: float, device: str) -> None:
+    """Also where rows are redone, whose order in the list is not defined."""
+    inputs = make_inputs(150, 24, 1301, dtype=torch.bfloat16, device=device)
+    p = projection(inputs)
+    hint = oracle(p, inputs.targets)[0].logp.float()
+    hint = torch.where(torch.arange(150, device=device) % 3 == 0, hint + off, hint)
+    first, second = run(p, inputs.targets, hint), run(p, inputs.targets, hint)
+    assert torch.equal(first[1], second[1])
+    for a, b in zip(first[0], second[0], strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_shift_of_all_logits_changes_nothing(device: str) -> None:
+    """A constant in the bias moves lse and nothing else."""
+    inputs = make_inputs(63, 16, 257, device=device, bias=True)
+    p = projection(inputs)
+    moved = replace(p, bias=p.bias + 8.0)
+    hint = oracle(p, inputs.targets)[0].logp.float()
+    (stats, gradient, _), (other, other_gradient, _) = run(p, inputs.targets, hint), run(moved, inputs.targets, hint)
+    torch.testing.assert_close(stats.logp, other.logp, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(stats.entropy, other.entropy, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(other.lse - stats.lse, torch.full_like(stats.lse, 8.0), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(gradient, other_gradient, rtol=2e-5, atol=1e-8)
+    assert ((stats.entropy >= 0) & (stats.entropy <= math.log(257) + 1e-6)).all()
+
+
+def test_without_entropy(device: str) -> None:
+    inputs = make_inputs(20, 16, 99, device=device)
+    chunk = ExpChunk(projection(inputs), inputs.targets, None, entropy=False)
+    stats = chunk.statistics()
+    assert stats.entropy is None
+    assert stats.mean_shifted is None
+    torch.testing.assert_close(stats.logp, run(projection(inputs), inputs.targets, None)[0].logp)
+
+
+def test_a_chunk_gives_its_gradient_once_and_only_for_logp(device: str) -> None:
+    inputs = make_inputs(5, 16, 99, device=device)
+    one = torch.ones(5, device=device)
+    chunk = ExpChunk(projection(inputs), inputs.targets, None, entropy=True)
+    with pytest.raises(AssertionError):
+        chunk.gradient(LogitCotangents(one, one))
+    matrix, factor = chunk.gradient(LogitCotangents(one))  # without statistics before it
+    exact = oracle(projection(inputs), inputs.targets)[1]
+    assert_no_worse_than(matrix.double() * factor.double().unsqueeze(1), exact, exact, floor=1e-5)
+    with pytest.raises(AssertionError, match="one call per chunk"):
+        chunk.gradient(LogitCotangents(one))

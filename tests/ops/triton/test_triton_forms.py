@@ -1,0 +1,211 @@
+"""Both forms of a one-pass chunk through the loss: which one is taken, that they agree, what they cost and how they round."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from comparison import projection
+from torch import Tensor
+
+from eapo_kernels import EAPOConfig, Options, TokenBatch, eapo_loss, reference
+from eapo_kernels.ops.backend import Coefficients, LogitCotangents
+from eapo_kernels.ops.policy_gradient import policy_gradient
+from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.triton import one_pass
+from eapo_kernels.ops.triton.backend import BACKEND
+from eapo_kernels.ops.triton.one_pass import ExpChunk, Form, form
+from eapo_kernels.testing import Inputs, assert_no_worse_than, make_inputs, peak_memory
+from eapo_kernels.types import SUMS
+
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+FORMS = ("exponentials", "logits")
+
+
+def force(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(one_pass, "form", lambda projection, entropy_gradient: Form(name, "forced"))
+
+
+def make_batch(inputs: Inputs, device: str) -> TokenBatch:
+    g = torch.Generator().manual_seed(3)
+    n = inputs.targets.numel()
+    wide = inputs.to(torch.float64)
+    logp = reference.token_stats(wide.hidden, wide.weight, wide.targets, bias=wide.bias).logp.float().cpu()
+    batch = TokenBatch(
+        targets=inputs.targets,
+        sequence_ids=torch.randint(8, (n,), generator=g).sort().values,
+        rewards=torch.rand(8, generator=g),
+        group_ids=torch.tensor([0, 0, 0, 0, 5, 5, 5, 5]),
+        old_logp=logp + 0.3 * torch.randn(n, generator=g),
+        mask=torch.rand(n, generator=g) > 0.2,
+    )
+    return replace(batch, **{k: v.to(device) for k, v in vars(batch).items() if isinstance(v, Tensor)})
+
+
+def loss_and_gradients(inputs: Inputs, batch: TokenBatch, backend: str, **options: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    leaves = [t.detach().clone().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias)]
+    out = eapo_loss(*leaves[:2], batch, bias=leaves[2], positive_weight=0.7, schedule="one_pass", backend=backend, **options)
+    return out, torch.autograd.grad(out.loss, leaves)
+
+
+def assert_agree(a: tuple[Any, tuple[Tensor, ...]], b: tuple[Any, tuple[Tensor, ...]], dtype: torch.dtype) -> None:
+    torch.testing.assert_close(a[0].loss, b[0].loss, rtol=2e-5, atol=1e-6)
+    for name, value in a[0].metrics.items():
+        torch.testing.assert_close(value, b[0].metrics[name], rtol=2e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for got, expected in zip(a[1], b[1], strict=True):
+        floor = 4e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        assert_no_worse_than(got, expected, expected.double(), floor=floor, name="gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_the_choice_and_its_reason(dtype: torch.dtype, softcap: float | None, entropy_gradient: bool) -> None:
+    p = Projection(torch.zeros(2, 8, dtype=dtype), torch.zeros(3, 8, dtype=dtype), softcap=softcap)
+    chosen = form(p, entropy_gradient)
+    exponentials = dtype == torch.bfloat16 and softcap is None and not entropy_gradient
+    assert chosen.name == FORMS[not exponentials]
+    assert len(chosen.reason) > 20
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_choice_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    force(monkeypatch, name)
+    inputs = make_inputs(4, 8, 33, device=device)
+    chunk = BACKEND.open_chunk(projection(inputs), inputs.targets, entropy=True, entropy_gradient=False)
+    assert isinstance(chunk, ExpChunk) == (name == "exponentials")
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("config", "transform"),
+    [
+        (EAPOConfig(clip_low=0.1, clip_high=0.3, dual_clip=1.5), {}),
+        (EAPOConfig(kl_coef=0.1), {"inv_temperature": "rows", "logit_scale": 0.8}),
+        (EAPOConfig(entropy_coef=0.05), {}),
+    ],
+    ids=["fused", "kl", "entropy_gradient"],
+)
+def test_loss_agrees_with_the_torch_backend(
+    config: EAPOConfig, transform: dict[str, Any], name: str, compact: bool, dtype: torch.dtype, device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Loss, metrics and the three gradients, in several chunks of odd size, masked rows left in or out."""
+    if config.entropy_coef == 0:
+        force(monkeypatch, name)
+    inputs = make_inputs(150, 24, 301, dtype=dtype, bias=True, device=device)
+    batch = make_batch(inputs, device)
+    if config.kl_coef:
+        batch = replace(batch, ref_logp=batch.old_logp + 0.1)
+    rows = 0.5 + torch.rand(150, generator=torch.Generator().manual_seed(1)).to(device)
+    transform = {k: rows if v == "rows" else v for k, v in transform.items()}
+    options = {"config": config, "options": Options(memory_budget=301 * 4 * 64, compact=compact), **transform}
+    results = [loss_and_gradients(inputs, batch, backend, **options) for backend in ("triton", "torch")]
+    assert_agree(*results, dtype)
+
+
+@pytest.mark.parametrize("off", [None, 0.0, 25.0, -25.0, 50.0, -200.0])
+def test_old_log_probs_may_be_anything(off: float | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the hint and the ratio's denominator: far off, every row is redone and the loss is still the same."""
+    redone = []
+
+    class Counting(ExpChunk):
+        def gradient(self, cotangents: LogitCotangents) -> Any:
+            redone.append(int(self.sums.n_listed))
+            return super().gradient(cotangents)
+
+    monkeypatch.setattr(one_pass, "ExpChunk", Counting)
+    inputs = make_inputs(150, 24, 301, dtype=torch.bfloat16, bias=True, device=device)
+    batch = make_batch(inputs, device)
+    old = None if off is None else batch.old_logp + off
+    batch = replace(batch, old_logp=old, mask=None)
+    options = {"config": EAPOConfig(clip_high=1e30), "options": Options(memory_budget=301 * 4 * 64)}
+    results = [loss_and_gradients(inputs, batch, backend, **options) for backend in ("triton", "torch")]
+    assert_agree(*results, torch.bfloat16)
+    assert sum(redone) == (150 if off is not None and abs(off) > 40 else 0)
+    assert len(redone) > 1
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "nothing"])
+def test_frozen_parts(trained: str, device: str) -> None:
+    inputs = make_inputs(70, 24, 301, dtype=torch.bfloat16, device=device)
+    batch = make_batch(inputs, device)
+    hidden, weight = (
+        t.detach().clone().requires_grad_(trained == n) for t, n in ((inputs.hidden, "hidden"), (inputs.weight, "weight"))
+    )
+    out = eapo_loss(hidden, weight, batch, positive_weight=0.7, schedule="one_pass", backend="triton")
+    both = [t.detach().clone().requires_grad_() for t in (inputs.hidden, inputs.weight)]
+    whole = eapo_loss(*both, batch, positive_weight=0.7, schedule="one_pass", backend="triton")
+    assert torch.equal(out.loss, whole.loss)
+    gradients = dict(zip(("hidden", "weight"), torch.autograd.grad(whole.loss, both), strict=True))
+    if trained != "nothing":
+        out.loss.backward()
+        assert torch.equal({"hidden": hidden, "weight": weight}[trained].grad, gradients[trained])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_chunk_stays_within_its_bytes(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, name)
+    inputs = make_inputs(256, 8, 20_001, device=device)  # fp32: the CPU would widen others
+    p, one = projection(inputs), LogitCotangents(torch.ones(256, device=device))
+    bytes_per_row = BACKEND.chunk_row_bytes(p, False)
+    if name == "exponentials":
+        assert bytes_per_row <= 20_016 * p.operand_dtype.itemsize * 1.04
+
+    def work() -> None:
+        chunk = BACKEND.open_chunk(p, inputs.targets, entropy=True, entropy_gradient=False)
+        chunk.statistics()
+        chunk.gradient(one)
+
+    work()
+    assert peak_memory(work, device) <= 256 * bytes_per_row + 256 * 200 + 2**16
+
+
+@pytest.mark.parametrize("off", [None, 0.0, 30.0, -30.0, 100.0])
+@pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "uniform"])
+def test_gradients_round_like_one_bf16_product(
+    off: float | None, peaked: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative errors at most 1.3 (hidden) and 1.6 (weight) times those of exact dlogits rounded once to bf16.
+
+    E is stored in bf16. All products are exact, so that what is compared is the rounding of E and of factor * hidden. Hints are
+    off by 0.3 nats more or less: with one offset for all rows their targets' entries would all round alike.
+    """
+    monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: torch.bfloat16))  # as on CUDA
+    n, d, v = 256, 64, 2049
+    inputs = make_inputs(n, d, v, dtype=torch.bfloat16, peaked=peaked, device=device)
+    p = projection(inputs)
+    g = torch.Generator().manual_seed(2)
+    targets = torch.multinomial(torch.softmax((p.hidden.double() @ p.weight.double().T).cpu(), 1), 1, generator=g).squeeze(1)
+    targets = targets.to(device)
+    a = torch.randn(n, generator=g).to(device) / n
+    hidden, weight = p.hidden.double(), p.weight.double()
+    log_p = torch.log_softmax(hidden @ weight.T, 1)
+    dlogits = a.double()[:, None] * (torch.nn.functional.one_hot(targets, v) - log_p.exp())
+    exact = dlogits @ weight, dlogits.T @ hidden
+    rounded = dlogits.to(torch.bfloat16).double()
+    ideal = rounded @ weight, rounded.T @ hidden
+    noise = off if off is None else off + 0.3 * torch.randn(n, generator=g).to(device)
+    hint = None if noise is None else log_p.gather(1, targets[:, None]).squeeze(1).float() + noise
+    matrices = []
+
+    def coefficients(chunk: Any, rows: slice) -> Coefficients:
+        chunk.statistics()
+        matrix, factor = chunk.gradient(LogitCotangents(a[rows]))
+        assert matrix.dtype == torch.bfloat16
+        scaled = (p.hidden[rows] * factor[:, None]).to(torch.bfloat16).double()
+        matrices.append((matrix.double() @ weight * factor.double()[:, None], matrix.double().T @ scaled))
+        return Coefficients(LogitCotangents(None), a.new_zeros(len(SUMS)))
+
+    policy_gradient(
+        p, targets, None, n, coefficients, BACKEND, entropy_gradient=False, needs=(False,) * 3, options=Options(), hint=hint
+    )
+    (got,) = matrices
+    for value, best, truth, factor, name in zip(got, ideal, exact, (1.3, 1.6), ("hidden", "weight"), strict=True):
+        error, allowed = (value - truth).norm() / truth.norm(), factor * (best - truth).norm() / truth.norm()
+        assert error <= allowed, f"d_{name}: {float(error):.2e}, allowed {float(allowed):.2e}"
