@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,6 +55,20 @@ def _loss(backend: str, schedule: str, config: EAPOConfig | None = None) -> Job:
     return job
 
 
+def _redone(backend: str) -> Job:
+    """Every fifth old log-prob is so wrong that the E form finds no offset in it and does the row again (``exp_redo``).
+
+    The dual clip keeps the loss of these rows finite.
+    """
+    job = _loss(backend, "one_pass", EAPOConfig(dual_clip=3.0))
+
+    def spoiled(inputs: Inputs, batch: TokenBatch, options: Options) -> list[Tensor]:
+        fifth = torch.arange(batch.targets.numel(), device=batch.targets.device) % 5 == 0
+        return job(inputs, replace(batch, old_logp=torch.where(fifth, -80.0, batch.old_logp)), options)
+
+    return spoiled
+
+
 JOBS: dict[str, Job] = {}
 for _backend in ("torch", "triton"):
     JOBS |= {
@@ -62,5 +77,6 @@ for _backend in ("torch", "triton"):
         f"{_backend}-autograd": _loss(_backend, "autograd"),
         f"{_backend}-one_pass": _loss(_backend, "one_pass"),
         f"{_backend}-one_pass-entropy": _loss(_backend, "one_pass", EAPOConfig(entropy_coef=0.01)),
+        f"{_backend}-one_pass-redone": _redone(_backend),
     }
 """By name: backend and what is run. All results are tensors: statistics or loss first, then gradients."""
