@@ -4,15 +4,17 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help demo test lint format bench bench-cpu clean
+.PHONY: help demo test lint format bench bench-cpu gpu report clean
 
 help:
 	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (about 6 minutes on 2 free cores)"
 	@echo "make test       set up, then run all tests"
 	@echo "make lint       ruff, mypy"
 	@echo "make format     let ruff rewrite"
-	@echo "make bench      pytest-benchmark suite"
-	@echo "make bench-cpu  this package beside unfused PyTorch, ratios; OUT=dir keeps the JSON"
+	@echo "make bench      pytest-benchmark suite, peers included"
+	@echo "make bench-cpu  this package beside its peers on the processor, ratios; OUT=dir keeps the JSON"
+	@echo "make gpu        all tests on the GPU, then this package beside its peers; OUT=dir for the JSON, ARGS=--full for all shapes"
+	@echo "make report     renew the tables in README.md and docs/benchmarks.md; OUT=dir writes a report with plots"
 
 $(VENV)/.created:
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python: expected 3.11 or newer, got %d.%d" % v[:2])'
@@ -27,6 +29,11 @@ $(VENV)/.train: $(VENV)/.created pyproject.toml constraints.txt requirements-mod
 
 $(VENV)/.dev: $(VENV)/.train
 	$(PIP) --editable '.[train,triton,dev]'
+	touch $@
+
+# Other people's packages; what the benchmarks call of them needs nothing beyond '.[train]'.
+$(VENV)/.peers: $(VENV)/.dev $(wildcard requirements-peers.txt)
+	$(if $(wildcard requirements-peers.txt),$(PIP) --no-deps --requirement requirements-peers.txt)
 	touch $@
 
 demo: $(VENV)/.train
@@ -45,11 +52,17 @@ format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.peers
 	$(RUN) -m pytest benchmarks --benchmark-only
 
-bench-cpu: $(VENV)/.dev
-	$(RUN) -m benchmarks.cpu $(if $(OUT),--out $(OUT))
+bench-cpu: $(VENV)/.peers
+	$(RUN) -m benchmarks.cpu $(if $(OUT),--out $(OUT)) $(ARGS)
+
+gpu: $(VENV)/.peers
+	$(RUN) -m benchmarks.gpu --out $(or $(OUT),runs/gpu) $(ARGS)
+
+report: $(VENV)/.dev
+	$(RUN) -m benchmarks.report --docs --readme $(if $(OUT),--out $(OUT))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -108,6 +108,8 @@ def load(path: Path) -> dict[str, Any]:
     missing = {"environment", "gate", "rows"} - set(result)
     if missing:
         raise ValueError(f"{path}: expected environment, gate and rows, got a file without {', '.join(sorted(missing))}")
+    if "green" not in result["gate"]:
+        raise ValueError(f"{path}: expected gate.green, got a file of an older schema")
     if not result["gate"]["green"]:
         raise ValueError(f"{path}: expected a green gate, got {'; '.join(result['gate']['red'])}")
     return result
