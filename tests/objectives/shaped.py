@@ -160,7 +160,7 @@ def of_policy(
     """
     ok = step.valid if keep is None else step.valid & keep
     lengths = torch.zeros(len(SIZES), dtype=torch.float64).index_add_(0, step.ids, ok.double())
-    share = 1 / ok.sum() if mean == "tokens" else 1 / (lengths[step.ids] * (lengths > 0).sum())
+    share = 1 / ok.sum() if mean == "tokens" else 1 / (lengths.clamp_min(1)[step.ids] * (lengths > 0).sum())
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         ratio = (step.logp(hidden, weight) - step.old["logp"]).exp()
