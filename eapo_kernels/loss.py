@@ -22,6 +22,7 @@ from .objectives.policy import PolicyTerms, loss_and_sums, prepare
 from .one_pass import one_pass
 from .ops import plans
 from .ops.inputs import build_projection, check_values
+from .ops.nucleus import project_nucleus_entropy
 from .ops.projection import Projection
 from .ops.token_stats import project_stats
 from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch
@@ -121,9 +122,7 @@ def policy_loss(
         check_values(projection, targets, options.debug)
         loss, sums = one_pass(projection, targets, terms, backend, options)
     else:
-        entropy = "grad" if terms.has_entropy_bonus else "nograd"
-        stats = project_stats(projection, targets, entropy=entropy, second_moments=False, backend=backend, options=options)
-        loss, sums = loss_and_sums(terms, stats.logp, stats.entropy)
+        loss, sums = _autograd(projection, targets, terms, backend, options)
     return LossOutput(loss, _metrics(terms, sums, positive_weight))
 
 
@@ -193,13 +192,29 @@ def _positive_weight(method: Method, given: float | Tensor | EntropyRatio | None
     return value.detach().to(device, torch.float32, copy=True)
 
 
+def _autograd(
+    projection: Projection, targets: Tensor, terms: PolicyTerms, backend: str, options: Options
+) -> tuple[Tensor, Tensor]:
+    """(loss, sums) of the autograd schedule. With ``entropy_top_p`` the bonus is on the nucleus, the metric on the whole."""
+    top_p = terms.config.entropy_top_p if terms.has_entropy_bonus else None
+    entropy = "grad" if terms.has_entropy_bonus and top_p is None else "nograd"
+    stats = project_stats(projection, targets, entropy=entropy, second_moments=False, backend=backend, options=options)
+    if top_p is None:
+        return loss_and_sums(terms, stats.logp, stats.entropy)
+    assert stats.entropy is not None
+    loss, sums = loss_and_sums(terms, stats.logp, project_nucleus_entropy(projection, terms.valid, top_p, options))
+    whole = torch.where(terms.valid, stats.entropy, 0.0).sum()
+    return loss, torch.stack([whole if name == "entropy" else value for name, value in zip(SUMS, sums, strict=True)])
+
+
 def _choose_schedule(schedule: str, method: Method, backend: str, projection: Projection) -> str:
-    token_scope = method.config.scope == "token"
+    config = method.config
+    token_scope = config.scope == "token" and config.entropy_top_p is None
     if schedule == "one_pass" and not token_scope:
-        raise EapoError(
-            f"schedule: expected 'autograd' for a loss of {method.config.scope} scope ({method.config.surrogate}), "
-            "got 'one_pass'"
-        )
+        reason = f"a loss of {config.scope} scope ({config.surrogate})"
+        if config.entropy_top_p is not None:
+            reason = f"entropy_top_p={config.entropy_top_p}"
+        raise EapoError(f"schedule: expected 'autograd' for {reason}, got 'one_pass'")
     if schedule != "auto":
         return schedule
     name = "torch" if backend == "auto" else backend
