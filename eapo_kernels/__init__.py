@@ -1,5 +1,6 @@
 """Log-prob, entropy and policy losses of large-vocabulary language models without the logits; see README.md."""
 
+from . import diagnostics
 from .errors import BackendUnavailable, EapoError, ShapeError
 from .loss import EAPOLoss, eapo_loss, policy_loss
 from .objectives.config import EAPOConfig
@@ -7,6 +8,7 @@ from .objectives.controllers import EntropyRatio
 from .objectives.methods import METHODS, Method, get_method, make_controller
 from .objectives.shaping.shape import observed_entropy, shape_batch
 from .ops.dispatch import available_backends
+from .ops.nucleus import nucleus_entropy
 from .ops.token_stats import token_stats
 from .types import LossOutput, Options, TokenBatch, TokenStats
 
@@ -26,9 +28,11 @@ __all__ = [
     "TokenBatch",
     "TokenStats",
     "available_backends",
+    "diagnostics",
     "eapo_loss",
     "get_method",
     "make_controller",
+    "nucleus_entropy",
     "observed_entropy",
     "policy_loss",
     "shape_batch",

@@ -18,6 +18,7 @@ LAYERS = {
     "eapo_kernels.ops": 3,
     "eapo_kernels.objectives": 3,
     "eapo_kernels.one_pass": 4,
+    "eapo_kernels.diagnostics": 4,
     "eapo_kernels.loss": 5,
     "eapo_kernels": 6,
     "eapo_kernels.testing": 6,
