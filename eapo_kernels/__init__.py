@@ -6,6 +6,7 @@ from .loss import EAPOLoss, eapo_loss, policy_loss
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
 from .objectives.methods import METHODS, Method, get_method, make_controller
+from .objectives.shaping.gather import GatheredStep, gather_step
 from .objectives.shaping.shape import observed_entropy, shape_batch
 from .ops.dispatch import available_backends
 from .ops.nucleus import nucleus_entropy
@@ -21,6 +22,7 @@ __all__ = [
     "EAPOLoss",
     "EapoError",
     "EntropyRatio",
+    "GatheredStep",
     "LossOutput",
     "Method",
     "Options",
@@ -30,6 +32,7 @@ __all__ = [
     "available_backends",
     "diagnostics",
     "eapo_loss",
+    "gather_step",
     "get_method",
     "make_controller",
     "nucleus_entropy",

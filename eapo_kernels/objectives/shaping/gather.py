@@ -1,0 +1,123 @@
+"""One step over several ranks: every rank gets the whole step, so that statistics of a group or batch are those of the whole.
+
+Only vectors of a number a token travel, once a step and before the first update; hidden states and logits stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...errors import require
+from ...types import TokenBatch, TokenStats
+from ..batch import has_token_advantages, n_sequences
+
+_BATCH_TOKENS = ("targets", "sequence_ids", "old_logp", "mask", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty")
+_BATCH_SEQUENCES = ("rewards", "group_ids", "sequence_lengths")
+
+
+class GatheredStep(NamedTuple):
+    """A step of all ranks, and this rank's part of it.
+
+    Attributes:
+        batch: the responses of rank 0, then of rank 1, ...; ``sequence_ids`` count through them.
+        stats: of the same tokens.
+        extras: of the same tokens, by name.
+        own: where this rank's tokens stand: ``batch.select(own)``.
+        own_sequences: where this rank's responses stand.
+    """
+
+    batch: TokenBatch
+    stats: TokenStats
+    extras: dict[str, Tensor]
+    own: slice
+    own_sequences: slice
+
+
+def gather_step(
+    batch: TokenBatch,
+    stats: TokenStats,
+    extras: Mapping[str, Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> GatheredStep:
+    """Collect a step's ragged batches from all ranks of ``group``; every rank returns the same tensors.
+
+        whole = gather_step(batch, stats, extras)
+        shaped = shape_batch(method, whole.batch, whole.stats, extras=whole.extras, ...)
+        loss = policy_loss(hidden, weight, shaped.select(whole.own), ...)     # or any part of ``own``
+
+    The denominator is this rank's as given: count it from the whole. Gradients of the ranks then *add up* to the whole's (a
+    wrapper that averages over ranks wants the loss times their number).
+
+    Args:
+        batch: this rank's responses, sequence_ids in [0, B) of its own. ``group_ids`` are global: equal numbers on different
+            ranks are the same group. A rank may have none.
+        stats: the statistics of its tokens.
+        extras: further [N] tensors by name, the same names on every rank.
+        group: a process group whose backend handles the tensors' device; None: the default group. Where torch.distributed is
+            not initialised this process is all there is.
+
+    Raises:
+        EapoError: the ranks do not bring the same fields in the same dtypes; on every rank alike.
+    """
+    extras = dict(extras or {})
+    tokens, sequences = batch.targets.numel(), n_sequences(batch)
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return GatheredStep(batch, stats, extras, slice(0, tokens), slice(0, sequences))
+    fields = _fields(batch, stats, extras)
+    signature = {name: str(value.dtype) for name, value in fields.items()}
+    sizes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(sizes, (tokens, sequences, signature), group=group)
+    for rank, (_, _, theirs) in enumerate(sizes):
+        require(theirs == sizes[0][2], f"fields of rank {rank}", f"those of rank 0, {sizes[0][2]}", theirs)
+    parts = _exchange(fields, [(n, b) for n, b, _ in sizes], group)
+    first = 0
+    for part, (_, count, _) in zip(parts, sizes, strict=True):
+        part["batch.sequence_ids"] = part["batch.sequence_ids"] + first
+        first += count
+    whole = {name: torch.cat([part[name] for part in parts]) for name in fields}
+    rank = dist.get_rank(group)
+    before = [sum(size[i] for size in sizes[:rank]) for i in (0, 1)]
+    renamed = {name.split(".")[-1]: value for name, value in whole.items() if name.startswith("batch.")}
+    if "token.advantages" in whole:
+        renamed.update(advantages=whole["token.advantages"])
+    return GatheredStep(
+        replace(batch, **renamed, token_advantages=None if batch.advantages is None else "token.advantages" in whole),
+        stats._replace(**{name: whole[f"stats.{name}"] for name in TokenStats._fields if f"stats.{name}" in whole}),
+        {name: whole[f"extras.{name}"] for name in extras},
+        slice(before[0], before[0] + tokens),
+        slice(before[1], before[1] + sequences),
+    )
+
+
+def _fields(batch: TokenBatch, stats: TokenStats, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that travels, by name. Advantages are "batch.advantages" per response and "token.advantages" per token."""
+    found = {f"batch.{name}": getattr(batch, name) for name in (*_BATCH_TOKENS, *_BATCH_SEQUENCES)}
+    found["token.advantages" if has_token_advantages(batch) else "batch.advantages"] = batch.advantages
+    found |= {f"stats.{name}": value for name, value in zip(TokenStats._fields, stats, strict=True)}
+    found |= {f"extras.{name}": value for name, value in sorted(extras.items())}
+    return {name: value.detach() for name, value in found.items() if value is not None}
+
+
+def _exchange(
+    fields: Mapping[str, Tensor], sizes: list[tuple[int, int]], group: dist.ProcessGroup | None
+) -> list[dict[str, Tensor]]:
+    """The fields of every rank, exact to the bit: one collective of the bytes of all fields, padded to the longest rank."""
+    per_sequence = {"batch.advantages", *(f"batch.{name}" for name in _BATCH_SEQUENCES)}
+    lengths = [
+        {name: (b if name in per_sequence else n) * value.element_size() for name, value in fields.items()} for n, b in sizes
+    ]
+    own = torch.cat([value.contiguous().view(torch.uint8).flatten() for value in fields.values()])
+    buffers = own.new_zeros(len(sizes), max(sum(part.values()) for part in lengths))
+    padded = torch.nn.functional.pad(own, (0, buffers.shape[1] - own.numel()))
+    dist.all_gather(list(buffers.unbind(0)), padded, group=group)
+    result = []
+    for buffer, part in zip(buffers, lengths, strict=True):
+        pieces = buffer[: sum(part.values())].split(list(part.values()))
+        result.append({name: piece.clone().view(fields[name].dtype) for name, piece in zip(part, pieces, strict=True)})
+    return result

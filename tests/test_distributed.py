@@ -1,0 +1,157 @@
+"""Two ranks, gloo: weights and summed gradients of a shaped step are those of one process, however the step is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from shaped import SIZES, Step, make_step
+
+from eapo_kernels import EapoError, Method, TokenBatch, TokenStats, gather_step, get_method, policy_loss, shape_batch
+
+SPLIT = (5, 3)  # responses of the ranks: the second group (4 to 7) is on both
+METHODS = {
+    "steer": {},  # batch
+    "clip_cov": {"ratio": 0.1, "low": 0.1, "high": 3.0},  # batch, drawn at random
+    "canon": {"fixed_length": 9},  # group
+    "aem": {},  # group
+    "exchange_position": {},  # sequence
+    "spine": {},  # narrows the mask, so the denominator too
+}
+
+
+def part_of(step: Step, rank: int) -> tuple[TokenBatch, TokenStats, dict[str, torch.Tensor], slice]:
+    """The rank's responses as it would have sampled them: ids from 0, only its own rewards."""
+    first = sum(SPLIT[:rank])
+    own, sequences = (step.ids >= first) & (step.ids < first + SPLIT[rank]), slice(first, first + SPLIT[rank])
+    batch = step.batch.select(own)
+    assert batch.rewards is not None
+    assert batch.group_ids is not None
+    batch = replace(
+        batch, sequence_ids=batch.sequence_ids - first, rewards=batch.rewards[sequences], group_ids=batch.group_ids[sequences],
+        denominator=None,
+    )  # fmt: skip
+    place = own.nonzero()[:, 0]
+    extras = {"answer": step.ids[own] % 2 == 0, "turn_ids": (torch.arange(len(step.ids)) // 4)[own] - place[0] // 4}
+    return batch, TokenStats(*(t[own] for t in step.stats if t is not None)), extras, slice(int(place[0]), int(place[-1]) + 1)
+
+
+def with_count(batch: TokenBatch, method: Method) -> TokenBatch:
+    """The denominator and lengths of the whole, counted from the mask that shaping left."""
+    assert batch.mask is not None
+    lengths = torch.zeros(len(SIZES)).index_add_(0, batch.sequence_ids, batch.mask.float())
+    count = lengths.sum() if method.config.reduction == "token_mean" else (lengths > 0).sum()
+    return replace(batch, denominator=count, sequence_lengths=lengths)
+
+
+def gradients(step: Step, batch: TokenBatch, method: Method, cuts: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and d_weight added up over the cuts of the batch's tokens."""
+    weight, total = step.weight.clone().requires_grad_(), torch.zeros((), dtype=torch.float64)
+    for cut in cuts:
+        rows = torch.arange(len(step.ids))[cut]
+        loss = policy_loss(step.hidden[rows], weight, batch.select(rows), method=method).loss
+        loss.backward()
+        total += loss.detach()
+    assert weight.grad is not None
+    return total, weight.grad
+
+
+def check_methods(rank: int) -> None:
+    step = make_step(4)
+    for name, changes in METHODS.items():
+        method = get_method(name, **changes)
+        alone = with_count(shape_batch(method, step.batch, step.stats, seed=3), method)
+        loss, gradient = gradients(step, alone, method, [slice(None)])
+        batch, stats, extras, place = part_of(step, rank)
+        whole = gather_step(batch, stats, extras)
+        assert whole.own == place
+        shaped = with_count(shape_batch(method, whole.batch, whole.stats, seed=3), method)
+        for field in ("advantages", "entropy_coef", "mask", "sequence_ids", "group_ids"):
+            ours, theirs = getattr(shaped, field), getattr(alone, field)
+            assert (ours is None) == (theirs is None)
+            assert ours is None or torch.equal(ours, theirs), (name, field)
+        middle = (place.start + place.stop) // 2
+        for cuts in ([place], [slice(place.start, middle), slice(middle, place.stop)]):
+            found = gradients(step, shaped, method, cuts)
+            for value, expected in zip(found, (loss, gradient), strict=True):
+                dist.all_reduce(value)
+                torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def check_bits(rank: int) -> None:
+    """Every field, of every dtype, comes through as it was; one rank may have nothing."""
+    step = make_step(5)
+    batch, stats, extras, _ = part_of(step, rank)
+    if rank == 1:
+        batch = batch.select(slice(0, 0))
+        batch = replace(batch, rewards=torch.empty(0), group_ids=torch.empty(0, dtype=torch.int64))
+        stats = TokenStats(*(t[:0] for t in stats if t is not None))
+        extras = {name: value[:0] for name, value in extras.items()}
+    half = torch.linspace(-1, 1, batch.targets.numel()).to(torch.bfloat16)
+    batch = replace(batch, rollout_logp=half, entropy_coef=half.double())
+    whole = gather_step(batch, stats, extras)
+    first, first_stats, first_extras, place = part_of(step, 0)
+    assert whole.own == (place if rank == 0 else slice(place.stop, place.stop))
+    assert whole.own_sequences == (slice(0, 5) if rank == 0 else slice(5, 5))
+    for field in ("targets", "sequence_ids", "rewards", "group_ids", "old_logp", "mask"):
+        assert torch.equal(getattr(whole.batch, field), getattr(first, field))
+    assert whole.batch.rollout_logp is not None
+    assert whole.batch.rollout_logp.dtype == torch.bfloat16
+    assert whole.batch.entropy_coef is not None
+    assert torch.equal(whole.batch.rollout_logp.double(), whole.batch.entropy_coef)
+    assert whole.batch.ref_logp is None
+    for ours, theirs in zip(whole.stats, first_stats, strict=True):
+        assert ours is not None
+        assert torch.equal(ours, theirs)
+    assert all(torch.equal(whole.extras[name], value) for name, value in first_extras.items())
+
+
+def check_advantages(rank: int) -> None:
+    """Advantages per response and per token both find their place."""
+    step = make_step(6)
+    batch, stats, _, place = part_of(step, rank)
+    b, n = len(SIZES), len(step.ids)
+    per_response, per_token = torch.arange(float(b)), torch.arange(float(n))
+    first = sum(SPLIT[:rank])
+    given = replace(batch, advantages=per_response[first : first + SPLIT[rank]], token_advantages=False)
+    assert torch.equal(gather_step(given, stats).batch.advantages, per_response)
+    given = replace(batch, advantages=per_token[place], token_advantages=True)
+    whole = gather_step(given, stats).batch
+    assert torch.equal(whole.advantages, per_token)
+    assert whole.token_advantages
+
+
+def check_mismatch(rank: int) -> None:
+    """Ranks that bring different fields learn it together, instead of one waiting for the other."""
+    batch, stats, extras, _ = part_of(make_step(), rank)
+    with pytest.raises(EapoError, match=r"fields of rank 1: expected those of rank 0, .*extras.answer"):
+        gather_step(batch, stats, extras if rank == 0 else {})
+
+
+def work(rank: int, check: Callable[[int], None], store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        check(rank)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("check", [check_methods, check_bits, check_advantages, check_mismatch], ids=lambda f: f.__name__)
+def test_two_ranks(check: Callable[[int], None], tmp_path: Path) -> None:
+    mp.spawn(work, args=(check, str(tmp_path / "store")), nprocs=2)
+
+
+def test_one_process_keeps_what_it_has() -> None:
+    step = make_step()
+    whole = gather_step(step.batch, step.stats, {"answer": step.valid})
+    assert whole.batch is step.batch
+    assert whole.stats is step.stats
+    assert (whole.own, whole.own_sequences) == (slice(0, len(step.ids)), slice(0, len(SIZES)))
