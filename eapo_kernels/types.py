@@ -120,12 +120,15 @@ class Options:
         memory_budget: bytes for logit-sized workspace, whatever N is (default 256 MiB). The gradients themselves and
             the fp32 accumulator of d_weight come on top.
         compact: drop the rows that do not count before any product. Costs one device synchronisation on CUDA.
+        keep: hold the gradient matrix of as many rows as fit the memory budget from the op's forward to its backward, which
+            then recomputes less. Only where log-probs alone have gradients and nothing is compiled.
         debug: on CUDA, also check values (targets in range, finite rewards); costs synchronisations. Always on for CPU tensors.
     """
 
     memory_budget: int = 256 * 2**20
     compact: bool = True
     debug: bool = False
+    keep: bool = True
 
     def __post_init__(self) -> None:
         require(

@@ -35,6 +35,22 @@ def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:
     return min(fit, -(-even // _ROW_ALIGNMENT) * _ROW_ALIGNMENT)
 
 
+def kept_rows(n_rows: int, bytes_per_row: int, budget: int) -> int:
+    """Rows whose gradient matrix the op's forward keeps for its backward, which then need not recompute them.
+
+    All when they fit the budget, else as many as half of it holds: the other half remains the workspace.
+    """
+    if n_rows * bytes_per_row <= budget:
+        return n_rows
+    fit = budget // 2 // max(bytes_per_row, 1)
+    return fit - fit % _ROW_ALIGNMENT
+
+
+def columns_at_once(vocab: int, dim: int) -> int:
+    """Columns of a slab where no logits are recomputed: 64 MiB of the fp32 rows of d_weight that are then rounded."""
+    return min(vocab, max(_MIN_SLAB, 2**24 // max(dim, 1) // _COLUMN_ALIGNMENT * _COLUMN_ALIGNMENT))
+
+
 def slab(n_rows: int, vocab: int, bytes_per_logit: int, budget: int) -> tuple[int, int]:
     """(rows, columns) of a block of logits within the budget: as many rows as leave slabs of a useful width."""
     width = min(vocab, _MIN_SLAB, max(budget // bytes_per_logit, 1))

@@ -1,10 +1,13 @@
-"""The schedule of the op: statistics in the forward, logits recomputed in the backward.
+"""The schedule of the op: statistics in the forward, logits recomputed in the backward where they were not kept.
 
-Forward reads each logit once (2NDV operations); backward recomputes slabs of the vocabulary (6NDV), so that a slab of
-d_weight is one product over all tokens, rounded once, and no fp32 copy of d_weight is needed.
+Forward reads each logit once (2NDV operations). Rows that the forward keeps cost the backward two products (4NDV), the others
+a third one to recompute the logits (6NDV), a slab of the vocabulary at a time. So a slab of d_weight is complete after one sum
+over all tokens, rounded once, and no fp32 copy of d_weight is needed.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +21,32 @@ from .rows import may_compact, scatter_rows, valid_index
 from .statistics import RowStatistics
 
 
+class Kept(NamedTuple):
+    """dlogp/d(hidden @ weight.T + bias) of the first R rows that count, as ``row_factor[:, None] * matrix``.
+
+    Attributes:
+        matrix: [R, V] operand dtype.
+        row_factor: [R] statistics dtype.
+    """
+
+    matrix: Tensor
+    row_factor: Tensor
+
+
 def compute_statistics(
-    projection: Projection, targets: Tensor, backend: Backend, *, entropy: bool, second_moments: bool, options: Options
-) -> RowStatistics:
-    """Statistics of every row, exact zeros where the target is -100."""
+    projection: Projection,
+    targets: Tensor,
+    backend: Backend,
+    *,
+    entropy: bool,
+    second_moments: bool,
+    options: Options,
+    keep: int = 0,
+) -> tuple[RowStatistics, Kept | None]:
+    """Statistics of every row, exact zeros where the target is -100; and up to ``keep`` rows for the backward.
+
+    keep: see ``plans.kept_rows``; not with second moments.
+    """
     n_rows, valid = projection.n_rows, valid_tokens(targets, None)
     index = None
     if not may_compact(targets, options.compact):
@@ -31,12 +56,30 @@ def compute_statistics(
     if projection.n_rows == 0:
         zeros = projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype)
         moment = zeros if second_moments else None
-        return RowStatistics(zeros, zeros if entropy else None, zeros, zeros, zeros, zeros if entropy else None, moment, moment)
+        mean = zeros if entropy else None
+        return RowStatistics(zeros, mean, zeros, zeros, zeros, mean, moment, moment), None
     targets = targets.clamp_min(0)
-    result = backend.statistics(
-        projection, targets, entropy=entropy, second_moments=second_moments, budget=options.memory_budget
-    )
-    return result.map(lambda values: scatter_rows(torch.where(valid, values, 0), index, n_rows))
+    first, kept, parts = min(keep, projection.n_rows), None, []
+    budget = options.memory_budget
+    if first:
+        chunk = backend.open_chunk(
+            projection.rows(slice(0, first)), targets[:first], entropy=entropy, entropy_gradient=False, hint=None
+        )
+        statistics = chunk.statistics()
+        parts.append(statistics)
+        kept = Kept(*chunk.gradient(LogitCotangents(torch.ones_like(statistics.logp))))
+        budget -= kept.matrix.untyped_storage().nbytes()
+        del chunk
+    if first < projection.n_rows:
+        others = projection.rows(slice(first, None))
+        parts.append(backend.statistics(others, targets[first:], entropy=entropy, second_moments=second_moments, budget=budget))
+    result = parts[0] if len(parts) == 1 else _joined(*parts)
+    return result.map(lambda values: scatter_rows(torch.where(valid, values, 0), index, n_rows)), kept
+
+
+def _joined(a: RowStatistics, b: RowStatistics) -> RowStatistics:
+    """The statistics of two blocks of rows as one."""
+    return RowStatistics._make(None if x is None or y is None else torch.cat([x, y]) for x, y in zip(a, b, strict=True))
 
 
 def compute_gradients(
@@ -48,19 +91,24 @@ def compute_gradients(
     *,
     needs: tuple[bool, bool, bool],
     options: Options,
+    kept: Kept | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(d_hidden, d_weight, d_bias) by E6 in the inputs' dtypes, None where not needed.
 
-    Rows whose target is -100 or whose cotangents are all zero do not enter the products.
+    Rows whose target is -100 do not enter the products, nor, where nothing was kept, those whose cotangents are all zero.
+
+    kept: what ``compute_statistics`` kept of the same inputs; only the cotangent of logp may then be given.
     """
     n_rows, dtype = projection.n_rows, projection.statistics_dtype
     live = valid_tokens(targets, None)
     index = None
     if not may_compact(targets, options.compact):
         projection = projection.cleared(live)
-    elif (index := valid_index(live & torch.stack([c != 0 for c in cotangents if c is not None]).any(0))) is not None:
-        projection, targets, live = projection.rows(index), targets[index], live[index]
-        statistics, cotangents = statistics.rows(index), cotangents.rows(index)
+    else:
+        wanted = live if kept is not None else live & torch.stack([c != 0 for c in cotangents if c is not None]).any(0)
+        if (index := valid_index(wanted)) is not None:
+            projection, targets, live = projection.rows(index), targets[index], live[index]
+            statistics, cotangents = statistics.rows(index), cotangents.rows(index)
     cotangents = cotangents.map(lambda c: torch.where(live, c.to(dtype), 0))
     targets = targets.clamp_min(0)
 
@@ -71,7 +119,7 @@ def compute_gradients(
     d_bias = weight.new_zeros(projection.vocab) if need_bias else None
     if projection.n_rows > 0:
         _add_slab_gradients(
-            projection, targets, statistics, cotangents, backend, d_hidden, d_weight, d_bias, options.memory_budget
+            projection, targets, statistics, cotangents, kept, backend, d_hidden, d_weight, d_bias, options.memory_budget
         )
     if d_hidden is not None:
         d_hidden = scatter_rows(d_hidden.to(hidden.dtype), index, n_rows)
@@ -83,6 +131,7 @@ def _add_slab_gradients(
     targets: Tensor,
     statistics: RowStatistics,
     cotangents: LogitCotangents,
+    kept: Kept | None,
     backend: Backend,
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
@@ -93,9 +142,18 @@ def _add_slab_gradients(
     hidden, weight = projection.hidden, projection.weight
     dtype = projection.statistics_dtype
     gain = _underflow_gain(projection.operand_dtype, cotangents)
-    rows, columns = plans.slab(projection.n_rows, projection.vocab, backend.slab_bytes(projection), budget)
-    workspace = hidden.new_empty(rows, plans.padded(columns), dtype=projection.operand_dtype)
-    row_slices = [slice(r, min(r + rows, projection.n_rows)) for r in range(0, projection.n_rows, rows)]
+    first = 0 if kept is None else len(kept.row_factor)
+    if kept is not None:
+        budget -= kept.matrix.untyped_storage().nbytes()
+        assert cotangents.logp is not None
+        factor = cotangents.logp[:first] * kept.row_factor
+        scaled = (hidden[:first] * (factor if gain is None else factor * gain).unsqueeze(1)).to(projection.operand_dtype)
+    if first < projection.n_rows:
+        rows, columns = plans.slab(projection.n_rows - first, projection.vocab, backend.slab_bytes(projection), budget)
+        workspace = hidden.new_empty(rows, plans.padded(columns), dtype=projection.operand_dtype)
+        row_slices = [slice(r, min(r + rows, projection.n_rows)) for r in range(first, projection.n_rows, rows)]
+    else:
+        row_slices, columns = [], plans.columns_at_once(projection.vocab, projection.dim)
     direct = d_weight is not None and d_weight.dtype == dtype
     for start in range(0, projection.vocab, columns):
         here = slice(start, min(start + columns, projection.vocab))
@@ -103,6 +161,14 @@ def _add_slab_gradients(
         slab_weight = None
         if d_weight is not None:
             slab_weight = d_weight[here] if direct else weight.new_zeros((width, projection.dim), dtype=dtype)
+        if kept is not None:
+            matrix = kept.matrix[:, here]
+            if d_hidden is not None:
+                products.add_product_(d_hidden[:first], matrix, weight[here])
+            if slab_weight is not None:
+                products.add_product_(slab_weight, matrix.t(), scaled)
+            if d_bias is not None:
+                d_bias[here] += torch.mv(matrix.t().to(dtype), factor).to(d_bias.dtype)
         for part in row_slices:
             gradient = workspace[: part.stop - part.start, :width]
             backend.logit_gradient(
@@ -126,7 +192,9 @@ def _add_slab_gradients(
         if slab_weight is not None and not direct:
             d_weight[here] = slab_weight  # type: ignore[index]
     if d_hidden is not None and gain is not None:
-        d_hidden /= gain
+        d_hidden[first:] /= gain
+    if d_hidden is not None and kept is not None:
+        d_hidden[:first] *= factor.unsqueeze(1)
 
 
 def _underflow_gain(dtype: torch.dtype, cotangents: LogitCotangents) -> Tensor | None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from ..checks import describe, require_tensor
 from ..errors import ShapeError, require
 from ..types import IGNORE_INDEX, Options, TokenStats
-from . import dispatch
-from .backend import LogitCotangents
+from . import dispatch, plans
+from .backend import Backend, LogitCotangents
 from .inputs import build_projection, check_values
 from .projection import Projection
-from .recompute import compute_gradients, compute_statistics
+from .recompute import Kept, compute_gradients, compute_statistics
 from .statistics import RowStatistics
 
 ENTROPY_MODES = ("grad", "nograd", "none")
@@ -37,30 +37,45 @@ def _forward_op(
     memory_budget: int,
     compact: bool,
     debug: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N], lse [N], moments [2, N], state [3, N]); what is not asked for has N = 0."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N], lse [N], moments [2, N], state [3, N], matrix [R, V], row_factor [R]).
+
+    What is not asked for has no elements. The last two are ``recompute.Kept``, with ``keep`` for as many rows as fit.
+    """
     projection = Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap)
     check_values(projection, targets, debug)
-    s = compute_statistics(
+    resolved = dispatch.resolve(backend, projection, "autograd")
+    room = _room(projection, resolved, memory_budget) if keep else 0
+    s, kept = compute_statistics(
         projection,
         targets,
-        dispatch.resolve(backend, projection, "autograd"),
+        resolved,
         entropy=entropy,
         second_moments=second_moments,
         options=Options(memory_budget, compact, debug),
+        keep=room,
     )
     none = s.logp.new_empty(0)
     moments = torch.stack([s.p2, s.p2_logp]) if s.p2 is not None and s.p2_logp is not None else s.logp.new_empty(2, 0)
     mean = s.mean_shifted if s.mean_shifted is not None else torch.zeros_like(s.logp)
     state = torch.stack([s.row_max, s.log_sum, mean])
-    return s.logp, s.entropy.clone() if s.entropy is not None else none, s.lse.clone(), moments, state
+    matrix, factor = kept or Kept(hidden.new_empty(0, 0), torch.empty_like(none))
+    entropies = s.entropy.clone() if s.entropy is not None else none
+    return s.logp, entropies, s.lse.clone(), moments, state, matrix, factor
+
+
+def _room(projection: Projection, backend: Backend, budget: int) -> int:
+    return plans.kept_rows(projection.n_rows, backend.chunk_row_bytes(projection, False), budget)
 
 
 @_forward_op.register_fake
 def _forward_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, row_inv_temperature, inv_temperature, logit_scale, softcap, entropy, second_moments,
-    backend, memory_budget, compact, debug,
+    backend, memory_budget, compact, debug, keep,
 ):  # fmt: skip
+    projection = Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap)
+    room = _room(projection, dispatch.resolve(backend, projection, "autograd"), memory_budget) if keep else 0
     n = hidden.shape[0]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row = hidden.new_empty(n, dtype=dtype)
@@ -70,6 +85,10 @@ def _forward_fake(  # type: ignore[no-untyped-def]
         torch.empty_like(row),
         hidden.new_empty(2, n if second_moments else 0, dtype=dtype),
         hidden.new_empty(3, n, dtype=dtype),
+        hidden.new_empty(
+            room, weight.shape[0] if keep else 0, dtype=projection.operand_dtype
+        ),  # at most: masked rows are not kept
+        hidden.new_empty(room, dtype=dtype),
     )
 
 
@@ -85,6 +104,8 @@ def _backward_op(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     grad_lse: Tensor | None,
+    matrix: Tensor,
+    row_factor: Tensor,
     inv_temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -107,6 +128,7 @@ def _backward_op(
         dispatch.resolve(backend, projection, "autograd"),
         needs=(need_hidden, need_weight, need_bias),
         options=Options(memory_budget, compact),
+        kept=Kept(matrix, row_factor) if row_factor.numel() else None,
     )
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return d_hidden, d_weight, d_bias
@@ -114,8 +136,8 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _backward_fake(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy, grad_lse, inv_temperature,
-    logit_scale, softcap, need_hidden, need_weight, need_bias, backend, memory_budget, compact,
+    hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy, grad_lse, matrix, row_factor,
+    inv_temperature, logit_scale, softcap, need_hidden, need_weight, need_bias, backend, memory_budget, compact,
 ):  # fmt: skip
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
@@ -126,24 +148,26 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, row_inv_temperature, *scalars = inputs
-    logp, _, _, moments, state = output
+    logp, _, _, moments, state, matrix, row_factor = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(moments, state)
-    ctx.save_for_backward(hidden, weight, bias, targets, row_inv_temperature, logp, state)
+    ctx.mark_non_differentiable(moments, state, matrix, row_factor)
+    ctx.save_for_backward(hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, row_factor)
     ctx.scalars = scalars
 
 
-def _backward(ctx, grad_logp, grad_entropy, grad_lse, _grad_moments, _grad_state):  # type: ignore[no-untyped-def]
-    inv_temperature, logit_scale, softcap, entropy, _, backend, memory_budget, compact, _ = ctx.scalars
-    hidden, weight, bias, targets, row_inv_temperature, logp, state = ctx.saved_tensors
+def _backward(ctx, grad_logp, grad_entropy, grad_lse, *_):  # type: ignore[no-untyped-def]
+    inv_temperature, logit_scale, softcap, entropy, _, backend, memory_budget, compact, *_ = ctx.scalars
+    hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, row_factor = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     if grad_logp is None and grad_lse is None and (grad_entropy is None or not entropy):
-        return (None,) * 14
+        return (None,) * 15
+    if grad_lse is not None or (grad_entropy is not None and entropy):
+        matrix, row_factor = matrix[:0], row_factor[:0]  # what is kept is the gradient of logp alone
     gradients = _backward_op(
         hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy if entropy else None,
-        grad_lse, inv_temperature, logit_scale, softcap, *needs, backend, memory_budget, compact,
+        grad_lse, matrix, row_factor, inv_temperature, logit_scale, softcap, *needs, backend, memory_budget, compact,
     )  # fmt: skip
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 11)
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 12)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -152,8 +176,14 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def project_stats(
     projection: Projection, targets: Tensor, *, entropy: str, second_moments: bool, backend: str, options: Options
 ) -> TokenStats:
-    """``token_stats`` of a checked projection; targets: [N] int64, -100 leaves a row out. Returns [N] each."""
-    logp, entropies, lse, moments, _ = _forward_op(
+    """``token_stats`` of a checked projection; targets: [N] int64, -100 leaves a row out. Returns [N] each.
+
+    The gradient matrix of the rows that fit the memory budget is kept for a backward of log-probs alone.
+    """
+    leaves = (projection.hidden, projection.weight, projection.bias)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    keep = options.keep and wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
+    logp, entropies, lse, moments, *_ = _forward_op(
         projection.hidden,
         projection.weight,
         projection.bias,
@@ -168,6 +198,7 @@ def project_stats(
         options.memory_budget,
         options.compact,
         options.debug,
+        keep,
     )
     return TokenStats(
         logp,

@@ -57,3 +57,22 @@ def projection(inputs: Inputs, **transform: Any) -> Projection:
     """The record that backends take, without gradient."""
     bias = None if inputs.bias is None else inputs.bias.detach()
     return Projection(inputs.hidden.detach(), inputs.weight.detach(), bias, **transform)
+
+
+def compare_kept(inputs: Inputs, budget: int, *, backend: str = "auto", mask: Tensor | None = None, **transform: Any) -> None:
+    """``compare`` for log-probs alone, whose gradient matrix the forward keeps as far as ``budget`` bytes go."""
+    dtype = inputs.hidden.dtype
+    weights = cotangents(inputs.targets.numel(), "logp", str(inputs.targets.device))
+    options = Options(memory_budget=budget)
+    masked = {} if mask is None else {"mask": mask}
+    truth, truth_grads = run(reference.token_stats, inputs.to(torch.float64), weights, **transform, **masked)
+    _, eager_grads = run(eager_token_stats, inputs.to(dtype), weights, **transform, **masked)
+    more = {"backend": backend, "options": options, "entropy": "nograd", **transform, **masked}
+    actual, grads = run(token_stats, inputs.to(dtype), weights, **more)
+    plain, _ = run(token_stats, inputs.to(dtype), weights, **more | {"options": Options(memory_budget=budget, keep=False)})
+    for name in ("logp", "entropy", "lse"):
+        torch.testing.assert_close(getattr(actual, name), getattr(plain, name), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(getattr(actual, name).double(), getattr(truth, name), rtol=2e-4, atol=2e-4)
+    for name, got, eager, exact in zip(("hidden", "weight", "bias"), grads, eager_grads, truth_grads, strict=False):
+        assert got.dtype == dtype
+        assert_no_worse_than(got, eager, exact, floor=GRADIENT_FLOOR[dtype], name=f"d_{name}")

@@ -246,6 +246,7 @@ def test_custom_op_contract() -> None:
             2**20,
             True,
             False,
+            False,
         )
         torch.library.opcheck(op, args)
 

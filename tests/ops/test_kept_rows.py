@@ -1,0 +1,115 @@
+"""What the op's forward keeps for its backward changes nothing but the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comparison import compare_kept
+
+from eapo_kernels import Options, token_stats
+from eapo_kernels.ops import plans, recompute, torch_chunked
+from eapo_kernels.testing import make_inputs, peak_memory
+
+N, D, V = 130, 24, 500
+ROW = 6 * V  # bytes of a row of the workspace on the CPU: fp32 logits and half of that for a block's temporaries
+
+BUDGETS = {"all": 2 * N * ROW * 4, "some": N * ROW - 1, "none": 60 * ROW}
+
+
+def test_plan() -> None:
+    assert plans.kept_rows(100, 10, 1000) == 100
+    assert plans.kept_rows(1000, 10, 2560) == 128
+    assert plans.kept_rows(1000, 10, 999) == 0
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients(budget: str, dtype: torch.dtype, device: str, poisoned: None) -> None:
+    compare_kept(make_inputs(N, D, V, dtype=dtype, bias=True, device=device), BUDGETS[budget])
+
+
+@pytest.mark.parametrize("transform", [{"softcap": 5.0}, {"logit_scale": 0.5, "inv_temperature": 1.3}], ids=str)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_transforms_and_masks(transform: dict[str, Any], budget: str, device: str, poisoned: None) -> None:
+    mask = torch.rand(N, generator=torch.Generator().manual_seed(1)) > 0.3
+    compare_kept(make_inputs(N, D, V, device=device), BUDGETS[budget], mask=mask.to(device), **transform)
+
+
+def _spied(monkeypatch: pytest.MonkeyPatch, budget: int, entropy: str, *, keep: bool = True, grad_entropy: bool = False) -> int:
+    """Rows whose logits the backward recomputed."""
+    rows = 0
+    original = torch_chunked.BACKEND.logit_gradient
+
+    def spy(out: torch.Tensor, *args: Any) -> None:
+        nonlocal rows
+        rows += out.numel()
+        original(out, *args)
+
+    monkeypatch.setattr(recompute.Backend, "__setattr__", object.__setattr__)
+    monkeypatch.setattr(torch_chunked.BACKEND, "logit_gradient", spy)
+    inputs = make_inputs(N, D, V)
+    leaves = inputs.leaves()
+    stats = token_stats(*leaves, inputs.targets, entropy=entropy, backend="torch", options=Options(budget, keep=keep))
+    loss = stats.logp.sum() + (stats.entropy.sum() if grad_entropy else 0)
+    torch.autograd.grad(loss, leaves)
+    return rows // V
+
+
+def test_kept_rows_are_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _spied(monkeypatch, BUDGETS["all"], "nograd") == 0
+    assert _spied(monkeypatch, BUDGETS["some"], "nograd") == N - 64
+    assert _spied(monkeypatch, BUDGETS["none"], "nograd") == N
+    assert _spied(monkeypatch, BUDGETS["all"], "nograd", keep=False) == N
+    assert _spied(monkeypatch, BUDGETS["all"], "grad", grad_entropy=True) == N
+
+
+def test_a_gradient_of_lse_recomputes(device: str) -> None:
+    inputs = make_inputs(N, D, V, device=device)
+    leaves = inputs.leaves()
+
+    def gradients(keep: bool) -> tuple[torch.Tensor, ...]:
+        stats = token_stats(*leaves, inputs.targets, entropy="nograd", options=Options(keep=keep))
+        return torch.autograd.grad(stats.logp.sum() + 0.3 * stats.lse.sum(), leaves)
+
+    for ours, plain in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_kept_without_gradients(device: str) -> None:
+    inputs = make_inputs(1024, 4, 20_000, device=device)
+    options = Options(memory_budget=2**27)
+    alive = []
+
+    def statistics() -> None:
+        alive.append(token_stats(inputs.hidden, inputs.weight, inputs.targets, entropy="nograd", options=options))
+
+    statistics()
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    statistics()
+    if device == "cuda":
+        assert torch.cuda.memory_allocated() - before < 2**20
+    assert peak_memory(statistics, device) <= 2**27
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_parts(frozen: str, device: str) -> None:
+    inputs = make_inputs(N, D, V, device=device)
+    leaf = (inputs.weight if frozen == "hidden" else inputs.hidden).requires_grad_()
+
+    def gradient(keep: bool) -> torch.Tensor:
+        stats = token_stats(inputs.hidden, inputs.weight, inputs.targets, entropy="none", options=Options(keep=keep))
+        return torch.autograd.grad(stats.logp.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-5, atol=1e-5)
+
+
+def test_backward_twice(device: str) -> None:
+    """The kept matrix is read, never written."""
+    inputs = make_inputs(N, D, V, device=device)
+    leaves = inputs.leaves()
+    logp = token_stats(*leaves, inputs.targets, entropy="none").logp
+    first = torch.autograd.grad(logp.sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(logp.sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

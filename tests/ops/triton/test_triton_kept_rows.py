@@ -1,0 +1,26 @@
+"""Rows that the forward keeps for the backward, in both forms of a chunk (``one_pass.form``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comparison import compare_kept
+
+from eapo_kernels.testing import make_inputs
+
+N, D, V = 70, 32, 300
+
+
+@pytest.mark.parametrize("budget", [2**24, 40 * 2 * 2 * 304 * 64, 2**14], ids=["all", "some", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients(budget: int, dtype: torch.dtype, device: str, poisoned: None) -> None:
+    compare_kept(make_inputs(N, D, V, dtype=dtype, bias=True, device=device), budget, backend="triton")
+
+
+@pytest.mark.parametrize("transform", [{"softcap": 5.0}, {"logit_scale": 0.5, "inv_temperature": 1.3}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transforms_and_masks(transform: dict[str, Any], dtype: torch.dtype, device: str, poisoned: None) -> None:
+    mask = torch.rand(N, generator=torch.Generator().manual_seed(1)) > 0.3
+    compare_kept(make_inputs(N, D, V, dtype=dtype, device=device), 2**24, backend="triton", mask=mask.to(device), **transform)
