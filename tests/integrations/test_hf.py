@@ -1,0 +1,258 @@
+"""patch_causal_lm on tiny models of every family: statistics and gradients against the model's own logits; reversible."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_batch, tiny_model
+
+from eapo_kernels import EAPOConfig, EapoError, ShapeError, TokenBatch, TokenStats, eapo_loss
+from eapo_kernels.integrations.head import FusedLMHead
+from eapo_kernels.integrations.hf import logit_options, next_token_targets, patch_causal_lm, unpatch_causal_lm
+
+
+def _from_logits(model: Any, ids: torch.Tensor, attention: torch.Tensor, targets: torch.Tensor, inv_temperature: float) -> Any:
+    z = model(input_ids=ids, attention_mask=attention).logits.float() * inv_temperature
+    logps = z.log_softmax(-1)
+    valid = targets != -100
+    logp = logps.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    return torch.where(valid, logp, 0.0), torch.where(valid, -(logps.exp() * logps).sum(-1), 0.0)
+
+
+def _gradients(model: Any, logp: torch.Tensor, entropy: torch.Tensor) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    (torch.randn_like(logp) * logp + torch.randn_like(logp) * entropy).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def _assert_close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
+    """fp32 rounding of two ways to the same numbers: 1e-5 of the largest element."""
+    bound = 1e-5 * max(theirs.abs().max().item(), 1.0)
+    assert (ours - theirs).abs().max().item() <= bound, what
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_and_gradients_are_those_of_the_logits(family: str) -> None:
+    model = tiny_model(family)
+    ids, attention, response = tiny_batch()
+    targets = next_token_targets(ids, response)
+    logp, entropy = _from_logits(model, ids, attention, targets, 1 / 0.7)
+    expected = _gradients(model, logp, entropy)
+    logits = model(input_ids=ids, attention_mask=attention).logits
+    names = list(model.state_dict())
+
+    assert patch_causal_lm(model) is model
+    stats = model(input_ids=ids, attention_mask=attention, targets=targets, inv_temperature=1 / 0.7)
+    assert isinstance(stats, TokenStats)
+    _assert_close(stats.logp, logp, "logp")
+    _assert_close(stats.entropy, entropy, "entropy")
+    found = _gradients(model, stats.logp, stats.entropy)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        _assert_close(found[name], expected[name], name)
+    assert torch.equal(model(input_ids=ids, attention_mask=attention).logits, logits)
+    assert list(model.state_dict()) == names
+    own = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert own == bool(model.config.tie_word_embeddings)
+
+    unpatch_causal_lm(model)
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert "forward" not in vars(model)
+    assert torch.equal(model(input_ids=ids, attention_mask=attention).logits, logits)
+
+
+def test_options_come_from_the_config() -> None:
+    assert logit_options(tiny_model("gemma2_softcap").config) == (0.5, None)
+    assert logit_options(tiny_model("granite_scaling").config) == (None, 20.0)
+    assert logit_options(tiny_model("cohere_scale").config) == (None, 7.5)
+    assert logit_options(tiny_model("llama").config) == (None, None)
+
+
+def test_a_head_that_does_more_is_found() -> None:
+    model = tiny_model("cohere_scale")
+    with pytest.raises(EapoError, match="expected log-probs within"):
+        patch_causal_lm(model, logit_scale=3.0)
+    assert type(model.get_output_embeddings()) is torch.nn.Linear, "the failed patch is undone"
+    assert not model.training
+
+
+def test_bfloat16_matches_its_logits() -> None:
+    model = tiny_model("qwen3", dtype=torch.bfloat16)
+    ids, attention, response = tiny_batch()
+    targets = next_token_targets(ids, response)
+    with torch.no_grad():
+        logp, _ = _from_logits(model, ids, attention, targets, 1.0)
+        stats = patch_causal_lm(model)(input_ids=ids, attention_mask=attention, targets=targets)
+    assert (stats.logp - logp).abs().max() < 0.1, "bf16 logits carry 8 bits"
+
+
+def test_generation_saving_and_copying_go_on(tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model("llama_tied")
+    ids, _, _ = tiny_batch(rows=2)
+    before = model.generate(ids[:, :5], max_new_tokens=4, do_sample=False)
+    patch_causal_lm(model)
+    assert torch.equal(model.generate(ids[:, :5], max_new_tokens=4, do_sample=False), before)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.get_output_embeddings().weight.zero_()
+    targets = next_token_targets(ids)
+    assert torch.allclose(twin(input_ids=ids, targets=targets).logp[:, :-1], -torch.tensor(97.0).log())
+    assert not torch.allclose(model(input_ids=ids, targets=targets).logp[:, :-1], -torch.tensor(97.0).log())
+    buffer = io.BytesIO()
+    torch.save(model.get_output_embeddings().state_dict(), buffer)
+
+
+def test_compute_runs_the_one_pass_loss_inside_the_forward() -> None:
+    model = patch_causal_lm(tiny_model("gemma2_softcap"))
+    ids, attention, response = tiny_batch(rows=4)
+    targets = next_token_targets(ids, response)
+    b, length = ids.shape
+    with torch.no_grad():
+        old = model(input_ids=ids, attention_mask=attention, targets=targets, entropy="none").logp
+    batch = TokenBatch(
+        targets=targets.flatten(),
+        sequence_ids=torch.arange(b).repeat_interleave(length),
+        rewards=torch.tensor([1.0, 0.0, 0.5, 0.2]),
+        group_ids=torch.tensor([0, 0, 1, 1]),
+        old_logp=old.flatten(),
+    )
+
+    def loss_of(schedule: str) -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        loss = model(
+            input_ids=ids, attention_mask=attention,
+            compute=lambda hidden, weight, **options: eapo_loss(
+                hidden.flatten(0, 1), weight, batch, positive_weight=0.5, config=EAPOConfig(), schedule=schedule, **options
+            ).loss,
+        )  # fmt: skip
+        loss.backward()
+        return loss.detach(), model.get_output_embeddings().weight.grad.clone()
+
+    one, other = loss_of("one_pass"), loss_of("autograd")
+    _assert_close(one[0], other[0], "loss")
+    _assert_close(one[1], other[1], "d_weight")
+
+
+def _with_lora(model: Any, **changes: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"} | changes
+    adapted = get_peft_model(model, LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora_on_the_head(when: str) -> None:
+    ids, attention, response = tiny_batch()
+    targets = next_token_targets(ids, response)
+    plain = _with_lora(tiny_model("llama"))
+    logp, entropy = _from_logits(plain, ids, attention, targets, 1.0)
+    expected = _gradients(plain, logp, entropy)
+    if when == "before":
+        model = _with_lora(patch_causal_lm(tiny_model("llama")))
+    else:
+        model = patch_causal_lm(_with_lora(tiny_model("llama")))
+    stats = model(input_ids=ids, attention_mask=attention, targets=targets)
+    _assert_close(stats.logp, logp, "logp")
+    _assert_close(stats.entropy, entropy, "entropy")
+    found = _gradients(model, stats.logp, stats.entropy)
+    assert found.keys() == expected.keys()
+    assert any("lm_head.lora_A" in name for name in found)
+    for name in expected:
+        _assert_close(found[name], expected[name], name)
+    with model.disable_adapter(), torch.no_grad():
+        bare = model(input_ids=ids, attention_mask=attention, targets=targets)
+        base = patch_causal_lm(tiny_model("llama"))(input_ids=ids, attention_mask=attention, targets=targets)
+    assert torch.equal(bare.logp, base.logp)
+    if when == "after":
+        unpatch_causal_lm(model)
+        assert type(model.get_base_model().get_output_embeddings().base_layer) is torch.nn.Linear
+
+
+def test_lora_beside_the_head() -> None:
+    model = patch_causal_lm(_with_lora(tiny_model("qwen2"), target_modules=["q_proj", "v_proj"]))
+    ids, attention, response = tiny_batch()
+    stats = model(input_ids=ids, attention_mask=attention, targets=next_token_targets(ids, response))
+    stats.logp.sum().backward()
+    assert all(("lora" in name) == (p.grad is not None) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "expected plain LoRA"),
+        ({"lora_dropout": 0.1}, "expected lora_dropout 0"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "expected nn.Linear, or peft's LoRA"),
+    ],
+)
+def test_other_adapters_on_the_head_are_refused(changes: dict[str, Any], message: str) -> None:
+    ids, _, _ = tiny_batch()
+    with pytest.raises(EapoError, match=message):  # noqa: PT012
+        model = patch_causal_lm(_with_lora(tiny_model("llama"), **changes), check=False).train()
+        model(input_ids=ids, targets=next_token_targets(ids))
+
+
+def test_mistakes_say_what_was_expected() -> None:
+    model = tiny_model("llama")
+    ids, _, response = tiny_batch()
+    with pytest.raises(EapoError, match="expected one that patch_causal_lm has patched"):
+        unpatch_causal_lm(model)
+    with pytest.raises(EapoError, match="transformers causal language model"):
+        patch_causal_lm(torch.nn.Linear(2, 2))
+    with pytest.raises(EapoError, match="with an output head"):
+        patch_causal_lm(model.base_model)
+    patch_causal_lm(model)
+    with pytest.raises(EapoError, match="expected one that is not patched"):
+        patch_causal_lm(model)
+    targets = next_token_targets(ids, response)
+    with pytest.raises(EapoError, match="labels"):
+        model(input_ids=ids, targets=targets, labels=targets)
+    with pytest.raises(ShapeError, match=r"targets|hidden"):
+        model(input_ids=ids, targets=targets[:, 1:])
+    with pytest.raises(EapoError, match="entropy"):
+        model.get_output_embeddings()(torch.zeros(2, 32), entropy="none")
+    with pytest.raises(EapoError, match="arguments with targets"):
+        model.get_output_embeddings()(torch.zeros(2, 32), torch.zeros(2, dtype=torch.int64), temperature=2.0)
+    with pytest.raises(ShapeError, match="input_ids"):
+        next_token_targets(ids.int())
+    with pytest.raises(ShapeError, match="mask"):
+        next_token_targets(ids, response[:, 1:])
+
+
+def test_a_head_others_have_changed_is_refused() -> None:
+    linear = torch.nn.Linear(4, 7)
+    linear.register_forward_hook(lambda *_: None)
+    with pytest.raises(EapoError, match="_forward_hooks"):
+        FusedLMHead.from_linear(linear)
+    other = torch.nn.Linear(4, 7)
+    other.forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(EapoError, match="a replaced forward"):
+        FusedLMHead.from_linear(other)
+    with pytest.raises(EapoError, match=r"plain nn\.Linear"):
+        FusedLMHead.from_linear(FusedLMHead(4, 7))
+    with pytest.raises(EapoError, match="softcap"):
+        FusedLMHead(4, 7, softcap=-1.0)
+    again = FusedLMHead.from_linear(FusedLMHead(4, 7, True).to_linear())
+    assert again.bias is not None
+
+
+def test_targets_shift_once() -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert next_token_targets(ids).tolist() == [[6, 7, 8, -100]]
+    assert next_token_targets(ids, torch.tensor([[0, 0, 1, 0]])).tolist() == [[-100, 7, -100, -100]]
