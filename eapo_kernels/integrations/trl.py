@@ -1,0 +1,273 @@
+"""TRL's GRPOTrainer with the EAPO weight, and this package's op behind TRL's fused-head contract. TRL 1.16.
+
+    from eapo_kernels.integrations.trl import EAPOTrainer
+    trainer = EAPOTrainer(model=..., reward_funcs=..., args=GRPOConfig(...), train_dataset=...)
+
+Everything of TRL stays as it is (losses, clipping, KL, vLLM corrections, logging): positive advantages are scaled once, where
+TRL has just computed them, by the weight of that generation batch (docs/math.md E9, E10). A trainer derived from GRPOTrainer
+becomes one with ``class Mine(EAPOMixin, TheirTrainer)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import require_choice
+from ..errors import EapoError, require
+from ..objectives.controllers import EntropyRatio
+from ..types import IGNORE_INDEX, Options, TokenStats
+from .head import head_statistics
+from .hf import causal_lm, install_head, run_backbone
+from .versions import require_version
+from .weight import AdvantageWeight
+
+require_version("trl", "1.16", "1.17")
+
+from trl import GRPOTrainer  # noqa: E402
+from trl.trainer.utils import FusedCausalLMOutput  # noqa: E402
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+"""TRL 1.16's losses; all are positively homogeneous in the advantage, so that the weight may go into it."""
+
+ENTROPY_FROM = ("rollout", "previous")
+HEADS = ("trl", "eapo")
+_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs")
+
+
+class EAPOMixin:
+    """Put before a GRPOTrainer in the bases of a class.
+
+    Metrics: eapo/entropy, eapo/entropy_init, eapo/entropy_ratio, eapo/positive_weight, eapo/positive_fraction. The controller's
+    state is in every checkpoint (``eapo_state.json``). Evaluation is left alone: neither measured nor weighted.
+
+    Attributes:
+        eapo: AdvantageWeight, with the controller.
+    """
+
+    eapo: AdvantageWeight
+
+    def __init__(
+        self,
+        *args: Any,
+        controller: EntropyRatio | None = None,
+        entropy_from: str = "rollout",
+        fused_head: str = "trl",
+        op_backend: str = "auto",
+        op_options: Options | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            args, kwargs: GRPOTrainer's.
+            controller: what computes the weight; default ``EntropyRatio()``.
+            entropy_from: "rollout" measures H_k on the batch just sampled, under the policy that sampled it: for nothing
+                where TRL computes old log-probs anyway, else by one more forward without gradient. "previous" takes the
+                entropy of the previous batch's training forwards: for nothing, one batch late.
+            fused_head: "trl" keeps TRL's head, "eapo" puts this package's op behind its contract.
+            op_backend, op_options: for "eapo", as in ``token_stats``.
+
+        Raises:
+            EapoError: an unknown choice, a loss that is not homogeneous in the advantage, or a combination that does not work.
+        """
+        require_choice("entropy_from", entropy_from, ENTROPY_FROM)
+        require_choice("fused_head", fused_head, HEADS)
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        require_choice("args.loss_type", trainer.loss_type, LOSS_TYPES)
+        self.eapo = AdvantageWeight(controller)
+        self._entropy_from = entropy_from
+        self._passes: list[Tensor] = []
+        self._listen_to: Any = None
+        if fused_head == "eapo":
+            if trainer.args.cast_lm_head_to_fp32:
+                raise EapoError("fused_head: expected 'trl' together with cast_lm_head_to_fp32, got 'eapo'")
+            how: dict[str, Any] = {"temperature": trainer.temperature, "backend": op_backend, "options": op_options}
+            add_eapo_head(trainer.model, outputs=("log_probs", "entropy"), **how)
+            if trainer.ref_model is not None:
+                add_eapo_head(trainer.accelerator.unwrap_model(trainer.ref_model), outputs=("log_probs",), **how)
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, compute_entropy: bool = False, **kwargs: Any) -> Any:
+        """TRL's, listening in: what entropies the policy's passes have."""
+        listen = self._listen_to is not None and model is self._listen_to
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
+            model, *args, compute_entropy=compute_entropy or listen, **kwargs
+        )
+        if listen:
+            self._passes.append(entropies.detach())
+        return logps, entropies if compute_entropy else None, aux_loss
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """TRL's rollout, then the batch's weight and the one place where it is applied."""
+        trainer: Any = self
+        if not trainer.model.training:
+            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        measure = self._entropy_from == "rollout"
+        with self._listening(trainer.model if measure else None):
+            output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        if measure:
+            self.eapo.observe(self._rollout_entropies(output), _loss_mask(output))
+            self.eapo.step()
+        elif self.eapo.pending:
+            self.eapo.step()
+        advantages = output["advantages"]
+        output["advantages"] = self.eapo.apply(advantages)
+        counts = torch.stack([(advantages > 0).sum(), torch.tensor(advantages.numel(), device=advantages.device)]).double()
+        counts = trainer.accelerator.reduce(counts, reduction="sum")
+        metrics = {**self.eapo.metrics(), "eapo/positive_fraction": counts[0] / counts[1]}
+        for name, value in metrics.items():
+            trainer._metrics["train"][name].append(float(value))
+        return output
+
+    def _rollout_entropies(self, output: dict[str, Any]) -> Tensor:
+        """[B, T]: of TRL's own old-policy pass where it made one (its first), else of a pass made here."""
+        passes, self._passes = self._passes, []
+        if "old_per_token_logps" in output:
+            return passes[0]
+        trainer: Any = self
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        extras = {name: output[name] for name in _MULTIMODAL if name in output}
+        with torch.no_grad():
+            _, entropies, _ = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
+                trainer.model, ids, attention, output["completion_ids"].size(1),
+                batch_size=trainer.args.per_device_train_batch_size, compute_entropy=True, **extras,
+            )  # fmt: skip
+        return entropies
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        """TRL's loss, on advantages that were weighted before; for "previous" it is where entropies are heard."""
+        trainer: Any = self
+        if self._entropy_from != "previous" or not trainer.model.training:
+            return super()._compute_loss(model, inputs)  # type: ignore[misc]
+        with self._listening(model):
+            loss = super()._compute_loss(model, inputs)  # type: ignore[misc]
+        for entropies in self._passes:
+            self.eapo.observe(entropies, _loss_mask(inputs))
+        return loss
+
+    @contextmanager
+    def _listening(self, model: Any) -> Iterator[None]:
+        """While it lasts, the entropies of this model's passes are kept."""
+        self._passes, self._listen_to = [], model
+        try:
+            yield
+        finally:
+            self._listen_to = None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        trainer: Any = self
+        if trainer.args.should_save:
+            self.eapo.save(Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None:
+            self.eapo.load(checkpoint)
+
+
+class EAPOTrainer(EAPOMixin, GRPOTrainer):
+    """TRL's GRPOTrainer with the EAPO weight; see ``EAPOMixin`` for what comes on top of its arguments."""
+
+
+def add_eapo_head(
+    model: Any,
+    *,
+    temperature: float = 1.0,
+    outputs: tuple[str, ...] = ("log_probs", "entropy"),
+    backend: str = "auto",
+    options: Options | None = None,
+) -> None:
+    """This package's op behind the contract of TRL's ``add_fused_lm_head``, on a model that has TRL's or none.
+
+    ``model(..., fused_lm_head=True, labels= | shift_labels=)`` returns TRL's ``FusedCausalLMOutput``; any other call goes where
+    it went before. LoRA on the head is applied (TRL's own head leaves it out, and its trainers refuse it).
+
+    Args:
+        model: a transformers causal language model, or a peft model around one; not yet wrapped by FSDP2, DDP or DeepSpeed.
+        temperature: the logits are divided by it.
+        outputs: per-token fields to fill, some of log_probs, entropy, log_sum_sq_probs.
+        backend, options: as in ``token_stats``.
+
+    Raises:
+        EapoError: an unknown field, or a head that cannot be fused.
+    """
+    unknown = sorted(set(outputs) - set(_FIELDS))
+    require(not unknown, "outputs", f"some of {', '.join(_FIELDS)}", unknown)
+    base = causal_lm(model)
+    install_head(base)
+    previous = base.forward
+    text = base.config.get_text_config()
+    statistics: dict[str, Any] = {
+        "inv_temperature": 1.0 / temperature, "entropy": "grad" if "entropy" in outputs else "none",
+        "second_moments": "log_sum_sq_probs" in outputs, "backend": backend, "options": options,
+    }  # fmt: skip
+
+    @functools.wraps(type(base).forward)
+    def forward(
+        self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, shift_labels: Tensor | None = None,
+        num_items_in_batch: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if not fused_lm_head:
+            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            return previous(*args, **kwargs, **{name: value for name, value in given.items() if value is not None})
+        if getattr(text, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        body = run_backbone(self, *args, **kwargs)
+        head, hidden, targets, keep = self.get_output_embeddings(), body.last_hidden_state, shift_labels, slice(None)
+        if targets is None:
+            require(isinstance(labels, Tensor), "labels", "int64 [b, L] with fused_lm_head", labels)
+            assert labels is not None
+            targets, keep = torch.full_like(labels, IGNORE_INDEX), slice(None, -1)
+            targets[:, :-1] = labels[:, 1:]
+        stats = head_statistics(head, hidden, targets, **statistics)
+        return _output(stats, targets, keep, num_items_in_batch, _router_loss(body, text, kwargs), text)
+
+    base.forward = types.MethodType(forward, base)
+
+
+def _output(
+    stats: TokenStats, targets: Tensor, keep: slice, items: Any, aux_loss: Tensor | None, text: Any
+) -> FusedCausalLMOutput:
+    """TRL's output record from [b, L] statistics; ``keep`` drops the last position where the labels were shifted here."""
+    mask = targets[:, keep] != IGNORE_INDEX
+    logp = stats.logp[:, keep]
+    loss = -logp.sum() / (mask.sum().clamp(min=1) if items is None else items)
+    if aux_loss is not None:
+        loss = loss + getattr(text, "router_aux_loss_coef", 0.0) * aux_loss
+    squares = None if stats.p2 is None else torch.where(mask, stats.p2[:, keep].clamp_min(1e-38).log(), 0.0)
+    return FusedCausalLMOutput(
+        loss=loss, log_probs=logp, entropy=None if stats.entropy is None else stats.entropy[:, keep], log_sum_sq_probs=squares,
+        label_mask=mask, aux_loss=aux_loss,
+    )  # fmt: skip
+
+
+def _router_loss(body: Any, text: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The load-balancing loss of a mixture of experts, when router logits were asked for."""
+    if not kwargs.get("output_router_logits"):
+        return None
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return load_balancing_loss_func(
+        body.router_logits, text.num_experts, text.num_experts_per_tok, kwargs.get("attention_mask")
+    )
+
+
+_MULTIMODAL = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes",
+    "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+
+
+def _loss_mask(inputs: dict[str, Any]) -> Tensor:
+    """[B, T], the tokens that TRL's loss counts."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
