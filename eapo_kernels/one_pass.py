@@ -42,7 +42,7 @@ def one_pass(
         detached = detached.cleared(terms.valid)
     elif (index := valid_index(terms.valid)) is not None:
         detached, targets, terms = detached.rows(index), targets[index], terms.rows(index)
-    entropy_gradient = terms.config.entropy_coef != 0
+    entropy_gradient = terms.has_entropy_bonus
     fused = backend.surrogate if _is_clipped_surrogate(terms) else None
 
     def coefficients(chunk: Chunk, rows: slice) -> Coefficients:
@@ -62,7 +62,7 @@ def one_pass(
 
     result = policy_gradient(
         detached, targets, index, n_rows, coefficients, backend, entropy_gradient=entropy_gradient,
-        needs=needs, options=options,
+        hint=terms.old_logp, needs=needs, options=options,
     )  # fmt: skip
     loss = _Stored.apply(result.sums[0], *inputs, (result.d_hidden, result.d_weight, result.d_bias))
     return loss, result.sums
@@ -71,7 +71,7 @@ def one_pass(
 def _is_clipped_surrogate(terms: PolicyTerms) -> bool:
     """Whether the loss is what ``SurrogateTerms`` can say."""
     c = terms.config
-    plain = c.surrogate == "ppo_clip" and not c.entropy_coef and terms.ref_logp is None
+    plain = c.surrogate == "ppo_clip" and not terms.has_entropy_bonus and terms.ref_logp is None and terms.ratio_penalty is None
     return plain and terms.old_logp is not None and not terms.token_advantages
 
 
