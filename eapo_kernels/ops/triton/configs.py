@@ -104,7 +104,7 @@ TABLE = (
         "sm90", 2, 4096, Tile(128, 256, 64, warps=8, stages=4, descriptors=True, slices=4, persistent=True, stores=True)
     ),
     *_exponentials("sm90", 2, 4096, Tile(64, 128, 32, warps=8, slices=4)),
-    *_exponentials("sm100", 2, 4096, Tile(128, 128, 64, warps=8, descriptors=True, resident=2, slices=4)),
+    *_exponentials("sm100", 2, 4096, Tile(128, 128, 64, warps=8, descriptors=True, resident=2, slices=8)),
     *_exponentials("sm100", 2, 4096, Tile(64, 64, 32, warps=8, slices=2)),
     *_exponentials("sm80", 2, 4096, Tile(128, 128, 32, warps=8, slices=4)),
     *(line for name in ("sm80", "sm90", "sm100") for line in _exponentials(name, 4, 4096, Tile(64, 64, 32, warps=8, stages=2))),
@@ -126,7 +126,7 @@ TABLE = (
             ("row_offsets", 2, Tile(4, 0, 512)),
             ("row_offsets", 4, Tile(4, 0, 512)),
             ("list_unsound", 4, Tile(32, 64)),
-            ("exp_finalize", 4, Tile(32, 64)),
+            ("exp_finalize", 4, Tile(32, 64, warps=8)),
         )
     ),
 )
