@@ -9,13 +9,17 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-_ALONE = ("tests/gpu", "tests/aot")
-"""Shards of their own: large allocations, and a process without the interpreter."""
+_WHOLE = ("tests/aot",)
+"""One shard: it needs a process without the interpreter."""
+
+_ALONE = ("tests/gpu/",)
+"""A shard a file: they are slow."""
 
 _NOT_HERE = ("tests/benchmarks",)
 """Tests of this command itself."""
@@ -53,20 +57,20 @@ class Gate:
 
 
 def shards(root: Path, count: int) -> list[list[str]]:
-    """The test files dealt into ``count`` lists by size, and the folders that want a process of their own."""
-    alone = [[name] for name in _ALONE if (root / name).is_dir()]
+    """The test files dealt into ``count`` lists by size, before them those that want a process of their own."""
     files = sorted((root / "tests").rglob("test_*.py"), key=lambda p: -p.stat().st_size)
     names = [p.relative_to(root).as_posix() for p in files]
+    alone = [[name] for name in _WHOLE if (root / name).is_dir()] + [[name] for name in names if name.startswith(_ALONE)]
     dealt: list[list[str]] = [[] for _ in range(count)]
-    for place, name in enumerate(n for n in names if not n.startswith(_ALONE + _NOT_HERE)):
+    for place, name in enumerate(n for n in names if not n.startswith(_WHOLE + _ALONE + _NOT_HERE)):
         dealt[place % count].append(name)
     return alone + [shard for shard in dealt if shard]
 
 
-def run_gate(seconds: float, count: int, *, root: Path = ROOT, only: tuple[str, ...] = ()) -> Gate:
+def run_gate(seconds: float, count: int, *, root: Path = ROOT, only: Sequence[str] = (), arguments: Sequence[str] = ()) -> Gate:
     """Run every shard with pytest, all at once, and stop those that are not done after ``seconds``.
 
-    only: a single shard of these files, instead of all of them.
+    only: a single shard of these files, instead of all of them. arguments: further ones of pytest.
     """
     start, gate = time.monotonic(), Gate()
     running: list[tuple[list[str], Path, subprocess.Popen[bytes]]] = []
@@ -74,7 +78,17 @@ def run_gate(seconds: float, count: int, *, root: Path = ROOT, only: tuple[str, 
         try:
             for number, shard in enumerate([list(only)] if only else shards(root, count)):
                 report = Path(scratch) / f"{number}.xml"
-                command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *shard]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "-p",
+                    "no:cacheprovider",
+                    f"--junitxml={report}",
+                    *arguments,
+                    *shard,
+                ]
                 process = subprocess.Popen(
                     command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
                 )

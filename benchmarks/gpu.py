@@ -10,11 +10,13 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from . import real_rows
+from .case import N_RESPONSES
 from .gate import run_gate
 from .measure import DeviceLost
 from .providers import load_providers
@@ -55,6 +57,18 @@ TINY = (Job(64, 64, 512, torch.float32), Job(32, 32, 300, torch.float32, "unifor
 """For a machine without a GPU: shows that the command works, measures nothing of interest."""
 
 
+def _with_real_shape(job: Job) -> Job | None:
+    """A job on real rows with the sizes that their file has, or None without a file; other jobs as they are."""
+    if job.inputs != "real":
+        return job
+    found = real_rows.shape()
+    if found is None:
+        print(f"left out: {job}: no {real_rows.PATH.name}; python -m benchmarks.real_rows makes it")
+        return None
+    n, d, v = found
+    return replace(job, n=min(job.n, n // N_RESPONSES * N_RESPONSES), d=d, v=v)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Gate, sweep, table. Exit code 1 when the gate is red, 3 when a provider broke the GPU; 2 for bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
@@ -67,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="providers whose names begin so")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="leave out providers whose names begin so")
+    parser.add_argument("--tests", nargs="+", default=None, metavar="PATH", help="the gate is these tests (default: all)")
     parser.add_argument("--no-tests", action="store_true", help="skip the tests; the file says so, and the report refuses it")
     parser.add_argument("--despite-red", action="store_true", help="measure even when a test fails")
     options = parser.parse_args(arguments)
@@ -89,8 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
         result.redden(["the tests were not run (--no-tests)"])
     else:
         # Half of the time at most: what does not finish is red, and says which files.
-        only = ("tests/test_structure.py",) if options.tiny else ()
-        gate = run_gate(30 * minutes, max(1, (os.cpu_count() or 2) // 2), only=only)
+        only = options.tests or (["tests/test_structure.py"] if options.tiny else [])
+        arguments = [] if options.full else ["-m", "not slow"]
+        gate = run_gate(30 * minutes, max(1, (os.cpu_count() or 2) // 2), only=only, arguments=arguments)
         result.gate["tests"] = gate.as_json()
         result.redden(gate.red)
         print(f"tests: {gate.passed} passed, {gate.failed} failed, {gate.skipped} skipped in {gate.seconds:.0f} s")
@@ -100,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
             result.save(options.out)
             return 1
     jobs = TINY if options.tiny else FULL if options.full else QUICK
-    jobs = tuple(job for job in jobs if job.inputs != "real" or real_rows.PATH.exists())
+    jobs = tuple(job for job in map(_with_real_shape, jobs) if job is not None)
     # A twentieth of the time for the rounds of one mode; what is begun last may take as long again for its checks.
     limits = Limits(options.rounds, 3 * minutes, until - 6 * minutes)
     try:

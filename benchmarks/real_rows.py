@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,6 +37,15 @@ def load(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Inputs:
         raise ValueError(f"inputs 'real': expected N <= {rows}, D = {dim}, V = {vocab}, got N = {n}, D = {d}, V = {v}")
     hidden, weight = (tensors[name].to(device, dtype) for name in ("hidden", "weight"))
     return Inputs(hidden[:n], weight, tensors["targets"][:n].to(device))
+
+
+def shape() -> tuple[int, int, int] | None:
+    """(rows, D, V) of the file, or None without one. Reads its header only."""
+    if not PATH.exists():
+        return None
+    with safe_open(PATH, "pt") as file:
+        rows, dim = file.get_slice("hidden").get_shape()
+        return rows, dim, file.get_slice("weight").get_shape()[0]
 
 
 @torch.no_grad()

@@ -18,7 +18,17 @@ from .clock import telemetry
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
-_PEERS = ("triton", "liger-kernel", "trl", "verl", "cut-cross-entropy", "quack-kernels", "unsloth_zoo")
+_PEERS = (
+    "triton",
+    "liger-kernel",
+    "trl",
+    "verl",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "unsloth_zoo",
+    "nvidia-cutlass-dsl",
+    "apache-tvm-ffi",
+)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -60,14 +60,14 @@ def sweep(
         print(
             f"\n{job}: mean entropy {float(case.entropy.mean()):.2f} nats, largest |logit| {case.largest_logit:.1f}", flush=True
         )
+        dense = exact(case)
         for mode in job.modes:
             if time.monotonic() > limits.until:
                 print(f"left out, time is up: {job} {mode}", flush=True)
                 continue
             this = case.for_mode(mode)
-            verdict, rows = measure(
-                this, exact(this), list(providers), mode, clock, rounds=limits.rounds, seconds=limits.seconds
-            )
+            truth = dense if this is case else exact(this)
+            verdict, rows = measure(this, truth, list(providers), mode, clock, rounds=limits.rounds, seconds=limits.seconds)
             result.add(label(this, mode), verdict, rows)
             if folder is not None:
                 result.save(folder)

@@ -50,26 +50,24 @@ def make_inputs(
     bias: bool = False,
     device: str | torch.device = "cpu",
 ) -> Inputs:
-    """Random inputs whose logits look like a language model's.
+    """Random inputs whose logits look like a language model's: the same for the same seed and kind of device.
 
     The background logits have standard deviation 3 (``peaked``) or 0.1 (near-uniform). With ``peaked``, each row also points at
     one token, U(0, 16) nats above the background, and the target is that token in four rows of five, else any token: confident
     and surprised rows, low and high entropies. Near-uniform rows have entropy close to log V.
     """
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(v, d, generator=generator) / math.sqrt(d)
-    hidden = torch.randn(n, d, generator=generator) * (3.0 if peaked else 0.1)
-    targets = torch.randint(v, (n,), generator=generator)
+    draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    weight = torch.randn(v, d, **draw) / math.sqrt(d)
+    hidden = torch.randn(n, d, **draw) * (3.0 if peaked else 0.1)
+    targets = torch.randint(v, (n,), **draw)
     if peaked:
         direction = weight[targets]
-        height = 16 * torch.rand(n, 1, generator=generator)
+        height = 16 * torch.rand(n, 1, **draw)
         hidden = hidden + height * direction / direction.square().sum(1, keepdim=True)
-        surprised = torch.rand(n, generator=generator) < 0.2
-        targets = torch.where(surprised, torch.randint(v, (n,), generator=generator), targets)
-    offset = torch.randn(v, generator=generator) if bias else None
-    inputs = Inputs(hidden, weight, targets, offset).to(dtype)
-    moved = None if inputs.bias is None else inputs.bias.to(device)
-    return Inputs(inputs.hidden.to(device), inputs.weight.to(device), targets.to(device), moved)
+        surprised = torch.rand(n, **draw) < 0.2
+        targets = torch.where(surprised, torch.randint(v, (n,), **draw), targets)
+    offset = torch.randn(v, **draw) if bias else None
+    return Inputs(hidden, weight, targets, offset).to(dtype)
 
 
 def eager_token_stats(

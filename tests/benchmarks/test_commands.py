@@ -109,3 +109,13 @@ def test_real_rows_become_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert case.inputs_name == "real"
     with pytest.raises(ValueError, match="expected N <= 48, D = 16, V = 300, got N = 64, D = 16, V = 300"):
         make_case(64, 16, 300, torch.float32, inputs="real")
+
+
+def test_a_job_on_real_rows_takes_the_sizes_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_rows, "PATH", tmp_path / "rows.safetensors")
+    job = gpu.Job(4096, 576, 49152, inputs="real")
+    assert gpu._with_real_shape(job) is None
+    assert gpu._with_real_shape(gpu.Job(32, 8, 64)) == gpu.Job(32, 8, 64)
+    tensors = {"hidden": torch.zeros(40, 6), "weight": torch.zeros(9, 6), "targets": torch.zeros(40, dtype=torch.int64)}
+    save_file(tensors, real_rows.PATH)
+    assert gpu._with_real_shape(job) == gpu.Job(32, 6, 9, inputs="real")

@@ -80,7 +80,7 @@ def test_no_test_at_all_is_red() -> None:
 def test_shards_deal_every_file_once(tmp_path: Path) -> None:
     names = ["test_a.py", "ops/test_b.py", "ops/test_c.py", "gpu/test_d.py", "aot/test_e.py", "benchmarks/test_f.py"]
     dealt = shards(_project(tmp_path, dict.fromkeys(names, PASSES)), 2)
-    assert dealt[:2] == [["tests/gpu"], ["tests/aot"]]
+    assert dealt[:2] == [["tests/aot"], ["tests/gpu/test_d.py"]]
     assert sorted(name for shard in dealt[2:] for name in shard) == [
         "tests/ops/test_b.py",
         "tests/ops/test_c.py",
