@@ -1,4 +1,4 @@
-"""The entropy ratio: E9, its bounds, its memory, its checkpoint."""
+"""The entropy ratio (E9) and the other controllers: what they compute, their bounds, their memory, their checkpoints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eapo_kernels import EapoError, EntropyRatio
+from eapo_kernels.objectives.controllers import CONTROLLERS, build_controller
 
 
 def test_ratio_of_sums() -> None:
@@ -101,3 +102,103 @@ def test_bad_updates(entropy: float, count: int, message: str) -> None:
 def test_bad_settings(settings: dict[str, float]) -> None:
     with pytest.raises(EapoError, match="expected"):
         EntropyRatio(**settings)
+
+
+def test_proportional_integral() -> None:
+    """EntroPIC: alpha = kp (H - H*) + what ki (H - H*) of the steps before have added up to."""
+    c = build_controller("proportional_integral", {"target": 0.5, "kp": 2.0, "ki": 0.1})
+    assert c.values()["alpha"] == 0
+    assert c.update(90.0, 100) == pytest.approx(2 * 0.4)
+    assert c.update(20.0, 100) == pytest.approx(2 * -0.3 + 0.1 * 0.4)
+    assert c.update(50.0, 100) == pytest.approx(0.1 * 0.4 - 0.1 * 0.3)
+
+
+def test_proportional_integral_of_the_authors() -> None:
+    """The released recursion: alpha = last + (H - H*), last <- alpha - 0.99 (H - H*)."""
+    c, last = build_controller("proportional_integral", {"target": 0.7}), 0.0
+    for entropy in (1.0, 0.6, 0.2, 0.9):
+        alpha = last + (entropy - 0.7)
+        last = alpha - 0.99 * (entropy - 0.7)
+        assert c.update(entropy, 1) == pytest.approx(alpha)
+
+
+def test_history_counts_every_step_the_same() -> None:
+    c = build_controller("entropy_history", {})
+    assert c.values()["history"].isnan()
+    assert c.update(200.0, 100) == 2
+    assert c.update(10.0, 10) == 1.5
+    assert c.update(3.0, 1) == 2
+
+
+def test_anchor_keeps_the_first_step_or_the_given_number() -> None:
+    c = build_controller("anchor", {})
+    assert c.values()["anchor"].isnan()
+    assert [float(c.update(h, 1)) for h in (0.7, 0.2)] == [0.7, 0.7]
+    assert build_controller("anchor", {"anchor": 1.5}).update(0.1, 1) == 1.5
+
+
+def test_trend_is_against_the_average_before() -> None:
+    c = build_controller("entropy_trend", {"memory": 0.5})
+    assert c.update(2.0, 1) == 0
+    assert c.update(1.0, 1) == -0.5
+    assert c.values()["average"] == 1.5
+    assert c.update(3.0, 1) == 1.0
+
+
+def test_target_switch() -> None:
+    """arXiv 2510.08141: hot at or below the target, cool above."""
+    c = build_controller("target_switch", {"target": 0.5})
+    assert c.values()["temperature"] == 1
+    for entropy, temperature, above in ((0.4, 1.2, 0), (0.5, 1.2, 0), (0.6, 0.8, 1)):
+        assert c.update(entropy, 1) == pytest.approx(temperature)
+        assert c.values()["above"] == above
+    assert c.values()["target"] == 0.5
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_every_controller_goes_on_where_its_checkpoint_ends(name: str, tmp_path) -> None:
+    settings = dict.fromkeys(list(_settings(name))[:1], 0.4)
+    c, fresh = build_controller(name, settings), build_controller(name, settings)
+    for entropy in (0.9, 0.3):
+        c.update(entropy, 1)
+    torch.save(c.state_dict(), tmp_path / "state.pt")
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert fresh.values().keys() == c.values().keys()
+    assert fresh.update(0.5, 1) == c.update(0.5, 1)
+    assert {k: float(v) for k, v in fresh.values().items()} == {k: float(v) for k, v in c.values().items()}
+    assert all(v.dim() == 0 for v in c.metrics().values())
+    with pytest.raises(EapoError, match=f"{type(c).__name__} state: expected keys"):
+        fresh.load_state_dict({"settings": {}})
+    if settings:
+        with pytest.raises(EapoError, match=f"{type(c).__name__} settings: expected"):
+            build_controller(name, {}).load_state_dict(c.state_dict())
+
+
+def _settings(name: str) -> dict[str, object]:
+    return build_controller(name, {}).state_dict()["settings"]
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_a_bad_entropy_is_refused_and_changes_nothing(name: str) -> None:
+    c = build_controller(name, {})
+    c.update(0.8, 1)
+    before = {k: float(v) for k, v in c.values().items()}
+    for total, count in ((math.nan, 1), (-1.0, 1), (1.0, 0)):
+        with pytest.raises(EapoError, match=r"expected a (positive )?(finite )?number"):
+            c.update(total, count)
+    assert {k: float(v) for k, v in c.values().items()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("proportional_integral", {"kp": -1}, "kp: expected a finite number >= 0, got -1"),
+        ("entropy_trend", {"memory": 1}, r"memory: expected a number in \[0, 1\), got 1"),
+        ("target_switch", {"low": 0}, "low, high: expected 0 < low <= high, got low=0, high=1.2"),
+        ("anchor", {"anchor": "first"}, "anchor: expected a finite number >= 0, got 'first'"),
+        ("entropy_history", {"ema": 0.5}, "controller_settings: expected names among , got ema"),
+    ],
+)
+def test_bad_settings_of_the_others(name: str, settings: dict[str, float], message: str) -> None:
+    with pytest.raises(EapoError, match=message):
+        build_controller(name, settings)

@@ -14,7 +14,7 @@ from eapo_kernels.objectives.semantic import majority_rewards, semantic_rewards
 
 @pytest.mark.parametrize("name", ["dapo", "cure"])
 def test_dapo(name: str) -> None:
-    """arXiv 2503.14476: min(rho A, clip(rho, 0.8, 1.28) A), mean over all tokens. The learning of CURE (arXiv 2508.11016) too."""
+    """arXiv 2503.14476: min(rho A, clip(rho, 0.8, 1.28) A), mean over tokens. The learning of CURE (arXiv 2508.11016) too."""
     step = make_step()
     compare(step, get_method(name), of_policy(step, group_normalised(step)[step.ids], low=0.2, high=0.28))
 

@@ -56,7 +56,7 @@ def _otsu(values: list[float]) -> float:
 
 
 def test_spine() -> None:
-    """arXiv 2511.17938 (second version): forks above Otsu's threshold, band [median - 1.4826 MAD, median], hinges, k3 on forks."""
+    """arXiv 2511.17938 (second version): forks above Otsu's threshold, band [median - 1.4826 MAD, median], k3 on forks."""
     step, method = make_step(2), get_method("spine", beta_low=0.3, beta_high=0.2, kl_coef=0.4)
     g = torch.Generator().manual_seed(3)
     reference = step.old["logp"] + 0.3 * torch.randn(len(step.ids), generator=g, dtype=torch.float64)

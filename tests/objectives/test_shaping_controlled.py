@@ -89,7 +89,7 @@ def test_aepo_without_marked_responses_is_grpo() -> None:
 
 @pytest.mark.parametrize(("gap", "used"), [(0.03, 0.03), (-0.5, 0.1)])
 def test_dcpo(gap: float, used: float) -> None:
-    """Released with arXiv 2510.08141: b = min(|H* - H|, 0.1) / share correct, a = b / (1 + b), A <- (1 - a) A + a [correct] p_T / p."""
+    """Beside arXiv 2510.08141: b = min(|H* - H|, 0.1) / share correct, a = b / (1 + b), (1 - a) A + a [correct] p_T / p."""
     step, method = make_step(binary=True), get_method("dcpo")
     h = float(step.old["entropy"][step.valid].mean())
     hot = torch.log_softmax(step.old["log_p"] / 1.2, -1).gather(1, step.batch.targets[:, None])[:, 0]

@@ -67,7 +67,7 @@ def _with_replay(seed: int):
 
 @pytest.mark.parametrize(("progress", "ramp"), [(0.1, 0.5 * (1 - math.cos(0.25 * math.pi))), (0.9, 1.0)])
 def test_spear(progress: float, ramp: float) -> None:
-    """arXiv 2509.22601: L_GRPO + coef (1 - cos(pi u / U)) / 2 L_replay, Clip-Cov within the replayed, positive advantages only."""
+    """arXiv 2509.22601: L_GRPO + coef (1 - cos(pi u / U)) / 2 L_replay, Clip-Cov in the replayed, positive advantages only."""
     step, replayed, given = _with_replay(0)
     method = get_method("spear", full_at=0.4, coef=0.8, ratio=0.1, low=0.1, high=60.0)
     ok, a = step.valid, given[step.ids]
@@ -76,7 +76,7 @@ def test_spear(progress: float, ramp: float) -> None:
     candidates = old & (cov > 0.1) & (cov < 60.0)
     shaped = shape_batch(method, step.batch, step.stats, extras={"replayed": replayed}, progress=progress, seed=5)
     dropped = old & (a > 0) & (shaped.advantages == 0)
-    assert 0 < int((candidates & (a > 0)).sum())
+    assert int((candidates & (a > 0)).sum()) > 0
     assert bool((candidates | ~dropped).all())
     drawn = int(dropped.sum())
     assert drawn <= int(0.1 * int(old.sum())) < int(candidates.sum())
@@ -101,7 +101,7 @@ def test_spear_without_a_buffer_is_grpo() -> None:
 
 @pytest.mark.parametrize(("progress", "left"), [(0.0, 1.0), (0.3, 0.4), (0.8, 0.0)])
 def test_trace(progress: float, left: float) -> None:
-    """Our estimates for arXiv 2605.10194: importance-weighted forward KL on key spans, reverse KL on error spans, GRPO elsewhere."""
+    """Our estimates for arXiv 2605.10194: weighted forward KL on key spans, reverse KL on error spans, GRPO elsewhere."""
     step, method = make_step(2, binary=True), get_method("trace", forward=0.7, reverse=0.3, most=1.2)
     g = torch.Generator().manual_seed(1)
     teacher = step.old["logp"] + 0.4 * torch.randn(len(step.ids), generator=g, dtype=torch.float64)

@@ -147,5 +147,5 @@ def test_methods_of_raw_rewards_refuse_ready_advantages(name: str) -> None:
     step = make_step()
     batch = replace(step.batch, advantages=torch.zeros(len(SIZES)))
     extras = {"answer": torch.zeros_like(step.valid)}
-    with pytest.raises(EapoError, match="batch.advantages: expected None with a method that makes its own of the rewards"):
+    with pytest.raises(EapoError, match=r"batch\.advantages: expected None with a method that makes its own of the rewards"):
         shape_batch(get_method(name, fixed_length=9), batch, step.stats, extras=extras)

@@ -29,7 +29,7 @@ def _turns(step: Step) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
 
 
 def test_aem() -> None:
-    """arXiv 2605.00425: alpha = exp(-lambda h) / mean_G exp(-lambda h), h min-max scaled over the group's turns; A <- alpha A."""
+    """arXiv 2605.00425: alpha = exp(-lambda h) / mean_G exp(-lambda h), h min-max scaled over the group's turns."""
     step, method = make_step(), get_method("aem", strength=1.7)
     turn_ids, parts = _turns(step)
     h, a = step.old["entropy"], group_normalised(step)[step.ids]

@@ -51,8 +51,8 @@ class Controller:
         """
         require_scalar("entropy_sum", entropy_sum, "a number or a 0-dim tensor")
         require_scalar("token_count", token_count, "a number or a 0-dim tensor")
-        total = torch.as_tensor(entropy_sum).detach().double()
-        count = torch.as_tensor(token_count).detach().to(total.device, torch.float64)
+        total = torch.as_tensor(entropy_sum, dtype=torch.float64).detach()
+        count = torch.as_tensor(token_count, dtype=torch.float64).detach().to(total.device)
         in_range = total > 0 if self.positive else total >= 0
         if total.device.type == "cpu":
             require(bool(count > 0), "token_count", "a positive number", float(count))
