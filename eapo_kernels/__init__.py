@@ -2,10 +2,11 @@
 
 from . import diagnostics
 from .errors import BackendUnavailable, EapoError, ShapeError
-from .loss import EAPOLoss, eapo_loss, policy_loss
+from .loss import EAPOLoss, eapo_loss, loss_denominator, policy_loss
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
 from .objectives.methods import METHODS, Method, get_method, make_controller
+from .objectives.semantic import majority_rewards, semantic_rewards
 from .objectives.shaping.gather import GatheredStep, gather_step
 from .objectives.shaping.shape import observed_entropy, shape_batch
 from .ops.dispatch import available_backends
@@ -34,10 +35,13 @@ __all__ = [
     "eapo_loss",
     "gather_step",
     "get_method",
+    "loss_denominator",
+    "majority_rewards",
     "make_controller",
     "nucleus_entropy",
     "observed_entropy",
     "policy_loss",
+    "semantic_rewards",
     "shape_batch",
     "token_stats",
 ]

@@ -126,6 +126,30 @@ def policy_loss(
     return LossOutput(loss, _metrics(terms, sums, positive_weight))
 
 
+def loss_denominator(
+    batch: TokenBatch, *, method: str | Method, positive_weight: float | Tensor | EntropyRatio | None = None
+) -> Tensor:
+    """What ``batch.denominator`` is to be for the parts of this (shaped) batch, so that their losses add up to its loss.
+
+    Args:
+        batch: all tokens of one optimizer step that this process holds; add the result up over ranks. Its own ``denominator``
+            is not looked at.
+        method, positive_weight: as in ``policy_loss``.
+
+    Returns:
+        0-dim fp32: tokens that count for ``token_mean``, responses with such tokens for the other reductions, without those
+        that ``drop_zero_weight`` drops; at least 1.
+    """
+    method = get_method(method)
+    check_batch(batch, method.config, debug=False)
+    lam = _positive_weight(method, positive_weight, batch.targets.device, False)
+    terms = prepare(batch, method.config, lam)
+    valid = terms.valid.float()
+    if method.config.reduction != "token_mean":
+        valid = (valid.new_zeros(max(terms.n_sequences, 1)).index_add_(0, terms.sequence_ids, valid) > 0).float()
+    return valid.sum().clamp_min(1)
+
+
 class EAPOLoss(nn.Module):
     """``eapo_loss`` with its settings and its controller in one module, so that H_0 travels in the state dict.
 

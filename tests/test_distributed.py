@@ -13,7 +13,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from shaped import SIZES, Step, make_step
 
-from eapo_kernels import EapoError, Method, TokenBatch, TokenStats, gather_step, get_method, policy_loss, shape_batch
+from eapo_kernels import (
+    EapoError,
+    Method,
+    TokenBatch,
+    TokenStats,
+    gather_step,
+    get_method,
+    loss_denominator,
+    policy_loss,
+    shape_batch,
+)
 
 SPLIT = (5, 3)  # responses of the ranks: the second group (4 to 7) is on both
 METHODS = {
@@ -155,3 +165,21 @@ def test_one_process_keeps_what_it_has() -> None:
     assert whole.batch is step.batch
     assert whole.stats is step.stats
     assert (whole.own, whole.own_sequences) == (slice(0, len(step.ids)), slice(0, len(SIZES)))
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "psr", "nsr", "spine", "canon"])
+def test_losses_of_parts_add_up_with_the_denominator_of_the_whole(name: str) -> None:
+    """Also where responses are dropped (psr, nsr) or tokens are masked by the weights (spine)."""
+    step, method = make_step(7, binary=True), get_method(name, fixed_length=9)
+    shaped = replace(shape_batch(method, step.batch, step.stats), denominator=None)
+    expected = gradients(step, shaped, method, [slice(None)])
+    counted = replace(shaped, denominator=loss_denominator(shaped, method=method))
+    found = gradients(step, counted, method, [step.ids < 3, (step.ids >= 3) & (step.ids < 4), step.ids >= 4])
+    for value, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-5, atol=1e-8)
+
+
+def test_a_batch_in_which_nothing_counts_has_a_denominator() -> None:
+    step = make_step()
+    nothing = replace(step.batch, mask=torch.zeros_like(step.valid))
+    assert loss_denominator(nothing, method="grpo").item() == 1
