@@ -90,7 +90,7 @@ def policy_gradient(
             scaled = (part.hidden * (factor / unit).unsqueeze(1)).to(projection.operand_dtype)
             products.add_product_(d_weight, matrix.t(), scaled)
         if d_bias is not None:
-            d_bias.addmv_(matrix.t().to(dtype), factor)
+            products.add_weighted_rows_(d_bias, matrix, factor)
         del chunk, matrix
     if d_weight is not None:
         d_weight = d_weight.mul_(unit) if unit != 1.0 else d_weight

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _WIDEN_ROWS = 8192
-"""Rows of a weight matrix that are widened at once on the CPU: a compromise of memory and product size."""
+"""Rows of a weight matrix (columns of logits) that are widened at once: a compromise of memory and product size."""
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -42,6 +42,18 @@ def _add_widened_(out: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
         for start in range(0, j, _WIDEN_ROWS):
             piece = slice(start, start + _WIDEN_ROWS)
             out.addmm_(a[:, piece].to(out.dtype), b[piece].to(out.dtype))
+
+
+def add_weighted_rows_(out: Tensor, matrix: Tensor, factor: Tensor) -> Tensor:
+    """out += factor @ matrix, in out's precision; a narrower matrix is widened a slab of columns at a time.
+
+    out: [V] fp32/fp64; matrix: [N, V] of out's or a narrower dtype; factor: [N] dtype of out.
+    """
+    step = matrix.shape[1] if matrix.dtype == out.dtype else _WIDEN_ROWS
+    for start in range(0, matrix.shape[1], step):
+        piece = slice(start, start + step)
+        out[piece].addmv_(matrix[:, piece].t().to(out.dtype), factor)
+    return out
 
 
 def project_(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:

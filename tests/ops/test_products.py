@@ -23,6 +23,17 @@ def test_add_product(dtype: torch.dtype, shape: tuple[int, int, int], overwrite:
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5 * j**0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocab", [1, 8191, 20_003])
+def test_add_weighted_rows(dtype: torch.dtype, vocab: int, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(7, vocab, generator=generator).to(device, dtype)
+    factor, out = (torch.randn(n, generator=generator).to(device) for n in (7, vocab))
+    expected = out.double() + factor.double() @ matrix.double()
+    products.add_weighted_rows_(out, matrix, factor)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_project_takes_the_weight_as_it_is(device: str) -> None:
     hidden, weight = torch.randn(5, 8, device=device), torch.randn(9, 8, device=device)
     out = torch.empty(5, 9, device=device)
