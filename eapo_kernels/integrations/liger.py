@@ -1,0 +1,241 @@
+"""A loss with the calling convention of Liger-Kernel's LigerFusedLinearGRPOLoss (0.8.5), on this package's op.
+
+    loss_of = FusedLinearGRPOLoss(beta=0.0, loss_type="dapo")  # was LigerFusedLinearGRPOLoss(...)
+    loss, metrics = loss_of(hidden, lm_head.weight, ids, mask, advantages, old_per_token_logps=old)
+
+Liger need not be installed. On top of its convention: ``positive_weight``, the EAPO weight of positive advantages.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..checks import FLOATS, describe, require_choice, require_number
+from ..errors import EapoError, ShapeError, require
+from ..objectives.surrogates import kl_k3
+from ..ops.token_stats import token_stats
+from ..types import Options
+from .weight import scale_positive
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+LEVELS = ("token", "sequence")
+_BOUND = 20.0  # VESPO's clamp of log-ratios
+_FLOOR = math.log(1e-8)
+
+
+class FusedLinearGRPOLoss(nn.Module):
+    """GRPO and its relatives from hidden states and the head, without logits.
+
+    The names, defaults and meanings are Liger's. ``compiled`` and ``chunk_size`` say how Liger works and change nothing here:
+    memory is bounded by ``options.memory_budget``. Two differences: luspo's mean
+    and vespo's ``vllm_is_ratio`` leave padding out, whose values Liger takes in.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.04,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        chunk_size: int = 1,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        loss_type: str = "dapo",
+        max_completion_length: int | None = None,
+        importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        temperature: float = 1.0,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+        vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0,
+        vespo_k_neg: float = 3.0,
+        vespo_lambda_neg: float = 2.0,
+        *,
+        softcap: float | None = None,
+        logit_scale: float | None = None,
+        backend: str = "auto",
+        options: Options | None = None,
+    ) -> None:
+        """
+        Args:
+            beta: factor of the k3 estimate of the KL to the reference; 0: none.
+            use_ref_model: the call brings reference log-probs or hidden states.
+            loss_type: see ``LOSS_TYPES``.
+            importance_sampling_level: "token" or "sequence" (mean log-ratio of the response).
+            delta: upper clamp of the ratio (two-sided clipping), or None.
+            use_bias_correction_kl: multiply the KL by the ratio.
+            softcap, logit_scale, backend, options: as in ``token_stats``; not in Liger.
+
+        Raises:
+            EapoError: a value out of range, or a combination that the losses do not define.
+        """
+        super().__init__()
+        require_choice("loss_type", loss_type, LOSS_TYPES)
+        require_choice("importance_sampling_level", importance_sampling_level, LEVELS)
+        for name, value in (("sapo_temperature_pos", sapo_temperature_pos), ("sapo_temperature_neg", sapo_temperature_neg),
+                            ("temperature", temperature), ("delta", 1.0 if delta is None else delta)):  # fmt: skip
+            require_number(name, value, 0)
+            require(value > 0, name, "a finite number > 0", value)
+        if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
+            raise EapoError(f"importance_sampling_level: expected 'token' for loss_type {loss_type!r}, got 'sequence'")
+        if loss_type == "dr_grpo" and max_completion_length is None:
+            raise EapoError("max_completion_length: expected a number of tokens for loss_type 'dr_grpo', got None")
+        self.beta, self.use_ref_model, self.loss_type = beta, use_ref_model, loss_type
+        self.compiled, self.chunk_size = compiled, chunk_size
+        self.epsilon_low, self.epsilon_high, self.delta = epsilon_low, epsilon_high, delta
+        self.max_completion_length, self.importance_sampling_level = max_completion_length, importance_sampling_level
+        self.sapo_temperature_pos, self.sapo_temperature_neg = sapo_temperature_pos, sapo_temperature_neg
+        self.use_bias_correction_kl = use_bias_correction_kl
+        self.vespo_k_pos, self.vespo_lambda_pos = vespo_k_pos, vespo_lambda_pos
+        self.vespo_k_neg, self.vespo_lambda_neg = vespo_k_neg, vespo_lambda_neg
+        self._op: dict[str, Any] = {
+            "inv_temperature": 1.0 / temperature, "softcap": softcap, "logit_scale": logit_scale, "entropy": "none",
+            "backend": backend, "options": options,
+        }  # fmt: skip
+
+    def forward(
+        self,
+        _input: Tensor,
+        lin_weight: Tensor,
+        selected_token_ids: Tensor,
+        attention_mask: Tensor,
+        advantages: Tensor,
+        bias: Tensor | None = None,
+        ref_per_token_logps: Tensor | None = None,
+        old_per_token_logps: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        vllm_is_ratio: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        *,
+        positive_weight: float | Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """
+        Args:
+            _input: [B, T, D] hidden states that predict ``selected_token_ids``.
+            lin_weight: [V, D]; bias: [V] or None.
+            selected_token_ids: [B, T] int64.
+            attention_mask: [B, T] bool or 0/1, the tokens that count.
+            advantages: [B] float.
+            ref_per_token_logps, old_per_token_logps: [B, T] float or None; without old ones the ratio is 1 with gradient.
+            ref_input, ref_weight, ref_bias: hidden states [B, T, D] and head of the reference, instead of its log-probs.
+            vllm_is_ratio: [B], [B, 1] or [B, T] or None, factor of the policy term.
+            num_items_in_batch: tokens of the whole generation batch over all processes (dapo, cispo, vespo); None: counted in
+                this call, over all processes.
+            positive_weight: the EAPO weight (docs/math.md E9), applied here; do not scale the advantages as well.
+
+        Returns:
+            (0-dim loss, metrics): the mean KL where beta is not 0, then the fraction of clipped tokens.
+
+        Raises:
+            ShapeError, EapoError: bad input; the message says what was expected and what was given.
+        """
+        shape = tuple(attention_mask.shape)
+        if attention_mask.dim() != 2 or tuple(selected_token_ids.shape) != shape:
+            raise ShapeError(f"selected_token_ids: expected int64 [B, T] like the mask {list(shape)}, got "
+                             f"{describe(selected_token_ids)}")  # fmt: skip
+        if tuple(advantages.shape) != shape[:1] or advantages.dtype not in FLOATS:
+            raise ShapeError(f"advantages: expected float [{shape[0]}], got {describe(advantages)}")
+        if positive_weight is not None:
+            advantages = scale_positive(advantages, positive_weight)
+        counted = attention_mask.bool()
+        logp = token_stats(_input, lin_weight, selected_token_ids, bias=bias, mask=counted, **self._op).logp
+        reference = self._reference(logp, counted, selected_token_ids, ref_per_token_logps, ref_input, ref_weight, ref_bias)
+        old = logp.detach() if old_per_token_logps is None else torch.where(counted, old_per_token_logps.float(), 0.0)
+        mask, advantage = counted.to(logp.dtype), advantages.detach().to(logp.dtype)[:, None]
+
+        log_ratio = logp - old
+        level = log_ratio
+        if self.importance_sampling_level == "sequence":
+            level = ((log_ratio * mask).sum(1) / mask.sum(1).clamp_min(1))[:, None]
+        ratio = level.exp()
+        correction = None if vllm_is_ratio is None else _is_ratio(vllm_is_ratio, shape)
+        per_token, clipped = self._policy_term(logp, log_ratio, ratio, advantage, mask, correction)
+        if correction is not None and self.loss_type != "vespo":
+            per_token = per_token * correction
+        total, metrics = mask.sum().clamp_min(1), []
+        if self.beta:
+            kl = kl_k3(logp, reference)
+            if self.use_bias_correction_kl:
+                kl = kl * ratio
+            per_token = per_token + self.beta * kl
+            metrics.append((kl * mask).sum().detach() / total)
+        metrics.append((clipped.expand(shape) & counted).sum() / total)
+        return self._reduce(per_token, mask, num_items_in_batch), tuple(metrics)
+
+    def _policy_term(
+        self, logp: Tensor, log_ratio: Tensor, ratio: Tensor, advantage: Tensor, mask: Tensor, correction: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(term to minimise, clipped), [B, T] or [B, 1]."""
+        never = torch.zeros_like(ratio, dtype=torch.bool)
+        if self.loss_type == "cispo":
+            return -ratio.clamp(max=self.epsilon_high).detach() * advantage * logp, (ratio > self.epsilon_high) & (
+                advantage > 0
+            )
+        if self.loss_type == "sapo":
+            t = torch.where(advantage > 0, self.sapo_temperature_pos, self.sapo_temperature_neg)
+            return -torch.sigmoid(t * (ratio - 1)) * 4 / t * advantage, never
+        if self.loss_type == "vespo":
+            return -self._vespo_factor(log_ratio.detach(), advantage, mask, correction) * advantage * logp, never
+        low, high = 1 - self.epsilon_low, 1 + self.epsilon_high
+        capped = ratio if self.delta is None else ratio.clamp(max=self.delta)
+        term = -torch.minimum(capped * advantage, ratio.clamp(low, high) * advantage)
+        return term, ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+
+    def _vespo_factor(self, log_ratio: Tensor, advantage: Tensor, mask: Tensor, correction: Tensor | None) -> Tensor:
+        """phi(w) = w^k e^(lambda (1 - w)) of the response's ratio w, [B, 1]; k and lambda by the advantage's sign."""
+        log_w = (log_ratio.clamp(-_BOUND, _BOUND) * mask).sum(1, keepdim=True)
+        if correction is not None:
+            counts = mask if correction.shape[1] > 1 else 1.0
+            log_w = log_w + (correction.log().clamp(_FLOOR, _BOUND) * counts).sum(1, keepdim=True)
+        log_w = log_w.clamp(_FLOOR, _BOUND)
+        k = torch.where(advantage >= 0, self.vespo_k_pos, self.vespo_k_neg)
+        rate = torch.where(advantage >= 0, self.vespo_lambda_pos, self.vespo_lambda_neg).clamp(min=1e-4)
+        return (k * log_w + rate * (1 - log_w.exp())).exp().nan_to_num(0.0, 0.0, 0.0)
+
+    def _reduce(self, per_token: Tensor, mask: Tensor, items: Tensor | float | None) -> Tensor:
+        if self.loss_type in ("grpo", "sapo"):
+            return ((per_token * mask).sum(1) / mask.sum(1).clamp_min(1)).mean()
+        if self.loss_type == "luspo":
+            return (per_token * mask).sum(1).mean()
+        total = (per_token * mask).sum()
+        if self.loss_type == "bnpo":
+            return total / mask.sum().clamp_min(1)
+        if self.loss_type == "dr_grpo":
+            assert self.max_completion_length is not None
+            return total / (mask.shape[0] * self.max_completion_length)
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if items is None:
+            items = mask.sum()
+            if ranks > 1:
+                dist.all_reduce(items)
+        return total / (torch.as_tensor(items, dtype=mask.dtype, device=mask.device) / ranks).clamp_min(1)
+
+    def _reference(
+        self, logp: Tensor, counted: Tensor, ids: Tensor, given: Tensor | None, hidden: Tensor | None, weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """[B, T] log-probs of the reference; the policy's own where there is none."""
+        if not self.use_ref_model:
+            return logp.detach()
+        if given is not None:
+            return torch.where(counted, given.detach().float(), 0.0)
+        if hidden is None or weight is None:
+            raise EapoError("ref_per_token_logps: expected it, or ref_input and ref_weight, with use_ref_model, got neither")
+        with torch.no_grad():
+            return token_stats(hidden, weight, ids, bias=bias, mask=counted, **self._op).logp
+
+
+def _is_ratio(ratio: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[B, 1] or [B, T]."""
+    ratio = ratio[:, None] if ratio.dim() == 1 else ratio
+    if ratio.dim() != 2 or ratio.shape[0] != shape[0] or ratio.shape[1] not in (1, shape[1]):
+        raise ShapeError(f"vllm_is_ratio: expected [{shape[0]}], [{shape[0]}, 1] or {list(shape)}, got {describe(ratio)}")
+    return ratio
