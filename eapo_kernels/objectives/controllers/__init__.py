@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from ...checks import require_choice
 from ...errors import require
@@ -12,7 +13,7 @@ from .controller import Controller
 from .entropy_ratio import EntropyRatio
 from .feedback import Anchor, EntropyHistory, EntropyTrend, ProportionalIntegral, TargetSwitch
 
-__all__ = ["CONTROLLERS", "Controller", "EntropyRatio", "build_controller", "controller_fields"]
+__all__ = ["CONTROLLERS", "Controller", "EntropyRatio", "build_controller", "controller_defaults", "controller_fields"]
 
 CONTROLLERS: MappingProxyType[str, Callable[..., Controller]] = MappingProxyType(
     {
@@ -28,8 +29,13 @@ CONTROLLERS: MappingProxyType[str, Callable[..., Controller]] = MappingProxyType
 
 def controller_fields(name: str) -> tuple[str, ...]:
     """The names of a controller's settings."""
+    return tuple(controller_defaults(name))
+
+
+def controller_defaults(name: str) -> dict[str, Any]:
+    """A controller's settings by name, with their defaults."""
     require_choice("controller", name, CONTROLLERS)
-    return tuple(inspect.signature(CONTROLLERS[name]).parameters)
+    return {p.name: p.default for p in inspect.signature(CONTROLLERS[name]).parameters.values()}
 
 
 def build_controller(name: str, settings: Mapping[str, float]) -> Controller:
