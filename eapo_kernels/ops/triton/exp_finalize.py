@@ -26,7 +26,7 @@ def exp_finalize_kernel(
     negative_weight, ratio_low, ratio_high, dual_clip,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, SURROGATE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Finish a block of tokens; each program owns its rows of every output.
+    """Finish a block of tokens (E13); each program owns its rows of every output.
 
     With x_v = z_v - k, x = x_y, R = sum over v != y of e^(x_v), X the same of x_v e^(x_v), S = R + e^x:
 
