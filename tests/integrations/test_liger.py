@@ -79,7 +79,7 @@ def test_grpo_losses_are_ligers(loss_type: str, settings: dict[str, Any], extras
     call = {key: value for name in extras for key, value in available[name].items()}
     expected = _run(liger.LigerFusedLinearGRPOLoss(compiled=False, **common), given, **call)
     found = _run(FusedLinearGRPOLoss(compiled=False, **common), given, **call)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)  # a sum of terms of size 1
     for ours, theirs in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert len(found[2]) == len(expected[2])
