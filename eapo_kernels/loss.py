@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .checks import describe, require_scalar
+from .checks import describe, require_number, require_scalar, require_tensor
 from .errors import EapoError, ShapeError, require
 from .objectives.batch import check_batch
 from .objectives.config import EAPOConfig
@@ -25,6 +25,7 @@ from .ops.inputs import build_projection, check_values
 from .ops.nucleus import project_nucleus_entropy
 from .ops.projection import Projection
 from .ops.token_stats import project_stats
+from .ops.weight_gradient import MainGrad
 from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch
 
 SCHEDULES = ("auto", "one_pass", "autograd")
@@ -44,6 +45,8 @@ def eapo_loss(
     schedule: str = "auto",
     backend: str = "auto",
     options: Options | None = None,
+    main_grad: Tensor | None = None,
+    main_grad_scale: float = 1.0,
 ) -> LossOutput:
     """The EAPO loss (docs/math.md E10; arXiv 2605.27846).
 
@@ -61,6 +64,9 @@ def eapo_loss(
         schedule: "one_pass" (its loss takes one ``backward``), "autograd" or "auto".
         backend: as in ``token_stats``.
         options: memory budget and the like.
+        main_grad: [V, D] fp32 (fp64 for fp64 inputs) accumulator to which the weight's gradient is added during this call
+            (one-pass schedule); ``weight`` itself then gets none. None: the gradient reaches ``weight`` by ``backward``.
+        main_grad_scale: what the caller will multiply the loss by before ``backward`` (gradient accumulation, loss scaling).
 
     Returns:
         LossOutput. Metrics: see ``policy_loss``.
@@ -74,6 +80,7 @@ def eapo_loss(
     return policy_loss(
         hidden, weight, batch, method=method, positive_weight=positive_weight, bias=bias, inv_temperature=inv_temperature,
         softcap=softcap, logit_scale=logit_scale, schedule=schedule, backend=backend, options=options,
+        main_grad=main_grad, main_grad_scale=main_grad_scale,
     )  # fmt: skip
 
 
@@ -91,6 +98,8 @@ def policy_loss(
     schedule: str = "auto",
     backend: str = "auto",
     options: Options | None = None,
+    main_grad: Tensor | None = None,
+    main_grad_scale: float = 1.0,
 ) -> LossOutput:
     """The loss of any method: ``METHODS``'s by name, or a ``Method`` of your own. Arguments as in ``eapo_loss``.
 
@@ -118,9 +127,14 @@ def policy_loss(
     projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape)
     targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
 
-    if _choose_schedule(schedule, method, backend, projection) == "one_pass":
+    main = None
+    if main_grad is not None:
+        require_tensor("main_grad", main_grad, tuple(weight.shape), (projection.statistics_dtype,), projection.hidden)
+        require_number("main_grad_scale", main_grad_scale)
+        main = MainGrad(main_grad.detach(), main_grad_scale)
+    if _choose_schedule(schedule, method, backend, projection, options.plan, main is not None) == "one_pass":
         check_values(projection, targets, options.debug)
-        loss, sums = one_pass(projection, targets, terms, backend, options)
+        loss, sums = one_pass(projection, targets, terms, backend, options, main)
     else:
         loss, sums = _autograd(projection, targets, terms, backend, options)
     return LossOutput(loss, _metrics(terms, sums, positive_weight))
@@ -180,12 +194,14 @@ class EAPOLoss(nn.Module):
         inv_temperature: float | Tensor = 1.0,
         softcap: float | None = None,
         logit_scale: float | None = None,
+        main_grad: Tensor | None = None,
+        main_grad_scale: float = 1.0,
     ) -> LossOutput:
         """See ``eapo_loss``; the positive weight is the controller's."""
         return eapo_loss(
             hidden, weight, batch, positive_weight=self.controller, config=self.config, bias=bias,
             inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, schedule=self.schedule,
-            backend=self.backend, options=self.options,
+            backend=self.backend, options=self.options, main_grad=main_grad, main_grad_scale=main_grad_scale,
         )  # fmt: skip
 
     def get_extra_state(self) -> dict[str, object]:
@@ -213,6 +229,8 @@ def _positive_weight(method: Method, given: float | Tensor | EntropyRatio | None
         return torch.full((), value, dtype=torch.float32, device=device)
     if debug or not value.is_cuda:
         require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
+    if value.device.type == "cpu" and device.type != "cpu":  # a fill, not a copy that would block and cannot be captured
+        return torch.full((), float(value), dtype=torch.float32, device=device)
     return value.detach().to(device, torch.float32, copy=True)
 
 
@@ -231,8 +249,17 @@ def _autograd(
     return loss, torch.stack([whole if name == "entropy" else value for name, value in zip(SUMS, sums, strict=True)])
 
 
-def _choose_schedule(schedule: str, method: Method, backend: str, projection: Projection) -> str:
+def _choose_schedule(
+    schedule: str, method: Method, backend: str, projection: Projection, plan: str, has_main_grad: bool
+) -> str:
     config = method.config
+    forced = "main_grad" if has_main_grad else "Options(plan='chunks')" if plan == "chunks" else None
+    if forced and schedule == "autograd":
+        raise EapoError(f"schedule: expected 'one_pass' or 'auto' with {forced}, got 'autograd'")
+    if forced:
+        schedule = "one_pass"
+    elif plan == "recompute" and schedule == "auto":
+        schedule = "autograd"
     token_scope = config.scope == "token" and config.entropy_top_p is None
     if schedule == "one_pass" and not token_scope:
         reason = f"a loss of {config.scope} scope ({config.surrogate})"

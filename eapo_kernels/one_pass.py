@@ -16,19 +16,25 @@ from .ops.backend import Chunk, Coefficients, LogitCotangents, SurrogateTerms
 from .ops.policy_gradient import policy_gradient
 from .ops.projection import Projection
 from .ops.rows import may_compact, valid_index
+from .ops.weight_gradient import MainGrad
 from .types import Options
 
 
 def one_pass(
-    projection: Projection, targets: Tensor, terms: PolicyTerms, backend_name: str, options: Options
+    projection: Projection,
+    targets: Tensor,
+    terms: PolicyTerms,
+    backend_name: str,
+    options: Options,
+    main_grad: MainGrad | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, sums) with the gradients computed along the way; ``loss.backward()`` hands them out.
 
-    targets: [N] int64, -100 where ``terms.valid`` is False.
+    targets: [N] int64, -100 where ``terms.valid`` is False. main_grad: takes the weight's gradient here and now.
     """
     inputs = (projection.hidden, projection.weight, projection.bias)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-    needs = (wanted[0], wanted[1], wanted[2])
+    needs = (wanted[0], wanted[1] or (main_grad is not None and torch.is_grad_enabled()), wanted[2])
     targets = targets.clamp_min(0)
     detached = replace(
         projection,
@@ -62,7 +68,7 @@ def one_pass(
 
     result = policy_gradient(
         detached, targets, index, n_rows, coefficients, backend, entropy_gradient=entropy_gradient,
-        hint=terms.old_logp, needs=needs, options=options,
+        hint=terms.old_logp, needs=needs, options=options, main_grad=main_grad,
     )  # fmt: skip
     loss = _Stored.apply(result.sums[0], *inputs, (result.d_hidden, result.d_weight, result.d_bias))
     return loss, result.sums

@@ -16,6 +16,9 @@ IGNORE_INDEX = -100
 """Target value of a row that does not count (the Hugging Face convention)."""
 
 
+PLANS = ("auto", "one_chunk", "chunks", "recompute")
+"""How the work may be cut, see ``Options.plan``."""
+
 SUMS = ("loss", "entropy", "ratio", "clipped", "old_kl", "kl")
 """What a coefficient function adds up over its tokens, in this order. ``loss`` is the chunk's share of the final loss, the
 others are plain sums over tokens: entropy and KL estimates in nats, the ratio to the old policy, and 1 for each token whose
@@ -120,15 +123,16 @@ class Options:
         memory_budget: bytes for logit-sized workspace, whatever N is (default 256 MiB). The gradients themselves and
             the fp32 accumulator of d_weight come on top.
         compact: drop the rows that do not count before any product. Costs one device synchronisation on CUDA.
-        keep: hold the gradient matrix of as many rows as fit the memory budget from the op's forward to its backward, which
-            then recomputes less. Only where log-probs alone have gradients and nothing is compiled.
+        plan: how logits are cut and kept, see docs/plans.md. "auto": what fits the memory budget. "one_chunk": all rows at
+            once, an error where they do not fit. "chunks": rows in chunks, d_weight summed in fp32 (one-pass schedule only).
+            "recompute": nothing is kept from the forward to the backward (autograd schedule only).
         debug: on CUDA, also check values (targets in range, finite rewards); costs synchronisations. Always on for CPU tensors.
     """
 
     memory_budget: int = 256 * 2**20
     compact: bool = True
     debug: bool = False
-    keep: bool = True
+    plan: str = "auto"
 
     def __post_init__(self) -> None:
         require(
@@ -137,3 +141,4 @@ class Options:
             "a positive number of bytes (int)",
             repr(self.memory_budget),
         )
+        require(self.plan in PLANS, "Options.plan", f"one of {', '.join(PLANS)}", repr(self.plan))

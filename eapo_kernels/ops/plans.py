@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..errors import require
 
 PROVEN = frozenset({("cpu", "torch", "autograd"), ("cpu", "torch", "one_pass"), ("cuda", "torch", "autograd")})
@@ -35,15 +37,54 @@ def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:
     return min(fit, -(-even // _ROW_ALIGNMENT) * _ROW_ALIGNMENT)
 
 
-def kept_rows(n_rows: int, bytes_per_row: int, budget: int) -> int:
-    """Rows whose gradient matrix the op's forward keeps for its backward, which then need not recompute them.
+@dataclass(frozen=True)
+class Plan:
+    """How a schedule cuts its rows.
+
+    Attributes:
+        name: "one_chunk": all rows at once. "chunks": one pass in chunks of rows. "recompute": statistics in the forward, and
+            again logits in the backward for the rows that were not kept.
+        rows: rows of a chunk (one pass), or rows that the forward keeps for the backward (autograd).
+        products: matrix products of 2NDV operations that forward and backward take together, both gradients wanted.
+    """
+
+    name: str
+    rows: int
+    products: float
+
+
+def one_pass(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto") -> Plan:
+    """The plan of the one-pass schedule. ``wanted``: see ``Options.plan``.
+
+    Raises EapoError when not even one row fits, or the plan asked for is another schedule's or does not fit.
+    """
+    require(wanted != "recompute", "Options.plan", "auto, one_chunk or chunks with the one-pass schedule", repr(wanted))
+    rows = row_chunk(n_rows, bytes_per_row, budget)
+    if wanted == "one_chunk":
+        _require_whole(rows == max(n_rows, 1), n_rows, bytes_per_row, budget)
+    elif wanted == "chunks" and rows >= n_rows > 1:
+        rows = -(-n_rows // 2)
+    return Plan("one_chunk" if rows >= n_rows else "chunks", rows, 3)
+
+
+def autograd(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto") -> Plan:
+    """The plan of the op under autograd: how many rows' gradient matrix the forward keeps for the backward.
 
     All when they fit the budget, else as many as half of it holds: the other half remains the workspace.
+    wanted: see ``Options.plan``. Raises EapoError when "one_chunk" does not fit.
     """
-    if n_rows * bytes_per_row <= budget:
-        return n_rows
-    fit = budget // 2 // max(bytes_per_row, 1)
-    return fit - fit % _ROW_ALIGNMENT
+    whole = n_rows * bytes_per_row <= budget
+    if wanted == "one_chunk":
+        _require_whole(whole, n_rows, bytes_per_row, budget)
+    rows = 0
+    if wanted != "recompute":
+        half = budget // 2 // max(bytes_per_row, 1)
+        rows = n_rows if whole else half - half % _ROW_ALIGNMENT
+    return Plan("one_chunk" if n_rows and rows == n_rows else "recompute", rows, 4 - rows / max(n_rows, 1))
+
+
+def _require_whole(fits: bool, n_rows: int, bytes_per_row: int, budget: int) -> None:
+    require(fits, "Options.memory_budget", f"at least {n_rows * bytes_per_row} bytes for plan 'one_chunk'", budget)
 
 
 def columns_at_once(vocab: int, dim: int) -> int:

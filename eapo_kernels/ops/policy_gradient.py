@@ -14,9 +14,13 @@ from torch import Tensor
 
 from ..types import SUMS, Options
 from . import plans, products
-from .backend import Backend, Chunk, Coefficients
+from .backend import Backend, Chunk, Coefficients, LogitCotangents
 from .projection import Projection
-from .rows import scatter_rows
+from .rows import fill_holes_, scatter_rows
+from .weight_gradient import MainGrad, WeightGradient
+
+_WORTH_MOVING = 0.02
+"""Share of dead rows from which moving the live ones into their places costs less than multiplying them by zero."""
 
 CoefficientFunction = Callable[[Chunk, slice], Coefficients]
 """(chunk, its rows) -> cotangents of the chunk's statistics and sums to log."""
@@ -47,6 +51,7 @@ def policy_gradient(
     needs: tuple[bool, bool, bool],
     options: Options,
     hint: Tensor | None = None,
+    main_grad: MainGrad | None = None,
 ) -> Gradients:
     """Run all chunks.
 
@@ -59,21 +64,26 @@ def policy_gradient(
         backend: who computes.
         entropy_gradient: the coefficient function returns a cotangent for the entropy.
         needs: gradients wanted for hidden, weight, bias; all False computes the sums alone.
-        options: memory budget.
+        options: memory budget and plan.
         hint: [M] fp32, about the log-prob of each target (``backend.OpenChunk``), or None.
+        main_grad: where the weight's gradient goes instead of being returned, or None.
     """
     dtype = projection.statistics_dtype
     hidden, weight = projection.hidden, projection.weight
     stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # weight and bias have hidden's dtype
     sums = hidden.new_zeros(len(SUMS), dtype=dtype)
     need_hidden, need_weight, need_bias = needs
+    row_bytes = backend.chunk_row_bytes(projection, entropy_gradient)
+    plan = plans.one_pass(projection.n_rows, row_bytes, options.memory_budget, options.plan)
     d_hidden = torch.zeros_like(hidden, dtype=stored, memory_format=torch.contiguous_format) if need_hidden else None
-    d_weight = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format) if need_weight else None
-    d_bias = weight.new_zeros(projection.vocab, dtype=dtype) if need_bias else None
-    unit = _unit(projection)
-    step = plans.row_chunk(projection.n_rows, backend.chunk_row_bytes(projection, entropy_gradient), options.memory_budget)
-    for start in range(0, projection.n_rows, step):
-        rows = slice(start, min(start + step, projection.n_rows))
+    d_weight = d_bias = None
+    if need_weight:
+        whole = plan.name == "one_chunk"
+        d_weight = WeightGradient(projection, stored, unit=_unit(projection), one_chunk=whole, main_grad=main_grad)
+    if need_bias:
+        d_bias = weight.new_zeros(projection.vocab, dtype=dtype)
+    for start in range(0, projection.n_rows, plan.rows):
+        rows = slice(start, min(start + plan.rows, projection.n_rows))
         part = projection.rows(rows)
         part_hint = None if hint is None else hint[rows]
         chunk = backend.open_chunk(part, targets[rows], entropy=True, entropy_gradient=entropy_gradient, hint=part_hint)
@@ -83,23 +93,36 @@ def policy_gradient(
             del chunk  # before the next one is allocated
             continue
         matrix, factor = chunk.gradient(cotangents)
+        live = _live_rows(matrix, cotangents)
+        part_hidden = part.hidden
+        if live is not None:
+            matrix, factor, part_hidden = matrix[: len(live)], factor[live], part.hidden[live]
         if d_hidden is not None:
-            product = products.add_product_(torch.empty_like(part.hidden, dtype=dtype), matrix, weight, overwrite=True)
-            d_hidden[rows] = product.mul_(factor.unsqueeze(1))
+            product = products.add_product_(torch.empty_like(part_hidden, dtype=dtype), matrix, weight, overwrite=True)
+            d_hidden[rows] = scatter_rows(product.mul_(factor.unsqueeze(1)), live, rows.stop - start)
         if d_weight is not None:
-            scaled = (part.hidden * (factor / unit).unsqueeze(1)).to(projection.operand_dtype)
-            products.add_product_(d_weight, matrix.t(), scaled)
+            d_weight.add(matrix, part_hidden, factor)
         if d_bias is not None:
-            products.add_weighted_rows_(d_bias, matrix, factor)
+            d_bias.addmv_(matrix.t().to(dtype), factor)
         del chunk, matrix
-    if d_weight is not None:
-        d_weight = d_weight.mul_(unit) if unit != 1.0 else d_weight
-        d_weight = d_weight.to(stored)
-    if d_bias is not None:
-        d_bias = d_bias.to(stored)
     if d_hidden is not None:
         d_hidden = scatter_rows(d_hidden, index, n_rows)
-    return Gradients(sums, d_hidden, d_weight, d_bias)
+    return Gradients(
+        sums, d_hidden, None if d_weight is None else d_weight.result(), None if d_bias is None else d_bias.to(stored)
+    )
+
+
+def _live_rows(matrix: Tensor, cotangents: LogitCotangents) -> Tensor | None:
+    """Rows whose gradient is not zero, moved to the front of ``matrix`` [C, V], when leaving out the others pays; else None.
+
+    A row is dead when its token was clipped or has no advantage. On the CPU only: on CUDA their number would have to come back
+    to the host in the middle of the loop.
+    """
+    if matrix.is_cuda:
+        return None
+    live = torch.stack([c != 0 for c in cotangents if c is not None]).any(0)
+    dead = len(live) - int(live.sum())
+    return fill_holes_(matrix, live) if dead > len(live) * _WORTH_MOVING else None
 
 
 def _unit(projection: Projection) -> float:

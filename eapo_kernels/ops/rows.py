@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_MOVED_AT_ONCE = 16
+
 
 def may_compact(tensor: Tensor, compact: bool) -> bool:
     """Compaction reads a count on the host, which a CUDA graph under capture does not allow."""
@@ -23,3 +25,19 @@ def scatter_rows(values: Tensor, index: Tensor | None, n_rows: int) -> Tensor:
         return values
     out = values.new_zeros((n_rows, *values.shape[1:]))
     return out.index_copy_(0, index, values)
+
+
+def fill_holes_(matrix: Tensor, live: Tensor) -> Tensor:
+    """Move the rows of ``matrix`` [C, K] that are ``live`` [C] to its front, each at most once; returns their old places [L].
+
+    Only rows behind the first L move, into the places of dead ones, a few at a time, so that it costs no second matrix.
+    Synchronises on CUDA.
+    """
+    count = int(live.sum())
+    order = torch.arange(len(live), device=live.device)
+    holes = (~live[:count]).nonzero().squeeze(1)
+    movers = live[count:].nonzero().squeeze(1) + count
+    for some_holes, some_movers in zip(holes.split(_MOVED_AT_ONCE), movers.split(_MOVED_AT_ONCE), strict=True):
+        matrix[some_holes] = matrix[some_movers]
+    order[holes] = movers
+    return order[:count]

@@ -37,16 +37,15 @@ def _forward_op(
     memory_budget: int,
     compact: bool,
     debug: bool,
-    keep: bool,
+    plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N], lse [N], moments [2, N], state [3, N], matrix [R, V], row_factor [R]).
 
-    What is not asked for has no elements. The last two are ``recompute.Kept``, with ``keep`` for as many rows as fit.
+    What is not asked for has no elements. The last two are ``recompute.Kept`` of the rows that ``plan`` keeps.
     """
     projection = Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap)
     check_values(projection, targets, debug)
     resolved = dispatch.resolve(backend, projection, "autograd")
-    room = _room(projection, resolved, memory_budget) if keep else 0
     s, kept = compute_statistics(
         projection,
         targets,
@@ -54,7 +53,7 @@ def _forward_op(
         entropy=entropy,
         second_moments=second_moments,
         options=Options(memory_budget, compact, debug),
-        keep=room,
+        keep=_plan(projection, resolved, memory_budget, plan).rows,
     )
     none = s.logp.new_empty(0)
     moments = torch.stack([s.p2, s.p2_logp]) if s.p2 is not None and s.p2_logp is not None else s.logp.new_empty(2, 0)
@@ -65,17 +64,17 @@ def _forward_op(
     return s.logp, entropies, s.lse.clone(), moments, state, matrix, factor
 
 
-def _room(projection: Projection, backend: Backend, budget: int) -> int:
-    return plans.kept_rows(projection.n_rows, backend.chunk_row_bytes(projection, False), budget)
+def _plan(projection: Projection, backend: Backend, budget: int, plan: str) -> plans.Plan:
+    return plans.autograd(projection.n_rows, backend.chunk_row_bytes(projection, False), budget, plan)
 
 
 @_forward_op.register_fake
 def _forward_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, row_inv_temperature, inv_temperature, logit_scale, softcap, entropy, second_moments,
-    backend, memory_budget, compact, debug, keep,
+    backend, memory_budget, compact, debug, plan,
 ):  # fmt: skip
     projection = Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap)
-    room = _room(projection, dispatch.resolve(backend, projection, "autograd"), memory_budget) if keep else 0
+    room = _plan(projection, dispatch.resolve(backend, projection, "autograd"), memory_budget, plan).rows
     n = hidden.shape[0]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row = hidden.new_empty(n, dtype=dtype)
@@ -86,7 +85,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
         hidden.new_empty(2, n if second_moments else 0, dtype=dtype),
         hidden.new_empty(3, n, dtype=dtype),
         hidden.new_empty(
-            room, weight.shape[0] if keep else 0, dtype=projection.operand_dtype
+            room, weight.shape[0] if room else 0, dtype=projection.operand_dtype
         ),  # at most: masked rows are not kept
         hidden.new_empty(room, dtype=dtype),
     )
@@ -182,7 +181,8 @@ def project_stats(
     """
     leaves = (projection.hidden, projection.weight, projection.bias)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    keep = options.keep and wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
+    require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
+    keep = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
     logp, entropies, lse, moments, *_ = _forward_op(
         projection.hidden,
         projection.weight,
@@ -198,7 +198,7 @@ def project_stats(
         options.memory_budget,
         options.compact,
         options.debug,
-        keep,
+        options.plan if keep else "recompute",
     )
     return TokenStats(
         logp,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comparison import compare_kept
 
-from eapo_kernels import Options, token_stats
+from eapo_kernels import EapoError, Options, token_stats
 from eapo_kernels.ops import plans, recompute, torch_chunked
 from eapo_kernels.testing import make_inputs, peak_memory
 
@@ -19,9 +19,12 @@ BUDGETS = {"all": 2 * N * ROW * 4, "some": N * ROW - 1, "none": 60 * ROW}
 
 
 def test_plan() -> None:
-    assert plans.kept_rows(100, 10, 1000) == 100
-    assert plans.kept_rows(1000, 10, 2560) == 128
-    assert plans.kept_rows(1000, 10, 999) == 0
+    assert plans.autograd(100, 10, 1000) == plans.Plan("one_chunk", 100, 3)
+    assert plans.autograd(1000, 10, 2560) == plans.Plan("recompute", 128, 3.872)
+    assert plans.autograd(1000, 10, 999) == plans.Plan("recompute", 0, 4)
+    assert plans.autograd(100, 10, 1000, "recompute") == plans.Plan("recompute", 0, 4)
+    with pytest.raises(EapoError, match=r"Options.memory_budget: expected at least 1010 bytes for plan 'one_chunk', got 1000"):
+        plans.autograd(101, 10, 1000, "one_chunk")
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -51,7 +54,9 @@ def _spied(monkeypatch: pytest.MonkeyPatch, budget: int, entropy: str, *, keep: 
     monkeypatch.setattr(torch_chunked.BACKEND, "logit_gradient", spy)
     inputs = make_inputs(N, D, V)
     leaves = inputs.leaves()
-    stats = token_stats(*leaves, inputs.targets, entropy=entropy, backend="torch", options=Options(budget, keep=keep))
+    stats = token_stats(
+        *leaves, inputs.targets, entropy=entropy, backend="torch", options=Options(budget, plan="auto" if keep else "recompute")
+    )
     loss = stats.logp.sum() + (stats.entropy.sum() if grad_entropy else 0)
     torch.autograd.grad(loss, leaves)
     return rows // V
@@ -70,7 +75,7 @@ def test_a_gradient_of_lse_recomputes(device: str) -> None:
     leaves = inputs.leaves()
 
     def gradients(keep: bool) -> tuple[torch.Tensor, ...]:
-        stats = token_stats(*leaves, inputs.targets, entropy="nograd", options=Options(keep=keep))
+        stats = token_stats(*leaves, inputs.targets, entropy="nograd", options=Options(plan="auto" if keep else "recompute"))
         return torch.autograd.grad(stats.logp.sum() + 0.3 * stats.lse.sum(), leaves)
 
     for ours, plain in zip(gradients(True), gradients(False), strict=True):
@@ -99,7 +104,9 @@ def test_frozen_parts(frozen: str, device: str) -> None:
     leaf = (inputs.weight if frozen == "hidden" else inputs.hidden).requires_grad_()
 
     def gradient(keep: bool) -> torch.Tensor:
-        stats = token_stats(inputs.hidden, inputs.weight, inputs.targets, entropy="none", options=Options(keep=keep))
+        stats = token_stats(
+            inputs.hidden, inputs.weight, inputs.targets, entropy="none", options=Options(plan="auto" if keep else "recompute")
+        )
         return torch.autograd.grad(stats.logp.square().sum(), leaf)[0]
 
     torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-5, atol=1e-5)

@@ -246,7 +246,7 @@ def test_custom_op_contract() -> None:
             2**20,
             True,
             False,
-            False,
+            "recompute",
         )
         torch.library.opcheck(op, args)
 
