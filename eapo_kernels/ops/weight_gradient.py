@@ -60,9 +60,10 @@ class WeightGradient:
             return
         vocab, dim = self._sum.shape
         step = plans.columns_at_once(vocab, dim)
+        buffer = scaled.new_empty(step, dim, dtype=self._dtype)
         for start in range(0, vocab, step):
             here = slice(start, min(start + step, vocab))
-            slab = scaled.new_empty(here.stop - start, dim, dtype=self._dtype)
+            slab = buffer[: here.stop - start]
             products.add_product_(slab, matrix[:, here].t(), scaled, overwrite=True)
             if self._main is None:
                 self._sum[here] = slab.mul_(self._unit)
