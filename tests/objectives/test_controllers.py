@@ -186,6 +186,8 @@ def test_a_bad_entropy_is_refused_and_changes_nothing(name: str) -> None:
     for total, count in ((math.nan, 1), (-1.0, 1), (1.0, 0)):
         with pytest.raises(EapoError, match=r"expected a (positive )?(finite )?number"):
             c.update(total, count)
+    for entropy in (math.nan, -1.0, math.inf):  # on an accelerator, where update does not look
+        c._advance(torch.tensor(entropy, dtype=torch.float64))
     assert {k: float(v) for k, v in c.values().items()} == before
 
 

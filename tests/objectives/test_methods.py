@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from dataclasses import fields, replace
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -28,6 +30,7 @@ from eapo_kernels.objectives.shaping.shaper import MARKS, STATISTICS
 
 ISSUE = """eapo grpo dr_grpo dapo gspo cispo psr nsr w_reinforce clip_cov kl_cov steer clip_b clip_v papo_like siren aepo dcpo
 aepo_agentic aem empg epo canon spine pear entrocraft entropic tea_rl empo spear exchange_ppl exchange_position cure t1 trace"""
+ROOT = Path(inspect.getfile(Method)).parent
 SHAPED = [name for name, method in METHODS.items() if method.shaper is not None]
 
 
@@ -218,6 +221,28 @@ def test_the_order_of_the_responses_does_not_matter(name: str) -> None:
             torch.testing.assert_close(other, one[tokens], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", SHAPED)
+def test_what_does_not_count_is_not_read(name: str) -> None:
+    """NaN statistics and impossible response numbers at masked tokens change nothing."""
+    step, method = make_step(binary=True), get_method(name, fixed_length=12)
+    extras = _extras(step, method.shaper.needs | method.shaper.uses)
+    state = {name: torch.tensor(0.9, dtype=torch.float64) for name in method.shaper.state}
+
+    def spoiled(values: torch.Tensor) -> torch.Tensor:
+        bad = {torch.bool: True, torch.int64: -1000}.get(values.dtype, float("nan"))
+        return torch.where(step.valid, values, torch.tensor(bad, dtype=values.dtype))
+
+    stats = type(step.stats)(*(None if t is None else spoiled(t) for t in step.stats))
+    batch = replace(step.batch, sequence_ids=spoiled(step.ids))
+    clean = shape_batch(method, step.batch, step.stats, state=state, extras=extras, progress=0.3)
+    dirty = shape_batch(method, batch, stats, state=state, extras={k: spoiled(v) for k, v in extras.items()}, progress=0.3)
+    for field in ("advantages", "entropy_coef", "ratio_penalty", "mask"):
+        one, other = getattr(clean, field), getattr(dirty, field)
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.equal(one, other)
+
+
 class _NoHostReads(TorchDispatchMode):
     """Refuses what would wait for an accelerator: values that reach Python, and shapes that depend on values."""
 
@@ -255,6 +280,19 @@ def test_shaping_stays_on_the_device_of_its_inputs(name: str) -> None:
     for field in ("entropy_coef", "ratio_penalty", "mask"):
         value = getattr(shaped, field)
         assert value is None or value.device.type == "meta"
+
+
+def test_new_tensors_say_where_they_are() -> None:
+    """Every tensor that the weights' code makes is given a device, and never one by name."""
+    makers = {"arange", "zeros", "ones", "full", "empty", "tensor", "linspace", "eye"}
+    files = [*(ROOT / "shaping").glob("*.py"), ROOT / "grouping.py", ROOT / "semantic.py", ROOT / "reductions.py"]
+    assert len(files) > 10
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{maker}" for maker in makers}:
+                devices = [k.value for k in node.keywords if k.arg == "device"]
+                assert devices, f"{path.name}:{node.lineno} makes a tensor without a device"
+                assert not isinstance(devices[0], ast.Constant), f"{path.name}:{node.lineno} names a device"
 
 
 def test_shape_batch_says_what_is_missing() -> None:

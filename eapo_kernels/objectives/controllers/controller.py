@@ -53,17 +53,22 @@ class Controller:
         require_scalar("token_count", token_count, "a number or a 0-dim tensor")
         total = torch.as_tensor(entropy_sum, dtype=torch.float64).detach()
         count = torch.as_tensor(token_count, dtype=torch.float64).detach().to(total.device)
-        in_range = total > 0 if self.positive else total >= 0
         if total.device.type == "cpu":
             require(bool(count > 0), "token_count", "a positive number", float(count))
             expected = "a positive finite number of nats" if self.positive else "a finite number of nats >= 0"
-            require(bool(total.isfinite() & in_range), "entropy_sum", expected, float(total))
-        entropy = total / count
-        good = entropy.isfinite() & in_range
-        before = {name: value.to(total.device) for name, value in self._state.items()}
+            require(bool(total.isfinite() & self._in_range(total)), "entropy_sum", expected, float(total))
+        self._advance(total / count)
+        return self._state[self.output]
+
+    def _in_range(self, entropy: Tensor) -> Tensor:
+        return entropy > 0 if self.positive else entropy >= 0
+
+    def _advance(self, entropy: Tensor) -> None:
+        """The next state, or the same where the entropy is out of range."""
+        good = entropy.isfinite() & self._in_range(entropy)
+        before = {name: value.to(entropy.device) for name, value in self._state.items()}
         after = self._next(entropy, before)
         self._state = {name: torch.where(good, after[name], before[name]) for name in before}
-        return self._state[self.output]
 
     def values(self) -> dict[str, Tensor]:
         """What shapers read as ``state``: 0-dim fp64 tensors by name."""
