@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Annotated, Any, Literal
 
-from eapo_kernels import METHODS, EapoError, EntropyRatio, Method, get_method
+import tyro
+
+from eapo_kernels import METHODS, EAPOConfig, EapoError, EntropyRatio, Method, get_method
+from eapo_kernels.objectives.controllers import controller_fields
 
 from .errors import ConfigError
+from .hooks import HOOKS, RolloutHook, hook_numbers
 
 
 def _check(condition: bool, key: str, expected: str, got: object) -> None:
@@ -81,6 +85,10 @@ class DataConfig:
     """Put before every text prompt as the system message; empty leaves that to the chat template."""
     max_prompt_tokens: int = 1024
     """A longer prompt is an error: cutting a question silently changes it."""
+    answer_marker: str = "</think>"
+    """Text that ends the reasoning: the final answer is what follows it (pear)."""
+    teacher_prompt: str = "{prompt}\n\nA correct answer: {answer}\n\n"
+    """What the teacher of trace is asked: the policy itself, with the reference answer before its eyes."""
 
     def __post_init__(self) -> None:
         _check(self.train_limit >= 0, "data.train_limit", "at least 0", self.train_limit)
@@ -121,7 +129,8 @@ class RewardsConfig:
     """What a good answer is. The reward of an answer is the weighted sum over the functions that scored it."""
 
     functions: tuple[str, ...] = ("similarity",)
-    """Built-in names (similarity, rouge, exact_match) or import paths module:function with TRL's signature."""
+    """Built-in names (similarity, rouge, exact_match; without reference answers agreement, majority) or import paths
+    module:function with TRL's signature."""
     weights: tuple[float, ...] = (1.0,)
     """One weight for each function."""
     on_failure: Literal["exclude", "stop"] = "exclude"
@@ -141,12 +150,16 @@ class RewardsConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective: a method of eapo_kernels and what to change about it (None keeps the method's own)."""
+    """The objective: a method of eapo_kernels and what to change about it (None keeps the method's own).
+
+    Every other number of the chosen method is a key of this section too: of its weights, its controller, its rollouts and its
+    configuration (``lambda_min`` for steer, ``target`` for aepo, ``kl_coef`` for any). docs/methods.md lists the methods.
+    """
 
     method: str = "eapo"
-    """A method of eapo_kernels.METHODS: eapo, grpo, dr_grpo, psr, nsr, w_reinforce."""
+    """A method of eapo_kernels.METHODS: eapo, grpo, dapo, steer, clip_cov, siren, aepo, cure and more (docs/methods.md)."""
     surrogate: str | None = None
-    """ppo_clip, cispo, gspo or reinforce."""
+    """ppo_clip, unclipped, balanced_clip, cispo, gspo or reinforce."""
     advantage: str | None = None
     """group_norm, group_mean, sign, batch_norm or binary."""
     reduction: str | None = None
@@ -159,16 +172,51 @@ class LossConfig:
     """Weight of an entropy bonus (EAPO needs none)."""
     importance_cap: float | None = None
     """Truncated importance sampling: cap of exp(trainer's old log-prob - engine's log-prob)."""
+    reference_ema: float | None = None
+    """Where the method has a KL penalty: the reference's weights keep this share at every step and take the rest from the
+    policy; 1 (the default, but 0.99 for t1) keeps the first policy."""
+    numbers: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+    """What ``settings`` found under other keys of this section."""
 
     def __post_init__(self) -> None:
         _check(self.method in METHODS, "loss.method", f"one of {', '.join(METHODS)}", self.method)
+        ema = self.reference_ema
+        _check(ema is None or 0 <= ema <= 1, "loss.reference_ema", "a number in [0, 1]", ema)
         with _section("loss"):
             self.build(fixed_length=1)
+            self.hook()
 
     def build(self, fixed_length: int) -> Method:
         """The method with these changes; ``fixed_length`` is used by the reduction of that name only."""
-        own = {name: value for name, value in asdict(self).items() if name != "method" and value is not None}
-        return get_method(self.method, **own, fixed_length=fixed_length)
+        own = {name: getattr(self, name) for name in _LOSS_FIELDS if getattr(self, name) is not None}
+        numbers = {name: value for name, value in self.numbers.items() if name not in hook_numbers(self.method)}
+        weight = controller_fields("entropy_ratio")
+        for name in numbers:
+            elsewhere = METHODS[self.method].controller == "entropy_ratio" and name in weight
+            _check(not elsewhere, f"loss.{name}", f"{name} in the section eapo", self.numbers[name])
+        return get_method(self.method, **{"fixed_length": fixed_length, **own, **numbers})
+
+    def hook(self) -> RolloutHook:
+        """A fresh rollout hook of the method."""
+        own = hook_numbers(self.method)
+        return HOOKS.get(self.method, RolloutHook)(**{k: v for k, v in self.numbers.items() if k in own})
+
+    def reference_share(self) -> float:
+        """``reference_ema``, or the method's own."""
+        return self.reference_ema if self.reference_ema is not None else 0.99 if self.method == "t1" else 1.0
+
+
+_LOSS_FIELDS = ("surrogate", "advantage", "reduction", "clip_low", "clip_high", "entropy_coef", "importance_cap")
+
+
+def loss_numbers() -> frozenset[str]:
+    """The keys of the section loss that are numbers of some method and not fields of ``LossConfig``."""
+    names = {"positive_weight", *(item.name for item in fields(EAPOConfig))}
+    for name, method in METHODS.items():
+        names.update(hook_numbers(name))
+        names.update(item.name for item in (fields(method.shaper) if method.shaper else ()))
+        names.update(controller_fields(method.controller) if method.controller else ())
+    return frozenset(names - {item.name for item in fields(LossConfig)})
 
 
 @dataclass(frozen=True)
@@ -188,11 +236,7 @@ class EntropyWeightConfig:
 
     def __post_init__(self) -> None:
         with _section("eapo"):
-            self.build()
-
-    def build(self) -> EntropyRatio:
-        """A fresh controller."""
-        return EntropyRatio(**asdict(self))
+            EntropyRatio(**asdict(self))
 
 
 @dataclass(frozen=True)
@@ -263,6 +307,9 @@ class Config:
     """Training steps; each samples answers and learns from them."""
     samples_per_step: int = 2
     """Answers of each step that are written to samples.jsonl."""
+    diagnose_every: int = 1
+    """Steps between measurements of the entropy change that an update was predicted to make and made: one more forward pass
+    over the step's answers; 0 for none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -276,6 +323,14 @@ class Config:
     def __post_init__(self) -> None:
         _check(bool(self.name) and "/" not in self.name, "name", "a directory name", self.name)
         _check(self.steps >= 1, "steps", "at least 1", self.steps)
+        _check(self.diagnose_every >= 0, "diagnose_every", "at least 0", self.diagnose_every)
+        with _section("rollout"):
+            self.loss.hook().responses(self.rollout.responses)
         updates = self.rollout.prompts * self.rollout.responses
         expected = f"at most the {updates} answers of a step"
         _check(self.optim.minibatches <= updates, "optim.minibatches", expected, self.optim.minibatches)
+
+    def method(self) -> Method:
+        """The objective with all its numbers."""
+        method = self.loss.build(fixed_length=self.rollout.max_new_tokens)
+        return replace(method, controller_settings=asdict(self.eapo)) if method.controller == "entropy_ratio" else method

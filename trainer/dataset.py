@@ -91,6 +91,13 @@ def _is_prompt(prompt: object) -> bool:
     )
 
 
+def teacher_prompt(prompt: Prompt, answer: object, template: str) -> Prompt:
+    """A question with what ``template`` puts around it, {prompt} and {answer}; of messages the last one is changed."""
+    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    changed = template.replace("{prompt}", question).replace("{answer}", str(answer))
+    return changed if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": changed}]
+
+
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
     """Token ids of a prompt up to where the answer starts.
 

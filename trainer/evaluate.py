@@ -12,7 +12,7 @@ from .config import Config
 from .console import Console
 from .dataset import Questions, encode_prompt
 from .diversity import Estimate, bootstrap, distinct_n, self_bleu
-from .learner import measure
+from .measure import measure
 from .policy import Policy
 from .rewards import Rewards
 from .rollouts import RolloutEngine, Sampling, derive_seed

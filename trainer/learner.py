@@ -1,11 +1,11 @@
-"""The learning half of a step: statistics of the old policy, then the updates."""
+"""The learning half of a step: the updates."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -13,60 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eapo_kernels import LossOutput, Method, TokenBatch, policy_loss, token_stats
+from eapo_kernels import LossOutput, Method, loss_denominator, policy_loss
 
-from .batching import Answers, MicroBatch, collate, plan
+from .batching import MicroBatch, collate, plan
 from .config import OptimConfig
 from .errors import DivergenceError
+from .experience import Experience
 from .policy import Policy
 from .rollouts import Tick
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Log-prob and entropy of every response token under the present policy, both [T] fp32 (nats)."""
-
-    logp: Tensor
-    entropy: Tensor
-
-
-@torch.no_grad()
-def measure(policy: Policy, answers: Answers, *, temperature: float, budget: int, tick: Tick) -> Measurement:
-    """Teacher-forced statistics of ``answers`` at the sampling temperature, in micro-batches of ``budget`` tokens."""
-    logp = torch.zeros(answers.tokens, device=policy.device)
-    entropy = torch.zeros_like(logp)
-    groups = plan(answers, range(len(answers)), budget)
-    for number, group in enumerate(groups):
-        tick(number, len(groups))
-        batch = collate(answers, group, policy.device)
-
-        def stats(hidden: Tensor, weight: Tensor, targets: Tensor = batch.targets, **head: Any) -> Any:
-            return token_stats(hidden, weight, targets, inv_temperature=1 / temperature, entropy="nograd", **head)
-
-        result = policy(batch.input_ids, batch.attention_mask, batch.rows, stats)
-        logp[batch.tokens], entropy[batch.tokens] = result.logp, result.entropy
-    return Measurement(logp, entropy)
-
-
-@dataclass(frozen=True)
-class Experience:
-    """The answers of a step that are learned from.
-
-    Attributes:
-        answers: B answers.
-        rewards: [B] fp32, finite.
-        group_ids: [B] int64, equal for answers to the same question.
-        old: statistics under the policy before this step's first update.
-        rollout_logp: [T] fp32, the engine's log-probs (nats).
-        positive_weight: 0-dim, the controller's weight; None for a method that brings its own.
-    """
-
-    answers: Answers
-    rewards: Tensor
-    group_ids: Tensor
-    old: Measurement
-    rollout_logp: Tensor
-    positive_weight: Tensor | None
 
 
 class Learner:
@@ -115,14 +69,14 @@ class Learner:
     def _step(self, experience: Experience, groups: Sequence[Sequence[int]], tick: Callable[[], None]) -> dict[str, float]:
         """One optimizer step on the micro-batches ``groups``."""
         sequences = sum(map(len, groups))
-        tokens = sum(len(experience.answers.completion_ids[i]) for group in groups for i in group)
-        denominator = tokens if self.method.config.reduction == "token_mean" else sequences
+        batches = [collate(experience.answers, group, self.policy.device) for group in groups]
+        whole = experience.batch.select(torch.cat([batch.tokens for batch in batches]))
+        denominator = loss_denominator(whole, method=self.method, positive_weight=experience.positive_weight)
         sums: dict[str, Tensor] = {}
         loss = counted = positives = torch.zeros((), device=self.policy.device)
         self.optimizer.zero_grad(set_to_none=True)
-        for group in groups:
+        for batch, group in zip(batches, groups, strict=True):
             tick()
-            batch = collate(experience.answers, group, self.policy.device)
             out = self._loss(experience, batch, denominator)
             out.loss.backward()
             loss = loss + out.loss.detach()
@@ -141,17 +95,9 @@ class Learner:
         self.optimizer.step()
         return values
 
-    def _loss(self, experience: Experience, batch: MicroBatch, denominator: int) -> LossOutput:
+    def _loss(self, experience: Experience, batch: MicroBatch, denominator: Tensor) -> LossOutput:
         """What one micro-batch adds to the loss of its minibatch."""
-        token_batch = TokenBatch(
-            targets=batch.targets,
-            sequence_ids=batch.sequence_ids,
-            rewards=experience.rewards,
-            group_ids=experience.group_ids,
-            old_logp=experience.old.logp[batch.tokens],
-            rollout_logp=experience.rollout_logp[batch.tokens],
-            denominator=denominator,
-        )
+        token_batch = replace(experience.batch.select(batch.tokens), denominator=denominator)
 
         def head(hidden: Tensor, weight: Tensor, **options: Any) -> LossOutput:
             return policy_loss(

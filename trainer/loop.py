@@ -9,8 +9,11 @@ Decisions, so that nobody has to find them in the code:
   is logged, and ``loss.importance_cap`` corrects for it.
 - The end-of-sequence token is part of the answer and is learned; nothing after it exists. A truncated answer counts as
   it stands.
-- The EAPO weight of a step comes from the mean entropy over the tokens that are about to be learned from, measured
-  in the pass that also gives the old log-probs. H_0 is the first step's. The weight is applied once, inside the loss.
+- A step has two phases. First the policy is measured on all answers of the step, in the pass that gives the old log-probs, and
+  every weight that the method gives a token is fixed there, over the whole step: EAPO's from the mean entropy (H_0 is the first
+  step's), others' from covariances, quantiles or group statistics. Then the updates, on any cut of the tokens.
+- A method may also change how answers are sampled (``hooks``). Metrics of rewards and lengths are about the ordinary answers,
+  not about the ones a hook marked: replayed, or sampled to steer.
 - A group with a failed reward is left out of the step as a whole. A step without a single whole group ends the run.
 - Random numbers are functions of (seed, purpose, step): there is no generator state to keep.
 - A loss or gradient norm that is not finite ends the run before the optimizer step.
@@ -24,23 +27,29 @@ from dataclasses import asdict
 
 import torch
 
-from .batching import select
+from eapo_kernels import make_controller
+
+from .batching import Answers, select
 from .config import Config
 from .console import Console
 from .dataset import PromptSampler, encode_prompt, load_questions
 from .errors import Interrupted, RewardError
 from .evaluate import evaluate
+from .experience import extra_evidence, per_token, weigh
 from .interrupt import StopRequest
-from .learner import Experience, Learner, measure
-from .metrics import reward_metrics, rollout_metrics, sample_record, whole_groups
+from .learner import Learner
+from .measure import NOTHING, Measurement, Wanted, measure, wanted_by
+from .metrics import reward_metrics, rollout_metrics, sample_record
 from .policy import load_policy
+from .reference import Reference
 from .report import summary_table, write_report
 from .rewards import Rewards
-from .rollouts import Sampling, derive_seed
+from .rollouts import Sampling, Tick, derive_seed
 from .rundir import RunDirectory
+from .sampled import AnswerSource
 from .transformers_engine import TransformersEngine
 
-ROLLOUT_SEED, UPDATE_SEED, ADAPTER_SEED = 1, 2, 3
+ROLLOUT_SEED, UPDATE_SEED, ADAPTER_SEED, HOOK_SEED, WEIGHT_SEED = 1, 2, 3, 4, 5
 
 
 def train(config: Config) -> bool:
@@ -74,9 +83,13 @@ def _train(config: Config, console: Console) -> bool:
         prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in train_set.rows]
 
     engine = TransformersEngine(policy, rollout.batch)
-    method = config.loss.build(fixed_length=rollout.max_new_tokens)
+    method, hook = config.method(), config.loss.hook()
+    if method.config.advantage == "binary":
+        rewards.check_binary(method.name, train_set.rows[:4], policy.tokenizer)
     learner = Learner(policy, method, config.optim, temperature=rollout.temperature, steps=config.steps)
-    controller = config.eapo.build()
+    controller = make_controller(method)
+    reference = Reference(policy, config.loss.reference_share()) if method.config.kl_coef else None
+    source = AnswerSource(config, method, policy, engine, rewards, console)
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
     console.line(f"training {trained:,} of {weights:,} weights on {policy.device}")
 
@@ -91,68 +104,84 @@ def _train(config: Config, console: Console) -> bool:
                     run.append("samples", sample)
                 console.line(f"after step {step}, {name} questions: {result.headline(config.eval.resamples)}")
 
+    def statistics(answers: Answers, tick: Tick, wanted: Wanted = NOTHING) -> Measurement:
+        return measure(policy, answers, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
+
     step, finished = 0, False
     try:
         evaluation(step)
         while step < config.steps:
             console.seconds.clear()
             indices = sampler.next()
-            columns = train_set.columns(indices, rollout.responses)
-
-            with console.phase("rollouts") as tick:
-                sampling = Sampling(
-                    responses=rollout.responses,
-                    max_new_tokens=rollout.max_new_tokens,
-                    temperature=rollout.temperature,
-                    top_p=rollout.top_p,
-                    seed=derive_seed(config.seed, ROLLOUT_SEED, step),
+            diagnosed = bool(config.diagnose_every) and step % config.diagnose_every == 0
+            sampling = Sampling(
+                responses=rollout.responses,
+                max_new_tokens=rollout.max_new_tokens,
+                temperature=rollout.temperature,
+                top_p=rollout.top_p,
+                seed=derive_seed(config.seed, ROLLOUT_SEED, step),
+            )
+            state = controller.values() if controller else {}
+            columns = train_set.columns(indices, 1)
+            drawn = source.draw([prompts[i] for i in indices], columns, range(len(indices)), hook.before(sampling))
+            sampled = drawn.chosen(drawn.whole())
+            if len(sampled):
+                sampled = hook.after(sampled, sampling, source, state, derive_seed(config.seed, HOOK_SEED, step))
+                sampled = sampled.chosen(sampled.whole())
+            if not len(sampled):
+                raise RewardError(
+                    f"step {step + 1}: expected at least one fully scored group, got none; {drawn.scores.failures[0]}"
                 )
-                rollouts = engine.generate([prompts[i] for i in indices], sampling, tick)
-                texts = policy.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
 
-            with console.phase("rewards"):
-                scores = rewards.score(columns, texts, rollouts.completion_ids)
-                for line in scores.complaints():
-                    console.line(f"left out: {line}")
-                kept = whole_groups(scores, rollout.responses)
-                if not kept:
-                    raise RewardError(
-                        f"step {step + 1}: expected at least one fully scored group, got none; {scores.failures[0]}"
-                    )
-
+            answers = select(sampled.rollouts, range(len(sampled)))
             with console.phase("old_logp") as tick:
-                answers = select(rollouts, kept)
-                old = measure(policy, answers, temperature=rollout.temperature, budget=budget, tick=tick)
-                weight = controller.update(old.entropy.sum(), answers.tokens)
+                wanted = wanted_by(method, tempered=float(state.get("temperature", 1.0)), diagnose=diagnosed)
+                old = statistics(answers, tick, wanted)
+                ref_logp = None
+                if reference:
+                    with reference.installed():
+                        ref_logp = statistics(answers, tick).logp
+                experience = weigh(
+                    method, answers, sampled.scores.total, torch.tensor(sampled.group_ids), old,
+                    controller=controller, advantages=sampled.advantages, ref_logp=ref_logp,
+                    extras=extra_evidence(config, method, policy, sampled, answers, tick),
+                    progress=step / config.steps, seed=derive_seed(config.seed, WEIGHT_SEED, step),
+                )  # fmt: skip
 
             with console.phase("update") as tick:
-                experience = Experience(
-                    answers=answers,
-                    rewards=scores.total[kept].to(policy.device),
-                    group_ids=torch.tensor(kept, device=policy.device) // rollout.responses,
-                    old=old,
-                    rollout_logp=answers.rollout_logp.to(policy.device),
-                    positive_weight=weight if method.controller == "entropy_ratio" else None,
-                )
                 seed = derive_seed(config.seed, UPDATE_SEED, step)
+                dynamics = experience.diagnose(method) if diagnosed else {}
                 learned = learner.update(experience, step=step, seed=seed, tick=tick)
                 engine.sync_weights(policy)
+                if reference:
+                    reference.follow()
+
+            if diagnosed:
+                with console.phase("new_entropy") as tick:
+                    change = statistics(answers, tick).entropy.mean() - old.entropy.mean()
+                    dynamics["dynamics/measured_entropy_change"] = change.item()
 
             step += 1
             seconds = dict(console.seconds)
+            ordinary = sampled.ordinary()
+            own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(ordinary)), answers)
+            fresh = sampled.chosen(ordinary)
             metrics = {
                 "step": step,
-                **reward_metrics(scores, rollout.responses),
-                **{name: float(value) for name, value in controller.metrics().items()},
+                **reward_metrics(fresh),
+                "reward/excluded_groups": float(len(drawn.groups()) - len(fresh.groups())),
+                **({name: float(value) for name, value in controller.metrics().items()} if controller else {}),
                 **learned,
                 "eapo/entropy": old.entropy.mean().item(),
-                **rollout_metrics(rollouts, texts, answers, old, rollout.responses),
+                **dynamics,
+                **{f"rollout/{name}": sum(flags) / len(flags) for name, flags in sampled.marks.items()},
+                **rollout_metrics(fresh, old.logp.cpu()[own]),
                 **{f"seconds/{name}": value for name, value in seconds.items()},
                 "tokens_per_second": answers.tokens / sum(seconds.values()),
             }
             run.append("metrics", metrics)
-            for i in range(min(config.samples_per_step, len(texts))):
-                run.append("samples", sample_record(step, i, columns, texts, scores))
+            for i in range(min(config.samples_per_step, len(sampled))):
+                run.append("samples", sample_record(step, i, sampled))
             console.step(metrics, config.steps)
             if config.eval.every and step % config.eval.every == 0 and step < config.steps:
                 evaluation(step)

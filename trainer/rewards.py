@@ -12,6 +12,7 @@ function that returns something else than one number for each answer is broken f
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from typing import Any
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from transformers import PreTrainedTokenizerBase
+
+from eapo_kernels import majority_rewards, semantic_rewards
 
 from .config import RewardsConfig
 from .embedding import SentenceEmbedding
@@ -89,12 +93,7 @@ class Rewards:
             RewardError: a function broke its contract, or failed while ``on_failure`` is "stop".
         """
         prompts = columns["prompt"]
-        completions: list[Completion] = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        others = {name: column for name, column in columns.items() if name != "prompt"}
-        calls = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **others}
+        calls, completions = _arguments(columns, texts, completion_ids)
         parts: dict[str, list[float | None]] = {}
         failures: list[Failure] = []
         total = torch.zeros(len(completions), dtype=torch.float64)
@@ -115,6 +114,42 @@ class Rewards:
         if failures and self.config.on_failure == "stop":
             raise RewardError(str(failures[0]))
         return Scores(total.float(), parts, failures)
+
+    def check_binary(self, method: str, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse rewards that are not 0 or 1, before anything is generated: tried on right and on wrong reference answers.
+
+        A function that fails on them is left to the first step.
+
+        Raises:
+            ConfigError: a reward that ``method`` cannot use.
+        """
+        answers = [str(row["answer"]) for row in rows]
+        texts = [*answers, *answers[1:], answers[0]]
+        columns = {name: [row[name] for row in rows] * 2 for name in rows[0]}
+        calls, _ = _arguments(columns, texts, [tokenizer(text)["input_ids"] for text in texts])
+        total = torch.zeros(len(texts), dtype=torch.float64)
+        for (name, function), weight in zip(self.functions.items(), self.config.weights, strict=True):
+            values, _ = _call(name, function, calls)
+            total += torch.tensor([math.nan if value is None else weight * value for value in values])
+        for text, value in zip(texts, total.tolist(), strict=True):
+            if value not in (0, 1) and not math.isnan(value):
+                raise ConfigError(
+                    f"rewards.functions: expected rewards of 0 or 1 with method {method!r} (exact_match, or a function of your "
+                    f"own), got {value:g} from {', '.join(self.functions)} for the answer {text[:80]!r}"
+                )
+
+
+def _arguments(
+    columns: Mapping[str, Sequence[Any]], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
+) -> tuple[dict[str, Sequence[Any]], list[Completion]]:
+    """What reward functions are called with, and the completions among it."""
+    prompts = columns["prompt"]
+    completions: list[Completion] = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    others = {name: column for name, column in columns.items() if name != "prompt"}
+    return {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **others}, completions
 
 
 def _call(
@@ -219,5 +254,27 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[str], **_: o
     return [float(text_of(c).strip().casefold() == str(reference).strip().casefold()) for c, reference in pairs]
 
 
-BUILT_IN: dict[str, RewardFunction] = {"rouge": rouge, "exact_match": exact_match}
+def agreement(prompts: Sequence[Any], completions: Sequence[Completion], **_: object) -> list[float]:
+    """Share of the question's answers that say the same, up to case and space; no reference answer (EMPO)."""
+    return semantic_rewards(*_clusters(prompts, completions)).tolist()
+
+
+def majority(prompts: Sequence[Any], completions: Sequence[Completion], **_: object) -> list[float]:
+    """1 for the answers of the question that most agree on, else 0; no reference answer (SPINE)."""
+    return majority_rewards(*_clusters(prompts, completions)).tolist()
+
+
+def _clusters(prompts: Sequence[Any], completions: Sequence[Completion]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B] int64 each: numbers of equal answers (-1: empty) and of equal questions."""
+    texts = [" ".join(text_of(completion).casefold().split()) for completion in completions]
+    questions = [json.dumps(prompt) for prompt in prompts]
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    question = {text: i for i, text in enumerate(dict.fromkeys(questions))}
+    clusters = torch.tensor([number[text] if text else -1 for text in texts])
+    return clusters, torch.tensor([question[text] for text in questions])
+
+
+BUILT_IN: dict[str, RewardFunction] = {
+    "rouge": rouge, "exact_match": exact_match, "agreement": agreement, "majority": majority,
+}  # fmt: skip
 """Functions that need nothing but the texts. ``similarity`` is built in too, with the configured embedding."""

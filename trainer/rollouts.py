@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from .policy import Policy
+if TYPE_CHECKING:
+    from .policy import Policy
 
 Tick = Callable[[int, int], None]
 """Called with (done, total) while work goes on; may raise ``Interrupted``."""
@@ -50,6 +51,24 @@ class Rollouts:
     completion_ids: list[list[int]]
     logp: list[Tensor]
     truncated: list[bool]
+
+    def chosen(self, indices: Sequence[int]) -> Rollouts:
+        """Some of the answers, in the order given."""
+        return Rollouts(
+            [self.prompt_ids[i] for i in indices],
+            [self.completion_ids[i] for i in indices],
+            [self.logp[i] for i in indices],
+            [self.truncated[i] for i in indices],
+        )
+
+    def joined(self, other: Rollouts) -> Rollouts:
+        """These answers and then those."""
+        return Rollouts(
+            self.prompt_ids + other.prompt_ids,
+            self.completion_ids + other.completion_ids,
+            self.logp + other.logp,
+            self.truncated + other.truncated,
+        )
 
 
 class RolloutEngine(Protocol):

@@ -13,14 +13,14 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from .config import Config
+from .config import Config, loss_numbers
 from .errors import ConfigError
 
 
@@ -39,11 +39,56 @@ def parse_config(arguments: Sequence[str], *, recipe: Path | None = None, prog: 
     recipe = known.config
     config = Config()
     if recipe is not None:
-        config = _tyro(_read_recipe(recipe), config, prog, source=str(recipe))
+        config = _apply(_read_recipe(recipe), config, prog, source=str(recipe))
     for argument in overrides:
         if argument.startswith("--") and argument not in ("--help", "--"):
             _check_key(argument[2:].split("=")[0].replace("-", "_"), source="command line")
-    return _tyro(overrides, config, prog, source="command line")
+    return _apply(overrides, config, prog, source="command line")
+
+
+def _apply(arguments: Sequence[str], default: Config, prog: str, source: str) -> Config:
+    """The arguments on top of ``default``: a method's numbers are taken here, everything else is tyro's.
+
+    Another method than the default's starts from its own numbers.
+    """
+    numbers, rest = _split_numbers(arguments, source)
+    config = _tyro(rest, replace(default, loss=replace(default.loss, numbers={})), prog, source)
+    if config.loss.method == default.loss.method:
+        numbers = {**default.loss.numbers, **numbers}
+    try:
+        return replace(config, loss=replace(config.loss, numbers=numbers)) if numbers else config
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _split_numbers(arguments: Sequence[str], source: str) -> tuple[dict[str, Any], list[str]]:
+    """``--loss.NAME value`` for the names of ``loss_numbers``, and the other arguments."""
+    known, numbers, rest = loss_numbers(), {}, []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        key, equals, value = argument.partition("=")
+        name = key.removeprefix("--loss.").replace("-", "_")
+        if not key.startswith("--loss.") or name not in known:
+            rest.append(argument)
+            continue
+        if not equals:
+            if not left:
+                raise ConfigError(f"{source}: {key}: expected a value, got nothing")
+            value = left.pop(0)
+        numbers[name] = _value(value)
+    return numbers, rest
+
+
+def _value(text: str) -> Any:
+    """A number, true or false as TOML writes it; None; else the text."""
+    if text in ("None", "True", "False"):
+        return {"None": None, "True": True, "False": False}[text]
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, (int, float)) else text
 
 
 def _read_recipe(path: Path) -> list[str]:
@@ -75,6 +120,8 @@ def _check_key(name: str, source: str) -> bool:
     """Raise unless ``name`` is a field of the tree. Returns whether it is a section."""
     node: Any = Config()
     parts = name.split(".")
+    if parts[0] == "loss" and len(parts) == 2 and parts[1] in loss_numbers():
+        return False
     for i, part in enumerate(parts):
         known = [f.name for f in fields(node)] if is_dataclass(node) else []
         if part not in known:
@@ -120,7 +167,9 @@ def to_toml(config: Any, prefix: str = "") -> str:
     lines, tables = [], []
     for item in fields(config):
         value = getattr(config, item.name)
-        if is_dataclass(value):
+        if isinstance(value, dict):  # numbers of the method
+            lines += [f"{name} = {_toml_value('None' if v is None else v)}" for name, v in value.items()]
+        elif is_dataclass(value):
             tables.append(f"\n[{prefix}{item.name}]\n" + to_toml(value, f"{prefix}{item.name}."))
         else:
             lines.append(f"# {item.name} is None" if value is None else f"{item.name} = {_toml_value(value)}")

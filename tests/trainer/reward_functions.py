@@ -14,6 +14,11 @@ def low_numbers(completions: list[str], **_: Any) -> list[float]:
     return [sum(word in {f"n{i}" for i in range(10)} for word in text.split()) / 6 for text in completions]
 
 
+def has_a_low_number(completions: list[str], **_: Any) -> list[float]:
+    """1 where a word is n0 to n9, else 0."""
+    return [float(any(word in {f"n{i}" for i in range(10)} for word in text.split())) for text in completions]
+
+
 def nan_for_number_1(completions: list[str], number: list[int], **_: Any) -> list[float]:
     """The last answer to question 1 has no valid score."""
     last = max((i for i, n in enumerate(number) if n == 1), default=None)

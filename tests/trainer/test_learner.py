@@ -9,11 +9,13 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer, no_tick
 
-from eapo_kernels import METHODS, get_method
+from eapo_kernels import METHODS, get_method, make_controller
 from trainer.batching import Answers, collate, plan, select
 from trainer.config import OptimConfig
 from trainer.errors import DivergenceError, Interrupted
-from trainer.learner import Experience, Learner, measure
+from trainer.experience import Experience, weigh
+from trainer.learner import Learner
+from trainer.measure import Wanted, measure
 from trainer.policy import Policy
 from trainer.rollouts import Rollouts, Sampling
 from trainer.transformers_engine import TransformersEngine
@@ -27,13 +29,24 @@ def rollouts(policy: Policy) -> Rollouts:
     return TransformersEngine(policy, 64).generate(prompts, Sampling(4, 9, TEMPERATURE, 1.0, seed=2), no_tick)
 
 
-@pytest.fixture
-def experience(policy: Policy, rollouts: Rollouts) -> Experience:
-    answers = select(rollouts, range(12))
-    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+def weighed(policy: Policy, rollouts: Rollouts, method: str) -> Experience:
+    """Twelve answers in three groups with rewards of 0 and 1, weighed with everything that any method reads."""
+    answers, built = select(rollouts, range(12)), get_method(method, fixed_length=9)
+    wanted = Wanted(second_moments=True, tempered=1.2, top_p=0.8)
+    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick, wanted=wanted)
     rewards = torch.randint(0, 2, (12,), generator=torch.Generator().manual_seed(0)).float()
     rewards[:3] = torch.tensor([0.0, 1.0, 1.0])
-    return Experience(answers, rewards, torch.arange(12) // 4, old, answers.rollout_logp, torch.tensor(0.7))
+    place = torch.arange(answers.tokens)
+    extras = {"answer": place % 3 == 0, "teacher_logp": old.logp - 0.1}
+    return weigh(
+        built, answers, rewards, torch.arange(12) // 4, old, controller=make_controller(built), ref_logp=old.logp + 0.1,
+        extras=extras, progress=0.5, seed=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def experience(policy: Policy, rollouts: Rollouts) -> Experience:
+    return replace(weighed(policy, rollouts, "eapo"), positive_weight=torch.tensor(0.7))
 
 
 def learner(policy: Policy, method: str = "eapo", changes: dict[str, Any] | None = None, **optim: Any) -> Learner:
@@ -81,14 +94,13 @@ def gradients(policy: Policy, experience: Experience, budget: int, method: str, 
     """Gradients that the optimizer would see in one update (the norm is far below the clip)."""
     own = learner(policy, method, changes, micro_batch_tokens=budget, max_grad_norm=1e9)
     own.optimizer.step = lambda: None  # type: ignore[method-assign]
-    if not METHODS[method].controller:
-        experience = replace(experience, positive_weight=None)
     metrics = own.update(experience, step=0, seed=0, tick=no_tick)
     return [p.grad.clone() for p in policy.trainable() if p.grad is not None], metrics
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_cut_into_micro_batches_changes_nothing(policy: Policy, experience: Experience, method: str) -> None:
+def test_the_cut_into_micro_batches_changes_nothing(policy: Policy, rollouts: Rollouts, method: str) -> None:
+    experience = weighed(policy, rollouts, method)
     whole, metrics = gradients(policy, experience, 10_000, method)
     assert sum(g.abs().sum() for g in whole) > 0
     for budget in (1, 45):
@@ -102,7 +114,7 @@ def test_the_cut_into_micro_batches_changes_nothing(policy: Policy, experience: 
 def test_gradient_is_that_of_the_equation(policy: Policy, experience: Experience) -> None:
     """E10 with ratio 1, retyped on the model's own logits: -1/T sum_t w_i A_i dlogp_t."""
     found, _ = gradients(policy, experience, 10_000, "eapo")
-    rewards = experience.rewards.view(3, 4)
+    rewards = experience.batch.rewards.view(3, 4)
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)).flatten()
     weighted = torch.where(advantages > 0, 0.7 * advantages, advantages)
     policy.zero_grad()

@@ -10,8 +10,10 @@ import torch
 
 from trainer.config import RewardsConfig
 from trainer.errors import ConfigError, RewardError
-from trainer.metrics import reward_metrics, whole_groups
-from trainer.rewards import Rewards, Similarity, exact_match, rouge
+from trainer.metrics import reward_metrics
+from trainer.rewards import Rewards, Similarity, agreement, exact_match, majority, rouge
+from trainer.rollouts import Rollouts
+from trainer.sampled import Sampled
 
 HERE = "reward_functions:"
 
@@ -61,9 +63,10 @@ def test_failed_scores_are_reported_and_take_their_group_along(function: str, ba
     assert found.total.isnan().nonzero().flatten().tolist() == bad
     assert [failure.index for failure in found.failures] == bad
     assert texts[bad[0]] in str(found.failures[0])
-    assert whole_groups(found, responses=2) == [0, 1, 4, 5]
-    metrics = reward_metrics(found, responses=2)
-    assert metrics["reward/excluded_groups"] == 1
+    empty: list[Any] = [[] for _ in texts]
+    sampled = Sampled(Rollouts(empty, empty, empty, empty), texts, {}, found, [0, 0, 1, 1, 2, 2])
+    assert sampled.whole() == [0, 1, 4, 5]
+    metrics = reward_metrics(sampled.chosen(sampled.whole()))
     assert metrics["reward/mean"] == pytest.approx((1 + 2 + 1 + 2) / 4)
     with pytest.raises(RewardError, match=function):
         score(make(HERE + function, on_failure="stop"), texts, number=[0, 0, 1, 1, 2, 2])
@@ -107,3 +110,14 @@ def test_built_in_values() -> None:
 
     similarity = Similarity(embedding, share=0.25)
     assert similarity(["the cat sat", "x"], ["the cat on the mat", "a cat"]) == pytest.approx([0.625, 0.15])
+
+
+def test_rewards_without_reference_answers() -> None:
+    """arXiv 2504.05812: a cluster's share of the question's answers, nothing where all differ; and the largest cluster."""
+    prompts = ["q1"] * 4 + ["q2"] * 2 + ["q3"] * 3
+    texts = ["n1  N2", "n1 n2", "n3", "", "a", "b", "x", "x", "x"]
+    assert agreement(prompts, texts) == [0.5, 0.5, 0.25, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    assert majority(prompts, texts) == [1, 1, 0, 0, 1, 1, 1, 1, 1]
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    answers = [[{"role": "assistant", "content": text}] for text in texts]
+    assert agreement(messages, answers) == agreement(prompts, texts)

@@ -1,0 +1,105 @@
+"""Statistics of a policy at every token of a step's answers: what methods weigh tokens by, before the first update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eapo_kernels import Method, TokenStats, nucleus_entropy, token_stats
+
+from .batching import Answers, collate, plan
+from .policy import Policy
+from .rollouts import Tick
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Statistics of every response token, [T] fp32 each (nats but for p2); None: not asked for.
+
+    Attributes:
+        logp, entropy: of the sampled distribution, at the sampling temperature.
+        lse, p2, p2_logp: see ``TokenStats``.
+        tempered_logp: log-prob of the token at another temperature.
+        nucleus_entropy: entropy of the renormalised nucleus.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    lse: Tensor
+    p2: Tensor | None = None
+    p2_logp: Tensor | None = None
+    tempered_logp: Tensor | None = None
+    nucleus_entropy: Tensor | None = None
+
+    def stats(self) -> TokenStats:
+        """What ``shape_batch`` and the diagnostics take."""
+        return TokenStats(self.logp, self.entropy, self.lse, self.p2, self.p2_logp)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure beyond log-prob and entropy.
+
+    Attributes:
+        second_moments: p2 and p2_logp.
+        tempered: the other temperature, as a factor on the sampling temperature, or None.
+        top_p: the nucleus' mass, or None.
+    """
+
+    second_moments: bool = False
+    tempered: float | None = None
+    top_p: float | None = None
+
+
+NOTHING = Wanted()
+
+
+def wanted_by(method: Method, *, tempered: float, diagnose: bool) -> Wanted:
+    """What ``method`` reads, and what its diagnostics do.
+
+    tempered: the factor to use where the method needs the log-probs at another temperature.
+    """
+    needs = frozenset() if method.shaper is None else method.shaper.needs
+    return Wanted(
+        second_moments=diagnose or "second_moments" in needs,
+        tempered=tempered if "tempered_logp" in needs else None,
+        top_p=method.config.entropy_top_p if "nucleus_entropy" in needs else None,
+    )
+
+
+@torch.no_grad()
+def measure(
+    policy: Policy, answers: Answers, *, temperature: float, budget: int, tick: Tick, wanted: Wanted = NOTHING
+) -> Measurement:
+    """Teacher-forced statistics of ``answers`` at the sampling temperature, in micro-batches of ``budget`` padded tokens."""
+    columns: dict[str, Tensor] = {}
+    groups = plan(answers, range(len(answers)), budget)
+
+    for number, group in enumerate(groups):
+        tick(number, len(groups))
+        batch = collate(answers, group, policy.device)
+
+        def head(hidden: Tensor, weight: Tensor, targets: Tensor = batch.targets, **options: Any) -> dict[str, Tensor | None]:
+            found = token_stats(
+                hidden, weight, targets, inv_temperature=1 / temperature, entropy="nograd",
+                second_moments=wanted.second_moments, **options,
+            )._asdict()  # fmt: skip
+            if wanted.tempered is not None:
+                other = 1 / (temperature * wanted.tempered)
+                found["tempered_logp"] = token_stats(
+                    hidden, weight, targets, inv_temperature=other, entropy="none", **options
+                ).logp
+            if wanted.top_p is not None:
+                found["nucleus_entropy"] = nucleus_entropy(
+                    hidden, weight, top_p=wanted.top_p, inv_temperature=1 / temperature, **options
+                )
+            return found
+
+        for name, values in policy(batch.input_ids, batch.attention_mask, batch.rows, head).items():
+            if values is not None:
+                column = columns.setdefault(name, torch.zeros(answers.tokens, device=policy.device))
+                column[batch.tokens] = values.float()
+    return Measurement(**columns)
