@@ -44,7 +44,7 @@ class EAPOMixin:
         if unknown:
             raise EapoError(f"algorithm.eapo: expected some of {', '.join((*_SETTINGS, 'advantage'))}, got {unknown}")
         self.eapo = AdvantageWeight(EntropyRatio(**{name: float(section[name]) for name in _SETTINGS if name in section}))
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         """verl's pass; its entropies become the step's weight."""

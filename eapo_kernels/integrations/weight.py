@@ -81,6 +81,19 @@ class AdvantageWeight:
         sums = torch.stack([counted.sum(), mask.bool().sum().double()])
         self._sums = sums if self._sums is None else self._sums + sums
 
+    def observe_sampled(self, logp: Tensor, mask: Tensor) -> None:
+        """``observe`` with -log p of the sampled tokens, for trainers that hand out no entropy.
+
+        Its mean over tokens sampled from the policy (same temperature, no top-p) is an unbiased estimate of the mean entropy;
+        log-probs that are not finite are left out.
+
+        Args:
+            logp: [...] float, log-prob of each sampled token under the policy that sampled it (nats).
+            mask: [...] bool or 0/1, the tokens that count.
+        """
+        known = logp.isfinite()
+        self.observe(torch.where(known, -logp, 0.0), mask.bool() & known)
+
     def step(self, group: dist.ProcessGroup | None = None) -> Tensor:
         """All-reduce sum and count of what was observed, together, and update the controller.
 
