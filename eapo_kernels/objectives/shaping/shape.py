@@ -50,8 +50,8 @@ def shape_batch(
 
     Returns:
         The batch with advantages [N] and, where the method has them, entropy_coef, ratio_penalty and a narrower mask. Pass
-        ``select(tokens)`` of it to ``policy_loss`` for every micro-batch, with the denominator of the whole: counted from the
-        mask of this batch, not of the one that went in.
+        ``select(tokens)`` of it to ``policy_loss`` for every micro-batch, with the denominator of the whole:
+        ``loss_denominator`` of this batch, not of the one that went in.
 
     Raises:
         EapoError, ShapeError: something the shaper needs is missing or does not fit.
