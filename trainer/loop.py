@@ -155,15 +155,13 @@ def _train(config: Config, console: Console) -> bool:
                 engine.sync_weights(policy)
                 if reference:
                     reference.follow()
-
-            if diagnosed:
-                with console.phase("new_entropy") as tick:
-                    change = statistics(answers, tick).entropy.mean() - old.entropy.mean()
+                if diagnosed:  # not left half-way: the weights have changed already, and the step counts
+                    change = statistics(answers, lambda *_: None).entropy.mean() - old.entropy.mean()
                     dynamics["dynamics/measured_entropy_change"] = change.item()
 
             step += 1
             seconds = dict(console.seconds)
-            ordinary = sampled.ordinary()
+            ordinary = sampled.ordinary() or list(range(len(sampled)))
             own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(ordinary)), answers)
             fresh = sampled.chosen(ordinary)
             metrics = {

@@ -1,0 +1,185 @@
+"""What is measured and marked before a step's weights are fixed, against dense logits and plain search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model, make_tokenizer, no_tick
+
+from eapo_kernels import diagnostics, get_method, make_controller
+from trainer.batching import Answers, select
+from trainer.config import Config
+from trainer.dataset import teacher_prompt
+from trainer.experience import extra_evidence, final_answer, per_token, weigh
+from trainer.loop import train
+from trainer.measure import Wanted, measure, wanted_by
+from trainer.policy import Policy
+from trainer.reference import Reference
+from trainer.rewards import Scores
+from trainer.rollouts import Rollouts, Sampling
+from trainer.rundir import read
+from trainer.sampled import Sampled
+from trainer.transformers_engine import TransformersEngine
+
+Change = Callable[..., Config]
+TEMPERATURE = 0.8
+PROMPTS = [[5, 6, 7, 12, 8], [9], [10, 11, 12]]
+
+
+@pytest.fixture
+def answers(policy: Policy) -> Answers:
+    rollouts = TransformersEngine(policy, 64).generate(PROMPTS, Sampling(4, 9, TEMPERATURE, 1.0, seed=2), no_tick)
+    return select(rollouts, range(12))
+
+
+def dense(policy: Policy, answers: Answers) -> torch.Tensor:
+    """[T, V] float64 raw logits, one answer at a time."""
+    rows = []
+    for prompt, completion in zip(answers.prompt_ids, answers.completion_ids, strict=True):
+        with torch.no_grad():
+            rows.append(policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double())
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("budget", [30, 1000])
+def test_everything_that_methods_read(policy: Policy, answers: Answers, budget: int) -> None:
+    wanted = Wanted(second_moments=True, tempered=1.5, top_p=0.7)
+    found = measure(policy, answers, temperature=TEMPERATURE, budget=budget, tick=no_tick, wanted=wanted)
+    z, targets = dense(policy, answers), torch.tensor([token for ids in answers.completion_ids for token in ids])
+    log_p = (z / TEMPERATURE).log_softmax(-1)
+    p = log_p.exp()
+    ordered = p.sort(-1, descending=True).values
+    inside = (ordered.cumsum(-1) - ordered) < 0.7
+    q = torch.where(inside, ordered, 0.0)
+    q = q / q.sum(-1, keepdim=True)
+    expected = {
+        "logp": log_p.gather(1, targets[:, None])[:, 0],
+        "entropy": -(p * log_p).sum(-1),
+        "lse": (z / TEMPERATURE).logsumexp(-1),
+        "p2": p.square().sum(-1),
+        "p2_logp": (p.square() * log_p).sum(-1),
+        "tempered_logp": (z / (1.5 * TEMPERATURE)).log_softmax(-1).gather(1, targets[:, None])[:, 0],
+        "nucleus_entropy": -(q * torch.where(inside, q, 1.0).log()).sum(-1),
+    }
+    assert expected.keys() == vars(found).keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(getattr(found, name).double(), values, atol=3e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_only_what_is_wanted_is_measured(policy: Policy, answers: Answers) -> None:
+    plain = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+    assert plain.p2 is None
+    assert plain.tempered_logp is None
+    assert plain.nucleus_entropy is None
+    assert wanted_by(get_method("grpo"), tempered=1.2, diagnose=False) == Wanted()
+    assert wanted_by(get_method("clip_v"), tempered=1.2, diagnose=False) == Wanted(second_moments=True)
+    assert wanted_by(get_method("dcpo"), tempered=1.2, diagnose=True) == Wanted(second_moments=True, tempered=1.2)
+    assert wanted_by(get_method("siren"), tempered=1.2, diagnose=False) == Wanted(top_p=0.8)
+
+
+def test_the_final_answer_follows_the_marker() -> None:
+    tokenizer = make_tokenizer()
+    n1, n2, n3 = tokenizer.convert_tokens_to_ids(["n1", "n2", "n3"])
+    completions = [[n1, n2, n3, 1], [n3, n3], [n2], [n1, n1, n2], [n2, n1, n2]]
+    answers = select(Rollouts([[5]] * 5, completions, [torch.zeros(len(c)) for c in completions], [False] * 5), range(5))
+    found = final_answer(answers, "n2", tokenizer)
+    assert found.tolist() == [False, False, True, True] + [False] * 2 + [False] + [False] * 3 + [False, True, True]
+    assert not final_answer(answers, "n1 n3", tokenizer).any()
+    assert per_token(torch.tensor([1, 2, 3, 4, 5]), answers).tolist() == [1] * 4 + [2] * 2 + [3] + [4] * 3 + [5] * 3
+
+
+def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: Config, answers: Answers) -> None:
+    assert teacher_prompt("what ?", "n1", "{prompt} is {answer}") == "what ? is n1"
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "what ?"}]
+    assert teacher_prompt(messages, 3, "{answer} {prompt}")[1] == {"role": "user", "content": "3 what ?"}
+    columns = {"prompt": ["what is n1 ?"] * 12, "answer": ["n2 n3"] * 12}
+    scores = Scores(torch.zeros(12), {}, [])
+    rollouts = Rollouts(answers.prompt_ids, answers.completion_ids, [torch.zeros(1)] * 12, [False] * 12)
+    sampled = Sampled(rollouts, [""] * 12, columns, scores, [0] * 12, {"replayed": [i % 2 == 0 for i in range(12)]})
+    config = replace(config, rollout=replace(config.rollout, temperature=TEMPERATURE))
+    found = extra_evidence(config, get_method("trace"), policy, sampled, answers, no_tick)
+    text = "user: what is n1 ?\n\nA correct answer: n2 n3\n\n assistant:"
+    prompt = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    shown = replace(answers, prompt_ids=[prompt] * 12)
+    targets = torch.tensor([token for ids in answers.completion_ids for token in ids])
+    expected = (dense(policy, shown) / TEMPERATURE).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found["teacher_logp"].double(), expected, atol=3e-5, rtol=0)
+    assert found["replayed"].tolist() == [i % 2 == 0 for i, ids in enumerate(answers.completion_ids) for _ in ids]
+    assert set(extra_evidence(config, get_method("pear"), policy, sampled, answers, no_tick)) == {"answer", "replayed"}
+
+
+def test_the_predicted_change_has_the_sign_of_a_small_steps(policy: Policy, answers: Answers) -> None:
+    """Plain gradient descent on the loss in logit space, tried on the policy's own logits."""
+    method = get_method("w_reinforce")
+    wanted = Wanted(second_moments=True)
+    old = measure(policy, answers, temperature=1.0, budget=1000, tick=no_tick, wanted=wanted)
+    rewards = (torch.arange(12) % 3 == 0).float()
+    experience = weigh(method, answers, rewards, torch.arange(12) // 4, old)
+    found = experience.diagnose(method)["dynamics/predicted_entropy_change"]
+    z, targets = dense(policy, answers), experience.batch.targets
+    weights = diagnostics.token_weights(method, experience.batch).logp.double()
+    score = torch.nn.functional.one_hot(targets, z.shape[1]) - z.softmax(-1)
+
+    def total(z: torch.Tensor) -> torch.Tensor:
+        return torch.distributions.Categorical(logits=z).entropy().sum()
+
+    step = 1e-4 * weights[:, None] * score
+    assert found == pytest.approx(((total(z + step) - total(z - step)) / 2e-4).item(), rel=1e-3)
+
+
+def test_the_controllers_number_reaches_the_loss(policy: Policy, answers: Answers) -> None:
+    method = get_method("eapo")
+    controller = make_controller(method)
+    assert controller is not None
+    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+    rewards, groups = torch.arange(12.0), torch.arange(12) // 4
+    first = weigh(method, answers, rewards, groups, old, controller=controller)
+    half = replace(old, entropy=old.entropy / 2)
+    second = weigh(method, answers, rewards, groups, half, controller=controller)
+    assert first.positive_weight is not None
+    assert second.positive_weight is not None
+    assert (first.positive_weight.item(), second.positive_weight.item()) == pytest.approx((1.0, 0.5))
+
+
+def test_a_reference_stays_or_follows(policy: Policy) -> None:
+    start = [p.detach().clone() for p in policy.trainable()]
+    fixed, moving = Reference(policy, 1.0), Reference(policy, 0.75)
+    with torch.no_grad():
+        for p in policy.trainable():
+            p.add_(1.0)
+    for reference in (fixed, moving):
+        with reference.installed():
+            assert all(torch.equal(p, w) for p, w in zip(policy.trainable(), start, strict=True))
+        assert all(torch.equal(p, w + 1) for p, w in zip(policy.trainable(), start, strict=True))
+        reference.follow()
+    assert all(torch.equal(w, s) for w, s in zip(fixed.weights, start, strict=True))
+    for w, s in zip(moving.weights, start, strict=True):
+        torch.testing.assert_close(w, s + 0.25)
+
+
+def test_a_kl_penalty_is_measured_against_the_first_policy(changed: Change) -> None:
+    config = changed(data={"eval": ""}, loss={"method": "grpo", "numbers": {"kl_coef": 0.1}})
+    assert train(config)
+    kl = [row["kl"] for row in read(Path(config.out) / config.name, "metrics")]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert kl[2] > 1e-4
+    still = changed(data={"eval": ""}, loss={"method": "grpo", "numbers": {"kl_coef": 0.1}, "reference_ema": 0.0}, name="still")
+    assert train(still)
+    assert all(abs(row["kl"]) < 1e-6 for row in read(Path(still.out) / "still", "metrics"))
+
+
+def test_diagnostics_can_be_left_out(changed: Change) -> None:
+    config = changed(data={"eval": ""}, diagnose_every=2)
+    assert train(config)
+    rows = read(Path(config.out) / config.name, "metrics")
+    assert [any(name.startswith("dynamics/") for name in row) for row in rows] == [True, False, True]
+
+
+def test_models_differ() -> None:
+    """The tiny model is not uniform: mistakes of the tests above would show."""
+    z = dense(Policy(make_model(), make_tokenizer()), select(Rollouts([[5]], [[6, 7]], [torch.zeros(2)], [True]), [0]))
+    assert z.std() > 0.3
