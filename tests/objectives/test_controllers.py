@@ -148,7 +148,7 @@ def test_trend_is_against_the_average_before() -> None:
 def test_target_switch() -> None:
     """arXiv 2510.08141: hot at or below the target, cool above."""
     c = build_controller("target_switch", {"target": 0.5})
-    assert c.values()["temperature"] == 1
+    assert c.values()["temperature"] == 1.2
     for entropy, temperature, above in ((0.4, 1.2, 0), (0.5, 1.2, 0), (0.6, 0.8, 1)):
         assert c.update(entropy, 1) == pytest.approx(temperature)
         assert c.values()["above"] == above

@@ -94,7 +94,7 @@ class EntropyTrend(Controller):
 class TargetSwitch(Controller):
     """The temperature of the samples that steer: high where H is at or below the target, else low (AEPO, arXiv 2510.08141).
 
-    values: temperature (1 before the first update), target (nats), above (1 where H > target, else 0).
+    values: temperature (the high one before the first update, as released), target (nats), above (1 where H > target, else 0).
     """
 
     output: ClassVar[str] = "temperature"
@@ -105,7 +105,7 @@ class TargetSwitch(Controller):
         for name, value in settings.items():
             require_number(name, value, 0)
         require(0 < low <= high, "low, high", "0 < low <= high", f"low={low}, high={high}")
-        super().__init__(settings, {"temperature": 1.0, "target": target, "above": 0.0})
+        super().__init__(settings, {"temperature": high, "target": target, "above": 0.0})
         self.target, self.low, self.high = target, low, high
 
     def _next(self, entropy: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
