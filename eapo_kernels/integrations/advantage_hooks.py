@@ -1,8 +1,8 @@
 """OpenRLHF, SkyRL, NeMo-RL, AReaL and slime: the weight where each of them has just computed its advantages.
 
 None of them hands an entropy to that place, but all have the log-probs of the sampled tokens there: H_k is estimated as the
-mean of -log p (``AdvantageWeight.observe_sampled``), on this step's rollouts. Nothing of a framework is imported or patched: these
-are bases, wrappers and functions that its configuration or your script names. docs/integrations.md has a recipe for each.
+mean of -log p (``AdvantageWeight.observe_sampled``), on this step's rollouts. Nothing of a framework is imported or patched:
+these are bases, wrappers and functions that its configuration or your script names; recipes are in docs/integrations.md.
 """
 
 from __future__ import annotations
