@@ -139,7 +139,7 @@ def test_the_predicted_change_of_a_step_on_the_loss(z: Tensor, targets: Tensor) 
     """One small step of gradient descent on the whole loss in logit space changes the entropies' sum as predicted."""
     stats, method = stats_of(z, targets), get_method("w_reinforce")
     batch = make_batch(targets, stats)
-    found = diagnostics.diagnose_batch(method, batch, TokenStats(*(t.float() for t in stats)))
+    found = diagnostics.diagnose_batch(method, batch, TokenStats(*(None if t is None else t.float() for t in stats)))
     hidden, eta = z.clone().requires_grad_(), 1e-4
     policy_loss(hidden, torch.eye(V, dtype=torch.float64), batch, method=method, schedule="autograd").loss.backward()
     assert hidden.grad is not None

@@ -80,8 +80,6 @@ class TargetRollouts(RolloutHook):
     ) -> Sampled:
         factor = float(state["temperature"])
         sampled = replace(sampled, advantages=source.advantages(sampled))
-        if factor == 1.0:  # the entropy is not known before the first step has been measured
-            return sampled
         random, groups = np.random.default_rng(seed), sampled.groups()
         count = max(1, int(self.resampled_share * len(groups)))
         firsts = [groups[g][0] for g in sorted(random.choice(len(groups), count, replace=False).tolist())]

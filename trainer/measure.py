@@ -21,7 +21,7 @@ class Measurement:
 
     Attributes:
         logp, entropy: of the sampled distribution, at the sampling temperature.
-        lse, p2, p2_logp: see ``TokenStats``.
+        lse, p2, p2_logp, varentropy: see ``TokenStats``.
         tempered_logp: log-prob of the token at another temperature.
         nucleus_entropy: entropy of the renormalised nucleus.
     """
@@ -31,12 +31,13 @@ class Measurement:
     lse: Tensor
     p2: Tensor | None = None
     p2_logp: Tensor | None = None
+    varentropy: Tensor | None = None
     tempered_logp: Tensor | None = None
     nucleus_entropy: Tensor | None = None
 
     def stats(self) -> TokenStats:
         """What ``shape_batch`` and the diagnostics take."""
-        return TokenStats(self.logp, self.entropy, self.lse, self.p2, self.p2_logp)
+        return TokenStats(**{name: getattr(self, name) for name in TokenStats._fields})
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Wanted:
     """What to measure beyond log-prob and entropy.
 
     Attributes:
-        second_moments: p2 and p2_logp.
+        second_moments: p2, p2_logp and varentropy.
         tempered: the other temperature, as a factor on the sampling temperature, or None.
         top_p: the nucleus' mass, or None.
     """

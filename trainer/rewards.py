@@ -131,12 +131,13 @@ class Rewards:
         for (name, function), weight in zip(self.functions.items(), self.config.weights, strict=True):
             values, _ = _call(name, function, calls)
             total += torch.tensor([math.nan if value is None else weight * value for value in values])
-        for text, value in zip(texts, total.tolist(), strict=True):
-            if value not in (0, 1) and not math.isnan(value):
-                raise ConfigError(
-                    f"rewards.functions: expected rewards of 0 or 1 with method {method!r} (exact_match, or a function of your "
-                    f"own), got {value:g} from {', '.join(self.functions)} for the answer {text[:80]!r}"
-                )
+        off = torch.minimum(total.abs(), (total - 1).abs()).nan_to_num(0.0)
+        worst = int(off.argmax())
+        if off[worst] > 0:
+            raise ConfigError(
+                f"rewards.functions: expected rewards of 0 or 1 with method {method!r} (exact_match or one of your own), "
+                f"got {total[worst]:.3g} from {', '.join(self.functions)} for the answer {texts[worst][:80]!r}"
+            )
 
 
 def _arguments(

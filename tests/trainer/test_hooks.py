@@ -88,14 +88,6 @@ def test_aepo_replaces_some_by_good_answers_of_another_temperature(
     assert again.rollouts.completion_ids == result.rollouts.completion_ids
 
 
-def test_aepo_waits_for_the_first_entropy(source: AnswerSource) -> None:
-    sampled = draw(source, TargetRollouts())
-    state = {"temperature": torch.tensor(1.0), "above": torch.tensor(0.0)}
-    result = TargetRollouts().after(sampled, SAMPLING, source, state, 0)
-    assert result.texts == sampled.texts
-    assert not result.marks
-
-
 def test_cure_continues_from_an_uncertain_token(source: AnswerSource) -> None:
     hook = CutRollouts(continuations=3, top=2)
     sampled = draw(source, hook)
