@@ -239,6 +239,47 @@ def test_evaluation_is_left_alone(tmp_path: Path) -> None:
     assert trainer.eapo.controller.state_dict() == before
 
 
+def _process(rank: int, directory: str, port: int) -> None:
+    import os
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    trainer = _trainer(EAPOTrainer, Path(directory), max_steps=2, extra={"fused_head": "eapo"})
+    assert trainer.accelerator.num_processes == 2
+    own: list[tuple[float, float]] = []
+    observe = trainer.eapo.observe
+
+    def watched(entropy: torch.Tensor, mask: torch.Tensor) -> None:
+        own.append((torch.where(mask.bool(), entropy, 0.0).sum().item(), mask.sum().item()))
+        observe(entropy, mask)
+
+    trainer.eapo.observe = watched
+    trainer.train()
+    torch.save((own, trainer.eapo.controller.state_dict(), trainer.model.state_dict()), f"{directory}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_one_weight(tmp_path: Path) -> None:
+    import socket
+
+    import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, args=(str(tmp_path), port), nprocs=2)
+    (own, state, model), (other, state_too, model_too) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert own != other
+    assert state == state_too
+    assert all(torch.equal(value, model_too[name]) for name, value in model.items())
+    entropies = [(a[0] + b[0]) / (a[1] + b[1]) for a, b in zip(own, other, strict=True)]
+    assert float(state["initial_entropy"]) == pytest.approx(entropies[0], rel=1e-6)
+    assert float(state["weight"]) == pytest.approx(entropies[1] / entropies[0], rel=1e-6)
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_our_op_behind_the_fused_head_contract(loss_type: str, tmp_path: Path) -> None:
     settings = {**_settings(loss_type), "beta": 0.04, "entropy_coef": 0.01}
