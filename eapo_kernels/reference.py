@@ -62,11 +62,12 @@ def token_stats(
     safe_targets = torch.where(valid, targets, torch.zeros_like(targets))
     logp = log_p.gather(-1, safe_targets.unsqueeze(-1)).squeeze(-1)
     entropy = -(p * finite_log_p).sum(-1)
-    p2 = p2_logp = None
+    p2 = p2_logp = varentropy = None
     if second_moments:
         p2 = keep((p * p).sum(-1)).detach()
         p2_logp = keep((p * p * finite_log_p).sum(-1)).detach()
-    return TokenStats(keep(logp), keep(entropy), keep(torch.logsumexp(z, dim=-1)), p2, p2_logp)
+        varentropy = keep((p * (finite_log_p + entropy.unsqueeze(-1)).square()).sum(-1)).detach()
+    return TokenStats(keep(logp), keep(entropy), keep(torch.logsumexp(z, dim=-1)), p2, p2_logp, varentropy)
 
 
 def eapo_loss(

@@ -100,12 +100,12 @@ def eager_token_stats(
     plogp = torch.where(p > 0, p * log_p, 0.0)
     logp = log_p.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     entropy = -plogp.sum(-1)
-    p2 = p2_logp = None
+    p2 = p2_logp = varentropy = None
     if second_moments:
         p2, p2_logp = (p * p).sum(-1) * valid, (p * plogp).sum(-1) * valid
-    return TokenStats(
-        torch.where(valid, logp, 0.0), torch.where(valid, entropy, 0.0), torch.logsumexp(z, -1) * valid, p2, p2_logp
-    )
+        varentropy = (torch.where(p > 0, plogp * log_p, 0.0).sum(-1) - entropy.square()) * valid
+    lse = torch.logsumexp(z, -1) * valid
+    return TokenStats(torch.where(valid, logp, 0.0), torch.where(valid, entropy, 0.0), lse, p2, p2_logp, varentropy)
 
 
 def assert_no_worse_than(

@@ -34,6 +34,8 @@ class TokenStats(NamedTuple):
         lse: [...] fp32, log sum exp z (nats).
         p2: [...] fp32, sum p^2; None unless ``second_moments``. Carries no gradient.
         p2_logp: [...] fp32, sum p^2 log p (nats); None unless ``second_moments``. Carries no gradient.
+        varentropy: [...] fp32, sum p (log p + H)^2 (nats^2), the variance of the surprise; None unless ``second_moments``.
+            Carries no gradient.
 
     Rows that are masked or whose target is -100 are exact zeros with zero gradient.
     """
@@ -43,6 +45,7 @@ class TokenStats(NamedTuple):
     lse: Tensor
     p2: Tensor | None = None
     p2_logp: Tensor | None = None
+    varentropy: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def compute_statistics(
         zeros = projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype)
         moment = zeros if second_moments else None
         mean = zeros if entropy else None
-        return RowStatistics(zeros, mean, zeros, zeros, zeros, mean, moment, moment), None
+        return RowStatistics(zeros, mean, zeros, zeros, zeros, mean, moment, moment, moment), None
     targets = targets.clamp_min(0)
     first, kept, parts = min(keep, projection.n_rows), None, []
     budget = options.memory_budget

@@ -23,6 +23,7 @@ class RowSums(NamedTuple):
         x_exp: sum x e^x, or None when no entropy is wanted.
         exp2: sum e^(2x), or None.
         x_exp2: sum x e^(2x), or None.
+        xx_exp: sum x^2 e^x, or None.
     """
 
     row_max: Tensor
@@ -31,13 +32,14 @@ class RowSums(NamedTuple):
     x_exp: Tensor | None = None
     exp2: Tensor | None = None
     x_exp2: Tensor | None = None
+    xx_exp: Tensor | None = None
 
 
 class RowStatistics(NamedTuple):
     """What the backward pass needs and the caller gets, [N] each in the statistics dtype (None: not asked for).
 
     Attributes:
-        logp, entropy, lse, p2, p2_logp: as in ``TokenStats``.
+        logp, entropy, lse, p2, p2_logp, varentropy: as in ``TokenStats``.
         row_max: max_v z_v, or any other offset of the row.
         log_sum: log sum e^(z - row_max), so p = e^(z - row_max - log_sum).
         mean_shifted: E_p[z - row_max] (xbar of E3), or None.
@@ -51,6 +53,7 @@ class RowStatistics(NamedTuple):
     mean_shifted: Tensor | None = None
     p2: Tensor | None = None
     p2_logp: Tensor | None = None
+    varentropy: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
         """The same record with a function applied to every tensor that is there."""
@@ -69,14 +72,17 @@ def finish(sums: RowSums) -> RowStatistics:
     log_s0 = s0.log()
     log_sum = torch.where(x == 0, rest.log1p(), log_s0)
     logp = torch.where(x == 0, -log_sum, x - log_s0)  # below the maximum both parts are <= 0: nothing cancels
-    entropy = mean = p2 = p2_logp = None
+    entropy = mean = p2 = p2_logp = varentropy = None
     if sums.x_exp is not None:
         mean = (sums.x_exp + _x_times(x, e)) / s0
         entropy = (log_sum - mean).clamp_min(0)
-    if sums.exp2 is not None and sums.x_exp2 is not None:
+    if sums.exp2 is not None and sums.x_exp2 is not None and sums.xx_exp is not None:
+        assert sums.x_exp is not None
+        centre = (sums.x_exp + _x_times(x, e)) / s0
+        varentropy = ((sums.xx_exp + torch.where(e > 0, x * x * e, torch.zeros_like(e))) / s0 - centre * centre).clamp_min(0)
         p2 = (sums.exp2 + e * e) / (s0 * s0)
         p2_logp = (sums.x_exp2 + _x_times(x, e * e)) / (s0 * s0) - log_sum * p2
-    return RowStatistics(logp, entropy, row_max + log_sum, row_max, log_sum, mean, p2, p2_logp)
+    return RowStatistics(logp, entropy, row_max + log_sum, row_max, log_sum, mean, p2, p2_logp, varentropy)
 
 
 def _x_times(x: Tensor, e: Tensor) -> Tensor:

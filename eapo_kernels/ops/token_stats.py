@@ -39,7 +39,7 @@ def _forward_op(
     debug: bool,
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N], lse [N], moments [2, N], state [3, N], matrix [R, V], row_factor [R]).
+    """(logp [N], entropy [N], lse [N], moments [3, N], state [3, N], matrix [R, V], row_factor [R]).
 
     What is not asked for has no elements. The last two are ``recompute.Kept`` of the rows that ``plan`` keeps.
     """
@@ -56,11 +56,13 @@ def _forward_op(
         keep=_plan(projection, resolved, memory_budget, plan).rows,
     )
     none = s.logp.new_empty(0)
-    moments = torch.stack([s.p2, s.p2_logp]) if s.p2 is not None and s.p2_logp is not None else s.logp.new_empty(2, 0)
+    moments = s.logp.new_empty(3, 0)
+    if s.p2 is not None and s.p2_logp is not None and s.varentropy is not None:
+        moments = torch.stack([s.p2, s.p2_logp, s.varentropy])
     mean = s.mean_shifted if s.mean_shifted is not None else torch.zeros_like(s.logp)
     state = torch.stack([s.row_max, s.log_sum, mean])
     matrix, factor = kept or Kept(hidden.new_empty(0, 0), torch.empty_like(none))
-    entropies = s.entropy.clone() if s.entropy is not None else none
+    entropies = s.entropy.clone() if entropy and s.entropy is not None else none
     return s.logp, entropies, s.lse.clone(), moments, state, matrix, factor
 
 
@@ -82,7 +84,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
         row,
         hidden.new_empty(n if entropy else 0, dtype=dtype),
         torch.empty_like(row),
-        hidden.new_empty(2, n if second_moments else 0, dtype=dtype),
+        hidden.new_empty(3, n if second_moments else 0, dtype=dtype),
         hidden.new_empty(3, n, dtype=dtype),
         hidden.new_empty(
             room, weight.shape[0] if room else 0, dtype=projection.operand_dtype
@@ -204,7 +206,7 @@ def project_stats(
         logp,
         None if entropy == "none" else entropies if entropy == "grad" else entropies.detach(),
         lse,
-        *(moments.unbind(0) if second_moments else (None, None)),
+        *(moments.unbind(0) if second_moments else (None, None, None)),
     )
 
 
@@ -235,7 +237,7 @@ def token_stats(
         logit_scale: factor on the logits before the soft-cap, or None.
         mask: [...] bool or None, False leaves a row out.
         entropy: "grad" (differentiable), "nograd" (value only), "none" (not computed, ``stats.entropy`` is None).
-        second_moments: also return sum p^2 and sum p^2 log p.
+        second_moments: also return sum p^2, sum p^2 log p and the varentropy.
         backend: "auto", "torch" or "triton".
         options: memory budget and the like.
 

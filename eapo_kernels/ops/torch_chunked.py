@@ -60,16 +60,17 @@ class _Reduction:
         e = torch.exp(x, out=z)
         e.scatter_(1, index, 0.0)
         rest = e.sum(1)
-        x_exp = exp2 = x_exp2 = None
+        x_exp = exp2 = x_exp2 = xx_exp = None
+        if self.second_moments:
+            xx_exp = torch.square(x).mul_(e).sum(1)
         if self.entropy or self.second_moments:
-            x.mul_(e)
-            x_exp = x.sum(1) if self.entropy else None
+            x_exp = x.mul_(e).sum(1)
         if self.second_moments:
             x_exp2 = x.mul_(e).sum(1)
             exp2 = torch.mul(e, e, out=x).sum(1)
         if keep:
             e.scatter_(1, index, rest.neg().unsqueeze(1))
-        self.parts.append([row_max.squeeze(1), x_target.squeeze(1), rest, x_exp, exp2, x_exp2])
+        self.parts.append([row_max.squeeze(1), x_target.squeeze(1), rest, x_exp, exp2, x_exp2, xx_exp])
 
     def sums(self) -> RowSums:
         columns = zip(*self.parts, strict=True)

@@ -62,7 +62,7 @@ def test_second_moments(device: str, poisoned: None) -> None:
     truth = oracle_token_stats(inputs, second_moments=True)
     eager = eager_token_stats(inputs.hidden, inputs.weight, inputs.targets, second_moments=True)
     actual = token_stats(inputs.hidden, inputs.weight, inputs.targets, second_moments=True)
-    for name in ("p2", "p2_logp"):
+    for name in ("p2", "p2_logp", "varentropy"):
         assert_no_worse_than(getattr(actual, name), getattr(eager, name), getattr(truth, name), floor=2e-6, name=name)
 
 

@@ -24,7 +24,7 @@ N_SUMS = tl.constexpr(len(SUMS))
 
 @triton.jit
 def merge_sums(sums, rows, n_rows, n_splits, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr):
-    """(row_max, z_target, rest, x_exp, exp2, x_exp2) over all ranges, each [BLOCK_N]; row_max includes the target now.
+    """(row_max, z_target, rest, x_exp, exp2, x_exp2, xx_exp) over all ranges, each [BLOCK_N]; row_max includes the target now.
 
     Two passes in a fixed order: the maximum first, then every range rescaled to it (the merge of math.md, once per range).
     """
@@ -40,6 +40,7 @@ def merge_sums(sums, rows, n_rows, n_splits, ENTROPY: tl.constexpr, SECOND_MOMEN
     x_exp = tl.zeros(rows.shape, tl.float32)
     exp2 = tl.zeros(rows.shape, tl.float32)
     x_exp2 = tl.zeros(rows.shape, tl.float32)
+    xx_exp = tl.zeros(rows.shape, tl.float32)
     for split in range(0, n_splits):
         at = sums + tl.cast(split, tl.int64) * n_rows + rows
         shift = tl.load(at) - row_max  # [BLOCK_N]
@@ -47,13 +48,16 @@ def merge_sums(sums, rows, n_rows, n_splits, ENTROPY: tl.constexpr, SECOND_MOMEN
         shift = tl.where(r > 0.0, shift, 0.0)
         part = tl.load(at + 2 * field)  # [BLOCK_N]
         rest += r * part
-        if ENTROPY:
-            x_exp += r * (tl.load(at + 3 * field) + shift * part)  # [BLOCK_N]
+        if ENTROPY or SECOND_MOMENTS:
+            first = tl.load(at + 3 * field)  # [BLOCK_N]
+            if SECOND_MOMENTS:
+                xx_exp += r * (tl.load(at + 6 * field) + shift * (2.0 * first + shift * part))  # [BLOCK_N]
+            x_exp += r * (first + shift * part)
         if SECOND_MOMENTS:
             part = tl.load(at + 4 * field)  # [BLOCK_N]
             exp2 += r * r * part
             x_exp2 += r * r * (tl.load(at + 5 * field) + shift * part)  # [BLOCK_N]
-    return row_max, z_target, rest, x_exp, exp2, x_exp2
+    return row_max, z_target, rest, x_exp, exp2, x_exp2, xx_exp
 
 
 @triton.jit
@@ -121,7 +125,7 @@ def finalize_kernel(
 ):  # fmt: skip
     """Finish a block of tokens; each program owns its rows of every output.
 
-    out: [4, 6 or 8, n_rows] fp32: logp, lse, row_max, log_sum, then entropy and mean_shifted, then p2 and p2_logp.
+    out: [4, 6 or 9, n_rows] fp32: logp, lse, row_max, log_sum, then entropy and mean_shifted, then p2, p2_logp, varentropy.
     sums: see ``PartialSums``.
     coefficient: [n_rows] fp32, d loss / d logp. totals: [programs, len(SUMS)] fp32, the block's share of ``types.SUMS``.
     ratio_low, ratio_high: 1 - clip_low, 1 + clip_high. The others from ``sequence_ids`` on: ``SurrogateTerms``. Without
@@ -131,7 +135,9 @@ def finalize_kernel(
     rows = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < n_rows
     rows = tl.minimum(rows, n_rows - 1)
-    row_max, z_target, rest, x_exp, exp2, x_exp2 = merge_sums(sums, rows, n_rows, n_splits, ENTROPY, SECOND_MOMENTS)
+    row_max, z_target, rest, x_exp, exp2, x_exp2, xx_exp = merge_sums(
+        sums, rows, n_rows, n_splits, ENTROPY, SECOND_MOMENTS
+    )  # fmt: skip
 
     x = z_target - row_max
     e = tl.exp(x)
@@ -157,6 +163,9 @@ def finalize_kernel(
         p2 = (exp2 + e * e) / (s0 * s0)
         tl.store(at + 6 * field, p2, mask=mask)  # [BLOCK_N]
         tl.store(at + 7 * field, (x_exp2 + x * (e * e)) / (s0 * s0) - log_sum * p2, mask=mask)  # [BLOCK_N]
+        mean = (x_exp + x * e) / s0
+        spread = (xx_exp + x * (x * e)) / s0 - mean * mean
+        tl.store(at + 8 * field, tl.where(spread < 0.0, 0.0, spread), mask=mask)  # [BLOCK_N]
 
     if SURROGATE:
         store_surrogate(
@@ -208,7 +217,7 @@ def finalize(
     n_rows = sums.shape[2]
     tile = tile or configs.find("finalize", family(sums.device), 4)
     programs = triton.cdiv(n_rows, tile.block_n)
-    out = sums.new_empty(8 if second_moments else 6 if entropy else 4, n_rows)
+    out = sums.new_empty(9 if second_moments else 6 if entropy else 4, n_rows)
     arguments = surrogate_arguments(terms, sums, programs, n_rows) | {
         "out": out,
         "sums": sums,
@@ -221,6 +230,6 @@ def finalize(
     logp, lse, row_max, log_sum = out[:4]
     statistics = RowStatistics(logp, out[4] if entropy else None, lse, row_max, log_sum, out[5] if entropy else None)
     if second_moments:
-        statistics = statistics._replace(p2=out[6], p2_logp=out[7])
+        statistics = statistics._replace(p2=out[6], p2_logp=out[7], varentropy=out[8])
     launch = Launch(finalize_kernel, programs, arguments, options(tile), sums.device)
     return launch, Finalized(statistics, arguments["coefficient"], arguments["totals"])

@@ -40,6 +40,7 @@ def stream_statistics_kernel(
     x_exp = tl.zeros([BLOCK_N], tl.float32)
     exp2 = tl.zeros([BLOCK_N], tl.float32)
     x_exp2 = tl.zeros([BLOCK_N], tl.float32)
+    xx_exp = tl.zeros([BLOCK_N], tl.float32)
     end = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(n_columns, BLOCK_V))
     for tile in range(split * tiles_per_split, end):
         first = tile * BLOCK_V
@@ -47,11 +48,13 @@ def stream_statistics_kernel(
             hidden, weight, first_row, first, n_rows, n_columns, dim, hidden_stride_n, hidden_stride_d, weight_stride_v,
             weight_stride_d, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
         )  # fmt: skip
-        y_max, y_target, rest, x_exp, exp2, x_exp2 = absorb(
-            raw, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, target, first, n_columns, factor * LOG2E,
-            BLOCK_V, SLICES, ENTROPY, SECOND_MOMENTS,
+        y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = absorb(
+            raw, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp, target, first, n_columns,
+            factor * LOG2E, BLOCK_V, SLICES, ENTROPY, SECOND_MOMENTS,
         )  # fmt: skip
-    store_sums(sums, rows, n_rows, split, n_splits, factor, y_max, y_target, rest, x_exp, exp2, x_exp2, ENTROPY, SECOND_MOMENTS)
+    store_sums(
+        sums, rows, n_rows, split, n_splits, factor, y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp, ENTROPY, SECOND_MOMENTS
+    )
 
 
 def stream_statistics(

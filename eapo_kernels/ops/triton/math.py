@@ -116,25 +116,29 @@ def take_target(y, y_target, target, first_column, n_columns, BLOCK_V: tl.conste
 
 
 @triton.jit
-def accumulate(y, y_max, rest, x_exp, exp2, x_exp2, scale2, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr):
+def accumulate(y, y_max, rest, x_exp, exp2, x_exp2, xx_exp, scale2, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr):
     """Merge a tile into the running sums of E3 and E4, rescaled to the new maximum.
 
     With x = (y - y_max) * scale2 in bits, scale2 = scale * log2(e): rest = sum 2^x, x_exp = sum x 2^x, exp2 = sum 4^x,
-    x_exp2 = sum x 4^x. All [BLOCK_N]; y: [BLOCK_N, BLOCK_V].
+    x_exp2 = sum x 4^x, xx_exp = sum x^2 2^x. All [BLOCK_N]; y: [BLOCK_N, BLOCK_V].
     """
     new_max = tl.maximum(y_max, tl.max(y, 1))
     shift = (y_max - new_max) * scale2
     r = tl.exp2(shift)
     x = (y - new_max[:, None]) * scale2[:, None]
     e = tl.exp2(x)
-    if ENTROPY:
-        x_exp = r * (x_exp + shift * rest) + tl.sum(x * e, 1)
+    if ENTROPY or SECOND_MOMENTS:
+        weighted = x * e
+        if SECOND_MOMENTS:  # the square of LOWEST would be infinite
+            d = tl.where(r > 0.0, shift, 0.0)
+            xx_exp = r * (xx_exp + d * (2.0 * x_exp + d * rest)) + tl.sum(x * weighted, 1)
+        x_exp = r * (x_exp + shift * rest) + tl.sum(weighted, 1)
     rest = r * rest + tl.sum(e, 1)
     if SECOND_MOMENTS:
         square = e * e
         x_exp2 = r * r * (x_exp2 + shift * exp2) + tl.sum(x * square, 1)
         exp2 = r * r * exp2 + tl.sum(square, 1)
-    return new_max, rest, x_exp, exp2, x_exp2
+    return new_max, rest, x_exp, exp2, x_exp2, xx_exp
 
 
 @triton.jit
@@ -145,7 +149,7 @@ def halves(tile, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def absorb(
-    raw, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, target, first_column, n_columns, scale2,
+    raw, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp, target, first_column, n_columns, scale2,
     BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """One step of the stream: a tile of raw logits becomes y, its target goes to ``y_target``, the rest to the sums.
@@ -158,17 +162,21 @@ def absorb(
         y, _ = shape_logits(raw, bias, bias_stride, columns, cap)
         if touches(target, first_column, n_columns, BLOCK_V):
             y, y_target = take_target(y, y_target, target, first_column, n_columns, BLOCK_V)
-            y_max, rest, x_exp, exp2, x_exp2 = accumulate(y, y_max, rest, x_exp, exp2, x_exp2, scale2, ENTROPY, SECOND_MOMENTS)
+            y_max, rest, x_exp, exp2, x_exp2, xx_exp = accumulate(
+                y, y_max, rest, x_exp, exp2, x_exp2, xx_exp, scale2, ENTROPY, SECOND_MOMENTS
+            )
         else:
-            y_max, rest, x_exp, exp2, x_exp2 = accumulate(y, y_max, rest, x_exp, exp2, x_exp2, scale2, ENTROPY, SECOND_MOMENTS)
+            y_max, rest, x_exp, exp2, x_exp2, xx_exp = accumulate(
+                y, y_max, rest, x_exp, exp2, x_exp2, xx_exp, scale2, ENTROPY, SECOND_MOMENTS
+            )
     else:
         left, right = halves(raw, BLOCK_V)
-        y_max, y_target, rest, x_exp, exp2, x_exp2 = absorb(
-            left, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, target, first_column, n_columns,
+        y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = absorb(
+            left, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp, target, first_column, n_columns,
             scale2, BLOCK_V // 2, SLICES // 2, ENTROPY, SECOND_MOMENTS,
         )  # fmt: skip
-        y_max, y_target, rest, x_exp, exp2, x_exp2 = absorb(
-            right, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, target, first_column + BLOCK_V // 2,
-            n_columns, scale2, BLOCK_V // 2, SLICES // 2, ENTROPY, SECOND_MOMENTS,
+        y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = absorb(
+            right, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp, target,
+            first_column + BLOCK_V // 2, n_columns, scale2, BLOCK_V // 2, SLICES // 2, ENTROPY, SECOND_MOMENTS,
         )  # fmt: skip
-    return y_max, y_target, rest, x_exp, exp2, x_exp2
+    return y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp

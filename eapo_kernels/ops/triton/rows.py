@@ -46,11 +46,13 @@ def row_statistics_kernel(
     factor = row_scale(row_inv_temperature, scale, safe_rows)
     target = tl.load(targets + safe_rows).to(tl.int32)  # [BLOCK_N]
     zero = tl.zeros([BLOCK_N], tl.float32)
-    y_max, y_target, rest, x_exp, exp2, x_exp2 = absorb(
-        tile, bias, bias_stride, cap, tl.full([BLOCK_N], LOWEST, tl.float32), zero, zero, zero, zero, zero, target, first,
+    y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = absorb(
+        tile, bias, bias_stride, cap, tl.full([BLOCK_N], LOWEST, tl.float32), zero, zero, zero, zero, zero, zero, target, first,
         n_columns, factor * LOG2E, BLOCK_V, 1, ENTROPY, SECOND_MOMENTS,
     )  # fmt: skip
-    store_sums(sums, rows, n_rows, split, n_splits, factor, y_max, y_target, rest, x_exp, exp2, x_exp2, ENTROPY, SECOND_MOMENTS)
+    store_sums(
+        sums, rows, n_rows, split, n_splits, factor, y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp, ENTROPY, SECOND_MOMENTS
+    )
 
 
 @triton.jit(do_not_specialize=["n_rows"])

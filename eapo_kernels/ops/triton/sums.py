@@ -19,8 +19,8 @@ class PartialSums:
 
     Attributes:
         values: [fields, splits, N] fp32; fields: row_max (without the target), z_target (0 outside the range that holds it),
-            rest, then x_exp with ``entropy``, then exp2 and x_exp2 with ``second_moments``. x is relative to the row_max of the
-            range; a range without any column has row_max -inf and zero sums.
+            rest, then x_exp with ``entropy``, then exp2, x_exp2 and xx_exp with ``second_moments``. x is relative to the
+            row_max of the range; a range without any column has row_max -inf and zero sums.
         entropy, second_moments: which fields are there.
     """
 
@@ -30,8 +30,8 @@ class PartialSums:
 
     @staticmethod
     def fields(entropy: bool, second_moments: bool) -> int:
-        """How many fields there are (with second moments, a place is kept for x_exp)."""
-        return 6 if second_moments else 4 if entropy else 3
+        """How many fields there are (second moments come with x_exp)."""
+        return 7 if second_moments else 4 if entropy else 3
 
     @staticmethod
     def empty(projection: Projection, splits: int, entropy: bool, second_moments: bool) -> PartialSums:
@@ -47,7 +47,7 @@ class PartialSums:
 
 @triton.jit
 def store_sums(
-    sums, rows, n_rows, split, n_splits, scale, y_max, y_target, rest, x_exp, exp2, x_exp2,
+    sums, rows, n_rows, split, n_splits, scale, y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp,
     ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of one vocabulary range in nats, see ``PartialSums``.
@@ -59,6 +59,7 @@ def store_sums(
     row_max = y_max * scale
     residue = tl.fma(y_max, scale, -row_max) * LOG2E
     r = tl.exp2(residue)
+    xx_exp = r * (xx_exp + residue * (2.0 * x_exp + residue * rest))
     x_exp = r * (x_exp + residue * rest)
     rest *= r
     x_exp2 = r * r * (x_exp2 + residue * exp2)
@@ -69,8 +70,9 @@ def store_sums(
     tl.store(at, tl.where(empty, NEG_INF, row_max), mask=mask)  # [BLOCK_N]
     tl.store(at + field, tl.where(y_target <= LOWEST, NEG_INF, y_target * scale), mask=mask)  # [BLOCK_N]
     tl.store(at + 2 * field, tl.where(empty, 0.0, rest), mask=mask)  # [BLOCK_N]
-    if ENTROPY:
+    if ENTROPY or SECOND_MOMENTS:
         tl.store(at + 3 * field, tl.where(empty, 0.0, x_exp * LN2), mask=mask)  # [BLOCK_N]
     if SECOND_MOMENTS:
         tl.store(at + 4 * field, tl.where(empty, 0.0, exp2), mask=mask)  # [BLOCK_N]
         tl.store(at + 5 * field, tl.where(empty, 0.0, x_exp2 * LN2), mask=mask)  # [BLOCK_N]
+        tl.store(at + 6 * field, tl.where(empty, 0.0, xx_exp * (LN2 * LN2)), mask=mask)  # [BLOCK_N]

@@ -80,7 +80,23 @@ def test_custom_op_contract(second_moments: bool, entropy: bool, device: str) ->
     targets = inputs.targets.clone()
     targets[2] = -100
     rows = torch.ones(9, device=device)
-    args = (hidden, weight, None, targets, rows, 1.0, 1.0, None, entropy, second_moments, "triton", 2**20, True, False, False)
+    args = (
+        hidden,
+        weight,
+        None,
+        targets,
+        rows,
+        1.0,
+        1.0,
+        None,
+        entropy,
+        second_moments,
+        "triton",
+        2**20,
+        True,
+        False,
+        "recompute",
+    )
     torch.library.opcheck(torch.ops.eapo_kernels.token_stats.default, args)
 
 

@@ -193,11 +193,11 @@ def test_merging_ranges_is_summing_at_once(splits: int, device: str) -> None:
         x = part - offset.unsqueeze(1)
         e = x.exp()
         x = torch.where(e > 0, x, 0.0)
-        return [e.sum(1), (x * e).sum(1), (e * e).sum(1), (x * e * e).sum(1)]
+        return [e.sum(1), (x * e).sum(1), (e * e).sum(1), (x * e * e).sum(1), (x * x * e).sum(1)]
 
     row_max = torch.maximum(others.amax(1), z_target)
     whole = finish(RowSums(row_max, z_target - row_max, *sums(others, row_max)))
-    values = torch.zeros(6, splits, n)
+    values = torch.zeros(7, splits, n)
     for k, part in enumerate(others.tensor_split(splits, 1)):
         offset = part.amax(1)
         values[0, k] = offset

@@ -78,7 +78,7 @@ def test_moments_without_entropy(device: str) -> None:
     full = BACKEND.statistics(p, inputs.targets, entropy=True, second_moments=True, budget=2**20)
     assert plain.entropy is None
     assert plain.mean_shifted is None
-    for name in ("logp", "lse", "p2", "p2_logp"):
+    for name in ("logp", "lse", "p2", "p2_logp", "varentropy"):
         assert torch.equal(getattr(plain, name), getattr(full, name))
 
 
