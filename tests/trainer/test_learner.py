@@ -173,3 +173,28 @@ def answers_of(lengths: list[tuple[int, int]]) -> Answers:
 def test_plan_puts_neighbours_in_length_together() -> None:
     answers = answers_of([(1, 1), (1, 99), (2, 1), (2, 98), (1, 2)])
     assert plan(answers, range(5), budget=200) == [[1, 3], [2, 4, 0]]
+
+
+@pytest.mark.parametrize("method", ["psr", "grpo"])
+def test_a_step_with_nothing_to_learn_leaves_the_weights(policy: Policy, rollouts: Rollouts, method: str) -> None:
+    """No correct answer for psr, no spread for grpo: a finite loss of zero, and no gradient."""
+    answers, built = select(rollouts, range(12)), get_method(method)
+    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+    before = [p.clone() for p in policy.trainable()]
+    own = learner(policy, method, micro_batch_tokens=45, minibatches=2)
+    experience = weigh(built, answers, torch.zeros(12), torch.arange(12) // 4, old)
+    metrics = own.update(experience, step=0, seed=0, tick=no_tick)
+    assert metrics["loss"] == metrics["grad_norm"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
+
+
+def test_dropped_answers_leave_the_denominator(policy: Policy, rollouts: Rollouts) -> None:
+    """nsr with two wrong answers of twelve: the mean over the tokens of those two, in any cut."""
+    answers, built = select(rollouts, range(12)), get_method("nsr")
+    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+    rewards = torch.ones(12)
+    rewards[[2, 7]] = 0
+    experience = weigh(built, answers, rewards, torch.arange(12) // 4, old)
+    for budget in (45, 10_000):
+        _, metrics = gradients(policy, experience, budget, "nsr")
+        assert metrics["loss"] == pytest.approx(1.0, abs=1e-5)  # -mean(ratio * -1)
