@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import make_model, make_tokenizer, no_tick
 
-from eapo_kernels import TokenStats, diagnostics, get_method, make_controller
+from eapo_kernels import TokenStats, diagnostics, get_method, make_controller, observed_entropy, shape_batch
 from trainer.batching import Answers, select
 from trainer.config import Config
 from trainer.dataset import teacher_prompt
@@ -187,3 +188,48 @@ def test_models_differ() -> None:
     """The tiny model is not uniform: mistakes of the tests above would show."""
     z = dense(Policy(make_model(), make_tokenizer()), select(Rollouts([[5]], [[6, 7]], [torch.zeros(2)], [True]), [0]))
     assert z.std() > 0.3
+
+
+def test_weights_are_those_of_shape_batch(policy: Policy, answers: Answers) -> None:
+    """The controller is updated with what the method watches, before its numbers are read; progress and seed get through."""
+    rewards, groups = torch.arange(12.0) % 5, torch.arange(12) // 4
+    for name, wanted in {"siren": Wanted(top_p=0.8), "entrocraft": Wanted(), "clip_cov": Wanted(), "epo": Wanted()}.items():
+        changes = {"clip_cov": {"ratio": 0.2, "low": 0.01, "high": 9.0}, "entrocraft": {"low_first": 0.1, "high_first": 0.2}}
+        method = get_method(name, fixed_length=9, **changes.get(name, {}))
+        controller, twin = make_controller(method), make_controller(method)
+        old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick, wanted=wanted)
+        experience = weigh(method, answers, rewards, groups, old, controller=controller, progress=0.75, seed=11)
+        extras = {} if old.nucleus_entropy is None else {"nucleus_entropy": old.nucleus_entropy}
+        plain = replace(experience.batch, advantages=None, token_advantages=None, entropy_coef=None, mask=None)
+        if twin is not None:
+            assert controller is not None
+            twin.update(*observed_entropy(method, plain, old.stats(), extras=extras))
+            assert controller.values() == twin.values()
+        state = twin.values() if twin else None
+        expected = shape_batch(method, plain, old.stats(), state=state, extras=extras, progress=0.75, seed=11)
+        for field in ("advantages", "entropy_coef", "mask"):
+            ours, theirs = getattr(experience.batch, field), getattr(expected, field)
+            assert (ours is None) == (theirs is None)
+            assert ours is None or torch.equal(ours, theirs), (name, field)
+
+
+def test_what_the_loop_hands_over(changed: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advantages and marks of the hook, the share of the training that is done, and another seed each step."""
+    seen: list[dict[str, Any]] = []
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.append({**options, "answers": len(arguments[1]), "rewards": arguments[2]})
+        return weigh(*arguments, **options)
+
+    monkeypatch.setattr("trainer.loop.weigh", spy)
+    numbers = {"good_above": 0.0, "replayed_share": 1.0}
+    assert train(changed(data={"eval": ""}, steps=4, loss={"method": "spear", "numbers": numbers}))
+    assert [call["progress"] for call in seen] == [0.0, 0.25, 0.5, 0.75]
+    assert len({call["seed"] for call in seen}) == 4
+    assert "replayed" not in seen[0]["extras"]
+    assert seen[1]["extras"]["replayed"].any()
+    assert not seen[1]["extras"]["replayed"].all()
+    for call in seen:
+        assert call["advantages"].shape == call["rewards"].shape == (call["answers"],)
+        assert call["advantages"].isfinite().all()
+    assert seen[1]["answers"] > 12
