@@ -52,6 +52,42 @@ class RolloutHook:
 
 
 @dataclass
+class SpreadRollouts(RolloutHook):
+    """DAPO (arXiv 2503.14476): groups without spread teach nothing and give way to other questions.
+
+    Attributes:
+        rounds: most further draws of as many questions as a step has; 0 only leaves flat groups out. A step without any other
+            stays as it is.
+    """
+
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.rounds, int) and self.rounds >= 0, "rounds", "an int >= 0", repr(self.rounds))
+
+    def after(
+        self, sampled: Sampled, sampling: Sampling, source: AnswerSource, state: Mapping[str, Tensor], seed: int
+    ) -> Sampled:
+        result, wanted = _with_spread(sampled, len(sampled)), source.config.rollout.prompts
+        first = max(sampled.group_ids) + 1
+        for number in range(self.rounds):
+            missing = wanted - len(result.groups())
+            if missing <= 0:
+                break
+            prompts, columns = source.questions()
+            groups = range(first, first := first + len(prompts))
+            more = source.draw(prompts, columns, groups, replace(sampling, seed=seed + number))
+            result = result.joined(_with_spread(more.chosen(more.whole()), missing))
+        return result if len(result) else sampled
+
+
+def _with_spread(sampled: Sampled, most: int) -> Sampled:
+    """The first ``most`` groups whose rewards are not all equal."""
+    spread = [group for group in sampled.groups() if sampled.scores.total[group].unique().numel() > 1]
+    return sampled.chosen([i for group in spread[:most] for i in group])
+
+
+@dataclass
 class TargetRollouts(RolloutHook):
     """AEPO (arXiv 2510.08141): correct answers sampled hotter or cooler take the place of ordinary ones.
 
@@ -237,7 +273,7 @@ class ReplayRollouts(RolloutHook):
 
 
 HOOKS: MappingProxyType[str, type[RolloutHook]] = MappingProxyType(
-    {"aepo": TargetRollouts, "cure": CutRollouts, "t1": OversampledRollouts, "spear": ReplayRollouts}
+    {"dapo": SpreadRollouts, "aepo": TargetRollouts, "cure": CutRollouts, "t1": OversampledRollouts, "spear": ReplayRollouts}
 )
 """Method -> its hook; the others have none."""
 

@@ -24,6 +24,7 @@ Decisions, so that nobody has to find them in the code:
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -89,7 +90,12 @@ def _train(config: Config, console: Console) -> bool:
     learner = Learner(policy, method, config.optim, temperature=rollout.temperature, steps=config.steps)
     controller = make_controller(method)
     reference = Reference(policy, config.loss.reference_share()) if method.config.kl_coef else None
-    source = AnswerSource(config, method, policy, engine, rewards, console)
+
+    def questions() -> tuple[list[list[int]], dict[str, list[Any]]]:
+        indices = sampler.next()
+        return [prompts[i] for i in indices], train_set.columns(indices, 1)
+
+    source = AnswerSource(config, method, policy, engine, rewards, console, questions)
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
     console.line(f"training {trained:,} of {weights:,} weights on {policy.device}")
 
@@ -112,7 +118,6 @@ def _train(config: Config, console: Console) -> bool:
         evaluation(step)
         while step < config.steps:
             console.seconds.clear()
-            indices = sampler.next()
             diagnosed = bool(config.diagnose_every) and step % config.diagnose_every == 0
             sampling = Sampling(
                 responses=rollout.responses,
@@ -122,8 +127,7 @@ def _train(config: Config, console: Console) -> bool:
                 seed=derive_seed(config.seed, ROLLOUT_SEED, step),
             )
             state = controller.values() if controller else {}
-            columns = train_set.columns(indices, 1)
-            drawn = source.draw([prompts[i] for i in indices], columns, range(len(indices)), hook.before(sampling))
+            drawn = source.draw(*questions(), range(rollout.prompts), hook.before(sampling))
             sampled = drawn.chosen(drawn.whole())
             if len(sampled):
                 sampled = hook.after(sampled, sampling, source, state, derive_seed(config.seed, HOOK_SEED, step))
@@ -167,7 +171,7 @@ def _train(config: Config, console: Console) -> bool:
             metrics = {
                 "step": step,
                 **reward_metrics(fresh),
-                "reward/excluded_groups": float(len(drawn.groups()) - len(fresh.groups())),
+                "reward/excluded_groups": float(len(drawn.groups()) - len(drawn.chosen(drawn.whole()).groups())),
                 **({name: float(value) for name, value in controller.metrics().items()} if controller else {}),
                 **learned,
                 "eapo/entropy": old.entropy.mean().item(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,8 +102,17 @@ class AnswerSource:
     """Samples answers and scores them: the first half of a step, for the loop and for rollout hooks."""
 
     def __init__(
-        self, config: Config, method: Method, policy: Policy, engine: RolloutEngine, rewards: Rewards, console: Console
+        self,
+        config: Config,
+        method: Method,
+        policy: Policy,
+        engine: RolloutEngine,
+        rewards: Rewards,
+        console: Console,
+        questions: Callable[[], tuple[list[list[int]], dict[str, list[Any]]]],
     ) -> None:
+        """questions: the next step's, as token ids and columns."""
+        self.questions = questions
         self.config, self.method, self.policy = config, method, policy
         self.engine, self.rewards, self.console = engine, rewards, console
 

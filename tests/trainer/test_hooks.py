@@ -11,7 +11,7 @@ import torch
 from eapo_kernels import get_method
 from trainer.config import Config
 from trainer.console import Console
-from trainer.hooks import CutRollouts, OversampledRollouts, ReplayRollouts, RolloutHook, TargetRollouts
+from trainer.hooks import CutRollouts, OversampledRollouts, ReplayRollouts, RolloutHook, SpreadRollouts, TargetRollouts
 from trainer.interrupt import StopRequest
 from trainer.policy import Policy
 from trainer.rewards import Rewards
@@ -29,7 +29,8 @@ SAMPLING = Sampling(responses=4, max_new_tokens=8, temperature=1.0, top_p=1.0, s
 def source(policy: Policy, config: Config) -> AnswerSource:
     config = replace(config, rollout=replace(config.rollout, max_new_tokens=SAMPLING.max_new_tokens))
     rewards = Rewards(config.rewards, cache="unused", device=policy.device)
-    return AnswerSource(config, get_method("grpo"), policy, TransformersEngine(policy, 64), rewards, Console(StopRequest()))
+    engine, console = TransformersEngine(policy, 64), Console(StopRequest())
+    return AnswerSource(config, get_method("grpo"), policy, engine, rewards, console, lambda: (PROMPTS, COLUMNS))
 
 
 def draw(source: AnswerSource, hook: RolloutHook, seed: int = 7) -> Sampled:
@@ -60,6 +61,25 @@ def test_without_a_hook_nothing_changes(source: AnswerSource) -> None:
     assert hook.before(SAMPLING) == SAMPLING
     assert hook.after(sampled, SAMPLING, source, {}, 0) is sampled
     check(sampled)
+
+
+def test_dapo_asks_other_questions_in_the_place_of_flat_groups(source: AnswerSource) -> None:
+    hook, sampled = SpreadRollouts(rounds=2), draw(source, SpreadRollouts())
+    assert source.config.rollout.prompts == 3
+    flat = sampled.scores.total.clone()
+    flat[4:] = 0.5  # of the four groups only the first has spread
+    flat[:4] = torch.tensor([0.0, 0.1, 0.2, 0.3])
+    sampled = replace(sampled, scores=replace(sampled.scores, total=flat))
+    result = hook.after(sampled, SAMPLING, source, {}, seed=9)
+    assert result.rollouts.completion_ids[:4] == sampled.rollouts.completion_ids[:4]
+    check(result.chosen(range(4, len(result))))
+    groups = result.groups()
+    assert len(groups) == 3
+    assert all(result.scores.total[group].unique().numel() > 1 for group in groups)
+    assert {result.group_ids[i] for i in range(4, len(result))}.isdisjoint(sampled.group_ids)
+    assert len(SpreadRollouts(rounds=0).after(sampled, SAMPLING, source, {}, 0)) == 4
+    nothing = replace(sampled, scores=replace(sampled.scores, total=torch.zeros(16)))
+    assert SpreadRollouts(rounds=0).after(nothing, SAMPLING, source, {}, 0) is nothing
 
 
 @pytest.mark.parametrize(("temperature", "above"), [(1.2, 0.0), (0.8, 1.0)])
