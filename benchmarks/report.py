@@ -10,11 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from .reporting.blocks import DOCS, README, newest_results
+from .reporting.blocks import DOCS, OVERHEAD, README, Target, newest_results
 from .reporting.groups import Result
 from .reporting.plots import draw
 from .reporting.tables import result_section
-from .results import ResultFile, load
+from .results import FOLDER, ResultFile, load
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,12 +30,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.result and blocks:
         parser.error("--result: expected without --docs, --readme and --check, which show the newest of benchmarks/results")
     try:
-        results = [load(path) for path in options.result] if options.result else newest_results()
+        results = [load(path) for path in options.result] if options.result else newest_results(FOLDER)
+        overheads = newest_results(FOLDER / "methods")
         if options.check:
-            return _check(results)
-        for target, wanted in ((DOCS, options.docs), (README, options.readme)):
+            return _check([(README, results), (DOCS, results), (OVERHEAD, overheads)])
+        for target, wanted, shown in (
+            (DOCS, options.docs, results),
+            (OVERHEAD, options.docs, overheads),
+            (README, options.readme, results),
+        ):
             if wanted:
-                target.write(results)
+                target.write(shown)
         if not results and (options.out or not blocks):
             raise ValueError("benchmarks/results: expected a result, got none; make bench-cpu OUT=benchmarks/results makes one")
         if options.out:
@@ -62,8 +67,8 @@ def write_report(results: list[Result], folder: Path) -> Path:
     return path
 
 
-def _check(results: list[Result]) -> int:
-    stale = [target.path.name for target in (README, DOCS) if not target.current(results)]
+def _check(targets: list[tuple[Target, list[Result]]]) -> int:
+    stale = {target.path.name: None for target, results in targets if not target.current(results)}
     if stale:
         names = ", ".join(stale)
         print(f"{names}: not what benchmarks/results says; run python -m benchmarks.report --docs --readme", file=sys.stderr)

@@ -104,5 +104,27 @@ class Target:
         self.path.write_text(self.filled(results))
 
 
+def methods_part(result: Result) -> str:
+    """What every method costs over GRPO, from a result of ``benchmarks.methods``."""
+    env, rows = result["environment"], result["rows"]
+    shape = " ".join(f"{key}={value}" for key, value in rows[0]["shape"].items())
+    needs = {"second_moments": "second moments", "tempered_logp": "log-probs at another temperature"}
+    body = [
+        [
+            f"`{row['method']}`",
+            row["scope"],
+            ", ".join(needs.get(name, name.replace("_", " ")) for name in row["needs"]) or "-",
+            f"{row['over_grpo']:.2f}",
+            f"{row['weights_over_grpo']:.3f}" if row["weights_over_grpo"] else "-",
+        ]
+        for row in rows
+    ]
+    head = ["method", "scope", "needs beyond log-prob and entropy", "loss / grpo", "weights once a step / grpo"]
+    where = f"{env['gpu']}, torch {env['torch']}, {env['date'][:10]}, commit {env['commit']}; {shape}; "
+    where += f"medians of {rows[0]['rounds']} rounds."
+    return "\n".join([where, "", *markdown_table(head, body, words=3)])
+
+
 README = Target(ROOT / "README.md", "benchmark", readme_part)
 DOCS = Target(ROOT / "docs" / "benchmarks.md", "results", docs_part)
+OVERHEAD = Target(ROOT / "docs" / "benchmarks.md", "methods", methods_part)

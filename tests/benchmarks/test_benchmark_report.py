@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import methods, report
 from benchmarks.reporting import blocks, plots
 from benchmarks.reporting.bars import BARS, bars_table
 from benchmarks.reporting.groups import groups, unique
 from benchmarks.reporting.tables import absent, environment_line, result_section, settings
 from benchmarks.results import ResultFile, load
+from eapo_kernels import METHODS
 
 Result = dict[str, Any]
 
@@ -336,7 +337,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     docs.write_text("# Benchmarks\n\n<!-- results -->\n<!-- /results -->\n")
     monkeypatch.setattr(report, "README", replace(blocks.README, path=readme))
     monkeypatch.setattr(report, "DOCS", replace(blocks.DOCS, path=docs))
-    monkeypatch.setattr(report, "newest_results", lambda: blocks.newest_results(tmp_path / "results"))
+    methods = tmp_path / "docs" / "methods.md"
+    methods.write_text("<!-- methods -->\nNo result is committed yet.\n<!-- /methods -->\n")
+    monkeypatch.setattr(report, "OVERHEAD", replace(blocks.OVERHEAD, path=methods))
+    monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
     return tmp_path
 
 
@@ -399,3 +403,25 @@ def test_the_newest_cannot_be_chosen_for_the_blocks(tmp_path: Path) -> None:
 
 def test_committed_blocks_are_current() -> None:
     assert report.main(["--check"]) == 0
+
+
+def test_what_a_method_costs(project: Path, cpu_result: Result) -> None:
+    rows = [
+        {"method": name, "scope": "token", "needs": needs, "shape": {"N": 64, "D": 8, "V": 99, "dtype": "float32"}, "rounds": 3,
+         "ms": 5.0, "over_grpo": over, "weights_over_grpo": weights}
+        for name, needs, over, weights in (("grpo", [], 1.0, 0.0), ("clip_v", ["second_moments"], 1.02, 0.004))
+    ]  # fmt: skip
+    _save({**cpu_result, "rows": rows}, project / "results" / "methods")
+    assert report.main(["--docs"]) == 0
+    text = (project / "docs" / "methods.md").read_text()
+    assert "| `grpo` | token | - | 1.00 | - |" in text
+    assert "| `clip_v` | token | second moments | 1.02 | 0.004 |" in text
+
+
+def test_methods_command(tmp_path: Path) -> None:
+    assert methods.main(["--shape", "32", "8", "64", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in rows] == list(METHODS)
+    assert all(row["over_grpo"] > 0 for row in rows)
+    assert {row["method"] for row in rows if row["weights_over_grpo"]} == {m.name for m in METHODS.values() if m.shaper}
