@@ -67,7 +67,8 @@ class TokenBatch:
         token_advantages: whether the advantages are per token. None: told from their shape, which where N = B only works with
             ``sequence_ids`` 0, 1, 2, ...
         entropy_coef: [N] float or None, factor of each token's entropy bonus (loss per nat), on top of the config's.
-        ratio_penalty: [N] float >= 0 or None, factor of |log(pi / pi_old)| of each token, added to its loss.
+        ratio_penalty: [N] float >= 0 or None, factor of |log(pi / pi_old)| of each token, added to its loss;
+            within 1e-4 nats the policies count as the same.
         denominator: number, 0-dim tensor or None, the *global* count that the reduction divides by (tokens that count for
             ``token_mean``, responses with such tokens for the others; without those that ``drop_zero_weight`` drops), so that
             the losses of micro-batches and ranks add up to the loss of the whole batch. None: counted in this batch.

@@ -16,6 +16,10 @@ from .reductions import REDUCTIONS, Counts
 from .surrogates import KL_ESTIMATORS, MAX_LOG_RATIO, SEQUENCE_RATIO, SURROGATES, kl_k3, log_ratio
 from .weighting import SPLITS, Split
 
+SAME_POLICY = 1e-4
+"""Log-ratios (nats) up to this size are rounding between two computations of one policy's log-prob: |log rho| has no slope
+there, where its sign would be noise."""
+
 
 @dataclass(frozen=True)
 class PolicyTerms:
@@ -174,7 +178,8 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
         if config.kl_coef:
             per_token = per_token + config.kl_coef * kl
     if terms.ratio_penalty is not None:
-        per_token = per_token + terms.ratio_penalty * ratio.abs()
+        moved = ratio.abs() > SAME_POLICY
+        per_token = per_token + terms.ratio_penalty * torch.where(moved, ratio.abs(), 0.0)
     if terms.has_entropy_bonus:
         assert entropy is not None
         bonus = config.entropy_coef if terms.entropy_coef is None else config.entropy_coef + terms.entropy_coef

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,3 +91,19 @@ def test_a_shaped_method_refuses_an_unshaped_batch() -> None:
         get_method("steer", lambda_min=2)
     with pytest.raises(EapoError, match="form: expected one of theorem, released, got 'paper'"):
         get_method("steer", form="paper")
+
+
+def test_kl_cov_on_policy_has_no_gradient_from_rounding() -> None:
+    """At the old policy |log rho| has no slope, whatever the last digit of the log-prob."""
+    step, method = make_step(1), get_method("kl_cov", ratio=0.5, beta=5.0)
+    for noise in (1e-7, -1e-6):
+        with torch.no_grad():
+            old = step.logp(step.hidden, step.weight).float() + noise
+        shaped = replace(shape_batch(method, step.batch, step.stats), old_logp=old)
+        plain = replace(shaped, ratio_penalty=None)
+        gradients = []
+        for batch in (shaped, plain):
+            weight = step.weight.clone().requires_grad_()
+            policy_loss(step.hidden, weight, batch, method=method).loss.backward()
+            gradients.append(weight.grad)
+        torch.testing.assert_close(*gradients)
