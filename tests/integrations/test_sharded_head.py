@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import WORLD, run_ranks
 from tiny_models import tiny_batch, tiny_model
 
 from eapo_kernels import EapoError
 from eapo_kernels.integrations.hf import next_token_targets, patch_causal_lm
 
-WORLD = 2
 CASES = ["fsdp2_untied", "fsdp2_tied", "fsdp2_head_apart", "fsdp2_lora_head", "ddp"]
 
 
@@ -40,15 +38,11 @@ def _backward(model: Any, rows: slice) -> None:
 
 def _rank(rank: int, directory: str) -> None:
     """Every case on one pair of processes: starting them takes longer than all the rest."""
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
     for case in CASES:
         found = _sharded_gradients(case, rank)
         if rank == 0:
             torch.save(found, f"{directory}/{case}.pt")
     _assert_the_head_alone_is_refused()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _sharded_gradients(case: str, rank: int) -> dict[str, torch.Tensor]:
@@ -78,7 +72,7 @@ def _sharded_gradients(case: str, rank: int) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, args=(str(directory),), nprocs=WORLD)
+    run_ranks(_rank, str(directory))
     return directory
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from tiny_models import tiny_model, tiny_tokenizer
 
 from eapo_kernels import EapoError, EntropyRatio
@@ -239,14 +240,7 @@ def test_evaluation_is_left_alone(tmp_path: Path) -> None:
     assert trainer.eapo.controller.state_dict() == before
 
 
-def _process(rank: int, directory: str, port: int) -> None:
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def _process(rank: int, directory: str) -> None:
     trainer = _trainer(EAPOTrainer, Path(directory), max_steps=2, extra={"fused_head": "eapo"})
     assert trainer.accelerator.num_processes == 2
     own: list[tuple[float, float]] = []
@@ -259,18 +253,10 @@ def _process(rank: int, directory: str, port: int) -> None:
     trainer.eapo.observe = watched
     trainer.train()
     torch.save((own, trainer.eapo.controller.state_dict(), trainer.model.state_dict()), f"{directory}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_share_one_weight(tmp_path: Path) -> None:
-    import socket
-
-    import torch.multiprocessing as mp
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, args=(str(tmp_path), port), nprocs=2)
+    run_ranks(_process, str(tmp_path))
     (own, state, model), (other, state_too, model_too) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert own != other
     assert state == state_too

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 
 from eapo_kernels import EapoError, EntropyRatio, ShapeError
 from eapo_kernels.integrations.versions import require_version
@@ -95,19 +94,17 @@ def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
     AdvantageWeight().load(tmp_path)
 
 
-def _rank(rank: int, world: int, file: str, results: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+def _rank(rank: int, results: str) -> None:
     weight = AdvantageWeight(EntropyRatio())
     for step in range(2):
         entropies = torch.arange(1.0, 2.0 + 3 * rank) / (1 + step)  # 1 token on rank 0, 4 on rank 1
         weight.observe(entropies, torch.ones_like(entropies))
         weight.step()
     torch.save((weight.weight, weight.controller.initial_entropy), f"{results}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_ranks_agree_and_tokens_count_the_same(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_ranks(_rank, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert found[0] == found[1]
     assert float(found[0][1]) == (1 + 1 + 2 + 3 + 4) / 5

@@ -1,0 +1,48 @@
+"""Run a function on two gloo processes; what hangs fails instead, with the stacks of all threads."""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+LIMIT = 150.0  # seconds; starting the processes takes most of a run
+
+
+def run_ranks(function: Callable[..., None], *args: Any) -> None:
+    """Call ``function(rank, *args)`` on each of WORLD processes of one gloo group.
+
+    Raises:
+        TimeoutError: it took longer than LIMIT.
+        ProcessRaisedException: one of them failed.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        context = mp.spawn(_rank, args=(function, args, directory), nprocs=WORLD, join=False)
+        end = time.monotonic() + LIMIT + 20
+        while not context.join(timeout=1):
+            if time.monotonic() > end:
+                for process in context.processes:
+                    process.kill()
+                raise TimeoutError(f"{function.__name__}: expected an end within {LIMIT} s on {WORLD} processes, got none")
+
+
+def _rank(rank: int, function: Callable[..., None], args: tuple[Any, ...], directory: str) -> None:
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD))
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(directory) / "store"), WORLD)
+    limit = datetime.timedelta(seconds=LIMIT / 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
+    function(rank, *args)
+    dist.barrier()
+    dist.destroy_process_group()
