@@ -4,11 +4,12 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help demo test lint format bench bench-cpu gpu report clean
+.PHONY: help demo test test-verl lint format bench bench-cpu gpu report clean
 
 help:
 	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (about 6 minutes on 2 free cores)"
 	@echo "make test       set up, then run all tests"
+	@echo "make test-verl  the verl adapter's tests in an environment of their own (.venv-verl): verl pins other versions"
 	@echo "make lint       ruff, mypy"
 	@echo "make format     let ruff rewrite"
 	@echo "make bench      pytest-benchmark suite, peers included"
@@ -31,7 +32,7 @@ $(VENV)/.dev: $(VENV)/.train
 	$(PIP) --editable '.[train,triton,dev]'
 	touch $@
 
-# Other people's packages; what the benchmarks call of them needs nothing beyond '.[train]'.
+# Other people's packages; what benchmarks, adapters and their tests call of them needs nothing beyond '.[train]'.
 $(VENV)/.peers: $(VENV)/.dev $(wildcard requirements-peers.txt)
 	$(if $(wildcard requirements-peers.txt),$(PIP) --no-deps --requirement requirements-peers.txt)
 	touch $@
@@ -39,9 +40,19 @@ $(VENV)/.peers: $(VENV)/.dev $(wildcard requirements-peers.txt)
 demo: $(VENV)/.train
 	$(RUN) -m trainer demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.peers
 	$(RUN) -m pytest tests --ignore=tests/aot
 	$(RUN) -m pytest tests/aot
+
+.venv-verl/.created: requirements-verl.txt pyproject.toml
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip --disable-pip-version-check install --requirement requirements-verl.txt
+	.venv-verl/bin/python -m pip --disable-pip-version-check install --no-deps verl==0.9.1 --editable .
+	touch $@
+
+# Without tests/ops on the path, whose folder triton would be taken for the package where that is not installed.
+test-verl: .venv-verl/.created
+	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py -o pythonpath=tests/integrations
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
