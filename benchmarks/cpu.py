@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .case import INPUTS, MODES
-from .providers import load_providers
+from .providers import chosen
 from .results import ResultFile, environment
 from .sweep import Job, Limits, print_missing, sweep
 
@@ -29,9 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--inputs", choices=INPUTS, nargs="+", default=["peaked"], help="default: peaked")
     parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES), help="default: all")
     parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="providers whose names begin so")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="leave out providers whose names begin so")
     options = parser.parse_args(arguments)
 
-    providers = [p for p in load_providers() if options.only is None or p.name.startswith(tuple(options.only))]
+    providers = chosen(options.only, options.without)
     print_missing(providers, "cpu")
     result = ResultFile(environment("cpu"))
     jobs = [Job(*options.shape, torch.float32, inputs, tuple(options.modes)) for inputs in options.inputs]

@@ -19,7 +19,7 @@ from . import real_rows
 from .case import N_RESPONSES
 from .gate import run_gate
 from .measure import DeviceLost
-from .providers import load_providers
+from .providers import chosen
 from .results import ResultFile, environment
 from .sweep import Job, Limits, print_missing, sweep
 
@@ -92,12 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     minutes = options.minutes or (1.0 if options.tiny else 8.0 if options.full else 4.0)
     until = start + 60 * minutes
-    providers = [
-        p
-        for p in load_providers()
-        if (options.only is None or p.name.startswith(tuple(options.only)))
-        and not p.name.startswith(tuple(options.without) or "\0")
-    ]
+    providers = chosen(options.only, options.without)
     print_missing(providers, device)
     result = ResultFile(environment(device))
     if options.no_tests:

@@ -55,3 +55,9 @@ class Provider:
 def load_providers() -> list[Provider]:
     """All providers, the floor first. Importing them imports no peer."""
     return [p for name in _FILES for p in import_module(f"{__name__}.{name}").PROVIDERS]
+
+
+def chosen(only: list[str] | None, without: list[str]) -> list[Provider]:
+    """Those whose names begin with one of ``only`` (None: all) and with none of ``without``."""
+    able = [p for p in load_providers() if only is None or p.name.startswith(tuple(only))]
+    return [p for p in able if not p.name.startswith(tuple(without))]
