@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from eapo_kernels.testing import peak_memory
 
 from .case import MODES, Case, make_case
-from .measure import GATE_FACTOR, GATE_FLOOR
+from .measure import gate
 from .providers import Provider, load_providers
 from .truth import Results, Truth, exact
 
@@ -31,20 +31,12 @@ def cases() -> dict[str, tuple[Case, Truth]]:
     return {mode: (half, exact(half)) if mode == "half_zero_rows" else (case, dense) for mode in MODES}
 
 
-@pytest.fixture(scope="module")
-def plain_errors(cases: dict[str, tuple[Case, Truth]]) -> dict[str, dict[str, float]]:
-    """Unfused PyTorch's errors by mode: the bar for ours."""
-    eager = next(p for p in load_providers() if p.name == "unfused_eager")
-    return {mode: truth.errors(eager.prepare(case, mode)(), "policy") for mode, (case, truth) in cases.items()}
-
-
 @pytest.mark.parametrize(
     ("provider", "mode"), [pytest.param(p, m, id=f"{p.name}-{m}") for p in load_providers() for m in MODES if m in p.modes]
 )
 def test_speed(
     benchmark: BenchmarkFixture,
     cases: dict[str, tuple[Case, Truth]],
-    plain_errors: dict[str, dict[str, float]],
     provider: Provider,
     mode: str,
 ) -> None:
@@ -55,9 +47,7 @@ def test_speed(
     benchmark.group = f"{mode} {DEVICE} " + " ".join(f"{key}={value}" for key, value in case.shape().items())
     run = _synchronised(provider.prepare(case, mode))
     errors = truth.errors(run(), provider.objective)
-    if provider.name.startswith("eapo"):
-        for name, error in errors.items():
-            assert error <= GATE_FACTOR * plain_errors[mode].get(name, 0.0) + GATE_FLOOR[DTYPE], name
+    assert gate({provider.name: errors}, DTYPE)["green"], errors
     benchmark.extra_info.update(
         job=provider.job,
         errors=errors,
