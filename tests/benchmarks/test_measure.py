@@ -98,11 +98,50 @@ def test_ours_raising_is_red_unless_it_was_not_to_run_here(cases: dict[str, tupl
     assert measure(*cases["fwd"], [absent], "fwd", CpuClock(), rounds=1)[0]["green"]
 
 
+def test_a_provider_that_raises_while_timed_leaves_the_others_alone(
+    cases: dict[str, tuple[Case, Truth]], providers: list[Provider]
+) -> None:
+    case, truth = cases["fwd"]
+    calls: list[int] = []
+
+    def fourth_fails() -> Results:
+        calls.append(len(calls) + 1)
+        if calls[-1] == 4:
+            raise RuntimeError("out of luck")
+        return {"logp": truth.logp}
+
+    tired = _provider("tired", lambda c, m: fourth_fails)
+    verdict, rows = measure(case, truth, [*providers, tired], "fwd", CpuClock(), rounds=5)
+    assert verdict == {"green": True, "red": []}
+    assert calls == [1, 2, 3, 4], "it is not called again"
+    by_name = {row["provider"]: row for row in rows}
+    failed = by_name.pop("tired")
+    assert failed["error"].startswith("while timed: RuntimeError: out of luck")
+    assert (failed["ms"], failed["rounds"], failed["time_over"]) == (None, 0, {})
+    for row in by_name.values():
+        assert (row["rounds"], row["error"]) == (5, None)
+
+
+def test_ours_with_nothing_compared_is_red(cases: dict[str, tuple[Case, Truth]]) -> None:
+    silent = _provider("eapo_silent", lambda c, m: lambda: {})
+    verdict, rows = measure(*cases["fwd"], [silent], "fwd", CpuClock(), rounds=1)
+    assert verdict == {"green": False, "red": ["eapo_silent: nothing was compared"]}
+    assert rows[0]["error"] == "not timed: the gate is red"
+    assert gate({"peer": {}}, torch.float32)["green"]
+
+
+@pytest.mark.parametrize(("dtype", "gradient"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 8e-3)], ids=str)
+def test_the_gate_has_a_bound_for_every_error(dtype: torch.dtype, gradient: float) -> None:
+    bounds = {"logp": 5e-5, "entropy": 5e-5, "loss": 1e-3, "d_hidden": gradient, "d_weight": gradient}
+    assert gate({"eapo_x": bounds}, dtype) == {"green": True, "red": []}
+    for name, bound in bounds.items():
+        red = gate({"unfused_eager": {name: 1.0}, "eapo_x": bounds | {name: 1.1 * bound}}, dtype)["red"]
+        assert red == [f"eapo_x: {name} error {1.1 * bound:.2e}, allowed {bound:.0e}"]
+
+
 def test_the_gate_judges_ours_alone_and_nan_is_red() -> None:
-    plain = {"unfused_eager": {"logp": 1e-5}}
-    assert gate(plain | {"eapo_x": {"logp": 2.1e-5}, "peer": {"logp": 1.0}}, torch.float32)["green"]
-    assert not gate(plain | {"eapo_x": {"logp": 2.3e-5}}, torch.float32)["green"]
-    assert not gate(plain | {"eapo_x": {"logp": float("nan")}}, torch.float32)["green"]
+    assert gate({"eapo_x": {"logp": 1e-6}, "peer": {"logp": 1.0}}, torch.float32)["green"]
+    assert not gate({"eapo_x": {"logp": float("nan")}}, torch.float32)["green"]
 
 
 def test_interleaving_runs_everyone_every_round() -> None:
