@@ -45,6 +45,7 @@ class Learner:
         """Learn from ``experience``; returns token means of the loss's metrics, and ``loss``, ``grad_norm`` and ``lr``.
 
         Every micro-batch is divided by the counts of its whole minibatch, so how a minibatch is cut changes nothing.
+        Fewer answers than minibatches are as many minibatches of one answer.
         Leaving through ``tick`` drops the gradients of the minibatch at hand and keeps the weights.
 
         Raises:
@@ -58,6 +59,7 @@ class Learner:
             plan(experience.answers, indices.tolist(), optim.micro_batch_tokens)
             for _ in range(optim.epochs)
             for indices in np.array_split(shuffle.permutation(len(experience.answers)), optim.minibatches)
+            if len(indices)
         ]
         done, total = count(), sum(map(len, minibatches))
         sums: dict[str, float] = defaultdict(float)

@@ -136,6 +136,18 @@ def test_minibatches_and_epochs_take_as_many_optimizer_steps(policy: Policy, exp
     assert metrics["ratio_mean"] != 1.0
 
 
+def test_fewer_answers_than_minibatches_are_a_minibatch_each(policy: Policy, rollouts: Rollouts) -> None:
+    answers, built = select(rollouts, [0, 5]), get_method("grpo")
+    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+    experience = weigh(built, answers, torch.tensor([0.0, 1.0]), torch.zeros(2, dtype=torch.int64), old)
+    own = learner(policy, "grpo", minibatches=5)
+    ticks: list[tuple[int, int]] = []
+    metrics = own.update(experience, step=0, seed=0, tick=lambda *done: ticks.append(done))
+    assert {int(state["step"]) for state in own.optimizer.state.values()} == {2}
+    assert ticks == [(0, 2), (1, 2)]
+    assert metrics["eapo/positive_fraction"] == pytest.approx(0.5), "the mean over two, not over five"
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(policy: Policy, experience: Experience) -> None:
     with torch.no_grad():
         policy.language_model.model.norm.weight[0] = float("inf")
