@@ -14,7 +14,7 @@ from benchmarks.gate import Gate
 from benchmarks.results import load
 
 ONLY = ["--only", "bare_gemms", "unfused_eager", "eapo_torch", "cce"]
-NAMES = {"bare_gemms", "unfused_eager", "eapo_torch_op", "eapo_torch_one_pass", "eapo_torch_autograd"}
+NAMES = {"bare_gemms", "bare_gemms_whole", "unfused_eager", "eapo_torch_op", "eapo_torch_one_pass", "eapo_torch_autograd"}
 WITHOUT = ["--without", "cce_torch"]
 
 

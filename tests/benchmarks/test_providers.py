@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.case import MODES, Case, make_case
-from benchmarks.providers import Provider, load_providers
+from benchmarks.providers import Provider, bare_gemms, load_providers
 from benchmarks.providers.common import WITH_GRADIENTS, import_alone, installed, needs
 from benchmarks.providers.eager import token_op
 from benchmarks.truth import OBJECTIVES, Results, Truth, exact
@@ -260,3 +260,30 @@ def test_modes_without_log_probs() -> None:
     for provider in PROVIDERS.values():
         if provider.objective == "cross_entropy" or provider.name.startswith("liger_grpo"):
             assert provider.modes == WITH_GRADIENTS
+
+
+def test_the_floor_adds_up_only_what_further_chunks_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[tuple[str, int]] = []
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **options: Any) -> Any:
+            products.append((name, len(options["out"])))
+            return call(*args, **options)
+
+        return count
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, counted(name, getattr(torch, name)))
+    monkeypatch.setattr(bare_gemms, "_BYTES", 100 * V * 4)
+    case = _case(torch.float32, "cpu", "fwd_bwd")[0]
+    first, second = [("mm", 64), ("mm", 64), ("mm", V)], [("mm", 64), ("mm", 64), ("addmm", V)]
+    for _ in range(2):
+        products.clear()
+        PROVIDERS["bare_gemms"].prepare(case, "fwd_bwd")()
+        assert products == first + second
+    products.clear()
+    PROVIDERS["bare_gemms_whole"].prepare(case, "fwd_bwd")()
+    assert products == [("mm", N), ("mm", N), ("mm", V)]
+    monkeypatch.setattr(bare_gemms, "_WHOLE_BYTES", N * V * 4 - 1)
+    with pytest.raises(ValueError, match=r"logits: expected at most \d+ bytes at once, got 393216"):
+        PROVIDERS["bare_gemms_whole"].prepare(case, "fwd_bwd")
