@@ -18,6 +18,9 @@ from .clock import telemetry
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
+_RED = ".red.json"
+"""How the names of files behind a red gate end: they never replace a green one."""
+
 _PEERS = (
     "triton",
     "liger-kernel",
@@ -73,13 +76,15 @@ class ResultFile:
     environment: dict[str, Any]
     gate: dict[str, Any] = field(default_factory=lambda: {"green": True, "red": [], "tests": None, "cases": {}})
     rows: list[dict[str, Any]] = field(default_factory=list)
+    _replaced: dict[Path, bytes | None] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def name(self) -> str:
-        """``<gpu>-<date>-<commit>.json``; processors are "cpu"."""
+        """``<gpu>-<date>-<commit>.json``, with ``.red.json`` behind a red gate; processors are "cpu"."""
         gpu = self.environment["gpu"]
         short = "cpu" if gpu.startswith("CPU") else "-".join(gpu.lower().removeprefix("nvidia ").split())
-        return f"{short}-{self.environment['date'][:10]}-{self.environment['commit']}.json"
+        ending = ".json" if self.gate["green"] else _RED
+        return f"{short}-{self.environment['date'][:10]}-{self.environment['commit']}{ending}"
 
     def add(self, case: str, verdict: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Take in what ``measure`` found for a case and mode."""
@@ -93,14 +98,29 @@ class ResultFile:
         self.gate["green"] = not self.gate["red"]
 
     def save(self, folder: Path) -> Path:
-        """Write the file whole or not at all, and return its path."""
+        """Write the file whole or not at all, and return its path.
+
+        What this run wrote while it was still green goes when it is red, and what stood there before comes back.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.name
+        if self.gate["green"]:
+            self._replaced.setdefault(path, path.read_bytes() if path.exists() else None)
         scratch = path.with_suffix(".partial")
         content = {"environment": self.environment, "gate": self.gate, "rows": self.rows}
         scratch.write_text(json.dumps(_finite(content), indent=1) + "\n")
         scratch.replace(path)
+        if not self.gate["green"]:
+            self._give_back()
         return path
+
+    def _give_back(self) -> None:
+        for path, before in self._replaced.items():
+            if before is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(before)
+        self._replaced.clear()
 
 
 def _finite(value: Any) -> Any:
@@ -126,6 +146,6 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(kind: str, folder: Path = FOLDER) -> dict[str, Any] | None:
-    """The latest result of this package's own GPU ("gpu") or processor ("cpu") runs, or None."""
-    paths = [p for p in folder.glob("*.json") if p.name.startswith("cpu-") == (kind == "cpu")]
+    """The latest result of this package's own GPU ("gpu") or processor ("cpu") runs, red ones left out, or None."""
+    paths = [p for p in folder.glob("*.json") if p.name.startswith("cpu-") == (kind == "cpu") and not p.name.endswith(_RED)]
     return max((load(p) for p in paths), key=lambda r: r["environment"]["date"], default=None)

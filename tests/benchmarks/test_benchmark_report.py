@@ -302,6 +302,8 @@ def test_a_red_gate_is_refused(gpu_result: Result, tmp_path: Path, capsys: pytes
     assert report.main(["--result", str(path), "--out", str(tmp_path / "out")]) == 1
     assert "expected a green gate, got eapo_triton_op: logp error" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert blocks.newest_results(tmp_path) == []
+    path.rename(tmp_path / "h200-renamed.json")
     with pytest.raises(ValueError, match="expected a green gate"):
         blocks.newest_results(tmp_path)
 

@@ -216,6 +216,29 @@ def test_result_files_turn_red_for_good_and_are_refused(tmp_path: Path) -> None:
         load(path)
 
 
+def test_a_red_file_has_its_own_name_and_replaces_no_green_one(tmp_path: Path) -> None:
+    made = {"gpu": "NVIDIA H200", "date": "2026-01-02 00:00 UTC", "commit": "abc"}
+    green = ResultFile(made, rows=[{"run": 1}])
+    kept = green.save(tmp_path)
+    before = kept.read_bytes()
+    second = ResultFile(made, rows=[{"run": 2}])
+    assert second.save(tmp_path) == kept, "green so far"
+    second.redden(["eapo_x: logp error"])
+    red = second.save(tmp_path)
+    assert red.name == "h200-2026-01-02-abc.red.json"
+    assert kept.read_bytes() == before
+    assert newest("gpu", tmp_path) == load(kept)
+    with pytest.raises(ValueError, match="expected a green gate"):
+        load(red)
+
+    alone = ResultFile(made)
+    path = alone.save(tmp_path / "alone")
+    alone.redden(["eapo_x: logp error"])
+    alone.save(path.parent)
+    assert [p.name for p in path.parent.iterdir()] == [red.name]
+    assert newest("gpu", path.parent) is None
+
+
 def test_newest_looks_at_the_date_of_its_kind(tmp_path: Path) -> None:
     assert newest("gpu", tmp_path) is None
     for gpu, date in (("NVIDIA H200", "2026-01-02"), ("NVIDIA A100", "2026-01-03"), ("CPU (x, 2 threads)", "2026-01-04")):
