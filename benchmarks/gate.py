@@ -10,7 +10,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,12 @@ _ALONE = ("tests/gpu/",)
 _NOT_HERE = ("tests/benchmarks",)
 """Tests of this command itself."""
 
+_THREADS = "2"
+"""Of a shard on the processor: as many shards as half of the cores run side by side."""
+
+_ENDED = (0, 1, 5)
+"""What pytest returns when it came to its end: all passed, some failed, none collected."""
+
 
 @dataclass
 class Gate:
@@ -32,8 +38,9 @@ class Gate:
     Attributes:
         passed, failed, skipped: numbers of tests; a collection error counts as failed.
         seconds: wall time.
-        failures: a line each: test and first line of its message.
+        failures: a line each: test and first line of its message, or a shard and how it ended.
         unfinished: shards that ran out of time.
+        only, arguments: see ``run_gate``.
     """
 
     passed: int = 0
@@ -43,6 +50,8 @@ class Gate:
     failures: list[str] = field(default_factory=list)
     skips: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
+    only: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
 
     @property
     def red(self) -> list[str]:
@@ -51,9 +60,7 @@ class Gate:
         return none + self.failures + [f"not finished in time: {shard}" for shard in self.unfinished]
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            name: getattr(self, name) for name in ("passed", "failed", "skipped", "seconds", "failures", "skips", "unfinished")
-        }
+        return asdict(self)
 
 
 def shards(root: Path, count: int) -> list[list[str]]:
@@ -72,7 +79,8 @@ def run_gate(seconds: float, count: int, *, root: Path = ROOT, only: Sequence[st
 
     only: a single shard of these files, instead of all of them. arguments: further ones of pytest.
     """
-    start, gate = time.monotonic(), Gate()
+    start, gate = time.monotonic(), Gate(only=list(only), arguments=list(arguments))
+    environment = os.environ | {"OMP_NUM_THREADS": _THREADS}
     running: list[tuple[list[str], Path, subprocess.Popen[bytes]]] = []
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -85,12 +93,18 @@ def run_gate(seconds: float, count: int, *, root: Path = ROOT, only: Sequence[st
                     "-q",
                     "-p",
                     "no:cacheprovider",
+                    "--continue-on-collection-errors",
                     f"--junitxml={report}",
                     *arguments,
                     *shard,
                 ]
                 process = subprocess.Popen(
-                    command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+                    command,
+                    cwd=root,
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
                 running.append((shard, report, process))
             for shard, report, process in running:
@@ -101,9 +115,10 @@ def run_gate(seconds: float, count: int, *, root: Path = ROOT, only: Sequence[st
                     continue
                 if report.exists():
                     read_report(report, gate)
-                else:
+                if not report.exists() or process.returncode not in _ENDED:
                     gate.failed += 1
-                    gate.failures.append(f"{' '.join(shard)}: pytest exited with {process.returncode} and no report")
+                    without = "" if report.exists() else " and no report"
+                    gate.failures.append(f"{' '.join(shard)}: pytest exited with {process.returncode}{without}")
         finally:
             for _, _, process in running:
                 _stop(process)

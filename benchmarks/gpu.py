@@ -1,7 +1,7 @@
-"""``python -m benchmarks.gpu --quick|--full --out DIR``: all tests on the GPU, then everyone side by side.
+"""``python -m benchmarks.gpu --quick|--full --out DIR``: the tests on the GPU, then everyone side by side.
 
 Writes DIR/<gpu>-<date>-<commit>.json after every mode. Nothing is measured when a test fails, unless --despite-red is given;
-such a file says so, and the report refuses it.
+such a file ends in .red.json, and the report refuses it.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Gate, sweep, table. Exit code 1 when the gate is red, 3 when a provider broke the GPU; 2 for bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="at most 4 minutes, tests included (the default)")
-    size.add_argument("--full", action="store_true", help="at most 8 minutes, tests included")
+    size.add_argument(
+        "--quick", action="store_true", help="at most 4 minutes, tests included, slow ones left out (the default)"
+    )
+    size.add_argument("--full", action="store_true", help="at most 8 minutes, all tests included")
     size.add_argument("--tiny", action="store_true", help="a minute, any device: tries the command itself")
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON")
     parser.add_argument("--minutes", type=float, default=None, help="instead of the size's own limit")

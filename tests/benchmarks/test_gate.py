@@ -72,6 +72,36 @@ def test_one_green_file(tmp_path: Path) -> None:
     assert (gate.passed, gate.failed, gate.red) == (1, 0, [])
 
 
+def test_a_shard_goes_on_past_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
+    threads = "import os\n\n\ndef test_threads():\n    assert os.environ['OMP_NUM_THREADS'] == '2'\n"
+    gate = run_gate(
+        60, 1, root=_project(tmp_path, {"test_a.py": NO_IMPORT, "test_b.py": threads}), arguments=["-m", "not slow"]
+    )
+    assert (gate.passed, gate.failed, gate.unfinished) == (1, 1, [])
+    assert "test_a" in gate.failures[0]
+    assert gate.as_json()["arguments"] == ["-m", "not slow"]
+    assert gate.as_json()["only"] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("import os\n\n\ndef test_dies():\n    os._exit(0)\n", "0 and no report"),
+        ("def test_passes():\n    pass\n\n\ndef test_leaves():\n    raise KeyboardInterrupt\n", "2"),
+    ],
+)
+def test_a_shard_that_does_not_come_to_its_end_is_red(tmp_path: Path, text: str, end: str) -> None:
+    gate = run_gate(60, 2, root=_project(tmp_path, {"test_a.py": PASSES, "test_b.py": text}), only=("tests/test_b.py",))
+    assert gate.failures == [f"tests/test_b.py: pytest exited with {end}"]
+    assert gate.red
+    assert gate.as_json()["only"] == ["tests/test_b.py"]
+
+
+def test_a_shard_without_a_chosen_test_is_no_failure(tmp_path: Path) -> None:
+    gate = run_gate(60, 2, root=_project(tmp_path, {"test_a.py": PASSES, "test_b.py": SKIPS}), arguments=["-k", "passes"])
+    assert (gate.passed, gate.red) == (1, [])
+
+
 def test_no_test_at_all_is_red() -> None:
     assert Gate().red == ["no test passed"]
     assert Gate(skipped=4).red == ["no test passed"]
