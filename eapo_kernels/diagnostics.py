@@ -14,6 +14,8 @@ from torch import Tensor
 from .checks import FLOATS, require_tensor, valid_tokens
 from .errors import require
 from .objectives.batch import check_batch
+from .objectives.controllers import EntropyRatio
+from .objectives.method import resolve_positive_weight
 from .objectives.methods import Method, get_method
 from .objectives.policy import loss_and_sums, prepare
 from .types import TokenBatch, TokenStats
@@ -32,7 +34,11 @@ class TokenWeights(NamedTuple):
 
 
 def token_weights(
-    method: str | Method, batch: TokenBatch, logp: Tensor | None = None, *, positive_weight: float | Tensor | None = None
+    method: str | Method,
+    batch: TokenBatch,
+    logp: Tensor | None = None,
+    *,
+    positive_weight: float | Tensor | EntropyRatio | None = None,
 ) -> TokenWeights:
     """The effective weights of a (shaped) batch, whatever the method.
 
@@ -50,9 +56,7 @@ def token_weights(
     require(at is not None, "logp", "[N], or a batch with old_logp", None)
     assert at is not None
     require_tensor("logp", at, tuple(batch.targets.shape), FLOATS, batch.targets)
-    given = method.positive_weight if positive_weight is None else positive_weight
-    require(given is not None, "positive_weight", f"a number for method {method.name!r}", None)
-    factor = torch.as_tensor(given).detach().to(at.device, torch.float32)
+    factor = resolve_positive_weight(method, positive_weight, at.device, False)
     if batch.old_logp is None:
         batch = replace(batch, old_logp=at)
     terms = prepare(batch, method.config, factor)
@@ -146,7 +150,7 @@ def diagnose(stats: TokenStats, weights: Tensor, valid: Tensor | None = None) ->
 
 
 def diagnose_batch(
-    method: str | Method, batch: TokenBatch, stats: TokenStats, *, positive_weight: float | Tensor | None = None
+    method: str | Method, batch: TokenBatch, stats: TokenStats, *, positive_weight: float | Tensor | EntropyRatio | None = None
 ) -> dict[str, Tensor]:
     """``diagnose`` with the weights that the method's loss has on this batch at the old policy."""
     at = batch.old_logp if batch.old_logp is not None else stats.logp

@@ -6,17 +6,17 @@ chunk by chunk with one logit computation, for losses in which a token's coeffic
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .checks import describe, require_number, require_scalar, require_tensor
+from .checks import describe, require_number, require_tensor
 from .errors import EapoError, ShapeError, require
 from .objectives.batch import check_batch
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
+from .objectives.method import resolve_positive_weight
 from .objectives.methods import METHODS, Method, get_method
 from .objectives.policy import PolicyTerms, loss_and_sums, prepare
 from .one_pass import one_pass
@@ -65,7 +65,8 @@ def eapo_loss(
         backend: as in ``token_stats``.
         options: memory budget and the like.
         main_grad: [V, D] fp32 (fp64 for fp64 inputs) accumulator to which the weight's gradient is added during this call
-            (one-pass schedule); ``weight`` itself then gets none. None: the gradient reaches ``weight`` by ``backward``.
+            (one-pass schedule); ``weight`` itself then gets none. Not inside a checkpointed region, whose recomputation would
+            add it again. None: the gradient reaches ``weight`` by ``backward``.
         main_grad_scale: what the caller will multiply the loss by before ``backward`` (gradient accumulation, loss scaling).
 
     Returns:
@@ -122,7 +123,7 @@ def policy_loss(
     require(shaped, "batch.advantages", f"those of shape_batch with method {method.name!r}", None)
     if not (isinstance(weight, Tensor) and weight.device == batch.targets.device):
         raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
-    lam = _positive_weight(method, positive_weight, weight.device, options.debug)
+    lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
     terms = prepare(batch, method.config, lam)
     projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape)
     targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
@@ -156,7 +157,7 @@ def loss_denominator(
     """
     method = get_method(method)
     check_batch(batch, method.config, debug=False)
-    lam = _positive_weight(method, positive_weight, batch.targets.device, False)
+    lam = resolve_positive_weight(method, positive_weight, batch.targets.device, False)
     terms = prepare(batch, method.config, lam)
     valid = terms.valid.float()
     if method.config.reduction != "token_mean":
@@ -209,29 +210,6 @@ class EAPOLoss(nn.Module):
 
     def set_extra_state(self, state: dict[str, object]) -> None:
         self.controller.load_state_dict(state)
-
-
-def _positive_weight(method: Method, given: float | Tensor | EntropyRatio | None, device: torch.device, debug: bool) -> Tensor:
-    """The positive weight as a 0-dim fp32 tensor on the device."""
-    if method.positive_weight is not None:
-        if given is not None:
-            own = f"whose weight is {method.positive_weight:g}"
-            raise EapoError(f"positive_weight: expected None for method {method.name!r}, {own}, got {given!r}")
-        given = method.positive_weight
-    elif given is None:
-        raise EapoError(
-            f"positive_weight: expected a number, a 0-dim tensor or an EntropyRatio for method {method.name!r}, got None"
-        )
-    value = given.weight if isinstance(given, EntropyRatio) else given
-    require_scalar("positive_weight", value, "a number, a 0-dim tensor or an EntropyRatio")
-    if not isinstance(value, Tensor):
-        require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
-        return torch.full((), value, dtype=torch.float32, device=device)
-    if debug or not value.is_cuda:
-        require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
-    if value.device.type == "cpu" and device.type != "cpu":  # a fill, not a copy that would block and cannot be captured
-        return torch.full((), float(value), dtype=torch.float32, device=device)
-    return value.detach().to(device, torch.float32, copy=True)
 
 
 def _autograd(

@@ -124,12 +124,14 @@ class Options:
     """How the work is done; never what is computed.
 
     Attributes:
-        memory_budget: bytes for logit-sized workspace, whatever N is (default 256 MiB). The gradients themselves and
-            the fp32 accumulator of d_weight come on top.
-        compact: drop the rows that do not count before any product. Costs one device synchronisation on CUDA.
+        memory_budget: bytes for logit-sized workspace, whatever N is (default 256 MiB), what a call of ``token_stats`` keeps
+            for its backward included. The gradients themselves and the fp32 accumulator of d_weight come on top.
+        compact: drop the rows that do not count before any product. Costs one device synchronisation on CUDA, under autograd
+            another one in the backward.
         plan: how logits are cut and kept, see docs/plans.md. "auto": what fits the memory budget. "one_chunk": all rows at
-            once, an error where they do not fit. "chunks": rows in chunks, d_weight summed in fp32 (one-pass schedule only).
-            "recompute": nothing is kept from the forward to the backward (autograd schedule only).
+            once, an error where they do not fit (autograd: only where the forward keeps rows at all). "chunks": rows in
+            chunks, d_weight summed in fp32 (one-pass schedule only). "recompute": nothing is kept from the forward to the
+            backward (autograd schedule only).
         debug: on CUDA, also check values (targets in range, finite rewards); costs synchronisations. Always on for CPU tensors.
     """
 

@@ -6,9 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from shaped import make_step
 from torch import Tensor
 
-from eapo_kernels import METHODS, EapoError, TokenBatch, TokenStats, diagnostics, get_method, policy_loss, shape_batch
+from eapo_kernels import (
+    METHODS,
+    EapoError,
+    EntropyRatio,
+    TokenBatch,
+    TokenStats,
+    diagnostics,
+    get_method,
+    policy_loss,
+    shape_batch,
+)
 
 N, V = 40, 31
 
@@ -156,5 +167,17 @@ def test_missing_statistics_are_named(z: Tensor, targets: Tensor, weights: Tenso
     batch = replace(make_batch(targets, stats), old_logp=None)
     with pytest.raises(EapoError, match=r"logp: expected \[N\], or a batch with old_logp, got None"):
         diagnostics.token_weights("grpo", batch)
-    with pytest.raises(EapoError, match="positive_weight: expected a number for method 'eapo', got None"):
+    with pytest.raises(EapoError, match="positive_weight: expected a number, .* for method 'eapo', got None"):
         diagnostics.token_weights("eapo", make_batch(targets, stats))
+
+
+def test_the_weight_of_the_positives_is_taken_as_the_loss_takes_it() -> None:
+    step = make_step()
+    ratio = EntropyRatio()
+    ratio.update(10.0, 10)
+    ratio.update(5.0, 10)
+    ours = diagnostics.token_weights("eapo", step.batch, positive_weight=ratio)
+    plain = diagnostics.token_weights("eapo", step.batch, positive_weight=0.5)
+    torch.testing.assert_close(ours.logp, plain.logp)
+    with pytest.raises(EapoError, match="positive_weight: expected None for method 'grpo', whose weight is 1, got 2"):
+        diagnostics.token_weights("grpo", step.batch, positive_weight=2.0)

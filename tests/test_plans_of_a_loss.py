@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from eapo_kernels import EapoError, Options, ShapeError, TokenBatch, eapo_loss, policy_loss
 from eapo_kernels.ops import policy_gradient
+from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.rows import fill_holes_
 from eapo_kernels.testing import Inputs, make_inputs, peak_memory
 
@@ -161,3 +163,19 @@ def test_clipped_rows_cost_no_gradient_product(far: float, options: Options, mon
         assert float((ours - plain).norm() / plain.norm()) < 2e-5
     alive = int((expected[1].abs().sum(1) > 0).sum())
     assert alive <= sum(multiplied) <= alive + 0.02 * N + 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_fp16_operands_hold_a_scaled_loss(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where the products multiply fp16: neither a mean's small coefficients nor a scaled loss's large ones fit."""
+    monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: self.hidden.dtype))
+    inputs = make_inputs(N, D, V, dtype=torch.float16)
+    batch = _batch(inputs)
+    _, _, exact = _run(inputs.to(torch.float64), batch, schedule="one_pass")
+    hidden, main = inputs.hidden.detach().requires_grad_(), torch.zeros(V, D)
+    eapo_loss(
+        hidden, inputs.weight.detach(), batch, positive_weight=0.7, options=Options(SOME), main_grad=main, main_grad_scale=scale
+    )
+    assert float((main.double() / scale - exact).norm() / exact.norm()) < 3e-3
+    whole = _run(inputs, replace(batch, denominator=1.0), schedule="one_pass")[2]
+    assert float((whole.double() / N - exact).norm() / exact.norm()) < 3e-3

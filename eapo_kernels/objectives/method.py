@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from ..checks import require_scalar
+from ..errors import EapoError, require
 from .config import EAPOConfig
-from .controllers import Controller, build_controller
+from .controllers import Controller, EntropyRatio, build_controller
 from .shaping.shaper import Shaper
 
 
@@ -56,3 +62,31 @@ def make_controller(method: Method) -> Controller | None:
         EapoError: the controller or a setting is unknown, or a number is out of its range.
     """
     return None if method.controller is None else build_controller(method.controller, method.controller_settings)
+
+
+def resolve_positive_weight(
+    method: Method, given: float | Tensor | EntropyRatio | None, device: torch.device, debug: bool
+) -> Tensor:
+    """The weight of the positives as a 0-dim fp32 tensor on the device: the method's own, or else the caller's.
+
+    Raises EapoError when both or neither are given, or when it is not a finite number >= 0 (CUDA tensors: with ``debug``).
+    """
+    if method.positive_weight is not None:
+        if given is not None:
+            own = f"whose weight is {method.positive_weight:g}"
+            raise EapoError(f"positive_weight: expected None for method {method.name!r}, {own}, got {given!r}")
+        given = method.positive_weight
+    elif given is None:
+        raise EapoError(
+            f"positive_weight: expected a number, a 0-dim tensor or an EntropyRatio for method {method.name!r}, got None"
+        )
+    value = given.weight if isinstance(given, EntropyRatio) else given
+    require_scalar("positive_weight", value, "a number, a 0-dim tensor or an EntropyRatio")
+    if not isinstance(value, Tensor):
+        require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
+        return torch.full((), value, dtype=torch.float32, device=device)
+    if debug or not value.is_cuda:
+        require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
+    if value.device.type == "cpu" and device.type != "cpu":  # a fill, not a copy that would block and cannot be captured
+        return torch.full((), float(value), dtype=torch.float32, device=device)
+    return value.detach().to(device, torch.float32, copy=True)

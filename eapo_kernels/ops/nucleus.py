@@ -149,7 +149,8 @@ def project_nucleus_entropy(projection: Projection, valid: Tensor, top_p: float,
     elif (index := valid_index(valid)) is not None:
         projection = projection.rows(index)
     if projection.n_rows == 0:
-        return projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype)
+        nothing = projection.hidden[:0].sum() + projection.weight[:0].sum()  # zeros that can be differentiated
+        return projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype) + nothing
     values = _NucleusEntropy.apply(
         projection.hidden, projection.weight, projection.bias, projection, top_p, options.memory_budget
     )

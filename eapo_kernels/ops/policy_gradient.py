@@ -79,7 +79,7 @@ def policy_gradient(
     d_weight = d_bias = None
     if need_weight:
         whole = plan.name == "one_chunk"
-        d_weight = WeightGradient(projection, stored, unit=_unit(projection), one_chunk=whole, main_grad=main_grad)
+        d_weight = WeightGradient(projection, stored, one_chunk=whole, main_grad=main_grad)
     if need_bias:
         d_bias = weight.new_zeros(projection.vocab, dtype=dtype)
     for start in range(0, projection.n_rows, plan.rows):
@@ -103,7 +103,7 @@ def policy_gradient(
         if d_weight is not None:
             d_weight.add(matrix, part_hidden, factor)
         if d_bias is not None:
-            d_bias.addmv_(matrix.t().to(dtype), factor)
+            products.add_weighted_rows_(d_bias, matrix, factor)
         del chunk, matrix
     if d_hidden is not None:
         d_hidden = scatter_rows(d_hidden, index, n_rows)
@@ -123,8 +123,3 @@ def _live_rows(matrix: Tensor, cotangents: LogitCotangents) -> Tensor | None:
     live = torch.stack([c != 0 for c in cotangents if c is not None]).any(0)
     dead = len(live) - int(live.sum())
     return fill_holes_(matrix, live) if dead > len(live) * _WORTH_MOVING else None
-
-
-def _unit(projection: Projection) -> float:
-    """A power of two near 1 / N, the size of a mean's coefficients: taken out of fp16 operands, which would underflow."""
-    return 2.0 ** -(projection.n_rows.bit_length()) if projection.operand_dtype == torch.float16 else 1.0

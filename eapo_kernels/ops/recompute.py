@@ -22,15 +22,17 @@ from .statistics import RowStatistics
 
 
 class Kept(NamedTuple):
-    """dlogp/d(hidden @ weight.T + bias) of the first R rows that count, as ``row_factor[:, None] * matrix``.
+    """dlogp/d(hidden @ weight.T + bias) of R rows, as ``row_factor[:, None] * matrix``.
 
     Attributes:
         matrix: [R, V] operand dtype.
         row_factor: [R] statistics dtype.
+        rows: [R] int64, which rows they are; None: the first R.
     """
 
     matrix: Tensor
     row_factor: Tensor
+    rows: Tensor | None = None
 
 
 def compute_statistics(
@@ -45,7 +47,7 @@ def compute_statistics(
 ) -> tuple[RowStatistics, Kept | None]:
     """Statistics of every row, exact zeros where the target is -100; and up to ``keep`` rows for the backward.
 
-    keep: see ``plans.kept_rows``; not with second moments.
+    keep: see ``plans.autograd``; not with second moments.
     """
     n_rows, valid = projection.n_rows, valid_tokens(targets, None)
     index = None
@@ -67,7 +69,8 @@ def compute_statistics(
         )
         statistics = chunk.statistics()
         parts.append(statistics)
-        kept = Kept(*chunk.gradient(LogitCotangents(torch.ones_like(statistics.logp))))
+        ones = LogitCotangents(torch.ones_like(statistics.logp))
+        kept = Kept(*chunk.gradient(ones), None if index is None else index[:first].clone())
         budget -= kept.matrix.untyped_storage().nbytes()
         del chunk
     if first < projection.n_rows:
@@ -95,18 +98,25 @@ def compute_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(d_hidden, d_weight, d_bias) by E6 in the inputs' dtypes, None where not needed.
 
-    Rows whose target is -100 do not enter the products, nor, where nothing was kept, those whose cotangents are all zero.
+    Rows whose target is -100 or whose cotangents are all zero do not enter the products.
 
     kept: what ``compute_statistics`` kept of the same inputs; only the cotangent of logp may then be given.
     """
     n_rows, dtype = projection.n_rows, projection.statistics_dtype
     live = valid_tokens(targets, None)
-    index = None
-    if not may_compact(targets, options.compact):
+    compact = may_compact(targets, options.compact)
+    if kept is not None and kept.rows is not None and not compact:
+        kept = None  # the forward compacted, this pass may not: nothing tells which rows come next
+    index, live_kept = None, None if kept is None else _LiveKept(kept.matrix, kept.row_factor, None)
+    if not compact:
         projection = projection.cleared(live)
     else:
-        wanted = live if kept is not None else live & torch.stack([c != 0 for c in cotangents if c is not None]).any(0)
-        if (index := valid_index(wanted)) is not None:
+        live = live & torch.stack([c != 0 for c in cotangents if c is not None]).any(0)
+        if kept is None:
+            index = valid_index(live)
+        else:
+            live_kept, index = _live_kept(kept, live)
+        if index is not None:
             projection, targets, live = projection.rows(index), targets[index], live[index]
             statistics, cotangents = statistics.rows(index), cotangents.rows(index)
     cotangents = cotangents.map(lambda c: torch.where(live, c.to(dtype), 0))
@@ -116,14 +126,43 @@ def compute_gradients(
     need_hidden, need_weight, need_bias = needs
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
     d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
-    d_bias = weight.new_zeros(projection.vocab) if need_bias else None
+    d_bias = weight.new_zeros(projection.vocab, dtype=dtype) if need_bias else None
     if projection.n_rows > 0:
         _add_slab_gradients(
-            projection, targets, statistics, cotangents, kept, backend, d_hidden, d_weight, d_bias, options.memory_budget
+            projection, targets, statistics, cotangents, live_kept, backend, d_hidden, d_weight, d_bias, options.memory_budget
         )
     if d_hidden is not None:
         d_hidden = scatter_rows(d_hidden.to(hidden.dtype), index, n_rows)
-    return d_hidden, d_weight, d_bias
+    return d_hidden, d_weight, None if d_bias is None else d_bias.to(weight.dtype)
+
+
+class _LiveKept(NamedTuple):
+    """``Kept`` with ``live`` [L], the places in ``matrix`` of the rows that ``row_factor`` [L] belongs to; None: all."""
+
+    matrix: Tensor
+    row_factor: Tensor
+    live: Tensor | None
+
+    def columns(self, here: slice) -> Tensor:
+        """[L, columns]; a copy where rows are left out."""
+        return self.matrix[:, here] if self.live is None else self.matrix[self.live, here]
+
+
+def _live_kept(kept: Kept, live: Tensor) -> tuple[_LiveKept, Tensor | None]:
+    """The kept rows among the ``live`` [N], and the index [M] that puts them first and the other live rows behind.
+
+    The index is None where all rows are live and in order already.
+    """
+    count = len(kept.row_factor)
+    rows = torch.arange(count, device=live.device) if kept.rows is None else kept.rows
+    places = valid_index(live[rows])
+    others = live.clone()
+    others[rows] = False
+    rest = others.nonzero().squeeze(1)
+    if places is None and kept.rows is None and count + len(rest) == len(live):
+        return _LiveKept(kept.matrix, kept.row_factor, None), None
+    factor = kept.row_factor if places is None else kept.row_factor[places]
+    return _LiveKept(kept.matrix, factor, places), torch.cat([rows if places is None else rows[places], rest])
 
 
 def _add_slab_gradients(
@@ -131,14 +170,14 @@ def _add_slab_gradients(
     targets: Tensor,
     statistics: RowStatistics,
     cotangents: LogitCotangents,
-    kept: Kept | None,
+    kept: _LiveKept | None,
     backend: Backend,
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
     budget: int,
 ) -> None:
-    """The slab loop of ``compute_gradients``. d_hidden is the statistics-dtype accumulator, d_weight and d_bias final."""
+    """The slab loop of ``compute_gradients``. d_hidden is the statistics-dtype accumulator, d_bias too, d_weight final."""
     hidden, weight = projection.hidden, projection.weight
     dtype = projection.statistics_dtype
     gain = _underflow_gain(projection.operand_dtype, cotangents)
@@ -155,6 +194,8 @@ def _add_slab_gradients(
     else:
         row_slices, columns = [], plans.columns_at_once(projection.vocab, projection.dim)
     direct = d_weight is not None and d_weight.dtype == dtype
+    if d_weight is not None and not direct:
+        columns = min(columns, plans.columns_at_once(projection.vocab, projection.dim))
     for start in range(0, projection.vocab, columns):
         here = slice(start, min(start + columns, projection.vocab))
         width = here.stop - here.start
@@ -162,13 +203,13 @@ def _add_slab_gradients(
         if d_weight is not None:
             slab_weight = d_weight[here] if direct else weight.new_zeros((width, projection.dim), dtype=dtype)
         if kept is not None:
-            matrix = kept.matrix[:, here]
+            matrix = kept.columns(here)
             if d_hidden is not None:
                 products.add_product_(d_hidden[:first], matrix, weight[here])
             if slab_weight is not None:
                 products.add_product_(slab_weight, matrix.t(), scaled)
             if d_bias is not None:
-                d_bias[here] += torch.mv(matrix.t().to(dtype), factor).to(d_bias.dtype)
+                products.add_weighted_rows_(d_bias[here], matrix, factor)
         for part in row_slices:
             gradient = workspace[: part.stop - part.start, :width]
             backend.logit_gradient(
@@ -186,7 +227,7 @@ def _add_slab_gradients(
                 products.add_product_(slab_weight, gradient.t(), hidden[part])
             if d_bias is not None:
                 slab_bias = gradient.sum(0, dtype=dtype)
-                d_bias[here] += (slab_bias if gain is None else slab_bias / gain).to(d_bias.dtype)
+                d_bias[here] += slab_bias if gain is None else slab_bias / gain
         if slab_weight is not None and gain is not None:
             slab_weight /= gain
         if slab_weight is not None and not direct:

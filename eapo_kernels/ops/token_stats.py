@@ -38,10 +38,11 @@ def _forward_op(
     compact: bool,
     debug: bool,
     plan: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N], lse [N], moments [3, N], state [3, N], matrix [R, V], row_factor [R]).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N], lse [N], moments [3, N], state [3, N], matrix [R, V], row_factor [R], rows [R]).
 
-    What is not asked for has no elements. The last two are ``recompute.Kept`` of the rows that ``plan`` keeps.
+    What is not asked for has no elements. The last three are ``recompute.Kept`` of the rows that ``plan`` keeps; without
+    elements ``rows`` is None.
     """
     projection = Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap)
     check_values(projection, targets, debug)
@@ -53,7 +54,7 @@ def _forward_op(
         entropy=entropy,
         second_moments=second_moments,
         options=Options(memory_budget, compact, debug),
-        keep=_plan(projection, resolved, memory_budget, plan).rows,
+        keep=_kept_rows(projection, resolved, memory_budget, plan),
     )
     none = s.logp.new_empty(0)
     moments = s.logp.new_empty(3, 0)
@@ -61,13 +62,17 @@ def _forward_op(
         moments = torch.stack([s.p2, s.p2_logp, s.varentropy])
     mean = s.mean_shifted if s.mean_shifted is not None else torch.zeros_like(s.logp)
     state = torch.stack([s.row_max, s.log_sum, mean])
-    matrix, factor = kept or Kept(hidden.new_empty(0, 0), torch.empty_like(none))
+    matrix, factor, index = kept or Kept(hidden.new_empty(0, 0), torch.empty_like(none))
+    index = targets.new_empty(0) if index is None else index
     entropies = s.entropy.clone() if entropy and s.entropy is not None else none
-    return s.logp, entropies, s.lse.clone(), moments, state, matrix, factor
+    return s.logp, entropies, s.lse.clone(), moments, state, matrix, factor, index
 
 
-def _plan(projection: Projection, backend: Backend, budget: int, plan: str) -> plans.Plan:
-    return plans.autograd(projection.n_rows, backend.chunk_row_bytes(projection, False), budget, plan)
+def _kept_rows(projection: Projection, backend: Backend, budget: int, plan: str) -> int:
+    """Rows to keep. Nothing is asked of the backend for "recompute", so that it compiles for any, also an unknown, N."""
+    if plan == "recompute":
+        return 0
+    return plans.autograd(projection.n_rows, backend.chunk_row_bytes(projection, False), budget, plan).rows
 
 
 @_forward_op.register_fake
@@ -76,7 +81,9 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     backend, memory_budget, compact, debug, plan,
 ):  # fmt: skip
     projection = Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap)
-    room = _plan(projection, dispatch.resolve(backend, projection, "autograd"), memory_budget, plan).rows
+    room = 0
+    if plan != "recompute":
+        room = _kept_rows(projection, dispatch.resolve(backend, projection, "autograd"), memory_budget, plan)
     n = hidden.shape[0]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row = hidden.new_empty(n, dtype=dtype)
@@ -90,6 +97,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
             room, weight.shape[0] if room else 0, dtype=projection.operand_dtype
         ),  # at most: masked rows are not kept
         hidden.new_empty(room, dtype=dtype),
+        targets.new_empty(0),
     )
 
 
@@ -107,6 +115,7 @@ def _backward_op(
     grad_lse: Tensor | None,
     matrix: Tensor,
     row_factor: Tensor,
+    kept_index: Tensor,
     inv_temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -129,7 +138,7 @@ def _backward_op(
         dispatch.resolve(backend, projection, "autograd"),
         needs=(need_hidden, need_weight, need_bias),
         options=Options(memory_budget, compact),
-        kept=Kept(matrix, row_factor) if row_factor.numel() else None,
+        kept=Kept(matrix, row_factor, kept_index if kept_index.numel() else None) if row_factor.numel() else None,
     )
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return d_hidden, d_weight, d_bias
@@ -138,7 +147,7 @@ def _backward_op(
 @_backward_op.register_fake
 def _backward_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy, grad_lse, matrix, row_factor,
-    inv_temperature, logit_scale, softcap, need_hidden, need_weight, need_bias, backend, memory_budget, compact,
+    kept_index, inv_temperature, logit_scale, softcap, need_hidden, need_weight, need_bias, backend, memory_budget, compact,
 ):  # fmt: skip
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
@@ -149,16 +158,16 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, row_inv_temperature, *scalars = inputs
-    logp, _, _, moments, state, matrix, row_factor = output
+    logp, _, _, moments, state, matrix, row_factor, kept_index = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(moments, state, matrix, row_factor)
-    ctx.save_for_backward(hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, row_factor)
+    ctx.mark_non_differentiable(moments, state, matrix, row_factor, kept_index)
+    ctx.save_for_backward(hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, row_factor, kept_index)
     ctx.scalars = scalars
 
 
 def _backward(ctx, grad_logp, grad_entropy, grad_lse, *_):  # type: ignore[no-untyped-def]
     inv_temperature, logit_scale, softcap, entropy, _, backend, memory_budget, compact, *_ = ctx.scalars
-    hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, row_factor = ctx.saved_tensors
+    hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, row_factor, kept_index = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     if grad_logp is None and grad_lse is None and (grad_entropy is None or not entropy):
         return (None,) * 15
@@ -166,7 +175,8 @@ def _backward(ctx, grad_logp, grad_entropy, grad_lse, *_):  # type: ignore[no-un
         matrix, row_factor = matrix[:0], row_factor[:0]  # what is kept is the gradient of logp alone
     gradients = _backward_op(
         hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy if entropy else None,
-        grad_lse, matrix, row_factor, inv_temperature, logit_scale, softcap, *needs, backend, memory_budget, compact,
+        grad_lse, matrix, row_factor, kept_index, inv_temperature, logit_scale, softcap, *needs, backend,
+        memory_budget, compact,
     )  # fmt: skip
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 12)
 

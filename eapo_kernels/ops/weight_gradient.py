@@ -28,33 +28,42 @@ class WeightGradient:
 
     Several chunks: an fp32 accumulator, rounded once at the end. One chunk: products of slabs of the vocabulary, each rounded
     into place, so that there is no fp32 copy. ``main_grad``: added to it in fp32, whatever the number of chunks.
+
+    fp16 operands could hold neither a mean's coefficients nor a scaled loss's, so the power of two nearest below the chunk's
+    largest row factor, and the scale, are multiplied in after the product.
     """
 
-    def __init__(
-        self, projection: Projection, stored: torch.dtype, *, unit: float, one_chunk: bool, main_grad: MainGrad | None
-    ) -> None:
+    def __init__(self, projection: Projection, stored: torch.dtype, *, one_chunk: bool, main_grad: MainGrad | None) -> None:
         """
         Args:
             projection: whose weight it is.
             stored: dtype of the result.
-            unit: power of two that is taken out of the operands of the products.
             one_chunk: ``add`` is called at most once.
             main_grad: where to add to, or None.
         """
-        self._dtype, self._stored, self._unit, self._main = projection.statistics_dtype, stored, unit, main_grad
+        self._dtype, self._stored, self._main = projection.statistics_dtype, stored, main_grad
         self._scale = 1.0 if main_grad is None else main_grad.scale
-        weight = projection.weight
-        in_place = main_grad is None and (not one_chunk or stored == self._dtype)
-        self._whole_products = in_place or (main_grad is not None and unit == 1.0)
+        self._half = projection.operand_dtype == torch.float16
+        self._accumulates = main_grad is not None or not one_chunk or stored == self._dtype
+        self._whole_products = self._accumulates and not self._half
         if main_grad is not None:
             self._sum = main_grad.tensor
         else:
-            dtype = self._dtype if in_place else stored
-            self._sum = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+            dtype = self._dtype if self._accumulates else stored
+            self._sum = torch.zeros_like(projection.weight, dtype=dtype, memory_format=torch.contiguous_format)
 
     def add(self, matrix: Tensor, hidden: Tensor, row_factor: Tensor) -> None:
         """Take in a chunk. matrix: [C, V] operand dtype; hidden: [C, D] operand dtype or narrower; row_factor: [C]."""
-        scaled = (hidden * (row_factor * (self._scale / self._unit)).unsqueeze(1)).to(matrix.dtype)
+        if row_factor.numel() == 0:
+            return
+        unit = None
+        if self._half:
+            largest = row_factor.abs().amax()
+            unit = torch.where(largest > 0, torch.exp2(largest.log2().floor()), 1.0)
+            scaled = (hidden * (row_factor / unit).unsqueeze(1)).to(matrix.dtype)
+            unit = unit * self._scale
+        else:
+            scaled = (hidden * (row_factor * self._scale).unsqueeze(1)).to(matrix.dtype)
         if self._whole_products:
             products.add_product_(self._sum, matrix.t(), scaled)
             return
@@ -65,15 +74,13 @@ class WeightGradient:
             here = slice(start, min(start + step, vocab))
             slab = buffer[: here.stop - start]
             products.add_product_(slab, matrix[:, here].t(), scaled, overwrite=True)
-            if self._main is None:
-                self._sum[here] = slab.mul_(self._unit)
+            if unit is not None:
+                slab.mul_(unit)
+            if self._accumulates:
+                self._sum[here] += slab
             else:
-                self._sum[here].add_(slab, alpha=self._unit)
+                self._sum[here] = slab
 
     def result(self) -> Tensor | None:
         """[V, D] in the stored dtype; None where it went into ``main_grad``."""
-        if self._main is not None:
-            return None
-        if self._whole_products and self._unit != 1.0:
-            self._sum.mul_(self._unit)
-        return self._sum.to(self._stored)
+        return None if self._main is not None else self._sum.to(self._stored)

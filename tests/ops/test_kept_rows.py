@@ -120,3 +120,56 @@ def test_backward_twice(device: str) -> None:
     first = torch.autograd.grad(logp.sum(), leaves, retain_graph=True)
     second = torch.autograd.grad(logp.sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_dead_rows_are_left_out_of_kept_ones(budget: str, device: str) -> None:
+    """Zero cotangents cost no product and let nothing that is not finite through."""
+    inputs = make_inputs(N, D, V, device=device)
+    targets = inputs.targets.clone()
+    targets[5:9] = -100
+    wanted = torch.arange(N, device=device) % 3 > 0
+    inputs.hidden[3] = float("nan")
+    wanted[3] = False
+    leaves = inputs.leaves()
+
+    def gradients(options: Options) -> tuple[torch.Tensor, ...]:
+        logp = token_stats(*leaves, targets, entropy="none", options=options).logp
+        return torch.autograd.grad(torch.where(wanted, logp, 0).sum(), leaves)
+
+    expected = gradients(Options(plan="recompute"))
+    for ours, plain in zip(gradients(Options(BUDGETS[budget])), expected, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", ["all", "some"])
+@pytest.mark.parametrize("forward_compacts", [True, False])
+def test_the_backward_may_decide_otherwise_about_compaction(
+    budget: str, forward_compacts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when only one of the two passes is under a CUDA graph's capture."""
+    inputs = make_inputs(N, D, V)
+    targets = inputs.targets.clone()
+    targets[::4] = -100
+    leaves = inputs.leaves()
+    expected = torch.autograd.grad(token_stats(*leaves, targets, entropy="none").logp.sum(), leaves)
+    decisions = iter([forward_compacts, not forward_compacts])
+    monkeypatch.setattr(recompute, "may_compact", lambda tensor, compact: next(decisions))
+    logp = token_stats(*leaves, targets, entropy="none", options=Options(BUDGETS[budget])).logp
+    for ours, plain in zip(torch.autograd.grad(logp.sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_weight_gradient_is_rounded_a_slab_at_a_time(device: str) -> None:
+    v, d = 60_000, 1024
+    inputs = make_inputs(16, d, v, dtype=torch.bfloat16, device=device)
+    leaves = inputs.leaves()
+
+    def work() -> object:
+        stats = token_stats(*leaves, inputs.targets, options=Options(2**25))
+        return torch.autograd.grad(stats.logp.sum() + stats.entropy.sum(), leaves)
+
+    work()
+    widened = 8192 * d * 4 * 2 if device == "cpu" else 0  # pieces of the weight in fp32
+    assert peak_memory(work, device) < 2 * v * d + 2**26 + 2**25 + widened + 2**23

@@ -21,7 +21,7 @@ from .offsets import ExpSums
 
 @triton.jit(do_not_specialize=["n_rows"])
 def exp_finalize_kernel(
-    out, matrix, matrix_stride, sums, offsets, targets, row_inv_temperature, slope, n_rows, n_tiles,
+    out, matrix, matrix_stride, sums, offsets, targets, row_inv_temperature, slope, n_rows, n_columns, n_tiles,
     coefficient, totals, sequence_ids, valid, old_logp, scale, advantages, rewards, thresholds, positive_weight,
     negative_weight, ratio_low, ratio_high, dual_clip,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, SURROGATE: tl.constexpr, WIDEN: tl.constexpr,
@@ -60,14 +60,22 @@ def exp_finalize_kernel(
     excess = log1p(rest / tl.where(confident, e, 1.0))
     log_sum = tl.where(confident, x + excess, tl.log(total * unit))
     logp = tl.where(confident, -excess, x - log_sum)
-    offset = (k + c) * LN2
+    centre = k + c
+    moved = centre - k
+    lost = (k - (centre - moved)) + (c - moved)  # what the addition rounded away
+    offset = centre * LN2
+    fitted = log_sum + (
+        tl.fma(centre, LN2, -offset) + lost * LN2
+    )  # fits the offset that is written: a backward recomputes x from it
     at = out + rows
     tl.store(at, logp, mask=mask)  # [BLOCK_N]
-    tl.store(at + field, tl.where(confident, y * factor - logp, offset + log_sum), mask=mask)  # [BLOCK_N]
+    tl.store(at + field, tl.where(confident, y * factor - logp, offset + fitted), mask=mask)  # [BLOCK_N]
     tl.store(at + 2 * field, offset, mask=mask)  # [BLOCK_N]
-    tl.store(at + 3 * field, log_sum, mask=mask)  # [BLOCK_N]
+    tl.store(at + 3 * field, fitted, mask=mask)  # [BLOCK_N]
     tl.store(at + 4 * field, -factor / total, mask=mask)  # [BLOCK_N]
-    tl.store(matrix + rows * matrix_stride + tl.load(targets + rows), narrow(-rest, matrix.dtype.element_ty, WIDEN), mask=mask)
+    target = tl.load(targets + rows)  # [BLOCK_N]
+    inside = mask & (target >= 0) & (target < n_columns)
+    tl.store(matrix + rows * matrix_stride + target, narrow(-rest, matrix.dtype.element_ty, WIDEN), mask=inside)  # [BLOCK_N]
     entropy = tl.zeros([BLOCK_N], tl.float32)
     if ENTROPY:
         x_exp = merge_tiles(sums, rows, n_rows, n_tiles, BLOCK_N, BLOCK_V, c) * LN2
@@ -75,7 +83,7 @@ def exp_finalize_kernel(
         entropy = tl.where(confident, excess - (x_exp - x * rest) / total, log_sum - (x_exp + x * e) / total)
         entropy = tl.where(entropy < 0.0, 0.0, entropy)
         tl.store(at + 5 * field, entropy, mask=mask)  # [BLOCK_N]
-        tl.store(at + 6 * field, log_sum - entropy, mask=mask)  # [BLOCK_N]
+        tl.store(at + 6 * field, fitted - entropy, mask=mask)  # [BLOCK_N]
     if SURROGATE:
         store_surrogate(
             coefficient, totals, block, rows, mask, logp, entropy, sequence_ids, valid, old_logp, scale, advantages, rewards,
@@ -112,6 +120,7 @@ def exp_finalize(
         "row_inv_temperature": transform["row_inv_temperature"],
         "slope": transform["scale"],
         "n_rows": n_rows,
+        "n_columns": projection.vocab,
         "n_tiles": sums.values.shape[1],
         "BLOCK_N": tile.block_n,
         "BLOCK_V": tile.block_v,

@@ -60,7 +60,7 @@ class ExpSums:
 
 @triton.jit(do_not_specialize=["n_rows"])
 def row_offsets_kernel(
-    offsets, n_listed, hint, hidden, weight, bias, targets, row_inv_temperature, scale, n_rows, dim,
+    offsets, n_listed, hint, hidden, weight, bias, targets, row_inv_temperature, scale, n_rows, n_columns, dim,
     hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -74,6 +74,8 @@ def row_offsets_kernel(
     mask = rows < n_rows
     rows = tl.minimum(rows, n_rows - 1)
     target = tl.load(targets + rows)  # [BLOCK_N]
+    outside = (target < 0) | (target >= n_columns)  # a NaN row, not a read beyond the weight
+    target = tl.where(outside, 0, target)
     dims = tl.arange(0, BLOCK_D)
     h_at = hidden + rows[:, None] * hidden_stride_n + dims[None, :].to(tl.int64) * hidden_stride_d
     w_at = weight + target[:, None] * weight_stride_v + dims[None, :].to(tl.int64) * weight_stride_d
@@ -89,6 +91,7 @@ def row_offsets_kernel(
     if bias is not None:
         y += tl.load(bias + target * bias_stride).to(tl.float32)  # [BLOCK_N]
         y = tl.where(y < LOWEST, LOWEST, y)
+    y = tl.where(outside, float("nan"), y)
     below = tl.zeros([BLOCK_N], tl.float32)
     if hint is not None:
         below = tl.load(hint + rows)  # [BLOCK_N]
@@ -113,6 +116,7 @@ def row_offsets(
         "weight": weight,
         "targets": targets.contiguous(),
         "n_rows": projection.n_rows,
+        "n_columns": projection.vocab,
         "dim": projection.dim,
         "hidden_stride_n": hidden.stride(0),
         "hidden_stride_d": hidden.stride(1),

@@ -135,3 +135,19 @@ def test_temperature_and_length_do_not_recompile(device: str) -> None:
     for n, inv_temperature in ((100, 1.0), (99, 0.7), (96, 2.0), (1, 1.3)):
         token_stats(inputs.hidden[:n], inputs.weight, inputs.targets[:n], inv_temperature=inv_temperature, backend="triton")
     assert variants() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_with_a_length_known_only_when_it_runs(dtype: torch.dtype, device: str) -> None:
+    inputs = make_inputs(24, 16, 99, dtype=dtype, device=device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        return token_stats(hidden[mask], weight, targets[mask], entropy="nograd", backend="triton").logp.sum()
+
+    weight, mask = inputs.weight.requires_grad_(), torch.arange(24, device=device) % 3 > 0
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        (ours,) = torch.autograd.grad(loss(inputs.hidden, weight, inputs.targets, mask), [weight])
+    plain = token_stats(inputs.hidden[mask], weight, inputs.targets[mask], entropy="nograd", backend="triton").logp.sum()
+    torch.testing.assert_close(ours, torch.autograd.grad(plain, [weight])[0], rtol=2e-2, atol=2e-2)
