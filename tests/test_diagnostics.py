@@ -167,7 +167,7 @@ def test_missing_statistics_are_named(z: Tensor, targets: Tensor, weights: Tenso
     batch = replace(make_batch(targets, stats), old_logp=None)
     with pytest.raises(EapoError, match=r"logp: expected \[N\], or a batch with old_logp, got None"):
         diagnostics.token_weights("grpo", batch)
-    with pytest.raises(EapoError, match="positive_weight: expected a number, .* for method 'eapo', got None"):
+    with pytest.raises(EapoError, match=r"positive_weight: expected a number, .* for method 'eapo', got None"):
         diagnostics.token_weights("eapo", make_batch(targets, stats))
 
 
