@@ -20,7 +20,7 @@ WITH_GRADIENTS = ("fwd_bwd", "frozen_head", "half_zero_rows")
 
 INSTALL = "pip install --no-deps --requirement requirements-peers.txt"
 
-_IMPORT_ERRORS = (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError)
+_IMPORT_ERRORS = (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError, KeyError, AssertionError)
 """What a peer's import raises when its own dependencies are missing or too new."""
 
 TokenOp = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -106,7 +106,8 @@ def needs(
             try:
                 load(module)
             except _IMPORT_ERRORS as error:
-                return f"{package} is installed but {module} cannot be imported: {str(error).splitlines()[0]} ({install})"
+                why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                return f"{package} is installed but {module} cannot be imported: {why} ({install})"
         return None
 
     return unavailable

@@ -127,6 +127,25 @@ def test_reasons_of_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason == "pytest needs a GPU of compute capability 9.0, this one has 8.0"
 
 
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (ImportError(), "ImportError"),
+        (AssertionError(" \n"), "AssertionError"),
+        (KeyError("HOME"), "'HOME'"),
+        (TypeError("one\ntwo"), "one"),
+        (ValueError("two"), "two"),
+    ],
+    ids=repr,
+)
+def test_reasons_of_imports_that_fail_in_their_own_way(error: Exception, why: str) -> None:
+    def load(module: str) -> ModuleType:
+        raise error
+
+    reason = needs("pytest", "pytest.more", install="pip install more", load=load)("cpu")
+    assert reason == f"pytest is installed but pytest.more cannot be imported: {why} (pip install more)"
+
+
 def test_import_alone_runs_no_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = tmp_path / "loud_peer" / "ops"
     inner.mkdir(parents=True)
