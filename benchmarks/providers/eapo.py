@@ -45,15 +45,16 @@ def _unavailable(backend: str) -> Callable[[str], str | None]:
     return lambda device: available_backends(device)[backend]
 
 
+_LOSS = "EAPO loss with mean entropy; no per-token output"
 _BACKWARD = ("fwd_bwd", "frozen_head", "half_zero_rows")
 
 PROVIDERS = [
     provider
     for name in _BACKENDS
     for provider in (
-        Provider(f"eapo_{name}_one_pass", "log-prob, entropy, EAPO loss", _loss(name, "one_pass"), _BACKWARD,
+        Provider(f"eapo_{name}_one_pass", _LOSS, _loss(name, "one_pass"), _BACKWARD,
                  unavailable=_unavailable(name)),
-        Provider(f"eapo_{name}_autograd", "log-prob, entropy, EAPO loss", _loss(name, "autograd"), _BACKWARD,
+        Provider(f"eapo_{name}_autograd", _LOSS, _loss(name, "autograd"), _BACKWARD,
                  unavailable=_unavailable(name)),
         Provider(f"eapo_{name}_op", "log-prob, entropy, policy loss", _op(name), unavailable=_unavailable(name)),
     )
