@@ -12,8 +12,8 @@ Decisions, so that nobody has to find them in the code:
 - A step has two phases. First the policy is measured on all answers of the step, in the pass that gives the old log-probs, and
   every weight that the method gives a token is fixed there, over the whole step: EAPO's from the mean entropy (H_0 is the first
   step's), others' from covariances, quantiles or group statistics. Then the updates, on any cut of the tokens.
-- A method may also change how answers are sampled (``hooks``). Metrics of rewards and lengths are about the ordinary answers,
-  not about the ones a hook marked: replayed, or sampled to steer.
+- A method may also change how answers are sampled (``hooks``). Metrics of rewards, lengths and diversity are about all answers
+  that were drawn first, before a hook selects, replaces or adds some: a choice of them would be biased.
 - A group with a failed reward is left out of the step as a whole. A step without a single whole group ends the run.
 - Random numbers are functions of (seed, purpose, step): there is no generator state to keep.
 - A loss or gradient norm that is not finite ends the run before the optimizer step.
@@ -40,7 +40,7 @@ from .experience import extra_evidence, per_token, weigh
 from .interrupt import StopRequest
 from .learner import Learner
 from .measure import NOTHING, Measurement, Wanted, measure, wanted_by
-from .metrics import reward_metrics, rollout_metrics, sample_record
+from .metrics import answer_metrics, engine_metrics, reward_metrics, sample_record
 from .policy import load_policy
 from .reference import Reference
 from .report import summary_table, write_report
@@ -128,9 +128,9 @@ def _train(config: Config, console: Console) -> bool:
             )
             state = controller.values() if controller else {}
             drawn = source.draw(*questions(), range(rollout.prompts), hook.before(sampling))
-            sampled = drawn.chosen(drawn.whole())
+            sampled = scored = drawn.chosen(drawn.whole())
             if len(sampled):
-                sampled = hook.after(sampled, sampling, source, state, derive_seed(config.seed, HOOK_SEED, step))
+                sampled = hook.after(scored, sampling, source, state, derive_seed(config.seed, HOOK_SEED, step))
                 sampled = sampled.chosen(sampled.whole())
             if not len(sampled):
                 raise RewardError(
@@ -167,17 +167,17 @@ def _train(config: Config, console: Console) -> bool:
             seconds = dict(console.seconds)
             ordinary = sampled.ordinary() or list(range(len(sampled)))
             own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(ordinary)), answers)
-            fresh = sampled.chosen(ordinary)
             metrics = {
                 "step": step,
-                **reward_metrics(fresh),
-                "reward/excluded_groups": float(len(drawn.groups()) - len(drawn.chosen(drawn.whole()).groups())),
+                **reward_metrics(scored),
+                "reward/excluded_groups": float(len(drawn.groups()) - len(scored.groups())),
                 **({name: float(value) for name, value in controller.metrics().items()} if controller else {}),
                 **learned,
                 "eapo/entropy": old.entropy.mean().item(),
                 **dynamics,
                 **{f"rollout/{name}": sum(flags) / len(flags) for name, flags in sampled.marks.items()},
-                **rollout_metrics(fresh, old.logp.cpu()[own]),
+                **answer_metrics(scored),
+                **engine_metrics(sampled.chosen(ordinary), old.logp.cpu()[own]),
                 **{f"seconds/{name}": value for name, value in seconds.items()},
                 "tokens_per_second": answers.tokens / sum(seconds.values()),
             }

@@ -29,22 +29,28 @@ def reward_metrics(sampled: Sampled) -> dict[str, float]:
     return result
 
 
-def rollout_metrics(sampled: Sampled, old_logp: Tensor) -> dict[str, float]:
-    """Lengths, diversity, and how far the engine's log-probs are from the trainer's.
-
-    ``rollout/kl`` is the k3 estimate of KL(engine || trainer) (http://joschu.net/blog/kl-approx.html) in nats a token.
-
-    old_logp: [T] fp32 CPU, the trainer's log-probs of these answers (nats).
-    """
+def answer_metrics(sampled: Sampled) -> dict[str, float]:
+    """Lengths and diversity."""
     rollouts, groups = sampled.rollouts, [[sampled.texts[i] for i in group] for group in sampled.groups()]
     lengths = torch.tensor([float(len(ids)) for ids in rollouts.completion_ids])
-    gap = old_logp - torch.cat(rollouts.logp)
     return {
         "response/length": lengths.mean().item(),
         "response/length_max": lengths.max().item(),
         "response/truncated": sum(rollouts.truncated) / len(rollouts.truncated),
         "diversity/distinct_1": sum(distinct_n(group, 1) for group in groups) / len(groups),
         "diversity/distinct_2": sum(distinct_n(group, 2) for group in groups) / len(groups),
+    }
+
+
+def engine_metrics(sampled: Sampled, old_logp: Tensor) -> dict[str, float]:
+    """How far the engine's log-probs are from the trainer's.
+
+    ``rollout/kl`` is the k3 estimate of KL(engine || trainer) (http://joschu.net/blog/kl-approx.html) in nats a token.
+
+    old_logp: [T] fp32 CPU, the trainer's log-probs of these answers (nats).
+    """
+    gap = old_logp - torch.cat(sampled.rollouts.logp)
+    return {
         "rollout/logp_gap_mean": gap.abs().mean().item(),
         "rollout/logp_gap_max": gap.abs().max().item(),
         "rollout/kl": (gap.exp() - 1 - gap).mean().item(),

@@ -54,7 +54,7 @@ class Sampled:
         return list(found.values())
 
     def ordinary(self) -> list[int]:
-        """The answers without a mark: those that the metrics are about."""
+        """The answers without a mark: those whose log-probs the metrics compare with the engine's."""
         return [i for i in range(len(self)) if not any(flags[i] for flags in self.marks.values())]
 
     def whole(self) -> list[int]:

@@ -22,6 +22,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError, RewardError
 from trainer.loop import train
 from trainer.rundir import read
+from trainer.sampled import AnswerSource, Sampled
 from trainer.settings import parse_config, to_toml
 
 Change = Callable[..., Config]
@@ -125,6 +126,28 @@ def test_settings_run(changed: Change, sections: dict[str, Any]) -> None:
         assert rows(config)[1]["eapo/positive_weight"] == pytest.approx(expected)
     if "eval" in sections:
         assert [row["step"] for row in rows(config, "evaluations") if row["dataset"] == "train"] == [0, 1, 2]
+
+
+def test_metrics_are_about_the_answers_before_a_hook_selects(changed: Change) -> None:
+    """t1 with groups of two keeps the best and the worst of each four; the reward that is logged is that of all."""
+    config = changed(steps=1, loss={"method": "t1"}, rollout={"responses": 2}, data={"eval": ""}, samples_per_step=100)
+    drawn: list[Sampled] = []
+    draw = AnswerSource.draw
+
+    def seen(self: AnswerSource, *args: Any) -> Sampled:
+        drawn.append(draw(self, *args))
+        return drawn[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AnswerSource, "draw", seen)
+        assert train(config)
+    (row,), (first,) = rows(config), drawn
+    assert len(first) == 12
+    assert row["reward/mean"] == pytest.approx(first.scores.total.mean().item())
+    assert row["response/length"] == pytest.approx(sum(map(len, first.rollouts.completion_ids)) / 12)
+    kept = [sample["reward"] for sample in rows(config, "samples") if sample["step"] == 1]
+    assert len(kept) == 6
+    assert sum(kept) / 6 != pytest.approx(row["reward/mean"]), "the choice is biased here"
 
 
 def test_chat_prompts(changed: Change, tmp_path: Path) -> None:
