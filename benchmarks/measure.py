@@ -16,7 +16,7 @@ from .providers import Provider
 from .truth import Results, Truth
 
 BOUNDS = {"logp": 5e-5, "entropy": 5e-5, "loss": 1e-3}
-"""Largest relative error of ours, whatever the dtype: statistics come from fp32 sums. (A loss is a difference of large parts.)"""
+"""Largest relative error of ours, whatever the dtype: statistics come from fp32 sums. A loss is a difference of large parts."""
 
 GRADIENT_BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 """The same for gradients: a few roundings of the gradient matrix and of the result to the dtype. Not a multiple of unfused
