@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = options.model
     if folder is None:
-        from trainer.embedded import resolve
+        from trainer.models.embedded import resolve
 
         folder = resolve("smollm2-135m", "~/.cache/eapo_kernels")
     tensors = collect(folder, options.rows, options.seed)

@@ -29,8 +29,10 @@ LAYERS = {
 SIBLINGS = [("eapo_kernels.ops", "eapo_kernels.objectives"), ("eapo_kernels.ops", "eapo_kernels.reference"),
             ("eapo_kernels.objectives", "eapo_kernels.reference"), ("eapo_kernels.loss", "eapo_kernels.reference"),
             ("trainer", "benchmarks")]  # fmt: skip
-EXCEPTIONS = {("benchmarks.real_rows", "trainer.embedded.resolve")}  # the demo's own loader fetches and unpacks the real model
-BORDERS = ("trainer/rewards.py", "benchmarks/measure.py")  # users' reward functions; peers' kernels: what they raise is a row
+# The demo's own loader fetches and unpacks the real model.
+EXCEPTIONS = {("benchmarks.real_rows", "trainer.models.embedded.resolve")}
+# Reward functions of users, kernels of peers: what they raise is a result.
+BORDERS = ("trainer/rewards/scoring.py", "benchmarks/measure.py")
 
 
 def _unit(module: str) -> str | None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from eapo_kernels import EapoError
 
+from .config.settings import parse_config, to_toml
 from .errors import ConfigError, DataError, ModelError
-from .settings import parse_config, to_toml
 
 DEMO = Path(__file__).parent / "recipes" / "demo.toml"
 
@@ -30,7 +30,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _eval(arguments: Sequence[str]) -> int:
     config = parse_config(arguments, prog="python -m trainer eval")
-    from .eval_command import evaluate_model
+    from .evaluation.eval_command import evaluate_model
 
     return 0 if evaluate_model(config) else 130
 
@@ -40,7 +40,7 @@ def _report(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories; several are drawn into one picture")
     parser.add_argument("--out", type=Path, help="where curves.png and report.md go (default: the first run)")
     options = parser.parse_args(arguments)
-    from .report import write_report
+    from .evaluation.report import write_report
 
     for path in write_report(options.runs, options.out or options.runs[0]):
         print(path)

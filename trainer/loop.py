@@ -30,25 +30,25 @@ import torch
 
 from eapo_kernels import make_controller
 
-from .batching import Answers, select
 from .config import Config
-from .console import Console
 from .dataset import PromptSampler, encode_prompt, load_questions
 from .errors import Interrupted, RewardError
-from .evaluate import evaluate
-from .experience import extra_evidence, per_token, weigh
-from .interrupt import StopRequest
-from .learner import Learner
-from .measure import NOTHING, Measurement, Wanted, measure, wanted_by
-from .metrics import answer_metrics, engine_metrics, reward_metrics, sample_record
-from .policy import load_policy
-from .reference import Reference
-from .report import summary_table, write_report
-from .rewards import Rewards
-from .rollouts import Sampling, Tick, derive_seed
-from .rundir import RunDirectory
-from .sampled import AnswerSource
-from .transformers_engine import TransformersEngine
+from .evaluation.evaluate import evaluate
+from .evaluation.report import summary_table, write_report
+from .learning.batching import Answers, select
+from .learning.experience import extra_evidence, per_token, weigh
+from .learning.learner import Learner
+from .learning.measure import NOTHING, Measurement, Wanted, measure, wanted_by
+from .models.policy import load_policy
+from .models.reference import Reference
+from .rewards.scoring import Rewards
+from .rollouts.engine import Sampling, Tick, derive_seed
+from .rollouts.sampled import AnswerSource
+from .rollouts.transformers_engine import TransformersEngine
+from .runs.console import Console
+from .runs.interrupt import StopRequest
+from .runs.metrics import answer_metrics, engine_metrics, reward_metrics, sample_record
+from .runs.rundir import RunDirectory
 
 ROLLOUT_SEED, UPDATE_SEED, ADAPTER_SEED, HOOK_SEED, WEIGHT_SEED = 1, 2, 3, 4, 5
 

@@ -29,7 +29,7 @@ from trainer.config import (
     RewardsConfig,
     RolloutConfig,
 )
-from trainer.policy import Policy
+from trainer.models.policy import Policy
 
 
 @pytest.fixture(scope="session", autouse=True)

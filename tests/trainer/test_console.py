@@ -8,9 +8,9 @@ import time
 import pytest
 from rich.console import Console as RichConsole
 
-from trainer.console import Console, duration
 from trainer.errors import Interrupted
-from trainer.interrupt import StopRequest
+from trainer.runs.console import Console, duration
+from trainer.runs.interrupt import StopRequest
 
 
 def test_a_long_phase_without_a_terminal_speaks_by_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from trainer.diversity import bootstrap, distinct_n, self_bleu
+from trainer.evaluation.diversity import bootstrap, distinct_n, self_bleu
 
 
 def test_distinct_n() -> None:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from tiny import no_tick
 
-from trainer import embedded
 from trainer.config import DataConfig, LoraConfig, ModelConfig
 from trainer.dataset import encode_prompt
-from trainer.embedding import SentenceEmbedding
 from trainer.errors import ModelError
-from trainer.policy import load_policy
-from trainer.rollouts import Sampling
-from trainer.transformers_engine import TransformersEngine
+from trainer.models import embedded
+from trainer.models.embedding import SentenceEmbedding
+from trainer.models.policy import load_policy
+from trainer.rollouts.engine import Sampling
+from trainer.rollouts.transformers_engine import TransformersEngine
 
 real_model = pytest.mark.real_model
 

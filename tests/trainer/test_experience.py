@@ -12,19 +12,19 @@ import torch
 from tiny import make_model, make_tokenizer, no_tick
 
 from eapo_kernels import TokenStats, diagnostics, get_method, make_controller, observed_entropy, shape_batch
-from trainer.batching import Answers, select
 from trainer.config import Config
 from trainer.dataset import teacher_prompt
-from trainer.experience import extra_evidence, final_answer, per_token, weigh
+from trainer.learning.batching import Answers, select
+from trainer.learning.experience import extra_evidence, final_answer, per_token, weigh
+from trainer.learning.measure import Wanted, measure, wanted_by
 from trainer.loop import train
-from trainer.measure import Wanted, measure, wanted_by
-from trainer.policy import Policy
-from trainer.reference import Reference
-from trainer.rewards import Scores
-from trainer.rollouts import Rollouts, Sampling
-from trainer.rundir import read
-from trainer.sampled import Sampled
-from trainer.transformers_engine import TransformersEngine
+from trainer.models.policy import Policy
+from trainer.models.reference import Reference
+from trainer.rewards.scoring import Scores
+from trainer.rollouts.engine import Rollouts, Sampling
+from trainer.rollouts.sampled import Sampled
+from trainer.rollouts.transformers_engine import TransformersEngine
+from trainer.runs.rundir import read
 
 Change = Callable[..., Config]
 TEMPERATURE = 0.8

@@ -10,14 +10,14 @@ import torch
 
 from eapo_kernels import get_method
 from trainer.config import Config
-from trainer.console import Console
-from trainer.hooks import CutRollouts, OversampledRollouts, ReplayRollouts, RolloutHook, SpreadRollouts, TargetRollouts
-from trainer.interrupt import StopRequest
-from trainer.policy import Policy
-from trainer.rewards import Rewards
-from trainer.rollouts import Sampling
-from trainer.sampled import AnswerSource, Sampled
-from trainer.transformers_engine import TransformersEngine
+from trainer.models.policy import Policy
+from trainer.rewards.scoring import Rewards
+from trainer.rollouts.engine import Sampling
+from trainer.rollouts.hooks import CutRollouts, OversampledRollouts, ReplayRollouts, RolloutHook, SpreadRollouts, TargetRollouts
+from trainer.rollouts.sampled import AnswerSource, Sampled
+from trainer.rollouts.transformers_engine import TransformersEngine
+from trainer.runs.console import Console
+from trainer.runs.interrupt import StopRequest
 
 Change = Callable[..., Config]
 PROMPTS = [[5, 6, 7, 12, 8], [9], [10, 11, 12], [5, 6]]

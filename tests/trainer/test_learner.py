@@ -10,15 +10,15 @@ import torch
 from tiny import make_model, make_tokenizer, no_tick
 
 from eapo_kernels import METHODS, get_method, make_controller
-from trainer.batching import Answers, collate, plan, select
 from trainer.config import OptimConfig
 from trainer.errors import DivergenceError, Interrupted
-from trainer.experience import Experience, weigh
-from trainer.learner import Learner
-from trainer.measure import Wanted, measure
-from trainer.policy import Policy
-from trainer.rollouts import Rollouts, Sampling
-from trainer.transformers_engine import TransformersEngine
+from trainer.learning.batching import Answers, collate, plan, select
+from trainer.learning.experience import Experience, weigh
+from trainer.learning.learner import Learner
+from trainer.learning.measure import Wanted, measure
+from trainer.models.policy import Policy
+from trainer.rollouts.engine import Rollouts, Sampling
+from trainer.rollouts.transformers_engine import TransformersEngine
 
 TEMPERATURE = 0.8
 

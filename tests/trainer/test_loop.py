@@ -19,11 +19,11 @@ from tiny import make_tokenizer
 
 from trainer.__main__ import main
 from trainer.config import Config
+from trainer.config.settings import parse_config, to_toml
 from trainer.errors import ConfigError, RewardError
 from trainer.loop import train
-from trainer.rundir import read
-from trainer.sampled import AnswerSource, Sampled
-from trainer.settings import parse_config, to_toml
+from trainer.rollouts.sampled import AnswerSource, Sampled
+from trainer.runs.rundir import read
 
 Change = Callable[..., Config]
 

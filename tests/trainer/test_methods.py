@@ -13,11 +13,11 @@ import torch
 
 from eapo_kernels import METHODS, make_controller
 from trainer.config import Config
+from trainer.config.settings import parse_config, to_toml
 from trainer.errors import ConfigError
-from trainer.hooks import HOOKS
 from trainer.loop import train
-from trainer.rundir import read
-from trainer.settings import parse_config, to_toml
+from trainer.rollouts.hooks import HOOKS
+from trainer.runs.rundir import read
 
 Change = Callable[..., Config]
 BINARY = {"psr", "nsr", "w_reinforce"}
@@ -83,7 +83,7 @@ def test_graded_rewards_are_refused_before_anything_is_generated(
     def never(*_: object) -> None:
         raise AssertionError("generated")
 
-    monkeypatch.setattr("trainer.transformers_engine.TransformersEngine.generate", never)
+    monkeypatch.setattr("trainer.rollouts.transformers_engine.TransformersEngine.generate", never)
     expected = rf"expected rewards of 0 or 1 with method '{method}'.*, got 0\.\d+ from reward_functions:low_numbers"
     with pytest.raises(ConfigError, match=expected):
         train(changed(loss={"method": method}))

@@ -25,7 +25,7 @@ from transformers import (
 from eapo_kernels import token_stats
 from trainer.config import LoraConfig, ModelConfig
 from trainer.errors import ModelError
-from trainer.policy import Policy, load_policy
+from trainer.models.policy import Policy, load_policy
 
 SIZES = {
     "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,

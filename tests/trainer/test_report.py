@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from trainer.config import Config
-from trainer.diversity import bootstrap
+from trainer.config.settings import to_toml
 from trainer.errors import DataError
-from trainer.evaluate import Evaluation, difference
-from trainer.report import markdown_table, summary_table, write_report
-from trainer.settings import to_toml
+from trainer.evaluation.diversity import bootstrap
+from trainer.evaluation.evaluate import Evaluation, difference
+from trainer.evaluation.report import markdown_table, summary_table, write_report
 
 NAMES = ("reward", "reward_best", "distinct_1", "distinct_2", "self_bleu", "entropy", "length", "truncated")
 

@@ -10,10 +10,11 @@ import torch
 
 from trainer.config import RewardsConfig
 from trainer.errors import ConfigError, RewardError
-from trainer.metrics import reward_metrics
-from trainer.rewards import Rewards, Similarity, agreement, exact_match, majority, rouge
-from trainer.rollouts import Rollouts
-from trainer.sampled import Sampled
+from trainer.rewards.builtin import Similarity, agreement, exact_match, majority, rouge
+from trainer.rewards.scoring import Rewards
+from trainer.rollouts.engine import Rollouts
+from trainer.rollouts.sampled import Sampled
+from trainer.runs.metrics import reward_metrics
 
 HERE = "reward_functions:"
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer, no_tick
 
-from trainer.policy import Policy
-from trainer.rollouts import Rollouts, Sampling
-from trainer.transformers_engine import TransformersEngine
+from trainer.models.policy import Policy
+from trainer.rollouts.engine import Rollouts, Sampling
+from trainer.rollouts.transformers_engine import TransformersEngine
 
 PROMPTS = [[5, 6, 7, 12, 8], [9], [10, 11, 12]]
 SAMPLING = Sampling(responses=6, max_new_tokens=10, temperature=0.7, top_p=1.0, seed=5)

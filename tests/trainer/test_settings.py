@@ -11,8 +11,8 @@ import pytest
 from trainer.__main__ import main
 from trainer.commands import DEMO
 from trainer.config import Config
+from trainer.config.settings import parse_config, to_toml
 from trainer.errors import ConfigError
-from trainer.settings import parse_config, to_toml
 
 
 def write(tmp_path: Path, text: str) -> Path:

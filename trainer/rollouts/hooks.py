@@ -20,7 +20,7 @@ from eapo_kernels.checks import require_number
 from eapo_kernels.errors import require
 
 if TYPE_CHECKING:
-    from .rollouts import Sampling
+    from .engine import Sampling
     from .sampled import AnswerSource, Sampled
 
 

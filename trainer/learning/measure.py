@@ -10,9 +10,9 @@ from torch import Tensor
 
 from eapo_kernels import Method, TokenStats, nucleus_entropy, token_stats
 
+from ..models.policy import Policy
+from ..rollouts.engine import Tick
 from .batching import Answers, collate, plan
-from .policy import Policy
-from .rollouts import Tick
 
 
 @dataclass(frozen=True)

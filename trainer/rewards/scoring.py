@@ -12,24 +12,19 @@ function that returns something else than one number for each answer is broken f
 from __future__ import annotations
 
 import importlib
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
-from eapo_kernels import majority_rewards, semantic_rewards
-
-from .config import RewardsConfig
-from .embedding import SentenceEmbedding
-from .errors import ConfigError, RewardError
-
-RewardFunction = Callable[..., Sequence[float | None]]
-Completion = str | list[dict[str, str]]
+from ..config import RewardsConfig
+from ..errors import ConfigError, RewardError
+from ..models.embedding import SentenceEmbedding
+from .builtin import BUILT_IN, Similarity
+from .signature import Completion, RewardFunction, text_of
 
 
 @dataclass(frozen=True)
@@ -217,65 +212,3 @@ def import_function(path: str) -> RewardFunction:
     if not callable(function):
         raise ConfigError(f"rewards.functions: expected a function at {path!r}, got {function!r}")
     return function
-
-
-def text_of(completion: Completion) -> str:
-    """The text of an answer, whichever form it has."""
-    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
-
-
-class Similarity:
-    """share * cosine of sentence embeddings + (1 - share) * ROUGE-L, between the answer and the reference ``answer``.
-
-    The cosine alone can be gamed: "Asthma is a kind of fruit" is close to any sentence about asthma.
-    """
-
-    def __init__(self, embedding: SentenceEmbedding, share: float) -> None:
-        self.embedding, self.share = embedding, share
-
-    def __call__(self, completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
-        texts = [text_of(completion) for completion in completions]
-        vectors = self.embedding([*texts, *answer])
-        cosine = (vectors[: len(texts)] * vectors[len(texts) :]).sum(-1).tolist()
-        return [self.share * c + (1 - self.share) * r for c, r in zip(cosine, rouge(texts, answer), strict=True)]
-
-
-_ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def rouge(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
-    """F1 of ROUGE-L (longest common subsequence of stemmed words) with the reference answer."""
-    pairs = zip(completions, answer, strict=True)
-    return [_ROUGE.score(reference, text_of(completion))["rougeL"].fmeasure for completion, reference in pairs]
-
-
-def exact_match(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
-    """1 where the answer equals the reference up to case and surrounding space, else 0."""
-    pairs = zip(completions, answer, strict=True)
-    return [float(text_of(c).strip().casefold() == str(reference).strip().casefold()) for c, reference in pairs]
-
-
-def agreement(prompts: Sequence[Any], completions: Sequence[Completion], **_: object) -> list[float]:
-    """Share of the question's answers that say the same, up to case and space; no reference answer (EMPO)."""
-    return semantic_rewards(*_clusters(prompts, completions)).tolist()
-
-
-def majority(prompts: Sequence[Any], completions: Sequence[Completion], **_: object) -> list[float]:
-    """1 for the answers of the question that most agree on, else 0; no reference answer (SPINE)."""
-    return majority_rewards(*_clusters(prompts, completions)).tolist()
-
-
-def _clusters(prompts: Sequence[Any], completions: Sequence[Completion]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B] int64 each: numbers of equal answers (-1: empty) and of equal questions."""
-    texts = [" ".join(text_of(completion).casefold().split()) for completion in completions]
-    questions = [json.dumps(prompt) for prompt in prompts]
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    question = {text: i for i, text in enumerate(dict.fromkeys(questions))}
-    clusters = torch.tensor([number[text] if text else -1 for text in texts])
-    return clusters, torch.tensor([question[text] for text in questions])
-
-
-BUILT_IN: dict[str, RewardFunction] = {
-    "rouge": rouge, "exact_match": exact_match, "agreement": agreement, "majority": majority,
-}  # fmt: skip
-"""Functions that need nothing but the texts. ``similarity`` is built in too, with the configured embedding."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from .config import Config
-from .errors import ConfigError
-from .settings import to_toml
+from ..config import Config
+from ..errors import ConfigError
+from ..config.settings import to_toml
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "numpy", "eapo-kernels")
 

@@ -6,7 +6,7 @@ import os
 import signal
 from types import FrameType, TracebackType
 
-from .errors import Interrupted
+from ..errors import Interrupted
 
 
 class StopRequest:

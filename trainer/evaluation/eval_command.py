@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-from .config import Config
-from .console import Console
-from .dataset import load_questions
-from .errors import ConfigError, Interrupted
+from ..config import Config
+from ..dataset import load_questions
+from ..errors import ConfigError, Interrupted
+from ..models.policy import load_policy
+from ..rewards.scoring import Rewards
+from ..rollouts.transformers_engine import TransformersEngine
+from ..runs.console import Console
+from ..runs.interrupt import StopRequest
+from ..runs.rundir import RunDirectory
 from .evaluate import evaluate
-from .interrupt import StopRequest
-from .policy import load_policy
 from .report import estimates_table
-from .rewards import Rewards
-from .rundir import RunDirectory
-from .transformers_engine import TransformersEngine
 
 
 def evaluate_model(config: Config) -> bool:

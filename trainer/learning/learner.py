@@ -15,12 +15,12 @@ from torch import Tensor
 
 from eapo_kernels import LossOutput, Method, loss_denominator, policy_loss
 
+from ..config import OptimConfig
+from ..errors import DivergenceError
+from ..models.policy import Policy
+from ..rollouts.engine import Tick
 from .batching import MicroBatch, collate, plan
-from .config import OptimConfig
-from .errors import DivergenceError
 from .experience import Experience
-from .policy import Policy
-from .rollouts import Tick
 
 
 class Learner:

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .policy import Policy
+    from ..models.policy import Policy
 
 Tick = Callable[[int, int], None]
 """Called with (done, total) while work goes on; may raise ``Interrupted``."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .diversity import distinct_n
-from .sampled import Sampled
+from ..evaluation.diversity import distinct_n
+from ..rollouts.sampled import Sampled
 
 
 def reward_metrics(sampled: Sampled) -> dict[str, float]:

@@ -16,8 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .policy import Policy
-from .rollouts import Rollouts, Sampling, Tick, derive_seed
+from ..models.policy import Policy
+from .engine import Rollouts, Sampling, Tick, derive_seed
 
 _TokenTick = Callable[[int], None]
 

@@ -12,9 +12,9 @@ import matplotlib
 matplotlib.use("Agg")  # files only: a machine without a display must draw them too
 import matplotlib.pyplot as plt
 
-from .errors import DataError
+from ..errors import DataError
+from ..runs.rundir import read
 from .evaluate import Evaluation, difference
-from .rundir import read
 
 CURVES = {
     "reward/mean": "mean reward of the step's answers",

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .rollouts import Rollouts
+from ..rollouts.engine import Rollouts
 
 
 @dataclass(frozen=True)

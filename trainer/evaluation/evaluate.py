@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .batching import select
-from .config import Config
-from .console import Console
-from .dataset import Questions, encode_prompt
+from ..config import Config
+from ..dataset import Questions, encode_prompt
+from ..learning.batching import select
+from ..learning.measure import measure
+from ..models.policy import Policy
+from ..rewards.scoring import Rewards
+from ..rollouts.engine import RolloutEngine, Sampling, derive_seed
+from ..runs.console import Console
 from .diversity import Estimate, bootstrap, distinct_n, self_bleu
-from .measure import measure
-from .policy import Policy
-from .rewards import Rewards
-from .rollouts import RolloutEngine, Sampling, derive_seed
 
 EVALUATION_SEED = 1_000_003
 """Apart from every training step's number, so that no evaluation shares random numbers with a step."""

@@ -20,8 +20,9 @@ from typing import Any
 
 import tyro
 
-from .config import Config, loss_numbers
-from .errors import ConfigError
+from ..errors import ConfigError
+from .loss import loss_numbers
+from .tree import Config
 
 
 def parse_config(arguments: Sequence[str], *, recipe: Path | None = None, prog: str = "python -m trainer train") -> Config:

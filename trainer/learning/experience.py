@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from eapo_kernels import Method, TokenBatch, diagnostics, observed_entropy, shape_batch
 from eapo_kernels.objectives.controllers import Controller
 
+from ..config import Config
+from ..dataset import encode_prompt, teacher_prompt
+from ..models.policy import Policy
+from ..rollouts.engine import Tick
+from ..rollouts.sampled import Sampled
 from .batching import Answers
-from .config import Config
-from .dataset import encode_prompt, teacher_prompt
 from .measure import Measurement, measure
-from .policy import Policy
-from .rollouts import Tick
-from .sampled import Sampled
 
 
 @dataclass(frozen=True)

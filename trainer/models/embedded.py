@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .errors import ModelError
+from ..errors import ModelError
 
 
 def _package_file(module: str, relative: str, package: str) -> Path:

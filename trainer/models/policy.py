@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from eapo_kernels import token_stats
 
-from .config import LoraConfig, ModelConfig
+from ..config import LoraConfig, ModelConfig
+from ..errors import ModelError
 from .embedded import EMBEDDED, resolve
-from .errors import ModelError
 
 T = TypeVar("T")
 

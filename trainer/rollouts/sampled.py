@@ -12,13 +12,13 @@ from torch import Tensor
 from eapo_kernels import Method
 from eapo_kernels.objectives.advantages import ADVANTAGES
 
-from .batching import select
-from .config import Config
-from .console import Console
-from .measure import measure
-from .policy import Policy
-from .rewards import Rewards, Scores
-from .rollouts import RolloutEngine, Rollouts, Sampling
+from ..config import Config
+from ..learning.batching import select
+from ..learning.measure import measure
+from ..models.policy import Policy
+from ..rewards.scoring import Rewards, Scores
+from ..runs.console import Console
+from .engine import RolloutEngine, Rollouts, Sampling
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,20 @@
+"""What a run is told: the tree of settings, and how it is read from TOML and the command line."""
+
+from .loss import EntropyWeightConfig, LossConfig
+from .model import DataConfig, LoraConfig, ModelConfig
+from .run import EvalConfig, OptimConfig
+from .sampling import RewardsConfig, RolloutConfig
+from .tree import Config
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EntropyWeightConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+]

@@ -1,0 +1,24 @@
+"""How the sections check their values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from eapo_kernels import EapoError
+
+from ..errors import ConfigError
+
+
+def check(condition: bool, key: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Errors of the library's own checks, with the name of the section in front of the key."""
+    try:
+        yield
+    except EapoError as error:
+        raise ConfigError(f"{name}.{error}") from None

@@ -1,0 +1,71 @@
+"""Sections model, lora and data: what is trained, and on which questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .checks import check
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model that is trained."""
+
+    path: str = "smollm2-135m"
+    """A directory in Hugging Face format (a model, or an adapter saved by a run), or the name of an embedded model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the computation; the trained weights themselves always stay in fp32."""
+    attention: str = "sdpa"
+    """Attention implementation as transformers names it: sdpa, eager, flash_attention_2."""
+    device: str = "auto"
+    """auto (cuda where there is one, else cpu), cpu, cuda, or cuda:N."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    cache: str = "~/.cache/eapo_kernels"
+    """Where embedded models are kept after their one conversion."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685) through peft."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains every weight of the model."""
+    alpha: float = 32.0
+    """The adapters' output is scaled by alpha / rank."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers that get adapters; empty means all of them."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear modules that get adapters. The output head cannot be one of them."""
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 0, "lora.rank", "at least 0", self.rank)
+        check(self.alpha > 0, "lora.alpha", "a positive number", self.alpha)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Questions to train on and questions to evaluate on."""
+
+    train: str = "trainer/data/medical_definitions/train.jsonl"
+    """JSONL or Parquet with the columns prompt (text or chat messages) and answer; all others go to the rewards."""
+    eval: str = "trainer/data/medical_definitions/eval.jsonl"
+    """Held-out questions in the same format; empty for none."""
+    train_limit: int = 0
+    """Use only the first so many training questions; 0 means all."""
+    eval_limit: int = 0
+    """Use only the first so many held-out questions; 0 means all."""
+    system_prompt: str = ""
+    """Put before every text prompt as the system message; empty leaves that to the chat template."""
+    max_prompt_tokens: int = 1024
+    """A longer prompt is an error: cutting a question silently changes it."""
+    answer_marker: str = "</think>"
+    """Text that ends the reasoning: the final answer is what follows it (pear)."""
+    teacher_prompt: str = "{prompt}\n\nA correct answer: {answer}\n\n"
+    """What the teacher of trace is asked: the policy itself, with the reference answer before its eyes."""
+
+    def __post_init__(self) -> None:
+        check(self.train_limit >= 0, "data.train_limit", "at least 0", self.train_limit)
+        check(self.eval_limit >= 0, "data.eval_limit", "at least 0", self.eval_limit)
+        check(self.max_prompt_tokens > 0, "data.max_prompt_tokens", "at least 1", self.max_prompt_tokens)

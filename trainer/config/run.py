@@ -1,0 +1,60 @@
+"""Sections optim and eval: the updates, and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .checks import check
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and how the step's answers are cut into updates."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's first and second moments."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up; cosine ends at a tenth of the peak."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    minibatches: int = 1
+    """Optimizer updates a pass over the step's answers; more than one makes the later ones off-policy."""
+    epochs: int = 1
+    """Passes over the step's answers."""
+    micro_batch_tokens: int = 8192
+    """Most padded tokens in one forward pass. It decides memory and speed, never the result."""
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, "optim.lr", "a positive number", self.lr)
+        check(self.max_grad_norm > 0, "optim.max_grad_norm", "a positive number", self.max_grad_norm)
+        check(self.warmup_steps >= 0, "optim.warmup_steps", "at least 0", self.warmup_steps)
+        check(self.minibatches >= 1, "optim.minibatches", "at least 1", self.minibatches)
+        check(self.epochs >= 1, "optim.epochs", "at least 1", self.epochs)
+        check(self.micro_batch_tokens >= 1, "optim.micro_batch_tokens", "at least 1", self.micro_batch_tokens)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation before and after training, with the sampling of ``rollout`` and a seed of its own."""
+
+    responses: int = 4
+    """Answers to each question."""
+    train_questions: int = 0
+    """Also evaluate on the first so many training questions."""
+    every: int = 0
+    """Also evaluate after every so many steps; 0 only before and after."""
+    resamples: int = 2000
+    """Bootstrap resamples (of questions) behind the 95 % confidence intervals."""
+
+    def __post_init__(self) -> None:
+        check(self.responses >= 2, "eval.responses", "at least 2 (diversity compares answers)", self.responses)
+        check(self.train_questions >= 0, "eval.train_questions", "at least 0", self.train_questions)
+        check(self.every >= 0, "eval.every", "at least 0", self.every)
+        check(self.resamples >= 1, "eval.resamples", "at least 1", self.resamples)

@@ -1,0 +1,60 @@
+"""Sections rollout and rewards: how answers are drawn, and what a good one is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .checks import check
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How answers are sampled."""
+
+    engine: Literal["transformers"] = "transformers"
+    """The engine that generates."""
+    prompts: int = 4
+    """Questions a step."""
+    responses: int = 8
+    """Answers to each question; together they form one group."""
+    max_new_tokens: int = 128
+    """An answer that has not ended by then is truncated."""
+    temperature: float = 1.0
+    """Sampling temperature. Log-probs, entropy and loss use the same one."""
+    top_p: float = 1.0
+    """Nucleus sampling; below 1 the engine's log-probs are those of the cut distribution, so a mismatch is logged."""
+    batch: int = 64
+    """Most answers generated at once."""
+
+    def __post_init__(self) -> None:
+        check(self.prompts >= 1, "rollout.prompts", "at least 1", self.prompts)
+        check(self.responses >= 2, "rollout.responses", "at least 2 (a group of one has no signal)", self.responses)
+        check(self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1", self.max_new_tokens)
+        check(self.temperature > 0, "rollout.temperature", "a positive number", self.temperature)
+        check(0 < self.top_p <= 1, "rollout.top_p", "in (0, 1]", self.top_p)
+        check(self.batch >= 1, "rollout.batch", "at least 1", self.batch)
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """What a good answer is. The reward of an answer is the weighted sum over the functions that scored it."""
+
+    functions: tuple[str, ...] = ("similarity",)
+    """Built-in names (similarity, rouge, exact_match; without reference answers agreement, majority) or import paths
+    module:function with TRL's signature."""
+    weights: tuple[float, ...] = (1.0,)
+    """One weight for each function."""
+    on_failure: Literal["exclude", "stop"] = "exclude"
+    """A score that is missing, NaN, infinite or raised: leave that question's group out of the step, or end the run."""
+    embedding_model: str = "minilm-l6-v2"
+    """Sentence embedding for similarity: an embedded name or a directory in Hugging Face format."""
+    embedding_share: float = 0.5
+    """Share of the embedding's cosine in similarity; the rest is ROUGE-L, which a fluent wrong answer cannot game."""
+
+    def __post_init__(self) -> None:
+        check(len(self.functions) > 0, "rewards.functions", "at least one function", self.functions)
+        check(len(set(self.functions)) == len(self.functions), "rewards.functions", "no name twice", self.functions)
+        expected = f"as many as rewards.functions ({len(self.functions)})"
+        check(len(self.weights) == len(self.functions), "rewards.weights", expected, self.weights)
+        check(0 <= self.embedding_share <= 1, "rewards.embedding_share", "in [0, 1]", self.embedding_share)

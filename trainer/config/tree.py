@@ -1,0 +1,61 @@
+"""The configuration tree: frozen dataclasses, a sentence under every field, checked when they are built.
+
+``settings.parse_config`` fills it from a TOML recipe and from overrides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+
+from eapo_kernels import Method
+
+from .checks import check, section
+from .loss import EntropyWeightConfig, LossConfig
+from .model import DataConfig, LoraConfig, ModelConfig
+from .run import EvalConfig, OptimConfig
+from .sampling import RewardsConfig, RolloutConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str = "run"
+    """The run's files go to <out>/<name>."""
+    out: str = "runs"
+    """Directory of all runs."""
+    overwrite: bool = False
+    """Replace a finished run of the same name instead of refusing."""
+    seed: int = 0
+    """Of everything: order of questions, adapters' initial weights, sampling of answers."""
+    steps: int = 100
+    """Training steps; each samples answers and learns from them."""
+    samples_per_step: int = 2
+    """Answers of each step that are written to samples.jsonl."""
+    diagnose_every: int = 1
+    """Steps between measurements of the entropy change that an update was predicted to make and made: one more forward pass
+    over the step's answers; 0 for none."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    eapo: EntropyWeightConfig = field(default_factory=EntropyWeightConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        check(bool(self.name) and "/" not in self.name, "name", "a directory name", self.name)
+        check(self.steps >= 1, "steps", "at least 1", self.steps)
+        check(self.diagnose_every >= 0, "diagnose_every", "at least 0", self.diagnose_every)
+        with section("rollout"):
+            self.loss.hook().responses(self.rollout.responses)
+        updates = self.rollout.prompts * self.rollout.responses
+        expected = f"at most the {updates} answers of a step"
+        check(self.optim.minibatches <= updates, "optim.minibatches", expected, self.optim.minibatches)
+
+    def method(self) -> Method:
+        """The objective with all its numbers."""
+        method = self.loss.build(fixed_length=self.rollout.max_new_tokens)
+        return replace(method, controller_settings=asdict(self.eapo)) if method.controller == "entropy_ratio" else method

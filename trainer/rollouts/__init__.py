@@ -1,0 +1,1 @@
+"""Answers: engines that sample them, and what methods change about it."""
