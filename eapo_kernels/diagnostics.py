@@ -18,6 +18,7 @@ from .objectives.controllers import EntropyRatio
 from .objectives.method import resolve_positive_weight
 from .objectives.methods import Method, get_method
 from .objectives.policy import loss_and_sums, prepare
+from .objectives.shaping.dynamics import expected_part, sampled_part
 from .types import TokenBatch, TokenStats
 
 
@@ -78,11 +79,7 @@ def polarity(stats: TokenStats) -> Tensor:
     """
     require(stats.entropy is not None, "stats.entropy", "a tensor", None)
     require(stats.p2 is not None and stats.p2_logp is not None, "stats.p2, stats.p2_logp", "second_moments=True", None)
-    assert stats.entropy is not None
-    assert stats.p2 is not None
-    assert stats.p2_logp is not None
-    log_p, entropy = stats.logp.double(), stats.entropy.double()
-    return log_p.exp() * (log_p + entropy) - (stats.p2_logp.double() + entropy * stats.p2.double())
+    return sampled_part(stats) - expected_part(stats)
 
 
 def score_norm(stats: TokenStats) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...checks import require_number
 from ...errors import require
+from ...types import TokenStats
 from ..config import EAPOConfig
 from ..method import Method
 from .covariance import largest
@@ -20,17 +21,19 @@ _FLAT = 1e-12
 """A standard deviation below this says that there is nothing to tell apart."""
 
 
-def sampled_part(evidence: Evidence) -> Tensor:
-    """[N] fp64 S_y = p_y (log p_y + H): above zero where the sampled token is more probable than exp(-H)."""
-    log_p = evidence.logp.double()
-    return log_p.exp() * (log_p + evidence.entropy)
+def sampled_part(stats: TokenStats | Evidence) -> Tensor:
+    """[...] fp64 S_y = p_y (log p_y + H): above zero where the sampled token is more probable than exp(-H)."""
+    assert stats.entropy is not None
+    log_p = stats.logp.double()
+    return log_p.exp() * (log_p + stats.entropy.double())
 
 
-def expected_part(evidence: Evidence) -> Tensor:
-    """[N] fp64 B = sum_v p_v^2 (log p_v + H) = E_p[S]."""
-    assert evidence.p2 is not None
-    assert evidence.p2_logp is not None
-    return evidence.p2_logp.double() + evidence.entropy.double() * evidence.p2
+def expected_part(stats: TokenStats | Evidence) -> Tensor:
+    """[...] fp64 B = sum_v p_v^2 (log p_v + H) = E_p[S]."""
+    assert stats.entropy is not None
+    assert stats.p2 is not None
+    assert stats.p2_logp is not None
+    return stats.p2_logp.double() + stats.entropy.double() * stats.p2.double()
 
 
 @dataclass(frozen=True)
