@@ -108,12 +108,12 @@ def transform_arguments(projection: Projection) -> dict[str, Any]:
     }
 
 
-def product_arguments(projection: Projection, tile: Tile) -> dict[str, Any]:
+def operand_arguments(projection: Projection) -> dict[str, Any]:
     """The operands as they are, strided or not: copying a [V, D] weight would cost more memory than the op saves."""
     hidden, weight = projection.hidden, projection.weight
     return {
-        "hidden": TensorDescriptor.from_tensor(hidden, [tile.block_n, tile.block_d]) if tile.descriptors else hidden,
-        "weight": TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_d]) if tile.descriptors else weight,
+        "hidden": hidden,
+        "weight": weight,
         "n_rows": projection.n_rows,
         "n_columns": projection.vocab,
         "dim": projection.dim,
@@ -121,6 +121,12 @@ def product_arguments(projection: Projection, tile: Tile) -> dict[str, Any]:
         "hidden_stride_d": hidden.stride(1),
         "weight_stride_v": weight.stride(0),
         "weight_stride_d": weight.stride(1),
+    }
+
+
+def product_arguments(projection: Projection, tile: Tile) -> dict[str, Any]:
+    """What ``product.raw_logits`` takes: the operands, with a tile that asks for it by descriptor, and the tile."""
+    arguments = operand_arguments(projection) | {
         "BLOCK_N": tile.block_n,
         "BLOCK_V": tile.block_v,
         "BLOCK_D": tile.block_d,
@@ -129,3 +135,7 @@ def product_arguments(projection: Projection, tile: Tile) -> dict[str, Any]:
         "DESCRIPTORS": tile.descriptors,
         "WIDEN": INTERPRETED,
     }
+    if tile.descriptors:
+        arguments["hidden"] = TensorDescriptor.from_tensor(projection.hidden, [tile.block_n, tile.block_d])
+        arguments["weight"] = TensorDescriptor.from_tensor(projection.weight, [tile.block_v, tile.block_d])
+    return arguments

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..projection import Projection
 from . import configs
 from .configs import Tile
-from .launch import Launch, family, options, product_tile, transform_arguments
+from .launch import Launch, family, operand_arguments, options, product_tile, transform_arguments
 from .math import LOG2E, LOWEST, row_scale
 
 
@@ -106,24 +106,15 @@ def row_offsets(
     projection: Projection, targets: Tensor, hint: Tensor | None, sums: ExpSums, *, tile: Tile | None = None
 ) -> Launch:
     """The launch that fills ``sums.offsets``. targets: [N] int64 in [0, V). hint: [N] fp32 or None."""
-    hidden, weight = projection.hidden, projection.weight
+    hidden = projection.hidden
     tile = tile or configs.find("row_offsets", family(hidden.device), hidden.element_size())
-    arguments = transform_arguments(projection) | {
+    arguments = operand_arguments(projection) | transform_arguments(projection) | {
         "offsets": sums.offsets,
         "n_listed": sums.n_listed,
         "hint": None if hint is None else hint.contiguous(),
-        "hidden": hidden,
-        "weight": weight,
         "targets": targets.contiguous(),
-        "n_rows": projection.n_rows,
-        "n_columns": projection.vocab,
-        "dim": projection.dim,
-        "hidden_stride_n": hidden.stride(0),
-        "hidden_stride_d": hidden.stride(1),
-        "weight_stride_v": weight.stride(0),
-        "weight_stride_d": weight.stride(1),
         "BLOCK_N": tile.block_n,
         "BLOCK_D": tile.block_d,
-    }
+    }  # fmt: skip
     del arguments["cap"]
     return Launch(row_offsets_kernel, triton.cdiv(projection.n_rows, tile.block_n), arguments, options(tile), hidden.device)

@@ -6,6 +6,7 @@ logits: raw fp32 logits by the library's product, then two passes of a row kerne
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,7 +53,22 @@ def workspace(projection: Projection, dtype: torch.dtype) -> Tensor:
     return projection.hidden.new_empty(n_rows, plans.padded(vocab), dtype=dtype)[:, :vocab]
 
 
-class LogitChunk:
+class FinalizedChunk(ABC):
+    """What both forms share: their sums are finished in one launch, with or without a surrogate."""
+
+    @abstractmethod
+    def _finalize(self, terms: SurrogateTerms | None) -> Finalized: ...
+
+    def statistics(self) -> RowStatistics:
+        """One launch; see ``backend.Chunk``."""
+        return self._finalize(None).statistics
+
+    def surrogate(self, terms: SurrogateTerms) -> Coefficients:
+        """One launch; see ``backend.Backend``."""
+        return self._finalize(terms).coefficients()
+
+
+class LogitChunk(FinalizedChunk):
     """See ``backend.Chunk``. The logits live once, in fp32, until ``gradient``; any cotangent may follow."""
 
     def __init__(self, projection: Projection, targets: Tensor, *, entropy: bool) -> None:
@@ -68,14 +84,6 @@ class LogitChunk:
         launch()
         self._final = final
         return final
-
-    def statistics(self) -> RowStatistics:
-        """One launch; see ``backend.Chunk``."""
-        return self._finalize(None).statistics
-
-    def surrogate(self, terms: SurrogateTerms) -> Coefficients:
-        """One launch; see ``backend.Backend``."""
-        return self._finalize(terms).coefficients()
 
     def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
         """One launch; in place where the operands of the products are fp32. See ``backend.Chunk``.
@@ -95,7 +103,7 @@ class LogitChunk:
         return ChunkGradient(matrix, factor)
 
 
-class ExpChunk:
+class ExpChunk(FinalizedChunk):
     """See ``backend.Chunk``. No logit is kept: only a cotangent of logp may follow. ``row_max`` of its statistics is an offset.
 
     Attributes:
@@ -117,14 +125,6 @@ class ExpChunk:
         launch, final, self._slope = exp_finalize(self._projection, self._targets, self.sums, self._matrix, terms)
         launch()
         return final
-
-    def statistics(self) -> RowStatistics:
-        """One launch; see ``backend.Chunk``."""
-        return self._finalize(None).statistics
-
-    def surrogate(self, terms: SurrogateTerms) -> Coefficients:
-        """One launch; see ``backend.Backend``."""
-        return self._finalize(terms).coefficients()
 
     def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
         """No launch over the matrix: the row factors are -(cotangent) * slope / S. See ``backend.Chunk``."""
@@ -158,6 +158,6 @@ def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
     return plans.padded(vocab) * (4 if dtype == torch.float32 else 4 + dtype.itemsize) + sums
 
 
-def surrogate(chunk: LogitChunk | ExpChunk, terms: SurrogateTerms) -> Coefficients:
+def surrogate(chunk: FinalizedChunk, terms: SurrogateTerms) -> Coefficients:
     """See ``backend.Backend``."""
     return chunk.surrogate(terms)
