@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from loss_cases import CONFIGS, B, D, N, V, make_batch, run, small_options
 from torch import Tensor
 
 from eapo_kernels import (
@@ -16,75 +16,11 @@ from eapo_kernels import (
     EapoError,
     EAPOLoss,
     EntropyRatio,
-    LossOutput,
     Method,
-    Options,
-    ShapeError,
     TokenBatch,
-    eapo_loss,
-    policy_loss,
     reference,
 )
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.testing import Inputs, assert_no_worse_than, make_inputs
-
-N, D, V, B = 150, 24, 301, 12
-
-
-def make_batch(inputs: Inputs, *, seed: int = 3, off_policy: float = 0.3, masked: bool = True) -> TokenBatch:
-    """Twelve responses of uneven length in three groups; a tied reward, masked tokens, all optional log-probs."""
-    generator = torch.Generator().manual_seed(seed)
-    device = inputs.hidden.device
-    wide = inputs.to(torch.float64)
-    with torch.no_grad():
-        bias = None if wide.bias is None else wide.bias.detach()
-        logp = reference.token_stats(wide.hidden.detach(), wide.weight.detach(), wide.targets, bias=bias).logp.float().cpu()
-    n = inputs.targets.numel()
-    old = logp + off_policy * torch.randn(n, generator=generator)
-    rewards = torch.rand(B, generator=generator)
-    rewards[0] = rewards[1:4].mean()  # a tie with its group's mean
-    mask = torch.rand(n, generator=generator) > 0.2 if masked else None
-    batch = TokenBatch(
-        targets=inputs.targets,
-        sequence_ids=torch.randint(B, (n,), generator=generator).sort().values,
-        rewards=rewards,
-        group_ids=torch.tensor([7, 7, 7, 7, -1, -1, -1, -1, 3, 3, 3, 3]),
-        old_logp=old,
-        mask=mask,
-        ref_logp=old + 0.1 * torch.randn(n, generator=generator),
-        rollout_logp=old - 0.2 * torch.randn(n, generator=generator),
-    )
-    moved = {k: v.to(device) for k, v in vars(batch).items() if isinstance(v, Tensor)}
-    return replace(batch, **moved)
-
-
-def run(inputs: Inputs, batch: TokenBatch, **options: Any) -> tuple[LossOutput, list[Tensor]]:
-    leaves = [t.detach().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias) if t is not None]
-    call = policy_loss if "method" in options else eapo_loss
-    out = call(leaves[0], leaves[1], batch, bias=leaves[2] if len(leaves) > 2 else None, **options)
-    return out, list(torch.autograd.grad(out.loss, leaves))
-
-
-def small_options() -> Options:
-    return Options(memory_budget=V * 4 * 64)
-
-
-CONFIGS = {
-    "default": EAPOConfig(),
-    "asymmetric_dual": EAPOConfig(clip_low=0.1, clip_high=0.3, dual_clip=1.5),
-    "entropy_bonus": EAPOConfig(entropy_coef=0.05),
-    "kl_k1": EAPOConfig(kl_coef=0.1, kl_estimator="k1"),
-    "kl_k2": EAPOConfig(kl_coef=0.1, kl_estimator="k2"),
-    "kl_k3": EAPOConfig(kl_coef=0.1, kl_estimator="k3"),
-    "importance": EAPOConfig(importance_cap=1.1),
-    "reinforce": EAPOConfig(surrogate="reinforce"),
-    "cispo": EAPOConfig(surrogate="cispo"),
-    "gspo": EAPOConfig(surrogate="gspo", reduction="seq_mean_token_mean", clip_low=0.05, clip_high=0.05),
-    "group_mean": EAPOConfig(advantage="group_mean", reduction="seq_mean_token_sum"),
-    "sign_fixed": EAPOConfig(advantage="sign", reduction="fixed_length", fixed_length=40),
-    "batch": EAPOConfig(advantage="batch_norm", split="batch", negative_weight=0.5),
-    "dropped": EAPOConfig(split="advantage", negative_weight=0.0, drop_zero_weight=True),
-}
+from eapo_kernels.testing import assert_no_worse_than, make_inputs
 
 
 def test_default_is_the_oracle() -> None:
@@ -306,96 +242,6 @@ def test_metrics() -> None:
     assert not any(v.requires_grad for v in out.metrics.values())
 
 
-@pytest.mark.parametrize("schedule", ["autograd", "one_pass"])
-def test_fully_masked_and_empty_batches(schedule: str) -> None:
-    inputs = make_inputs(20, D, V)
-    batch = make_batch(inputs)
-    for changed, hidden in (
-        (replace(batch, mask=torch.zeros(20, dtype=torch.bool)), inputs.hidden),
-        (replace(batch, targets=torch.full((20,), -100)), inputs.hidden),
-        (
-            replace(batch, **{k: v[:0] for k, v in vars(batch).items() if isinstance(v, Tensor) and len(v) == 20}),
-            inputs.hidden[:0],
-        ),
-    ):
-        out, (d_hidden, d_weight) = run(replace(inputs, hidden=hidden), changed, positive_weight=0.7, schedule=schedule)
-        assert out.loss == 0
-        assert (d_hidden == 0).all()
-        assert d_hidden.shape == hidden.shape
-        assert (d_weight == 0).all()
-        assert all(v.isfinite() for v in out.metrics.values())
-
-
-def test_masked_tokens_may_hold_anything() -> None:
-    inputs = make_inputs(N, D, V)
-    batch = make_batch(inputs)
-    clean, clean_grads = run(inputs, batch, positive_weight=0.7, config=CONFIGS["importance"])
-    dirty = {k: torch.where(batch.mask, getattr(batch, k), math.nan) for k in ("old_logp", "ref_logp", "rollout_logp")}
-    hidden = torch.where(batch.mask[:, None], inputs.hidden, math.nan)
-    for schedule in ("autograd", "one_pass"):
-        out, grads = run(
-            replace(inputs, hidden=hidden),
-            replace(batch, **dirty),
-            positive_weight=0.7,
-            config=CONFIGS["importance"],
-            schedule=schedule,
-        )
-        torch.testing.assert_close(out.loss, clean.loss)
-        torch.testing.assert_close(grads[0], clean_grads[0])
-
-
-def test_far_off_policy_stays_finite() -> None:
-    inputs = make_inputs(N, D, V)
-    batch = make_batch(inputs, off_policy=200.0)
-    for schedule in ("autograd", "one_pass"):
-        out, grads = run(inputs, batch, positive_weight=1.0, config=EAPOConfig(dual_clip=3.0), schedule=schedule)
-        assert out.loss.isfinite()
-        assert all(g.isfinite().all() for g in grads)
-
-
-def test_groups_of_one_and_groups_without_spread_have_no_gradient() -> None:
-    inputs = make_inputs(N, D, V)
-    batch = make_batch(inputs)
-    for rewards, groups in ((batch.rewards, torch.arange(B)), (torch.full((B,), 0.1), batch.group_ids)):
-        for advantage in ("group_norm", "group_mean", "sign"):
-            lonely = replace(batch, rewards=rewards, group_ids=groups)
-            out, grads = run(inputs, lonely, positive_weight=0.7, config=EAPOConfig(advantage=advantage))
-            assert out.loss == 0
-            assert all((g == 0).all() for g in grads)
-            assert out.metrics["eapo/positive_fraction"] == 0
-
-
-def test_one_pass_backward_scales_and_runs_once() -> None:
-    inputs = make_inputs(N, D, V)
-    batch = make_batch(inputs)
-    hidden, weight = inputs.leaves()
-    _, plain = run(inputs, batch, positive_weight=0.7)
-    out = eapo_loss(hidden, weight, batch, positive_weight=0.7, schedule="one_pass")
-    (out.loss * 3).backward(retain_graph=True)
-    torch.testing.assert_close(weight.grad, 3 * plain[1])
-    with pytest.raises(EapoError, match="expected one call per one_pass loss"):
-        out.loss.backward()
-
-
-def test_no_grad_computes_no_gradient() -> None:
-    inputs = make_inputs(N, D, V)
-    batch = make_batch(inputs)
-    hidden, weight = inputs.leaves()
-    with torch.no_grad():
-        out = eapo_loss(hidden, weight, batch, positive_weight=0.7, schedule="one_pass")
-    assert not out.loss.requires_grad
-    torch.testing.assert_close(out.loss, run(inputs, batch, positive_weight=0.7)[0].loss)
-
-
-def test_frozen_head_gets_none() -> None:
-    inputs = make_inputs(N, D, V)
-    batch = make_batch(inputs)
-    for schedule in ("autograd", "one_pass"):
-        hidden = inputs.hidden.detach().requires_grad_()
-        eapo_loss(hidden, inputs.weight.detach(), batch, positive_weight=0.7, schedule=schedule).loss.backward()
-        torch.testing.assert_close(hidden.grad, run(inputs, batch, positive_weight=0.7)[1][0])
-
-
 def test_module_keeps_the_controller_in_its_state() -> None:
     inputs = make_inputs(N, D, V)
     batch = make_batch(inputs)
@@ -419,68 +265,6 @@ def test_a_users_own_method_is_just_another_object() -> None:
     by_hand = replace(batch, advantages=batch.rewards - 0.5)
     expected, _ = run(inputs, by_hand, positive_weight=0.3, config=EAPOConfig(split="advantage"))
     torch.testing.assert_close(out.loss, expected.loss)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"rewards": torch.full((B,), math.nan)}, EapoError, r"batch.rewards: expected finite numbers, got nan at 0"),
-        ({"rewards": torch.zeros(B, dtype=torch.int64)}, ShapeError, r"batch.rewards: expected .* \[12\] cpu, got int64"),
-        ({"rewards": None}, EapoError, r"batch.rewards: expected \[B\] unless advantages are given, got None"),
-        ({"group_ids": None}, EapoError, r"batch.group_ids: expected \[B\]"),
-        ({"group_ids": torch.zeros(3, dtype=torch.int64)}, ShapeError, r"batch.group_ids: expected int64 \[12\]"),
-        ({"sequence_ids": torch.full((N,), B)}, EapoError, r"batch.sequence_ids: expected values in \[0, 12\), got 12"),
-        ({"sequence_ids": torch.zeros(4, dtype=torch.int64)}, ShapeError, r"batch.sequence_ids: expected int64 \[150\]"),
-        ({"targets": torch.full((N,), V)}, EapoError, r"targets: expected values in \[0, 301\)"),
-        ({"targets": torch.zeros(N)}, ShapeError, r"batch.targets: expected int64 \[N\], got float32 \[150\]"),
-        ({"mask": torch.ones(N)}, ShapeError, r"batch.mask: expected bool \[150\]"),
-        ({"old_logp": torch.full((N,), -math.inf)}, EapoError, r"batch.old_logp: expected finite numbers, got -inf at 0"),
-        ({"old_logp": torch.zeros(N, 1)}, ShapeError, r"batch.old_logp: expected .* \[150\] cpu, got float32 \[150, 1\]"),
-        ({"advantages": torch.zeros(5)}, ShapeError, r"batch.advantages: expected"),
-        ({"denominator": math.inf}, EapoError, r"batch.denominator: expected a positive finite number, got inf"),
-        ({"denominator": torch.ones(2)}, EapoError, r"batch.denominator: expected a number or a 0-dim tensor"),
-        ({"rewards": [0.0] * B}, ShapeError, r"batch.rewards: expected .* \[12\] cpu, got \[0.0, "),
-        ({"sequence_lengths": torch.full((B,), -3)}, EapoError, r"batch.sequence_lengths: expected at least .* got -3.0"),
-        ({"sequence_lengths": torch.full((B,), math.nan)}, EapoError, r"batch.sequence_lengths: expected at least .*, got nan"),
-        ({"denominator": 0.0}, EapoError, r"batch.denominator: expected a positive finite number, got 0.0"),
-    ],
-    ids=lambda p: p if isinstance(p, str) else "",
-)  # fmt: skip
-def test_bad_batches(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    inputs = make_inputs(N, D, V)
-    with pytest.raises(error, match=message):
-        run(inputs, replace(make_batch(inputs), **changes), positive_weight=1.0)
-
-
-def test_a_batch_that_is_none() -> None:
-    inputs = make_inputs(N, D, V)
-    for call, message in (
-        (lambda: eapo_loss(inputs.hidden, inputs.weight, {}, positive_weight=1.0), "batch: expected a TokenBatch, got {}"),
-        (lambda: eapo_loss(inputs.hidden, None, make_batch(inputs), positive_weight=1.0), r"weight: expected \[V, D\] on cpu"),
-        (lambda: run(inputs, make_batch(inputs), positive_weight=1.0, config={}), "config: expected an EAPOConfig or None"),
-        (lambda: run(inputs, make_batch(inputs), positive_weight=1.0, options={}), "options: expected Options or None"),
-        (lambda: run(inputs, make_batch(inputs), positive_weight="x"), "positive_weight: expected a number, .* got 'x'"),
-    ):
-        with pytest.raises(EapoError, match=message):
-            call()
-
-
-def test_gspo_wants_whole_responses() -> None:
-    inputs = make_inputs(N, D, V)
-    batch = make_batch(inputs, masked=False)
-    lengths = torch.bincount(batch.sequence_ids, minlength=B)
-    run(inputs, replace(batch, sequence_lengths=lengths), positive_weight=1.0, config=CONFIGS["gspo"])
-    with pytest.raises(EapoError, match="expected whole responses with surrogate 'gspo', got parts"):
-        run(inputs, replace(batch, sequence_lengths=lengths + 1), positive_weight=1.0, config=CONFIGS["gspo"])
-
-
-def test_advantages_of_one_token_responses_must_not_be_ambiguous() -> None:
-    inputs = make_inputs(B, D, V)
-    batch = replace(make_batch(inputs, masked=False), sequence_ids=torch.arange(B).flip(0), advantages=torch.randn(B))
-    for rewards, groups in ((batch.rewards, batch.group_ids), (None, None)):
-        with pytest.raises(EapoError, match=r"batch.advantages: expected \[B\] or \[N\] with B != N .*, got B = N = 12"):
-            run(inputs, replace(batch, rewards=rewards, group_ids=groups), positive_weight=1.0)
-    run(inputs, replace(batch, sequence_ids=torch.arange(B)), positive_weight=1.0)
 
 
 def test_given_advantages_are_split_by_the_rewards() -> None:
@@ -516,83 +300,6 @@ def test_a_users_surrogate_may_look_across_tokens() -> None:
     assert torch.equal(auto.loss, autograd.loss)
     with pytest.raises(EapoError, match="expected 'autograd' for a loss of batch scope"):
         run(inputs, batch, positive_weight=1.0, config=config, schedule="one_pass")
-
-
-@pytest.mark.parametrize("schedule", ["autograd", "one_pass"])
-def test_without_compaction_masked_rows_may_hold_anything_too(schedule: str) -> None:
-    """What a CUDA graph under capture does."""
-    inputs = make_inputs(N, D, V)
-    batch = make_batch(inputs)
-    _, clean = run(inputs, batch, positive_weight=0.7, schedule=schedule)
-    hidden = torch.where(batch.mask[:, None], inputs.hidden, math.nan)
-    ids = torch.where(batch.mask, batch.sequence_ids, -1)
-    out, grads = run(
-        replace(inputs, hidden=hidden), replace(batch, sequence_ids=ids), positive_weight=0.7, schedule=schedule,
-        options=Options(compact=False), inv_temperature=torch.where(batch.mask, 1.0, 0.0),
-    )  # fmt: skip
-    assert out.loss.isfinite()
-    for got, expected in zip(grads, clean, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "uniform"])
-@pytest.mark.parametrize("schedule", ["autograd", "one_pass"])
-def test_half_precision_operands_as_on_a_gpu(
-    schedule: str, peaked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On CUDA the products take the inputs' dtype; here the CPU is made to, at a vocabulary that fp16 cannot count."""
-    n, v = 64, 70_000
-    inputs = make_inputs(n, D, v, dtype=dtype, peaked=peaked)
-    batch = make_batch(inputs, masked=False)
-    _, truth = run(inputs.to(torch.float64), batch, positive_weight=0.7, schedule="autograd")
-    monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: self.hidden.dtype))
-    _, grads = run(inputs, batch, positive_weight=0.7, schedule=schedule)
-    limit = {torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
-    for got, exact in zip(grads, truth, strict=True):
-        if dtype == torch.float16:  # the results themselves are fp16: leave out what it cannot hold
-            exact = torch.where(exact.abs() < 6e-5, got.double(), exact)
-        assert (got.double() - exact).norm() <= limit * exact.norm()
-
-
-def test_second_derivatives_are_refused() -> None:
-    inputs = make_inputs(N, D, V)
-    hidden, weight = inputs.leaves()
-    scale = torch.ones((), requires_grad=True)
-    out = eapo_loss(hidden, weight, make_batch(inputs), positive_weight=0.7, schedule="one_pass")
-    (gradient,) = torch.autograd.grad(scale * out.loss, [hidden], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"positive_weight": -1.0}, r"positive_weight: expected a finite number >= 0, got -1.0"),
-        ({"positive_weight": math.nan}, r"positive_weight: expected a finite number >= 0, got nan"),
-        ({"positive_weight": torch.ones(2)}, r"positive_weight: expected a number, .* got float32 \[2\]"),
-        ({"positive_weight": 1.0, "schedule": "fast"}, r"schedule: expected one of auto, one_pass, autograd, got 'fast'"),
-        ({"positive_weight": 1.0, "config": CONFIGS["gspo"], "schedule": "one_pass"}, r"expected 'autograd' for a loss of seq"),
-        ({"method": "grpo", "positive_weight": 0.5}, r"expected None for method 'grpo'"),
-        ({"method": "eapo"}, r"positive_weight: expected a number, .* for method 'eapo', got None"),
-        ({"method": "gpro"}, r"method: expected one of eapo, grpo, .*, got 'gpro'"),
-        ({"method": "dr_grpo"}, r"fixed_length: expected a positive int with reduction 'fixed_length', got None"),
-        ({"method": "psr"}, r"rewards: expected 0 or 1 with advantage 'binary'"),
-    ],
-    ids=lambda p: p if isinstance(p, str) else "",
-)  # fmt: skip
-def test_bad_options(options: dict[str, Any], message: str) -> None:
-    inputs = make_inputs(N, D, V)
-    with pytest.raises(EapoError, match=message):
-        run(inputs, make_batch(inputs), **options)
-
-
-@pytest.mark.parametrize("missing", [{"kl_coef": 0.1}, {"importance_cap": 2.0}], ids=str)
-def test_what_a_loss_needs_must_be_there(missing: dict[str, float]) -> None:
-    inputs = make_inputs(N, D, V)
-    batch = replace(make_batch(inputs), ref_logp=None, rollout_logp=None)
-    with pytest.raises(EapoError, match=r"batch.(ref|rollout)_logp: expected \[N\] floats with"):
-        run(inputs, batch, positive_weight=1.0, config=EAPOConfig(**missing))
 
 
 def test_methods_are_listed() -> None:
