@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eapo_kernels import Options, reference, token_stats
+from eapo_kernels import Options, TokenBatch, reference, token_stats
 from eapo_kernels.ops.projection import Projection
-from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats
+from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats, make_inputs
 from eapo_kernels.types import TokenStats
 
 GRADIENT_FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -78,3 +79,54 @@ def compare_kept(inputs: Inputs, budget: int, *, backend: str = "auto", mask: Te
     for name, got, eager, exact in zip(("hidden", "weight", "bias"), grads, eager_grads, truth_grads, strict=False):
         assert got.dtype == dtype
         assert_no_worse_than(got, eager, exact, floor=GRADIENT_FLOOR[dtype], name=f"d_{name}")
+
+
+def check_custom_op(backend: str, device: str, *, entropy: bool, second_moments: bool) -> None:
+    """The forward op keeps the contract of ``torch.library``, also where a row is left out."""
+    inputs = make_inputs(9, 8, 33, device=device)
+    hidden, weight = inputs.leaves()
+    targets, rows = inputs.targets.clone(), torch.ones(9, device=device)
+    targets[2] = -100
+    transform = (rows, 1.0, 1.0, None)
+    how = (backend, 2**20, True, False, "recompute")
+    torch.library.opcheck(
+        torch.ops.eapo_kernels.token_stats.default,
+        (hidden, weight, None, targets, *transform, entropy, second_moments, *how),
+    )
+
+
+def check_compiles_once(backend: str, device: str) -> None:
+    """One graph whatever N is, with the gradients of the plain call."""
+    inputs = make_inputs(64, 16, 99, device=device)
+    weight = inputs.weight.requires_grad_()
+
+    def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        stats = token_stats(hidden, weight, targets, inv_temperature=0.9, backend=backend)
+        return stats.logp.sum() + 0.1 * stats.entropy.sum()
+
+    loss = torch.compile(plain, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch._dynamo.reset()
+    for n in (64, 40, 23):
+        hidden, targets = inputs.hidden[:n].clone(), inputs.targets[:n].clone()
+        with torch._dynamo.config.patch(error_on_recompile=n != 64):
+            value = loss(hidden, weight, targets)
+        (gradient,) = torch.autograd.grad(value, [weight])
+        (expected,) = torch.autograd.grad(plain(hidden, weight, targets), [weight])
+        torch.testing.assert_close(gradient, expected)
+
+
+def policy_batch(inputs: Inputs, device: str) -> TokenBatch:
+    """Eight responses in two groups, a fifth of the tokens masked, old log-probs near the policy's."""
+    g = torch.Generator().manual_seed(3)
+    n = inputs.targets.numel()
+    wide = inputs.to(torch.float64)
+    logp = reference.token_stats(wide.hidden, wide.weight, wide.targets, bias=wide.bias).logp.float().cpu()
+    batch = TokenBatch(
+        targets=inputs.targets,
+        sequence_ids=torch.randint(8, (n,), generator=g).sort().values,
+        rewards=torch.rand(8, generator=g),
+        group_ids=torch.tensor([0, 0, 0, 0, 5, 5, 5, 5]),
+        old_logp=logp + 0.3 * torch.randn(n, generator=g),
+        mask=torch.rand(n, generator=g) > 0.2,
+    )
+    return replace(batch, **{k: v.to(device) for k, v in vars(batch).items() if isinstance(v, Tensor)})

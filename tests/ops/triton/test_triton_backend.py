@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comparison import projection
+from comparison import check_compiles_once, check_custom_op, projection
 from torch import Tensor
 
 from eapo_kernels import BackendUnavailable, available_backends, token_stats
@@ -75,49 +75,11 @@ def test_descriptors_are_used_where_they_can_be() -> None:
 
 @pytest.mark.parametrize(("second_moments", "entropy"), [(False, True), (True, True), (False, False)])
 def test_custom_op_contract(second_moments: bool, entropy: bool, device: str) -> None:
-    inputs = make_inputs(9, 8, 33, device=device)
-    hidden, weight = inputs.leaves()
-    targets = inputs.targets.clone()
-    targets[2] = -100
-    rows = torch.ones(9, device=device)
-    args = (
-        hidden,
-        weight,
-        None,
-        targets,
-        rows,
-        1.0,
-        1.0,
-        None,
-        entropy,
-        second_moments,
-        "triton",
-        2**20,
-        True,
-        False,
-        "recompute",
-    )
-    torch.library.opcheck(torch.ops.eapo_kernels.token_stats.default, args)
+    check_custom_op("triton", device, entropy=entropy, second_moments=second_moments)
 
 
 def test_compiles_in_one_graph_without_recompiling_for_a_new_length(device: str) -> None:
-    inputs = make_inputs(64, 16, 99, device=device)
-    weight = inputs.weight.requires_grad_()
-
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        stats = token_stats(hidden, weight, targets, inv_temperature=0.9, backend="triton")
-        return stats.logp.sum() + 0.1 * stats.entropy.sum()
-
-    torch._dynamo.reset()
-    for n in (64, 40, 23):
-        hidden, targets = inputs.hidden[:n].clone(), inputs.targets[:n].clone()
-        with torch._dynamo.config.patch(error_on_recompile=n != 64):
-            value = loss(hidden, weight, targets)
-        (gradient,) = torch.autograd.grad(value, [weight])
-        expected = token_stats(hidden, weight, targets, inv_temperature=0.9, backend="triton")
-        (plain,) = torch.autograd.grad(expected.logp.sum() + 0.1 * expected.entropy.sum(), [weight])
-        torch.testing.assert_close(gradient, plain)
+    check_compiles_once("triton", device)
 
 
 @pytest.mark.gpu

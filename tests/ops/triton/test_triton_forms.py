@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import projection
+from comparison import policy_batch, projection
 from torch import Tensor
 
-from eapo_kernels import EAPOConfig, Options, TokenBatch, eapo_loss, reference
+from eapo_kernels import EAPOConfig, Options, TokenBatch, eapo_loss
 from eapo_kernels.ops.backend import Coefficients, LogitCotangents
 from eapo_kernels.ops.policy_gradient import policy_gradient
 from eapo_kernels.ops.projection import Projection
@@ -27,22 +27,6 @@ FORMS = ("exponentials", "logits")
 
 def force(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(one_pass, "form", lambda projection, entropy_gradient: Form(name, "forced"))
-
-
-def make_batch(inputs: Inputs, device: str) -> TokenBatch:
-    g = torch.Generator().manual_seed(3)
-    n = inputs.targets.numel()
-    wide = inputs.to(torch.float64)
-    logp = reference.token_stats(wide.hidden, wide.weight, wide.targets, bias=wide.bias).logp.float().cpu()
-    batch = TokenBatch(
-        targets=inputs.targets,
-        sequence_ids=torch.randint(8, (n,), generator=g).sort().values,
-        rewards=torch.rand(8, generator=g),
-        group_ids=torch.tensor([0, 0, 0, 0, 5, 5, 5, 5]),
-        old_logp=logp + 0.3 * torch.randn(n, generator=g),
-        mask=torch.rand(n, generator=g) > 0.2,
-    )
-    return replace(batch, **{k: v.to(device) for k, v in vars(batch).items() if isinstance(v, Tensor)})
 
 
 def loss_and_gradients(inputs: Inputs, batch: TokenBatch, backend: str, **options: Any) -> tuple[Any, tuple[Tensor, ...]]:
@@ -99,7 +83,7 @@ def test_loss_agrees_with_the_torch_backend(
     if config.entropy_coef == 0:
         force(monkeypatch, name)
     inputs = make_inputs(150, 24, 301, dtype=dtype, bias=True, device=device)
-    batch = make_batch(inputs, device)
+    batch = policy_batch(inputs, device)
     if config.kl_coef:
         batch = replace(batch, ref_logp=batch.old_logp + 0.1)
     rows = 0.5 + torch.rand(150, generator=torch.Generator().manual_seed(1)).to(device)
@@ -121,7 +105,7 @@ def test_old_log_probs_may_be_anything(off: float | None, device: str, monkeypat
 
     monkeypatch.setattr(one_pass, "ExpChunk", Counting)
     inputs = make_inputs(150, 24, 301, dtype=torch.bfloat16, bias=True, device=device)
-    batch = make_batch(inputs, device)
+    batch = policy_batch(inputs, device)
     old = None if off is None else batch.old_logp + off
     batch = replace(batch, old_logp=old, mask=None)
     options = {"config": EAPOConfig(clip_high=1e30), "options": Options(memory_budget=301 * 4 * 64)}
@@ -134,7 +118,7 @@ def test_old_log_probs_may_be_anything(off: float | None, device: str, monkeypat
 @pytest.mark.parametrize("trained", ["hidden", "weight", "nothing"])
 def test_frozen_parts(trained: str, device: str) -> None:
     inputs = make_inputs(70, 24, 301, dtype=torch.bfloat16, device=device)
-    batch = make_batch(inputs, device)
+    batch = policy_batch(inputs, device)
     hidden, weight = (
         t.detach().clone().requires_grad_(trained == n) for t, n in ((inputs.hidden, "hidden"), (inputs.weight, "weight"))
     )

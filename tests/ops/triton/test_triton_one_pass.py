@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import cotangents, projection
+from comparison import cotangents, policy_batch, projection
 from torch import Tensor
 
 from eapo_kernels import EAPOConfig, Options, TokenBatch, eapo_loss, reference
@@ -120,23 +120,6 @@ def test_a_chunk_gives_its_gradient_once(device: str) -> None:
         chunk.gradient(given)
 
 
-def make_batch(inputs: Inputs, device: str) -> TokenBatch:
-    g = torch.Generator().manual_seed(3)
-    n = inputs.targets.numel()
-    wide = inputs.to(torch.float64)
-    logp = reference.token_stats(wide.hidden, wide.weight, wide.targets).logp.float().cpu()
-    batch = TokenBatch(
-        targets=inputs.targets,
-        sequence_ids=torch.randint(8, (n,), generator=g).sort().values,
-        rewards=torch.rand(8, generator=g),
-        group_ids=torch.tensor([0, 0, 0, 0, 5, 5, 5, 5]),
-        old_logp=logp + 0.3 * torch.randn(n, generator=g),
-        mask=torch.rand(n, generator=g) > 0.2,
-        ref_logp=logp + 0.1 * torch.randn(n, generator=g),
-    )
-    return replace(batch, **{k: v.to(device) for k, v in vars(batch).items() if isinstance(v, Tensor)})
-
-
 def loss_and_gradients(inputs: Inputs, batch: TokenBatch, **options: Any) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
     leaves = [t.detach().clone().requires_grad_() for t in (inputs.hidden, inputs.weight)]
     out = eapo_loss(*leaves, batch, positive_weight=0.7, **options)
@@ -158,9 +141,9 @@ def loss_and_gradients(inputs: Inputs, batch: TokenBatch, **options: Any) -> tup
 def test_loss_agrees_between_schedules_and_backends(config: EAPOConfig, compact: bool, dtype: torch.dtype, device: str) -> None:
     """Loss, every metric and both gradients, in several chunks, with masked rows left in or out."""
     inputs = make_inputs(150, 24, 301, dtype=dtype, device=device)
-    batch = make_batch(inputs, device)
-    if config.kl_coef == 0:
-        batch = replace(batch, ref_logp=None)
+    batch = policy_batch(inputs, device)
+    if config.kl_coef:
+        batch = replace(batch, ref_logp=batch.old_logp + 0.1)
     options = Options(memory_budget=301 * 4 * 64, compact=compact)
     loss, metrics, grads = loss_and_gradients(
         inputs, batch, config=config, schedule="one_pass", backend="triton", options=options
@@ -180,7 +163,7 @@ def test_loss_agrees_between_schedules_and_backends(config: EAPOConfig, compact:
 
 def test_one_pass_is_bitwise_reproducible(device: str) -> None:
     inputs = make_inputs(150, 24, 301, dtype=torch.bfloat16, device=device)
-    batch = make_batch(inputs, device)
+    batch = policy_batch(inputs, device)
     options = {"schedule": "one_pass", "backend": "triton", "options": Options(memory_budget=301 * 4 * 64)}
     first, second = (loss_and_gradients(inputs, batch, **options) for _ in range(2))
     assert torch.equal(first[0], second[0])
