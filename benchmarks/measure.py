@@ -70,14 +70,17 @@ def measure(
     errors: dict[str, Errors] = {}
     memory: dict[str, int] = {}
     reasons: dict[str, str] = {}
+    broken: list[str] = []
     for provider in able:
         reason = provider.unavailable(device)
         if reason is None:
             reason = _try(provider, case, truth, mode, runs, errors, memory)
+            if reason is not None and provider.name.startswith("eapo"):
+                broken.append(f"{provider.name}: {reason}")
         if reason is not None:
             reasons[provider.name] = reason
     verdict = gate(errors, case.dtype)
-    verdict["red"] += [f"{n}: {r}" for n, r in reasons.items() if n.startswith("eapo") and n in _started(able, device)]
+    verdict["red"] += broken
     verdict["green"] = not verdict["red"]
     guarded = {name: _guarded(name, run, reasons) for name, run in runs.items()}
     times = time_interleaved(guarded, rounds, clock, seconds=seconds) if verdict["green"] else {}
@@ -91,10 +94,6 @@ def measure(
         for provider in able
     ]
     return verdict, rows
-
-
-def _started(providers: list[Provider], device: str) -> set[str]:
-    return {p.name for p in providers if p.unavailable(device) is None}
 
 
 def _try(
