@@ -47,6 +47,7 @@ def eapo_loss(
     options: Options | None = None,
     main_grad: Tensor | None = None,
     main_grad_scale: float = 1.0,
+    metrics: bool = True,
 ) -> LossOutput:
     """The EAPO loss (docs/math.md E10; arXiv 2605.27846).
 
@@ -68,6 +69,8 @@ def eapo_loss(
             (one-pass schedule); ``weight`` itself then gets none. Not inside a checkpointed region, whose recomputation would
             add it again. None: the gradient reaches ``weight`` by ``backward``.
         main_grad_scale: what the caller will multiply the loss by before ``backward`` (gradient accumulation, loss scaling).
+        metrics: False: the loss and its gradients are the same, but entropies that they do not need are not computed, and
+            tokens whose term is zero whatever their log-prob (weighted advantage 0; no KL, penalty, entropy bonus) do no work.
 
     Returns:
         LossOutput. Metrics: see ``policy_loss``.
@@ -81,7 +84,7 @@ def eapo_loss(
     return policy_loss(
         hidden, weight, batch, method=method, positive_weight=positive_weight, bias=bias, inv_temperature=inv_temperature,
         softcap=softcap, logit_scale=logit_scale, schedule=schedule, backend=backend, options=options,
-        main_grad=main_grad, main_grad_scale=main_grad_scale,
+        main_grad=main_grad, main_grad_scale=main_grad_scale, metrics=metrics,
     )  # fmt: skip
 
 
@@ -101,6 +104,7 @@ def policy_loss(
     options: Options | None = None,
     main_grad: Tensor | None = None,
     main_grad_scale: float = 1.0,
+    metrics: bool = True,
 ) -> LossOutput:
     """The loss of any method: ``METHODS``'s by name, or a ``Method`` of your own. Arguments as in ``eapo_loss``.
 
@@ -112,7 +116,8 @@ def policy_loss(
         LossOutput with metrics over the tokens that count (means, 0-dim fp32): ``eapo/entropy`` (nats),
         ``eapo/positive_weight``, ``eapo/positive_fraction`` (of the responses with tokens here), ``clip_fraction``,
         ``ratio_mean``, ``old_kl`` (k3 to the old policy, nats), ``kl`` (to the reference, nats; 0 without one), ``tokens``; and
-        ``eapo/entropy_ratio``, ``eapo/entropy_init`` when ``positive_weight`` is an EntropyRatio.
+        ``eapo/entropy_ratio``, ``eapo/entropy_init`` when ``positive_weight`` is an EntropyRatio. With ``metrics=False`` those
+        that need no log-probs: without entropy, clip fraction, ratio and KL.
     """
     options = Options() if options is None else options
     require(isinstance(options, Options), "options", "Options or None", repr(options))
@@ -124,7 +129,8 @@ def policy_loss(
     if not (isinstance(weight, Tensor) and weight.device == batch.targets.device):
         raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
     lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
-    terms = prepare(batch, method.config, lam)
+    whole = prepare(batch, method.config, lam)
+    terms = whole if metrics else whole.without_idle()
     projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape)
     targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
 
@@ -135,10 +141,10 @@ def policy_loss(
         main = MainGrad(main_grad.detach(), main_grad_scale)
     if _choose_schedule(schedule, method, backend, projection, options.plan, main is not None) == "one_pass":
         check_values(projection, targets, options.debug)
-        loss, sums = one_pass(projection, targets, terms, backend, options, main)
+        loss, sums = one_pass(projection, targets, terms, backend, options, main, metrics=metrics)
     else:
-        loss, sums = _autograd(projection, targets, terms, backend, options)
-    return LossOutput(loss, _metrics(terms, sums, positive_weight))
+        loss, sums = _autograd(projection, targets, terms, backend, options, metrics)
+    return LossOutput(loss, _metrics(whole, sums if metrics else None, positive_weight))
 
 
 def loss_denominator(
@@ -197,12 +203,13 @@ class EAPOLoss(nn.Module):
         logit_scale: float | None = None,
         main_grad: Tensor | None = None,
         main_grad_scale: float = 1.0,
+        metrics: bool = True,
     ) -> LossOutput:
         """See ``eapo_loss``; the positive weight is the controller's."""
         return eapo_loss(
             hidden, weight, batch, positive_weight=self.controller, config=self.config, bias=bias,
             inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, schedule=self.schedule,
-            backend=self.backend, options=self.options, main_grad=main_grad, main_grad_scale=main_grad_scale,
+            backend=self.backend, options=self.options, main_grad=main_grad, main_grad_scale=main_grad_scale, metrics=metrics,
         )  # fmt: skip
 
     def get_extra_state(self) -> dict[str, object]:
@@ -213,16 +220,17 @@ class EAPOLoss(nn.Module):
 
 
 def _autograd(
-    projection: Projection, targets: Tensor, terms: PolicyTerms, backend: str, options: Options
+    projection: Projection, targets: Tensor, terms: PolicyTerms, backend: str, options: Options, metrics: bool
 ) -> tuple[Tensor, Tensor]:
     """(loss, sums) of the autograd schedule. With ``entropy_top_p`` the bonus is on the nucleus, the metric on the whole."""
     top_p = terms.config.entropy_top_p if terms.has_entropy_bonus else None
-    entropy = "grad" if terms.has_entropy_bonus and top_p is None else "nograd"
+    entropy = "grad" if terms.has_entropy_bonus and top_p is None else "nograd" if metrics else "none"
     stats = project_stats(projection, targets, entropy=entropy, second_moments=False, backend=backend, options=options)
     if top_p is None:
         return loss_and_sums(terms, stats.logp, stats.entropy)
-    assert stats.entropy is not None
     loss, sums = loss_and_sums(terms, stats.logp, project_nucleus_entropy(projection, terms.valid, top_p, options))
+    if stats.entropy is None:
+        return loss, sums
     whole = torch.where(terms.valid, stats.entropy, 0.0).sum()
     return loss, torch.stack([whole if name == "entropy" else value for name, value in zip(SUMS, sums, strict=True)])
 
@@ -251,27 +259,29 @@ def _choose_schedule(
     return "one_pass" if token_scope and proven and not torch.compiler.is_compiling() else "autograd"
 
 
-def _metrics(terms: PolicyTerms, sums: Tensor, positive_weight: object) -> dict[str, Tensor]:
-    """Sums over tokens to means over the tokens that count."""
-    sums = sums.float()
+def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -> dict[str, Tensor]:
+    """Sums over tokens to means over the tokens that count; without them, what the batch alone says."""
     tokens = terms.valid.sum().float()
-    means = dict(zip(SUMS, sums / tokens.clamp_min(1), strict=True))
     positive = terms.split.positive().float()
     if terms.token_split:
         fraction = (positive * terms.valid).sum() / tokens.clamp_min(1)
     else:
-        counts = sums.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, terms.valid.float())
+        counts = positive.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, terms.valid.float())
         fraction = (positive * (counts > 0)).sum() / (counts > 0).sum().clamp_min(1)
     metrics = {
-        "eapo/entropy": means["entropy"],
         "eapo/positive_weight": terms.positive_weight,
         "eapo/positive_fraction": fraction,
-        "clip_fraction": means["clipped"],
-        "ratio_mean": means["ratio"],
-        "old_kl": means["old_kl"],
-        "kl": means["kl"],
         "tokens": tokens,
     }
+    if sums is not None:
+        means = dict(zip(SUMS, sums.float() / tokens.clamp_min(1), strict=True))
+        metrics |= {
+            "eapo/entropy": means["entropy"],
+            "clip_fraction": means["clipped"],
+            "ratio_mean": means["ratio"],
+            "old_kl": means["old_kl"],
+            "kl": means["kl"],
+        }
     if isinstance(positive_weight, EntropyRatio):
         metrics["eapo/entropy_ratio"] = positive_weight.ratio.float()  # on the device of the controller
         metrics["eapo/entropy_init"] = positive_weight.initial_entropy.float()

@@ -27,10 +27,13 @@ def one_pass(
     backend_name: str,
     options: Options,
     main_grad: MainGrad | None = None,
+    *,
+    metrics: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(loss, sums) with the gradients computed along the way; ``loss.backward()`` hands them out.
 
-    targets: [N] int64, -100 where ``terms.valid`` is False. main_grad: takes the weight's gradient here and now.
+    targets: [N] int64, -100 where ``terms.valid`` is False. main_grad: takes the weight's gradient here and now. metrics: the
+    sums are wanted; else entropies are not computed unless the loss needs them.
     """
     inputs = (projection.hidden, projection.weight, projection.bias)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
@@ -56,19 +59,20 @@ def one_pass(
         if fused is not None:
             return fused(chunk, _surrogate_terms(part))
         stats = chunk.statistics()
-        assert stats.entropy is not None
         with torch.enable_grad():
             logp = stats.logp.detach().requires_grad_()
-            entropy = stats.entropy.detach().requires_grad_(entropy_gradient)
+            entropy = None if stats.entropy is None else stats.entropy.detach().requires_grad_(entropy_gradient)
             loss, sums = loss_and_sums(part, logp, entropy)
             if not any(needs):
                 return Coefficients(LogitCotangents(None), sums)
-            gradients = torch.autograd.grad(loss, [logp, entropy] if entropy_gradient else [logp])
+            leaves = [logp, entropy] if entropy is not None and entropy_gradient else [logp]
+            gradients = torch.autograd.grad(loss, leaves)
         return Coefficients(LogitCotangents(*gradients), sums)
 
     result = policy_gradient(
-        detached, targets, index, n_rows, coefficients, backend, entropy_gradient=entropy_gradient,
-        hint=terms.old_logp, needs=needs, options=options, main_grad=main_grad,
+        detached, targets, index, n_rows, coefficients, backend,
+        entropy=metrics or entropy_gradient, entropy_gradient=entropy_gradient, hint=terms.old_logp, needs=needs,
+        options=options, main_grad=main_grad,
     )  # fmt: skip
     loss = _Stored.apply(result.sums[0], *inputs, (result.d_hidden, result.d_weight, result.d_bias))
     return loss, result.sums

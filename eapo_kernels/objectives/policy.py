@@ -67,6 +67,17 @@ class PolicyTerms:
         weights = weights if self.token_split else weights[self.sequence_ids]
         return weights * (self.advantages if self.token_advantages else self.advantages[self.sequence_ids])
 
+    def without_idle(self) -> PolicyTerms:
+        """The same loss without the tokens whose term is zero whatever their log-prob; denominators stay.
+
+        Those are the tokens of weighted advantage zero, where nothing but a surrogate of our own, token by token, pulls.
+        """
+        c = self.config
+        pulled = self.has_entropy_bonus or self.ratio_penalty is not None or (c.kl_coef != 0 and self.ref_logp is not None)
+        if pulled or c.scope != "token" or not isinstance(c.surrogate, str):
+            return self
+        return replace(self, valid=self.valid & (self.weighted_advantages() != 0))
+
     def rows(self, index: slice | Tensor) -> PolicyTerms:
         """The same loss for some of the tokens."""
 

@@ -47,6 +47,7 @@ def policy_gradient(
     coefficients: CoefficientFunction,
     backend: Backend,
     *,
+    entropy: bool = True,
     entropy_gradient: bool,
     needs: tuple[bool, bool, bool],
     options: Options,
@@ -62,6 +63,7 @@ def policy_gradient(
         n_rows: N.
         coefficients: turns a chunk's statistics into cotangents and sums.
         backend: who computes.
+        entropy: the coefficient function reads entropies.
         entropy_gradient: the coefficient function returns a cotangent for the entropy.
         needs: gradients wanted for hidden, weight, bias; all False computes the sums alone.
         options: memory budget and plan.
@@ -86,7 +88,7 @@ def policy_gradient(
         rows = slice(start, min(start + plan.rows, projection.n_rows))
         part = projection.rows(rows)
         part_hint = None if hint is None else hint[rows]
-        chunk = backend.open_chunk(part, targets[rows], entropy=True, entropy_gradient=entropy_gradient, hint=part_hint)
+        chunk = backend.open_chunk(part, targets[rows], entropy=entropy, entropy_gradient=entropy_gradient, hint=part_hint)
         cotangents, chunk_sums = coefficients(chunk, rows)
         sums += chunk_sums
         if not any(needs):

@@ -1,0 +1,101 @@
+"""``metrics=False``: the same loss and gradients, with less work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from loss_cases import CONFIGS, B, D, N, V, make_batch, run, small_options
+from torch import Tensor
+
+from eapo_kernels import EAPOConfig, TokenBatch
+from eapo_kernels.testing import Inputs, make_inputs
+
+KEPT = {"eapo/positive_weight", "eapo/positive_fraction", "tokens"}
+PULLED = {"entropy_bonus", "kl_k1", "kl_k2", "kl_k3", "gspo"}
+"""Configurations in which a token of advantage zero has a term, or a say in another token's."""
+ADVANTAGES = torch.randn(B, generator=torch.Generator().manual_seed(0))
+
+
+def half_idle(inputs: Inputs) -> TokenBatch:
+    """Every other response has advantage zero."""
+    return replace(
+        make_batch(inputs), advantages=torch.randn(B, generator=torch.Generator().manual_seed(0)) * (torch.arange(B) % 2)
+    )
+
+
+def idle_tokens(batch: TokenBatch) -> Tensor:
+    return batch.sequence_ids % 2 == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("schedule", ["autograd", "one_pass"])
+def test_the_loss_is_the_same(schedule: str, name: str) -> None:
+    config = CONFIGS[name]
+    if config.scope == "sequence" and schedule == "one_pass":
+        schedule = "auto"
+    inputs = make_inputs(N, D, V, dtype=torch.float64, bias=True)
+    batch = half_idle(inputs)
+    common = {"positive_weight": 0.7, "config": config, "schedule": schedule, "options": small_options()}
+    whole, gradients = run(inputs, batch, **common)
+    bare, bare_gradients = run(inputs, batch, **common, metrics=False)
+    torch.testing.assert_close(bare.loss, whole.loss, rtol=1e-6, atol=1e-8)
+    for got, expected in zip(bare_gradients, gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-10)
+    assert bare.metrics.keys() == KEPT
+    assert all(torch.equal(value, whole.metrics[key]) for key, value in bare.metrics.items())
+
+
+@pytest.mark.parametrize("schedule", ["autograd", "one_pass"])
+def test_without_idle_tokens_it_is_the_same_bit_for_bit(schedule: str) -> None:
+    inputs = make_inputs(N, D, V)
+    batch = replace(make_batch(inputs), advantages=ADVANTAGES)
+    whole, gradients = run(inputs, batch, positive_weight=0.7, schedule=schedule)
+    bare, bare_gradients = run(inputs, batch, positive_weight=0.7, schedule=schedule, metrics=False)
+    for got, expected in zip((bare.loss, *bare_gradients), (whole.loss, *gradients), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("schedule", ["autograd", "one_pass"])
+def test_idle_tokens_do_no_work(schedule: str, name: str) -> None:
+    """Not even NaN gets through from them, unless something else pulls on them."""
+    config = CONFIGS[name]
+    if config.scope == "sequence" and schedule == "one_pass":
+        schedule = "auto"
+    inputs = make_inputs(N, D, V)
+    batch = half_idle(inputs)
+    poisoned = replace(inputs, hidden=torch.where(idle_tokens(batch)[:, None], math.nan, inputs.hidden))
+    common = {"positive_weight": 0.7, "config": config, "schedule": schedule}
+    bare, gradients = run(poisoned, batch, **common, metrics=False)
+    assert bool(bare.loss.isfinite()) == (name not in PULLED)
+    if name not in PULLED:
+        expected, expected_gradients = run(inputs, batch, **common)
+        torch.testing.assert_close(bare.loss, expected.loss)
+        for got, plain in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-7)
+
+
+def test_a_callers_own_surrogate_keeps_its_tokens() -> None:
+    """Nothing is known of what it makes of an advantage of zero."""
+
+    def exploring(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: object) -> tuple[Tensor, Tensor]:
+        return log_ratio.exp() * (advantages + 1), torch.zeros_like(logp, dtype=torch.bool)
+
+    inputs = make_inputs(N, D, V)
+    common = {"positive_weight": 0.7, "config": EAPOConfig(surrogate=exploring)}
+    whole, _ = run(inputs, half_idle(inputs), **common)
+    bare, _ = run(inputs, half_idle(inputs), **common, metrics=False)
+    assert torch.equal(bare.loss, whole.loss)
+
+
+@pytest.mark.parametrize("schedule", ["autograd", "one_pass"])
+def test_a_step_without_any_advantage(schedule: str) -> None:
+    inputs = make_inputs(N, D, V)
+    batch = replace(make_batch(inputs), advantages=torch.zeros(B))
+    out, gradients = run(inputs, batch, positive_weight=0.7, schedule=schedule, metrics=False)
+    assert out.loss == 0
+    assert all((g == 0).all() for g in gradients)
+    assert out.metrics["tokens"] == batch.mask.sum()
