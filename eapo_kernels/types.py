@@ -124,8 +124,9 @@ class Options:
     """How the work is done; never what is computed.
 
     Attributes:
-        memory_budget: bytes for logit-sized workspace, whatever N is (default 256 MiB), what a call of ``token_stats`` keeps
-            for its backward included. The gradients themselves and the fp32 accumulator of d_weight come on top.
+        memory_budget: bytes for logit-sized workspace, whatever N is, what a call of ``token_stats`` keeps for its backward
+            included. The gradients themselves and the fp32 accumulator of d_weight come on top. None: 256 MiB on a CPU, on a
+            GPU a 32nd of its memory, between 256 MiB and 1 GiB; 96 MiB with ``plan="recompute"``.
         compact: drop the rows that do not count before any product. Costs one device synchronisation on CUDA, under autograd
             another one in the backward.
         plan: how logits are cut and kept, see docs/plans.md. "auto": what fits the memory budget. "one_chunk": all rows at
@@ -135,16 +136,16 @@ class Options:
         debug: on CUDA, also check values (targets in range, finite rewards); costs synchronisations. Always on for CPU tensors.
     """
 
-    memory_budget: int = 256 * 2**20
+    memory_budget: int | None = None
     compact: bool = True
     debug: bool = False
     plan: str = "auto"
 
     def __post_init__(self) -> None:
         require(
-            type(self.memory_budget) is int and self.memory_budget > 0,
+            self.memory_budget is None or (type(self.memory_budget) is int and self.memory_budget > 0),
             "Options.memory_budget",
-            "a positive number of bytes (int)",
+            "a positive number of bytes (int) or None",
             repr(self.memory_budget),
         )
         require(self.plan in PLANS, "Options.plan", f"one of {', '.join(PLANS)}", repr(self.plan))

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from eapo_kernels.ops import plans, products, torch_chunked
 from eapo_kernels.ops.backend import LogitCotangents
+from eapo_kernels.ops.budget import workspace_bytes
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.statistics import RowStatistics
 from eapo_kernels.ops.triton import report
@@ -28,7 +29,6 @@ from eapo_kernels.ops.triton.math import LOG2E
 from eapo_kernels.ops.triton.offsets import ExpSums, row_offsets
 from eapo_kernels.ops.triton.one_pass import workspace
 from eapo_kernels.ops.triton.rows import row_gradient, row_statistics
-from eapo_kernels.types import Options
 
 from .candidates import Search, flaw
 
@@ -61,11 +61,11 @@ Results = Iterator[tuple[str, Tensor, Tensor]]
 class Problem:
     """The operands of a search on one device, and ``search.Contest`` for its kernel.
 
-    budget: bytes of workspace, as in ``Options``.
+    budget: bytes of workspace, as in ``Options``; None: the device's default.
     """
 
-    def __init__(self, search: Search, device: str, budget: int = Options().memory_budget) -> None:
-        self.search, self._budget = search, budget
+    def __init__(self, search: Search, device: str, budget: int | None = None) -> None:
+        self.search, self._budget = search, workspace_bytes(budget, torch.device(device))
         dtype = getattr(torch, search.dtype)
         g = torch.Generator(device).manual_seed(0)
         self.n = search.n if search.kernel in _WHOLE else self._chunk_rows(dtype)

@@ -10,6 +10,13 @@ PROVEN = frozenset({("cpu", "torch", "autograd"), ("cpu", "torch", "one_pass"), 
 """(device type, backend, schedule) that "auto" may choose: each needs a committed result from that hardware, except
 ("cuda", "torch", "autograd"), which is plain PyTorch and what a caller without this package would write."""
 
+_LEAST_BUDGET, _MOST_BUDGET = 2**28, 2**30
+_SHARE_OF_DEVICE = 32
+
+RECOMPUTE_BUDGET = 96 * 2**20
+"""What plan "recompute" takes where it is asked for by name without a budget: with d_hidden in fp32 and a slab of d_weight less
+than 0.25 GiB at N = 4096, D = 4096, whatever V is."""
+
 _ROW_ALIGNMENT = 64
 _COLUMN_ALIGNMENT = 256
 _MIN_SLAB = 2048
@@ -19,6 +26,19 @@ def padded(columns: int) -> int:
     """Row stride of a block of logits: a multiple of 16 elements, so that kernels load vectors and the library's products take
     the block on tensor cores whatever V is. Adds less than 16 columns to the memory budget."""
     return -(-columns // 16) * 16
+
+
+def default_budget(device_bytes: int | None) -> int:
+    """Bytes of logit-sized workspace where the caller names none.
+
+    256 MiB on a CPU. On an accelerator a 32nd of its memory, between 256 MiB and 1 GiB: every chunk adds to d_weight in fp32,
+    8VD bytes beside 6CVD operations, so chunks of 1024 rows are too few (docs/plans.md).
+
+    device_bytes: memory of the accelerator, None for a CPU.
+    """
+    if device_bytes is None:
+        return _LEAST_BUDGET
+    return min(max(device_bytes // _SHARE_OF_DEVICE, _LEAST_BUDGET), _MOST_BUDGET)
 
 
 def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:

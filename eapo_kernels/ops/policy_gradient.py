@@ -15,6 +15,7 @@ from torch import Tensor
 from ..types import SUMS, Options
 from . import plans, products
 from .backend import Backend, Chunk, Coefficients, LogitCotangents
+from .budget import workspace_bytes
 from .projection import Projection
 from .rows import fill_holes_, scatter_rows
 from .weight_gradient import MainGrad, WeightGradient
@@ -76,7 +77,8 @@ def policy_gradient(
     sums = hidden.new_zeros(len(SUMS), dtype=dtype)
     need_hidden, need_weight, need_bias = needs
     row_bytes = backend.chunk_row_bytes(projection, entropy_gradient)
-    plan = plans.one_pass(projection.n_rows, row_bytes, options.memory_budget, options.plan)
+    budget = workspace_bytes(options.memory_budget, hidden.device)
+    plan = plans.one_pass(projection.n_rows, row_bytes, budget, options.plan)
     d_hidden = torch.zeros_like(hidden, dtype=stored, memory_format=torch.contiguous_format) if need_hidden else None
     d_weight = d_bias = None
     if need_weight:

@@ -16,6 +16,7 @@ from ..checks import valid_tokens
 from ..types import Options
 from . import plans, products
 from .backend import Backend, LogitCotangents
+from .budget import workspace_bytes
 from .projection import Projection
 from .rows import may_compact, scatter_rows, valid_index
 from .statistics import RowStatistics
@@ -62,7 +63,7 @@ def compute_statistics(
         return RowStatistics(zeros, mean, zeros, zeros, zeros, mean, moment, moment, moment), None
     targets = targets.clamp_min(0)
     first, kept, parts = min(keep, projection.n_rows), None, []
-    budget = options.memory_budget
+    budget = workspace_bytes(options.memory_budget, targets.device)
     if first:
         chunk = backend.open_chunk(
             projection.rows(slice(0, first)), targets[:first], entropy=entropy, entropy_gradient=False, hint=None
@@ -128,9 +129,8 @@ def compute_gradients(
     d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
     d_bias = weight.new_zeros(projection.vocab, dtype=dtype) if need_bias else None
     if projection.n_rows > 0:
-        _add_slab_gradients(
-            projection, targets, statistics, cotangents, live_kept, backend, d_hidden, d_weight, d_bias, options.memory_budget
-        )
+        budget = workspace_bytes(options.memory_budget, hidden.device)
+        _add_slab_gradients(projection, targets, statistics, cotangents, live_kept, backend, d_hidden, d_weight, d_bias, budget)
     if d_hidden is not None:
         d_hidden = scatter_rows(d_hidden.to(hidden.dtype), index, n_rows)
     return d_hidden, d_weight, None if d_bias is None else d_bias.to(weight.dtype)
@@ -189,13 +189,14 @@ def _add_slab_gradients(
         scaled = (hidden[:first] * (factor if gain is None else factor * gain).unsqueeze(1)).to(projection.operand_dtype)
     if first < projection.n_rows:
         rows, columns = plans.slab(projection.n_rows - first, projection.vocab, backend.slab_bytes(projection), budget)
-        workspace = hidden.new_empty(rows, plans.padded(columns), dtype=projection.operand_dtype)
-        row_slices = [slice(r, min(r + rows, projection.n_rows)) for r in range(first, projection.n_rows, rows)]
     else:
-        row_slices, columns = [], plans.columns_at_once(projection.vocab, projection.dim)
+        rows, columns = 0, plans.columns_at_once(projection.vocab, projection.dim)
     direct = d_weight is not None and d_weight.dtype == dtype
     if d_weight is not None and not direct:
         columns = min(columns, plans.columns_at_once(projection.vocab, projection.dim))
+    row_slices = [slice(r, min(r + rows, projection.n_rows)) for r in range(first, projection.n_rows, max(rows, 1))]
+    if row_slices:
+        workspace = hidden.new_empty(rows, plans.padded(columns), dtype=projection.operand_dtype)
     for start in range(0, projection.vocab, columns):
         here = slice(start, min(start + columns, projection.vocab))
         width = here.stop - here.start

@@ -13,6 +13,7 @@ from ..errors import ShapeError, require
 from ..types import IGNORE_INDEX, Options, TokenStats
 from . import dispatch, plans
 from .backend import Backend, LogitCotangents
+from .budget import of_options, workspace_bytes
 from .inputs import build_projection, check_values
 from .projection import Projection
 from .recompute import Kept, compute_gradients, compute_statistics
@@ -34,7 +35,7 @@ def _forward_op(
     entropy: bool,
     second_moments: bool,
     backend: str,
-    memory_budget: int,
+    memory_budget: int | None,
     compact: bool,
     debug: bool,
     plan: str,
@@ -68,10 +69,11 @@ def _forward_op(
     return s.logp, entropies, s.lse.clone(), moments, state, matrix, factor, index
 
 
-def _kept_rows(projection: Projection, backend: Backend, budget: int, plan: str) -> int:
+def _kept_rows(projection: Projection, backend: Backend, memory_budget: int | None, plan: str) -> int:
     """Rows to keep. Nothing is asked of the backend for "recompute", so that it compiles for any, also an unknown, N."""
     if plan == "recompute":
         return 0
+    budget = workspace_bytes(memory_budget, projection.hidden.device)
     return plans.autograd(projection.n_rows, backend.chunk_row_bytes(projection, False), budget, plan).rows
 
 
@@ -123,7 +125,7 @@ def _backward_op(
     need_weight: bool,
     need_bias: bool,
     backend: str,
-    memory_budget: int,
+    memory_budget: int | None,
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias); what is not needed has no elements."""
@@ -207,7 +209,7 @@ def project_stats(
         entropy != "none",
         second_moments,
         backend,
-        options.memory_budget,
+        of_options(options),
         options.compact,
         options.debug,
         options.plan if keep else "recompute",

@@ -293,7 +293,7 @@ def test_the_floor_adds_up_only_what_further_chunks_bring(monkeypatch: pytest.Mo
 
     for name in ("mm", "addmm"):
         monkeypatch.setattr(torch, name, counted(name, getattr(torch, name)))
-    monkeypatch.setattr(bare_gemms, "_BYTES", 100 * V * 4)
+    monkeypatch.setattr(bare_gemms, "workspace_bytes", lambda wanted, device: 100 * V * 4)
     case = _case(torch.float32, "cpu", "fwd_bwd")[0]
     first, second = [("mm", 64), ("mm", 64), ("mm", V)], [("mm", 64), ("mm", 64), ("addmm", V)]
     for _ in range(2):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eapo_kernels import EapoError
+from eapo_kernels import EapoError, Options
 from eapo_kernels.ops import plans
+from eapo_kernels.ops.budget import of_options, workspace_bytes
 
 
 @given(st.integers(1, 10**6), st.integers(1, 2**21), st.integers(1, 2**34))
@@ -34,3 +36,33 @@ def test_even_chunks() -> None:
     assert plans.row_chunk(2048, 4, 4 * 1365) == 1024
     assert plans.row_chunk(2048, 4, 4 * 4096) == 2048
     assert plans.slab(2048, 49152, 4, 2**28) == (2048, 24576)
+
+
+@pytest.mark.parametrize(
+    ("device", "budget"),
+    [(None, 2**28), (4 * 2**30, 2**28), (24 * 2**30, 3 * 2**28), (80 * 2**30, 2**30), (141 * 10**9, 2**30)],
+)
+def test_the_default_budget_follows_the_device(device: int | None, budget: int) -> None:
+    assert plans.default_budget(device) == budget
+    assert workspace_bytes(None, torch.device("cpu")) == 2**28
+    assert workspace_bytes(12, torch.device("cpu")) == 12
+
+
+@pytest.mark.parametrize(("n", "vocab", "rows"), [(8192, 128256, 4096), (8192, 151936, 2752), (8192, 262144, 1664)])
+def test_large_devices_get_long_chunks(n: int, vocab: int, rows: int) -> None:
+    """Of the E form: bf16, and 8 bytes of sums a tile."""
+    row_bytes = plans.padded(vocab) * 2 + 8 * -(-vocab // 256)
+    plan = plans.one_pass(n, row_bytes, plans.default_budget(141 * 10**9))
+    assert plan == plans.Plan("chunks", rows, 3)
+
+
+@pytest.mark.parametrize("slab_bytes", [2, 14], ids=["triton", "torch"])
+@pytest.mark.parametrize(("vocab", "limit"), [(131072, 2**28), (262144, 2**29)])
+def test_the_plan_of_least_memory(vocab: int, limit: int, slab_bytes: int) -> None:
+    """N = D = 4096 in bf16: slab of logit gradients, fp32 d_hidden and fp32 slab of d_weight within 0.25 (0.5) GiB."""
+    n = d = 4096
+    budget = of_options(Options(plan="recompute"))
+    rows, columns = plans.slab(n, vocab, slab_bytes, budget)
+    assert rows * columns * slab_bytes + 4 * n * d + 4 * plans.columns_at_once(vocab, d) * d <= limit
+    assert of_options(Options(2**20, plan="recompute")) == 2**20
+    assert of_options(Options()) is None
