@@ -12,6 +12,7 @@ from .objectives.shaping.shape import observed_entropy, shape_batch
 from .ops.dispatch import available_backends
 from .ops.nucleus import nucleus_entropy
 from .ops.token_stats import token_stats
+from .ops.vocab_parallel import VocabShard
 from .types import LossOutput, Options, TokenBatch, TokenStats
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "ShapeError",
     "TokenBatch",
     "TokenStats",
+    "VocabShard",
     "available_backends",
     "diagnostics",
     "eapo_loss",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import describe, require_number, require_tensor
@@ -25,6 +26,7 @@ from .ops.inputs import build_projection, check_values
 from .ops.nucleus import project_nucleus_entropy
 from .ops.projection import Projection
 from .ops.token_stats import project_stats
+from .ops.vocab_parallel import VocabShard
 from .ops.weight_gradient import MainGrad
 from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch
 
@@ -42,6 +44,7 @@ def eapo_loss(
     inv_temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float | None = None,
+    process_group: dist.ProcessGroup | VocabShard | None = None,
     schedule: str = "auto",
     backend: str = "auto",
     options: Options | None = None,
@@ -61,7 +64,8 @@ def eapo_loss(
         positive_weight: lambda_k of E9, >= 0: a number, a 0-dim tensor or the ``EntropyRatio`` that computes it. It is applied
             here, once: do not scale the advantages as well.
         config: the switches; the defaults are ``EAPOConfig()``.
-        bias, inv_temperature, softcap, logit_scale: as in ``token_stats``.
+        bias, inv_temperature, softcap, logit_scale, process_group: as in ``token_stats``. With a group the batch is the same on
+            all its processes, and so are the loss and the metrics: ranks of a tensor-parallel group count once.
         schedule: "one_pass" (its loss takes one ``backward``), "autograd" or "auto".
         backend: as in ``token_stats``.
         options: memory budget and the like.
@@ -83,8 +87,8 @@ def eapo_loss(
     method = replace(METHODS["eapo"], config=config)
     return policy_loss(
         hidden, weight, batch, method=method, positive_weight=positive_weight, bias=bias, inv_temperature=inv_temperature,
-        softcap=softcap, logit_scale=logit_scale, schedule=schedule, backend=backend, options=options,
-        main_grad=main_grad, main_grad_scale=main_grad_scale, metrics=metrics,
+        softcap=softcap, logit_scale=logit_scale, process_group=process_group, schedule=schedule, backend=backend,
+        options=options, main_grad=main_grad, main_grad_scale=main_grad_scale, metrics=metrics,
     )  # fmt: skip
 
 
@@ -99,6 +103,7 @@ def policy_loss(
     inv_temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float | None = None,
+    process_group: dist.ProcessGroup | VocabShard | None = None,
     schedule: str = "auto",
     backend: str = "auto",
     options: Options | None = None,
@@ -129,9 +134,12 @@ def policy_loss(
     if not (isinstance(weight, Tensor) and weight.device == batch.targets.device):
         raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
     lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
+    whole_rows = process_group is None or method.config.entropy_top_p is None
+    require(whole_rows, "process_group", "None with entropy_top_p: a nucleus is chosen from whole rows", process_group)
     whole = prepare(batch, method.config, lam)
     terms = whole if metrics else whole.without_idle()
-    projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape)
+    rows_shape = batch.targets.shape
+    projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, rows_shape, process_group)
     targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
 
     main = None
@@ -201,6 +209,7 @@ class EAPOLoss(nn.Module):
         inv_temperature: float | Tensor = 1.0,
         softcap: float | None = None,
         logit_scale: float | None = None,
+        process_group: dist.ProcessGroup | VocabShard | None = None,
         main_grad: Tensor | None = None,
         main_grad_scale: float = 1.0,
         metrics: bool = True,
@@ -208,8 +217,9 @@ class EAPOLoss(nn.Module):
         """See ``eapo_loss``; the positive weight is the controller's."""
         return eapo_loss(
             hidden, weight, batch, positive_weight=self.controller, config=self.config, bias=bias,
-            inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, schedule=self.schedule,
-            backend=self.backend, options=self.options, main_grad=main_grad, main_grad_scale=main_grad_scale, metrics=metrics,
+            inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, process_group=process_group,
+            schedule=self.schedule, backend=self.backend, options=self.options, main_grad=main_grad,
+            main_grad_scale=main_grad_scale, metrics=metrics,
         )  # fmt: skip
 
     def get_extra_state(self) -> dict[str, object]:

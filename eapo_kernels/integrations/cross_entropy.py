@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checks import describe, require_choice
@@ -11,6 +12,7 @@ from ..loss import policy_loss
 from ..objectives.config import EAPOConfig
 from ..objectives.methods import Method
 from ..ops.token_stats import token_stats
+from ..ops.vocab_parallel import VocabShard
 from ..types import IGNORE_INDEX, Options, TokenBatch
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -29,6 +31,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float | None = None,
     inv_temperature: float | Tensor = 1.0,
+    process_group: dist.ProcessGroup | VocabShard | None = None,
     schedule: str = "auto",
     backend: str = "auto",
     options: Options | None = None,
@@ -45,7 +48,8 @@ def linear_cross_entropy(
         bias: [V] or None.
         ignore_index: the target of rows that do not count.
         reduction: "mean" over the rows that count, "sum" or "none".
-        softcap, logit_scale, inv_temperature, backend, options: as in ``token_stats``; inv_temperature as a tensor is [...].
+        softcap, logit_scale, inv_temperature, process_group, backend, options: as in ``token_stats``; inv_temperature as a
+            tensor is [...].
         schedule: "auto", "one_pass" (its loss takes one ``backward``) or "autograd"; "none" is always autograd.
 
     Returns:
@@ -65,7 +69,7 @@ def linear_cross_entropy(
     if reduction == "none":
         return -token_stats(
             hidden, weight, targets, bias=bias, inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale,
-            entropy="none", backend=backend, options=options,
+            process_group=process_group, entropy="none", backend=backend, options=options,
         ).logp  # fmt: skip
     rows = targets.reshape(-1)
     if isinstance(inv_temperature, Tensor) and inv_temperature.dim():
@@ -78,8 +82,8 @@ def linear_cross_entropy(
     )
     return policy_loss(
         hidden.reshape(rows.numel(), hidden.shape[-1]), weight, batch, method=_METHOD, bias=bias,
-        inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, schedule=schedule, backend=backend,
-        options=options,
+        inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, process_group=process_group,
+        schedule=schedule, backend=backend, options=options,
     ).loss  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..checks import FLOATS, describe, require_tensor
 from ..errors import EapoError, ShapeError, require
 from ..types import IGNORE_INDEX
 from .projection import Projection
+from .vocab_parallel import refuse_call, resolve_shard
 
 
 def _refuse_forward_mode(**tensors: Tensor | None) -> None:
@@ -35,15 +37,34 @@ def build_projection(
     softcap: float | None,
     logit_scale: float | None,
     rows_shape: torch.Size,
+    process_group: object = None,
 ) -> Projection:
     """Check what defines the logits and flatten it to rows: hidden [..., D] -> [N, D].
 
-    Under autocast it casts as ``F.linear`` would.
+    Under autocast it casts as ``F.linear`` would. process_group: as in ``token_stats``.
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.
-        EapoError: a temperature, soft-cap or scale is not a positive finite number.
+        EapoError: a temperature, soft-cap or scale is not a positive finite number, or the processes of the group differ.
     """
+    try:
+        projection = _build(hidden, weight, bias, inv_temperature, softcap, logit_scale, rows_shape)
+    except EapoError:
+        if process_group is not None:
+            refuse_call(process_group, weight)
+        raise
+    return replace(projection, shard=resolve_shard(process_group, projection.hidden, projection.weight))
+
+
+def _build(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inv_temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float | None,
+    rows_shape: torch.Size,
+) -> Projection:
     if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS and weight.numel() > 0):
         raise ShapeError(f"weight: expected a floating-point [V, D] with V, D >= 1, got {describe(weight)}")
     if torch.is_autocast_enabled(weight.device.type):
@@ -82,11 +103,11 @@ def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:
     """Check the values behind the shapes: reads tensors on the host, so on CUDA only with ``debug``.
 
     Raises:
-        EapoError: a target outside [0, V) other than -100, or a temperature that is not positive and finite.
+        EapoError: a target outside [0, V) (V of all shards) other than -100, or a temperature that is not positive and finite.
     """
     if targets.is_cuda and not debug:
         return
-    vocab = projection.vocab
+    vocab = projection.whole_vocab
     bad = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab))
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])

@@ -59,7 +59,7 @@ def policy_gradient(
 
     Args:
         projection: the rows that count.
-        targets: [M] int64, valid.
+        targets: [M] int64, valid; in the whole vocabulary where it is split over processes.
         index: [M] their places among ``n_rows`` rows, or None when all count.
         n_rows: N.
         coefficients: turns a chunk's statistics into cotangents and sums.
@@ -72,7 +72,8 @@ def policy_gradient(
         main_grad: where the weight's gradient goes instead of being returned, or None.
     """
     dtype = projection.statistics_dtype
-    hidden, weight = projection.hidden, projection.weight
+    hidden, weight, shard = projection.hidden, projection.weight, projection.shard
+    targets = projection.local_targets(targets)
     stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # weight and bias have hidden's dtype
     sums = hidden.new_zeros(len(SUMS), dtype=dtype)
     need_hidden, need_weight, need_bias = needs
@@ -103,7 +104,10 @@ def policy_gradient(
             matrix, factor, part_hidden = matrix[: len(live)], factor[live], part.hidden[live]
         if d_hidden is not None:
             product = products.add_product_(torch.empty_like(part_hidden, dtype=dtype), matrix, weight, overwrite=True)
-            d_hidden[rows] = scatter_rows(product.mul_(factor.unsqueeze(1)), live, rows.stop - start)
+            product.mul_(factor.unsqueeze(1))
+            if shard is not None:
+                shard.add_(product)
+            d_hidden[rows] = scatter_rows(product, live, rows.stop - start)
         if d_weight is not None:
             d_weight.add(matrix, part_hidden, factor)
         if d_bias is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .vocab_parallel import VocabShard
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -20,6 +22,7 @@ class Projection:
         row_inv_temperature: [N] fp32 (fp64 for fp64 inputs) > 0, or None.
         logit_scale: > 0.
         softcap: > 0, or None.
+        shard: which rows of the whole weight ``weight`` (and ``bias``) are; None: all. V stays the number of rows here.
     """
 
     hidden: Tensor
@@ -29,6 +32,7 @@ class Projection:
     row_inv_temperature: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    shard: VocabShard | None = None
 
     @property
     def n_rows(self) -> int:
@@ -37,6 +41,16 @@ class Projection:
     @property
     def vocab(self) -> int:
         return self.weight.shape[0]
+
+    @property
+    def widest(self) -> int:
+        """Rows of the largest shard, the same on all processes: for decisions that they must take alike."""
+        return self.vocab if self.shard is None else self.shard.widest
+
+    @property
+    def whole_vocab(self) -> int:
+        """Rows of all shards: targets lie below it."""
+        return self.vocab if self.shard is None else self.shard.total
 
     @property
     def dim(self) -> int:
@@ -59,6 +73,10 @@ class Projection:
         """The same projection for some of the rows."""
         temperature = None if self.row_inv_temperature is None else self.row_inv_temperature[index]
         return replace(self, hidden=self.hidden[index], row_inv_temperature=temperature)
+
+    def local_targets(self, targets: Tensor) -> Tensor:
+        """Targets [N] as columns of ``weight``; negative where they lie in another shard (``VocabShard.local_targets``)."""
+        return targets if self.shard is None else self.shard.local_targets(targets, self.vocab)
 
     def cleared(self, valid: Tensor) -> Projection:
         """The same projection with harmless numbers in the rows that do not count, where 0 times anything could be NaN."""

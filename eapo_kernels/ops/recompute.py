@@ -61,7 +61,7 @@ def compute_statistics(
         moment = zeros if second_moments else None
         mean = zeros if entropy else None
         return RowStatistics(zeros, mean, zeros, zeros, zeros, mean, moment, moment, moment), None
-    targets = targets.clamp_min(0)
+    targets = projection.local_targets(targets.clamp_min(0))
     first, kept, parts = min(keep, projection.n_rows), None, []
     budget = workspace_bytes(options.memory_budget, targets.device)
     if first:
@@ -99,7 +99,8 @@ def compute_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(d_hidden, d_weight, d_bias) by E6 in the inputs' dtypes, None where not needed.
 
-    Rows whose target is -100 or whose cotangents are all zero do not enter the products.
+    Rows whose target is -100 or whose cotangents are all zero do not enter the products. Where the vocabulary is split,
+    d_weight and d_bias are those of this process's rows, and d_hidden is summed over the processes before it is rounded.
 
     kept: what ``compute_statistics`` kept of the same inputs; only the cotangent of logp may then be given.
     """
@@ -121,7 +122,7 @@ def compute_gradients(
             projection, targets, live = projection.rows(index), targets[index], live[index]
             statistics, cotangents = statistics.rows(index), cotangents.rows(index)
     cotangents = cotangents.map(lambda c: torch.where(live, c.to(dtype), 0))
-    targets = targets.clamp_min(0)
+    targets = projection.local_targets(targets.clamp_min(0))
 
     hidden, weight = projection.hidden, projection.weight
     need_hidden, need_weight, need_bias = needs
@@ -131,6 +132,8 @@ def compute_gradients(
     if projection.n_rows > 0:
         budget = workspace_bytes(options.memory_budget, hidden.device)
         _add_slab_gradients(projection, targets, statistics, cotangents, live_kept, backend, d_hidden, d_weight, d_bias, budget)
+        if d_hidden is not None and projection.shard is not None:
+            projection.shard.add_(d_hidden)
     if d_hidden is not None:
         d_hidden = scatter_rows(d_hidden.to(hidden.dtype), index, n_rows)
     return d_hidden, d_weight, None if d_bias is None else d_bias.to(weight.dtype)

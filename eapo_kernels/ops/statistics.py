@@ -35,6 +35,34 @@ class RowSums(NamedTuple):
     xx_exp: Tensor | None = None
 
 
+def merge_ranges(sums: Tensor) -> Tensor:
+    """Sums over several ranges of the vocabulary to sums over all of them (docs/math.md E14).
+
+    Args:
+        sums: [3, 4 or 7, ranges, N]; fields: row_max, z_target (0 outside the range that holds it), then rest, x_exp, exp2,
+            x_exp2 and xx_exp of ``RowSums`` relative to the range's row_max. A range without any column has row_max -inf and
+            zero sums.
+
+    Returns:
+        [3, 4 or 7, N] relative to the largest row_max.
+    """
+    row_max, z_target, rest, *moments = sums.unbind(0)
+    top = row_max.amax(0)
+    shift = row_max - torch.where(top == -torch.inf, 0, top)
+    r = shift.exp()
+    shift = torch.where(r > 0, shift, 0)
+    merged = [top, z_target.sum(0), (r * rest).sum(0)]
+    if moments:
+        x_exp = moments[0]
+        merged.append((r * (x_exp + shift * rest)).sum(0))
+    if len(moments) > 1:
+        _, exp2, x_exp2, xx_exp = moments
+        merged.append((r * r * exp2).sum(0))
+        merged.append((r * r * (x_exp2 + shift * exp2)).sum(0))
+        merged.append((r * (xx_exp + shift * (2 * x_exp + shift * rest))).sum(0))
+    return torch.stack(merged)
+
+
 class RowStatistics(NamedTuple):
     """What the backward pass needs and the caller gets, [N] each in the statistics dtype (None: not asked for).
 

@@ -5,7 +5,10 @@ This file is the custom op, its autograd and the public function; the work is in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import describe, require_tensor
@@ -18,6 +21,7 @@ from .inputs import build_projection, check_values
 from .projection import Projection
 from .recompute import Kept, compute_gradients, compute_statistics
 from .statistics import RowStatistics
+from .vocab_parallel import VocabShard
 
 ENTROPY_MODES = ("grad", "nograd", "none")
 
@@ -39,13 +43,18 @@ def _forward_op(
     compact: bool,
     debug: bool,
     plan: str,
+    group: str,
+    shard: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N], lse [N], moments [3, N], state [3, N], matrix [R, V], row_factor [R], rows [R]).
 
+    group, shard: the fields of a ``VocabShard``; none: the weight is whole.
     What is not asked for has no elements. The last three are ``recompute.Kept`` of the rows that ``plan`` keeps; without
     elements ``rows`` is None.
     """
-    projection = Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap)
+    projection = Projection(
+        hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, _shard(group, shard)
+    )
     check_values(projection, targets, debug)
     resolved = dispatch.resolve(backend, projection, "autograd")
     s, kept = compute_statistics(
@@ -69,6 +78,11 @@ def _forward_op(
     return s.logp, entropies, s.lse.clone(), moments, state, matrix, factor, index
 
 
+def _shard(group: str, numbers: Sequence[int]) -> VocabShard | None:
+    """A VocabShard from what an op's schema can carry."""
+    return VocabShard(group, *numbers) if numbers else None
+
+
 def _kept_rows(projection: Projection, backend: Backend, memory_budget: int | None, plan: str) -> int:
     """Rows to keep. Nothing is asked of the backend for "recompute", so that it compiles for any, also an unknown, N."""
     if plan == "recompute":
@@ -80,9 +94,11 @@ def _kept_rows(projection: Projection, backend: Backend, memory_budget: int | No
 @_forward_op.register_fake
 def _forward_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, row_inv_temperature, inv_temperature, logit_scale, softcap, entropy, second_moments,
-    backend, memory_budget, compact, debug, plan,
+    backend, memory_budget, compact, debug, plan, group, shard,
 ):  # fmt: skip
-    projection = Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap)
+    projection = Projection(
+        hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, _shard(group, shard)
+    )
     room = 0
     if plan != "recompute":
         room = _kept_rows(projection, dispatch.resolve(backend, projection, "autograd"), memory_budget, plan)
@@ -127,9 +143,13 @@ def _backward_op(
     backend: str,
     memory_budget: int | None,
     compact: bool,
+    group: str,
+    shard: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias); what is not needed has no elements."""
-    projection = Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap)
+    projection = Projection(
+        hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, _shard(group, shard)
+    )
     row_max, log_sum, mean = state.unbind(0)
     statistics = RowStatistics(logp, None, row_max, row_max, log_sum, mean)
     gradients = compute_gradients(
@@ -150,6 +170,7 @@ def _backward_op(
 def _backward_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy, grad_lse, matrix, row_factor,
     kept_index, inv_temperature, logit_scale, softcap, need_hidden, need_weight, need_bias, backend, memory_budget, compact,
+    group, shard,
 ):  # fmt: skip
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
@@ -168,19 +189,19 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_logp, grad_entropy, grad_lse, *_):  # type: ignore[no-untyped-def]
-    inv_temperature, logit_scale, softcap, entropy, _, backend, memory_budget, compact, *_ = ctx.scalars
+    inv_temperature, logit_scale, softcap, entropy, _, backend, memory_budget, compact, _, _, group, shard = ctx.scalars
     hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, row_factor, kept_index = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     if grad_logp is None and grad_lse is None and (grad_entropy is None or not entropy):
-        return (None,) * 15
+        return (None,) * 17
     if grad_lse is not None or (grad_entropy is not None and entropy):
         matrix, row_factor = matrix[:0], row_factor[:0]  # what is kept is the gradient of logp alone
     gradients = _backward_op(
         hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy if entropy else None,
         grad_lse, matrix, row_factor, kept_index, inv_temperature, logit_scale, softcap, *needs, backend,
-        memory_budget, compact,
+        memory_budget, compact, group, shard,
     )  # fmt: skip
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 12)
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 14)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -196,6 +217,7 @@ def project_stats(
     leaves = (projection.hidden, projection.weight, projection.bias)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
+    shard = projection.shard
     keep = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
     logp, entropies, lse, moments, *_ = _forward_op(
         projection.hidden,
@@ -213,6 +235,8 @@ def project_stats(
         options.compact,
         options.debug,
         options.plan if keep else "recompute",
+        "" if shard is None else shard.group,
+        () if shard is None else (shard.start, shard.total, shard.widest),
     )
     return TokenStats(
         logp,
@@ -234,6 +258,7 @@ def token_stats(
     mask: Tensor | None = None,
     entropy: str = "grad",
     second_moments: bool = False,
+    process_group: dist.ProcessGroup | VocabShard | None = None,
     backend: str = "auto",
     options: Options | None = None,
 ) -> TokenStats:
@@ -250,6 +275,12 @@ def token_stats(
         mask: [...] bool or None, False leaves a row out.
         entropy: "grad" (differentiable), "nograd" (value only), "none" (not computed, ``stats.entropy`` is None).
         second_moments: also return sum p^2, sum p^2 log p and the varentropy.
+        process_group: the processes over which the rows of ``weight`` and ``bias`` are split in the order of their ranks, into
+            parts of any sizes (tensor parallelism of the head), or this process's ``VocabShard``; None: they are whole.
+            ``weight`` is then this process's part; ``targets`` stay tokens of the whole vocabulary. Every process of the group
+            makes the same call with the same other arguments (their values are not compared) and the same loss from it. The
+            results are the same bits on all; d_hidden is the whole one on all (do not reduce it again), d_weight and d_bias
+            are the part's.
         backend: "auto", "torch" or "triton".
         options: memory budget and the like.
 
@@ -260,7 +291,7 @@ def token_stats(
     Raises:
         ShapeError: a shape, dtype or device does not fit.
         EapoError: a value is out of range (targets and tensor temperatures: on CUDA only with ``Options(debug=True)``), or an
-            option is unknown.
+            option is unknown; the processes of a group differ in sizes, or one of them has no rows.
         BackendUnavailable: the backend named cannot run these inputs.
     """
     options = options or Options()
@@ -268,7 +299,7 @@ def token_stats(
     if not isinstance(targets, Tensor):
         raise ShapeError(f"targets: expected an int64 tensor [...], got {describe(targets)}")
     shape = targets.shape
-    projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, shape)
+    projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, shape, process_group)
     require_tensor("targets", targets, tuple(shape), (torch.int64,), projection.hidden)
     if mask is not None:
         require_tensor("mask", mask, tuple(shape), (torch.bool,), projection.hidden)

@@ -14,7 +14,8 @@ from torch import Tensor
 from . import plans, products
 from .backend import Backend, ChunkGradient, LogitCotangents
 from .projection import Projection
-from .statistics import RowStatistics, RowSums, finish
+from .statistics import RowStatistics, RowSums, finish, merge_ranges
+from .vocab_parallel import VocabShard
 
 _CACHE_BYTES = 32 * 2**20
 """Logits processed together, about a server's last-level cache. Smaller blocks gain nothing and cost thread barriers, above all
@@ -22,6 +23,10 @@ on a busy machine (docs/log.md)."""
 
 _UNDERFLOWN = -1e4
 """exp of it is 0 in fp32 and fp64: a finite stand-in for the -inf of removed columns, where x * e^x must be 0 and not NaN."""
+
+_NEGLIGIBLE = 60.0
+"""Where a shard's largest logit lies further below the row's (nats), its probabilities are given as if it lay this far: all
+below e^-60, and the products stay finite."""
 
 
 def _blocks(z: Tensor) -> Iterator[slice]:
@@ -40,46 +45,51 @@ def _raw_logits(projection: Projection, columns: slice) -> Tensor:
 
 
 class _Reduction:
-    """Accumulates the RowSums of a chunk block by block."""
+    """Accumulates the sums of a chunk block by block."""
 
-    def __init__(self, entropy: bool, second_moments: bool) -> None:
-        self.entropy, self.second_moments = entropy, second_moments
-        self.parts: list[list[Tensor | None]] = []
+    def __init__(self, shard: VocabShard | None, entropy: bool, second_moments: bool) -> None:
+        self.shard, self.entropy, self.second_moments = shard, entropy, second_moments
+        self.parts: list[list[Tensor]] = []
 
-    def add(self, z: Tensor, targets: Tensor, *, keep: bool) -> None:
-        """Reduce a block z [R, V] of logits, overwriting it: with ``keep`` by e^(z - row_max), else by anything.
+    def add(self, z: Tensor, targets: Tensor) -> None:
+        """Reduce a block z [R, V] of logits, overwriting it by e^(z - row_max), or by anything with second moments.
 
-        In the kept matrix the target column holds -rest, which makes ``(cotangent of logp) * matrix / -s0`` the gradient of
-        logp with respect to z (E6, E12).
+        The target's column becomes 0. targets: [R] columns of z, negative: not here.
         """
         row_max = z.amax(1, keepdim=True)
-        x = torch.sub(z, row_max)
         index = targets.unsqueeze(1)
-        x_target = x.gather(1, index)
+        if self.shard is None:
+            z_target = z.gather(1, index)
+        else:
+            row_max.clamp_(min=torch.finfo(z.dtype).min)  # a shard may have lost all its columns, the row not
+            z_target = torch.where(index >= 0, z.gather(1, index.clamp_min(0)), 0.0)
+        x = torch.sub(z, row_max)
         x.clamp_(min=_UNDERFLOWN)
         e = torch.exp(x, out=z)
-        e.scatter_(1, index, 0.0)
-        rest = e.sum(1)
-        x_exp = exp2 = x_exp2 = xx_exp = None
+        _put_target_(e, targets, slice(0, z.shape[1]), torch.zeros_like(z_target))
+        fields = [row_max.squeeze(1), z_target.squeeze(1), e.sum(1)]
         if self.second_moments:
             xx_exp = torch.square(x).mul_(e).sum(1)
         if self.entropy or self.second_moments:
-            x_exp = x.mul_(e).sum(1)
+            fields.append(x.mul_(e).sum(1))
         if self.second_moments:
             x_exp2 = x.mul_(e).sum(1)
-            exp2 = torch.mul(e, e, out=x).sum(1)
-        if keep:
-            e.scatter_(1, index, rest.neg().unsqueeze(1))
-        self.parts.append([row_max.squeeze(1), x_target.squeeze(1), rest, x_exp, exp2, x_exp2, xx_exp])
+            fields += [torch.mul(e, e, out=x).sum(1), x_exp2, xx_exp]
+        self.parts.append(fields)
 
-    def sums(self) -> RowSums:
-        columns = zip(*self.parts, strict=True)
-        return RowSums(*(None if c[0] is None else torch.cat(c) for c in columns))  # type: ignore[arg-type]
+    def sums(self, targets: Tensor) -> tuple[RowSums, Tensor]:
+        """The sums over the whole vocabulary, and [N] the row_max that this shard's exponentials are relative to."""
+        fields = [torch.cat(c) for c in zip(*self.parts, strict=True)]
+        row_max = fields[0]
+        if self.shard is not None:
+            fields = list(merge_ranges(self.shard.exchange(torch.stack(fields), targets)))
+        top, z_target, *rest = fields
+        return RowSums(top, z_target - top, *rest), row_max
 
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
-    """See ``backend.Statistics``."""
-    reduction = _Reduction(entropy, second_moments)
+    """See ``backend.Statistics``. One exchange for all rows where the vocabulary is split."""
+    reduction = _Reduction(projection.shard, entropy, second_moments)
     columns = slice(0, projection.vocab)
     step = plans.row_chunk(projection.n_rows, projection.vocab * chunk_bytes(projection), budget)
     for start in range(0, projection.n_rows, step):
@@ -87,9 +97,9 @@ def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second
         z = _raw_logits(chunk, columns)
         for block in _blocks(z):
             logits = chunk.rows(block).shape_logits_(z[block], columns)
-            reduction.add(logits, targets[start : start + step][block], keep=False)
+            reduction.add(logits, targets[start : start + step][block])
         del z, logits  # before the next chunk is allocated
-    return finish(reduction.sums())
+    return finish(reduction.sums(targets)[0])
 
 
 def logit_gradient(
@@ -169,19 +179,26 @@ def _put_target_(gradient: Tensor, targets: Tensor, columns: slice, value: Tenso
 
 
 class _TorchChunk:
-    """See ``backend.Chunk``. Without soft-cap and entropy gradient the forward's exponentials are the gradient's matrix."""
+    """See ``backend.Chunk``. Without soft-cap and entropy gradient the forward's exponentials are the gradient's matrix.
+
+    There e^(z - m), m the row's maximum here, stands in every column but the target's, which holds -rest, both times the same
+    ``unit``: (cotangent of logp) / -s0 of it is the gradient with respect to z (E6, E12), s0 being times ``unit`` too.
+    """
 
     def __init__(self, projection: Projection, targets: Tensor, entropy: bool, keep_logits: bool) -> None:
         self._projection, self._targets, self._keep_logits = projection, targets, keep_logits
         columns = slice(0, projection.vocab)
         self._z = _raw_logits(projection, columns)
-        reduction = _Reduction(entropy, second_moments=False)
+        reduction = _Reduction(projection.shard, entropy, second_moments=False)
         for block in _blocks(self._z):
             logits = projection.rows(block).shape_logits_(self._z[block], columns)
-            reduction.add(logits.clone() if keep_logits else logits, targets[block], keep=not keep_logits)
-        sums = reduction.sums()
-        self._s0 = sums.rest + sums.x_target.exp()
+            reduction.add(logits.clone() if keep_logits else logits, targets[block])
+        sums, row_max = reduction.sums(targets)
         self._statistics = finish(sums)
+        unit = (sums.row_max - row_max).clamp_(max=_NEGLIGIBLE).exp_()  # 1 where the whole vocabulary is here
+        self._s0 = (sums.rest + sums.x_target.exp()) * unit
+        if not keep_logits:
+            _put_target_(self._z, targets, columns, (sums.rest * -unit).unsqueeze(1))
 
     def statistics(self) -> RowStatistics:
         return self._statistics
@@ -234,5 +251,5 @@ BACKEND = Backend(
     logit_gradient=logit_gradient,
     slab_bytes=chunk_bytes,
     open_chunk=open_chunk,
-    chunk_row_bytes=lambda projection, entropy_gradient: projection.vocab * chunk_bytes(projection),
+    chunk_row_bytes=lambda projection, entropy_gradient: projection.widest * chunk_bytes(projection),
 )

@@ -1,4 +1,4 @@
-"""Run a function on two gloo processes; what hangs fails instead, with the stacks of all threads."""
+"""Run a function on two or more gloo processes; what hangs fails instead, with the stacks of all threads."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ WORLD = 2
 LIMIT = 150.0  # seconds; starting the processes takes most of a run
 
 
-def run_ranks(function: Callable[..., None], *args: Any) -> None:
-    """Call ``function(rank, *args)`` on each of WORLD processes of one gloo group.
+def run_ranks(function: Callable[..., None], *args: Any, world: int = WORLD) -> None:
+    """Call ``function(rank, *args)`` on each of ``world`` processes of one gloo group.
 
     Raises:
         TimeoutError: it took longer than LIMIT.
         ProcessRaisedException: one of them failed.
     """
     with tempfile.TemporaryDirectory() as directory:
-        context = mp.spawn(_rank, args=(function, args, directory), nprocs=WORLD, join=False)
+        context = mp.spawn(_rank, args=(function, args, directory, world), nprocs=world, join=False)
         end = time.monotonic() + LIMIT + 20
         while not context.join(timeout=1):
             if time.monotonic() > end:
                 for process in context.processes:
                     process.kill()
-                raise TimeoutError(f"{function.__name__}: expected an end within {LIMIT} s on {WORLD} processes, got none")
+                raise TimeoutError(f"{function.__name__}: expected an end within {LIMIT} s on {world} processes, got none")
 
 
-def _rank(rank: int, function: Callable[..., None], args: tuple[Any, ...], directory: str) -> None:
+def _rank(rank: int, function: Callable[..., None], args: tuple[Any, ...], directory: str, world: int) -> None:
     faulthandler.dump_traceback_later(LIMIT, exit=True)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(directory) / "store"), WORLD)
+    store = dist.FileStore(str(Path(directory) / "store"), world)
     limit = datetime.timedelta(seconds=LIMIT / 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     function(rank, *args)
     dist.barrier()
     dist.destroy_process_group()

@@ -88,7 +88,7 @@ def check_custom_op(backend: str, device: str, *, entropy: bool, second_moments:
     targets, rows = inputs.targets.clone(), torch.ones(9, device=device)
     targets[2] = -100
     transform = (rows, 1.0, 1.0, None)
-    how = (backend, 2**20, True, False, "recompute")
+    how = (backend, 2**20, True, False, "recompute", "", ())
     torch.library.opcheck(
         torch.ops.eapo_kernels.token_stats.default,
         (hidden, weight, None, targets, *transform, entropy, second_moments, *how),

@@ -22,6 +22,8 @@ from .one_pass import chunk_row_bytes, open_chunk, surrogate
 def supports(projection: Projection) -> str | None:
     """Why the kernels cannot run these inputs, or None."""
     device, dtype = projection.hidden.device, projection.hidden.dtype
+    if projection.shard is not None:
+        return "a head split over processes"
     if dtype == torch.float64:
         return "float64 inputs, which only the torch backend takes"
     if device.type not in ("cuda", "cpu"):

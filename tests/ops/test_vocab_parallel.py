@@ -1,0 +1,200 @@
+"""A head split over 2 and 3 gloo processes, uneven: the numbers of one process, and the same bits on every process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from comparison import GRADIENT_FLOOR, STATISTICS_FLOOR, policy_batch
+from ranks import run_ranks
+from split_vocabulary import CASES, SIZES, Case, V, counted, rows_of, run
+
+from eapo_kernels import EAPOConfig, EapoError, Method, VocabShard, policy_loss, reference, token_stats
+from eapo_kernels.testing import assert_no_worse_than, make_inputs
+
+BACKENDS = ("torch",)
+WHOLE = slice(0, V)
+
+
+def _runs(name: str, backend: str) -> bool:
+    return not (backend == "triton" and CASES[name].dtype == torch.float64)
+
+
+CALLS = [(name, backend) for backend in BACKENDS for name in CASES if _runs(name, backend)]
+
+
+def _work(rank: int, world: int, directory: str) -> None:
+    """Every case on one set of processes: starting them takes longer than all the rest."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    shard = VocabShard.of(dist.group.WORLD, torch.empty(SIZES[world][rank], 1))
+    assert (shard.start, shard.total, shard.widest) == (rows_of(rank, world).start, V, max(SIZES[world]))
+    found = {}
+    for name, backend in CALLS:
+        case = CASES[name]
+        with counted() as counts:
+            results = run(case, case.inputs(), rows_of(rank, world), backend, shard)
+        assert dict(counts) == {k: n for k, n in (("all_gather", case.gathers), ("all_reduce", case.reductions)) if n}, name
+        again = run(case, case.inputs(), rows_of(rank, world), backend, shard)
+        assert all(torch.equal(results[k], again[k]) for k in results), f"{name}: another run gives other bits"
+        found[name, backend] = results
+    torch.save(found, f"{directory}/{rank}.pt")
+
+
+@pytest.fixture(scope="module", params=sorted(SIZES), ids=lambda world: f"{world}_processes")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each process found, by (case, backend)."""
+    directory = tmp_path_factory.mktemp("ranks")
+    run_ranks(_work, request.param, str(directory), world=request.param)
+    return [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize(("name", "backend"), CALLS)
+def test_a_split_head_is_the_whole_one_to_rounding(name: str, backend: str, ranks: list[Any]) -> None:
+    case = CASES[name]
+    found: list[dict[str, torch.Tensor]] = [results[name, backend] for results in ranks]
+    truth = run(replace(case, dtype=torch.float64), _widened(case), WHOLE, "torch", None)
+    plain = run(case, case.inputs(), WHOLE, "torch", None)
+    assert found[0].keys() == truth.keys()
+    for key, exact in truth.items():
+        if key in ("d_weight", "d_bias"):
+            actual = torch.cat([results[key] for results in found])
+        else:
+            actual = found[0][key]
+            assert all(torch.equal(results[key], actual) for results in found), f"{key}: processes differ"
+        if case.dtype == torch.float64:
+            torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
+        else:
+            floor = GRADIENT_FLOOR[case.dtype] if key.startswith("d_") else 2 * STATISTICS_FLOOR
+            assert_no_worse_than(actual, plain[key], exact, floor=floor, name=key)
+
+
+def _widened(case: Case) -> Any:
+    """The numbers of the case's inputs in float64."""
+    return case.inputs().to(torch.float64)
+
+
+def test_the_whole_one_is_the_oracle() -> None:
+    """So that the comparison above is one with the dense reference."""
+    case = CASES["exact_statistics"]
+    inputs, options = case.inputs(), dict(case.arguments)
+    options["inv_temperature"] = options["inv_temperature"].double()
+    expected = reference.token_stats(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, **options)
+    for name, value in expected._asdict().items():
+        torch.testing.assert_close(run(case, inputs, WHOLE, "torch", None)[name], value, rtol=1e-11, atol=1e-11)
+
+
+def _groups_and_errors(rank: int) -> None:
+    _a_group_gives_the_same_as_its_shard(rank)
+    _bad_calls_raise_on_every_process(rank)
+    _a_shard_compiles(rank)
+    _even_parts_need_no_exchange(rank)
+    _sequences_on_different_processes_need_nothing(rank)
+
+
+def test_groups_and_errors() -> None:
+    run_ranks(_groups_and_errors)
+
+
+def _a_group_gives_the_same_as_its_shard(rank: int) -> None:
+    case = CASES["kept"]
+    rows, group = rows_of(rank, 2), dist.group.WORLD
+    with counted() as counts:
+        found = run(case, case.inputs(), rows, "torch", group)
+    assert counts["all_gather"] == case.gathers + 1  # the sizes
+    shard = VocabShard.of(group, case.inputs().weight[rows])
+    for key, value in run(case, case.inputs(), rows, "torch", shard).items():
+        assert torch.equal(found[key], value)
+    alone = [dist.new_group([other]) for other in range(2)][rank]  # one process alone has the whole weight
+    with counted() as counts:
+        found = run(case, case.inputs(), WHOLE, "torch", alone)
+    assert counts == {"all_gather": 1}
+    for key, value in run(case, case.inputs(), WHOLE, "torch", None).items():
+        assert torch.equal(found[key], value)
+
+
+def _bad_calls_raise_on_every_process(rank: int) -> None:
+    """Each in one message on both processes; after it the group works on, so nobody was left waiting."""
+    world = dist.group.WORLD
+    inputs = make_inputs(6, 8, 10)
+    weight, targets = inputs.weight[5 * rank : 5 * rank + 5], inputs.targets
+    first = rank == 0
+
+    def call(hidden: torch.Tensor = inputs.hidden, weight: torch.Tensor = weight, group: Any = world, **changes: Any) -> None:
+        token_stats(hidden, weight, **{"targets": targets, "process_group": group} | changes)
+
+    def raises(message: str, *args: Any, **changes: Any) -> None:
+        with pytest.raises(EapoError, match=message):
+            call(*args, **changes)
+
+    none = r"an error on rank 1" if first else r"weight: expected .* V, D >= 1, got float32 \[0, 8\]"
+    raises(none, weight=inputs.weight[: 5 if first else 0])
+    raises(r"rows of hidden: expected .* \(6 on rank 0\), got 4 on rank 1", inputs.hidden[: 6 if first else 4],
+           targets=targets[: 6 if first else 4])  # fmt: skip
+    raises(
+        r"dtype of the weight: .* on rank 1", inputs.hidden.to(d := torch.float32 if first else torch.bfloat16), weight.to(d)
+    )
+    raises(r"columns of the weight: .* \(8 on rank 0\), got 7", inputs.hidden[:, : 8 - rank], weight[:, : 8 - rank])
+    raises(r"gradients wanted: .*", inputs.hidden.clone().requires_grad_(first))
+    wrong = r"expected float32 \[5\]" if first else "an error on rank 0"
+    raises(wrong, bias=torch.zeros(4 if first else 5))
+    raises(r"targets: expected values in \[0, 10\) or -100, got 10 in row 0", targets=torch.full_like(targets, 10))
+    raises(r"process_group: expected a ProcessGroup .* got 'tp'", group="tp")
+    raises(r"weight: expected at most 3 rows from row 0 of 6", group=VocabShard("0", 0, 6, 3))
+    raises(r"process_group: expected the name of a process group, got 'other'", group=VocabShard("other", 5 * rank, 10, 5))
+    other = dist.new_group([0])
+    if not first:
+        raises(r"process_group: expected a ProcessGroup of this process", group=other)
+    method = Method("nucleus", EAPOConfig(entropy_top_p=0.9, entropy_coef=0.1))
+    whole = CASES["kept"].inputs()
+    with pytest.raises(EapoError, match="None with entropy_top_p"):
+        policy_loss(whole.hidden, whole.weight, policy_batch(whole, "cpu"), method=method, process_group=world)
+    call()
+
+
+def _a_shard_compiles(rank: int) -> None:
+    case = CASES["kept"]
+    inputs, rows = case.inputs(), rows_of(rank, 2)
+    shard = VocabShard.of(dist.group.WORLD, inputs.weight[rows])
+    weight = inputs.weight[rows].clone().requires_grad_()
+
+    def plain(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        stats = token_stats(hidden, weight, inputs.targets, process_group=shard)
+        return stats.logp.sum() + stats.entropy.sum()
+
+    loss = torch.compile(plain, fullgraph=True, backend="aot_eager")(inputs.hidden, weight)
+    (found,) = torch.autograd.grad(loss, [weight])
+    (expected,) = torch.autograd.grad(plain(inputs.hidden, weight), [weight])
+    assert torch.equal(found, expected)
+
+
+def _even_parts_need_no_exchange(rank: int) -> None:
+    with counted() as counts:
+        shard = VocabShard.chunked(dist.group.WORLD, 11)
+    assert not counts
+    assert shard == VocabShard(dist.group.WORLD.group_name, 6 * rank, 11, 6)
+    assert shard == VocabShard.of(dist.group.WORLD, torch.empty(6 - rank, 1))
+    with pytest.raises(EapoError, match=r"at least one row on every process, got shards of \[1, 0\] rows"):
+        VocabShard.chunked(dist.group.WORLD, 1)
+
+
+def _sequences_on_different_processes_need_nothing(rank: int) -> None:
+    """Sequence and context parallelism: each process has some of the positions and the whole head."""
+    inputs, mine = make_inputs(40, 8, 33), slice(20 * rank, 20 * rank + 20)
+    leaves = inputs.leaves()
+    expected = torch.autograd.grad(token_stats(*leaves[:2], inputs.targets).entropy.sum(), leaves)
+    stats = token_stats(inputs.hidden[mine], inputs.weight, inputs.targets[mine])
+    found = torch.autograd.grad(stats.entropy.sum(), leaves)
+    for gradient, whole in zip(found, expected, strict=True):
+        dist.all_reduce(gradient)
+        torch.testing.assert_close(gradient, whole)
+
+
+def test_without_processes() -> None:
+    inputs = make_inputs(4, 8, 9)
+    for group in (VocabShard("0", 0, 18, 9), 3):
+        with pytest.raises(EapoError, match=r"process_group: expected torch.distributed initialised"):
+            token_stats(inputs.hidden, inputs.weight, inputs.targets, process_group=group)
