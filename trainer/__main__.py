@@ -3,6 +3,8 @@
 commands:
   train --config RECIPE.toml [--section.key value ...]   train, evaluate before and after, save, draw the report
   eval  --config RECIPE.toml [--model.path DIR ...]      evaluate a model or a saved adapter
+  compare --config RECIPE.toml [--methods ...] [--seeds ...] [--jobs N] [overrides]
+                                                         EAPO against fixed positive weights; continues where it stopped
   report RUN [RUN ...] [--out DIR]                       draw curves and a Markdown page from run directories
   print-config [--config RECIPE.toml] [overrides]        print the resolved configuration as TOML
   demo [overrides]                                       a real EAPO run in minutes, without GPU or network

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from eapo_kernels import EapoError
 
+from .config.checks import check
 from .config.settings import parse_config, to_toml
 from .errors import ConfigError, DataError, ModelError
+from .evaluation.arms import ARMS
 
 DEMO = Path(__file__).parent / "recipes" / "demo.toml"
 
@@ -33,6 +35,24 @@ def _eval(arguments: Sequence[str]) -> int:
     from .evaluation.eval_command import evaluate_model
 
     return 0 if evaluate_model(config) else 130
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer compare", add_help=False, allow_abbrev=False, exit_on_error=False,
+    )  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=ARMS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    parser.add_argument("--jobs", type=int, default=0)
+    try:
+        options, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"command line: {error}") from None
+    config = parse_config(rest, prog="python -m trainer compare")
+    check(options.jobs >= 0, "--jobs", "at least 0 (0: one for each core or GPU)", options.jobs)
+    from .evaluation.compare import compare
+
+    return compare(config, options.methods, options.seeds, options.jobs)
 
 
 def _report(arguments: Sequence[str]) -> int:
@@ -60,7 +80,9 @@ def _demo(arguments: Sequence[str]) -> int:
     return 0 if train(config) else 130
 
 
-COMMANDS = {"train": _train, "eval": _eval, "report": _report, "print-config": _print_config, "demo": _demo}
+COMMANDS = {
+    "train": _train, "eval": _eval, "compare": _compare, "report": _report, "print-config": _print_config, "demo": _demo,
+}  # fmt: skip
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
