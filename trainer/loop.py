@@ -47,7 +47,7 @@ from .rollouts.sampled import AnswerSource
 from .rollouts.transformers_engine import TransformersEngine
 from .runs.console import Console
 from .runs.interrupt import StopRequest
-from .runs.metrics import answer_metrics, engine_metrics, reward_metrics, sample_record
+from .runs.metrics import answer_metrics, best_and_worst, engine_metrics, reward_metrics, sample_record
 from .runs.rundir import RunDirectory
 
 ROLLOUT_SEED, UPDATE_SEED, ADAPTER_SEED, HOOK_SEED, WEIGHT_SEED = 1, 2, 3, 4, 5
@@ -182,7 +182,7 @@ def _train(config: Config, console: Console) -> bool:
                 "tokens_per_second": answers.tokens / sum(seconds.values()),
             }
             run.append("metrics", metrics)
-            for i in range(min(config.samples_per_step, len(sampled))):
+            for i in best_and_worst(sampled, config.samples_per_step):
                 run.append("samples", sample_record(step, i, sampled))
             console.step(metrics, config.steps)
             if config.eval.every and step % config.eval.every == 0 and step < config.steps:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 
-from trainer.evaluation.diversity import bootstrap, distinct_n, self_bleu
+from trainer.evaluation.diversity import bootstrap, dispersion, distinct_n, pass_at_k, self_bleu
 
 
 def test_distinct_n() -> None:
@@ -27,6 +29,21 @@ def test_self_bleu() -> None:
     short, long = math.exp(1 - 4 / 3), (3 / 4 * 2 / 3 * 1 / 2 * 0.1) ** 0.25
     assert self_bleu(["a b c", "a b c d"]) == pytest.approx((short + long) / 2)
     assert math.isnan(self_bleu(["only one", ""]))
+
+
+def test_dispersion_is_one_minus_the_mean_cosine_of_the_pairs() -> None:
+    assert dispersion(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])) == pytest.approx(1 - (0 + 0.6 + 0.8) / 3)
+    assert dispersion(torch.tensor([[0.6, 0.8]] * 4)) == pytest.approx(0.0, abs=1e-7)
+    assert math.isnan(dispersion(torch.ones(1, 1)))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_pass_at_k_is_the_share_of_the_draws_with_a_right_answer(k: int) -> None:
+    rewards = [0.0, 1.0, 0.0, 0.0, 1.0]
+    draws = list(combinations(rewards, k))
+    assert pass_at_k(rewards, k) == pytest.approx(sum(map(max, draws)) / len(draws))
+    assert pass_at_k([0.0] * 5, k) == 0.0
+    assert math.isnan(pass_at_k([1.0] * (k - 1), k))
 
 
 def test_bootstrap_covers_the_mean_and_skips_what_is_missing() -> None:

@@ -31,7 +31,7 @@ class Config:
     steps: int = 100
     """Training steps; each samples answers and learns from them."""
     samples_per_step: int = 2
-    """Answers of each step that are written to samples.jsonl."""
+    """Answers of each step that are written to samples.jsonl: the best, the worst, the second best, and so on."""
     diagnose_every: int = 1
     """Steps between measurements of the entropy change that an update was predicted to make and made: one more forward pass
     over the step's answers; 0 for none."""

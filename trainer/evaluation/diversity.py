@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from torch import Tensor
 
 
 def words(text: str) -> list[str]:
@@ -37,6 +38,26 @@ def self_bleu(answers: Sequence[str]) -> float:
         others = tokenised[:i] + tokenised[i + 1 :]
         total += sentence_bleu(others, tokens, weights=(1 / order,) * order, smoothing_function=smoothing)
     return total / len(tokenised)
+
+
+def dispersion(vectors: Tensor) -> float:
+    """1 - mean cosine of all pairs of answers: 0 when all mean the same. vectors: [k, dim] unit sentence embeddings."""
+    count = len(vectors)
+    if count < 2:
+        return math.nan
+    # |sum of vectors|^2 = count + twice the sum over pairs
+    pairs = (vectors.double().sum(0).square().sum().item() - count) / (count * (count - 1))
+    return 1.0 - pairs
+
+
+def pass_at_k(rewards: Sequence[float], k: int) -> float:
+    """Probability that one of ``k`` of these answers, drawn without replacement, is right: 1 - C(n - c, k) / C(n, k), the
+    unbiased estimate of pass@k from n answers of which c are right (arXiv:2107.03374). NaN for fewer than k answers.
+
+    rewards: n of 0 or 1.
+    """
+    count, right = len(rewards), round(sum(rewards))
+    return 1.0 - math.comb(count - right, k) / math.comb(count, k) if count >= k else math.nan
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from ..config import Config
 from ..dataset import Questions, encode_prompt
 from ..learning.batching import select
 from ..learning.measure import measure
+from ..models.embedding import SentenceEmbedding
 from ..models.policy import Policy
+from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
 from ..rollouts.engine import RolloutEngine, Sampling, derive_seed
 from ..runs.console import Console
-from .diversity import Estimate, bootstrap, distinct_n, self_bleu
+from .diversity import Estimate, bootstrap, dispersion, distinct_n, pass_at_k, self_bleu
 
 EVALUATION_SEED = 1_000_003
 """Apart from every training step's number, so that no evaluation shares random numbers with a step."""
@@ -44,7 +46,9 @@ class Evaluation:
     def headline(self, resamples: int) -> str:
         """Reward, entropy and diversity in one line."""
         found = self.estimates(resamples)
-        others = "  ".join(f"{name} {found[name].mean:.3f}" for name in ("entropy", "distinct_2", "self_bleu"))
+        others = "  ".join(
+            f"{name} {found[name].mean:.3f}" for name in ("entropy", "distinct_2", "self_bleu", "dispersion") if name in found
+        )
         return f"reward {found['reward']}  {others}"
 
 
@@ -73,7 +77,8 @@ def evaluate(
     """Answer every question ``eval.responses`` times and measure. Also returns the answers, as samples.
 
     A failed reward is left out of its question's mean and reported; it never ends an evaluation unless
-    ``rewards.on_failure`` is "stop".
+    ``rewards.on_failure`` is "stop". Where all rewards are 0 or 1, pass@k is measured too; where similarity is among the
+    rewards, the dispersion of its sentence embeddings.
     """
     k, indices = config.eval.responses, range(len(questions))
     prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in questions.rows]
@@ -93,6 +98,8 @@ def evaluate(
         answers = select(rollouts, range(len(texts)))
         budget = config.optim.micro_batch_tokens
         entropy = measure(policy, answers, temperature=sampling.temperature, budget=budget, tick=tick).entropy.cpu()
+    embedding = _embedding(rewards)
+    verified = bool(((scores.total == 0) | (scores.total == 1) | scores.total.isnan()).all())
     values: dict[str, list[float | None]] = {}
     for q in indices:
         own = slice(q * k, (q + 1) * k)
@@ -106,6 +113,8 @@ def evaluate(
             "entropy": entropy[answers.starts[own.start] : answers.starts[own.stop]].mean().item(),
             "length": sum(map(len, rollouts.completion_ids[own])) / k,
             "truncated": sum(rollouts.truncated[own]) / k,
+            **({"dispersion": dispersion(embedding(texts[own]))} if embedding else {}),
+            **({f"pass@{n}": pass_at_k(valid, n) for n in _powers_of_two(k)} if verified else {}),
         }
         for name, value in row.items():
             values.setdefault(name, []).append(value)
@@ -115,3 +124,11 @@ def evaluate(
         for prompt, text, reward in zip(asked, texts, scores.total.tolist(), strict=True)
     ]
     return Evaluation(dataset, step, values, k), samples
+
+
+def _embedding(rewards: Rewards) -> SentenceEmbedding | None:
+    return next((f.embedding for f in rewards.functions.values() if isinstance(f, Similarity)), None)
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << i for i in range(most.bit_length())]

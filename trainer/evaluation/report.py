@@ -30,11 +30,17 @@ METRICS = {
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
     "self_bleu": "self-BLEU (lower = more varied)",
+    "dispersion": "dispersion of sentence embeddings",
     "entropy": "token entropy (nats)",
     "length": "length (tokens)",
     "truncated": "truncated",
 }
-"""Metric of an evaluation -> name in the table."""
+"""Metric of an evaluation -> name in the table; pass@k is its own name."""
+
+
+def metric_name(metric: str, responses: int) -> str:
+    """How a table calls a metric of an evaluation with so many answers to a question."""
+    return METRICS.get(metric, metric).format(k=responses)
 
 
 def draw_curves(runs: Sequence[Path], target: Path) -> None:
@@ -66,8 +72,9 @@ def comparison(before: Evaluation, after: Evaluation, resamples: int) -> list[li
     """Rows of metric, before, after and change, each mean with its 95 % interval."""
     first, last = before.estimates(resamples), after.estimates(resamples)
     return [
-        [name.format(k=before.responses), *map(str, (first[key], last[key], difference(before, after, key, resamples)))]
-        for key, name in METRICS.items()
+        [metric_name(key, before.responses), *map(str, (first[key], last[key], difference(before, after, key, resamples)))]
+        for key in first
+        if key in last  # pass@k is measured only where all rewards are 0 or 1
     ]
 
 
@@ -80,9 +87,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def estimates_table(evaluation: Evaluation, resamples: int) -> str:
     """One evaluation as a Markdown table."""
-    rows = [
-        [METRICS[name].format(k=evaluation.responses), str(found)] for name, found in evaluation.estimates(resamples).items()
-    ]
+    found = evaluation.estimates(resamples)
+    rows = [[metric_name(name, evaluation.responses), str(estimate)] for name, estimate in found.items()]
     questions = len(evaluation.values["reward"])
     return markdown_table(
         [f"{questions} {evaluation.dataset} questions, {evaluation.responses} answers each", "mean [95 % interval]"],

@@ -57,6 +57,13 @@ def engine_metrics(sampled: Sampled, old_logp: Tensor) -> dict[str, float]:
     }
 
 
+def best_and_worst(sampled: Sampled, count: int) -> list[int]:
+    """The answers of a step worth keeping: the best, the worst, the second best, and so on; ``count`` of them, or all."""
+    order = sampled.scores.total.argsort(descending=True, stable=True).tolist()
+    picked = [i for pair in zip(order, reversed(order), strict=True) for i in pair]
+    return list(dict.fromkeys(picked))[:count]
+
+
 def sample_record(step: int, index: int, sampled: Sampled) -> dict[str, Any]:
     """One answer as samples.jsonl keeps it."""
     return {

@@ -1,0 +1,71 @@
+"""What an evaluation measures beyond the loop's own test of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from trainer.config import Config
+from trainer.dataset import load_questions
+from trainer.evaluation.evaluate import Evaluation, evaluate
+from trainer.loop import train
+from trainer.models.policy import Policy
+from trainer.rewards.builtin import Similarity
+from trainer.rewards.scoring import Rewards
+from trainer.rollouts.transformers_engine import TransformersEngine
+from trainer.runs.console import Console
+from trainer.runs.interrupt import StopRequest
+from trainer.runs.rundir import read
+
+Change = Callable[..., Config]
+
+
+def _evaluate(config: Config, policy: Policy, rewards: Rewards) -> tuple[Evaluation, list[dict[str, Any]]]:
+    questions, engine = load_questions(config.data.train, 3), TransformersEngine(policy, batch=64)
+    console = Console(StopRequest())
+    return evaluate(config, policy, engine, rewards, questions, dataset="train", step=0, console=console)
+
+
+def test_rewards_of_0_and_1_give_pass_at_k(policy: Policy, changed: Change) -> None:
+    config = changed(rewards={"functions": ("reward_functions:has_a_low_number",)}, eval={"responses": 5})
+    found, samples = _evaluate(config, policy, Rewards(config.rewards, cache="", device=policy.device))
+    assert {name for name in found.values if name.startswith("pass")} == {"pass@1", "pass@2", "pass@4"}
+    assert found.values["pass@1"] == pytest.approx(found.values["reward"])
+    pairs = list(combinations([sample["reward"] for sample in samples[:5]], 2))
+    assert found.values["pass@2"][0] == pytest.approx(sum(map(max, pairs)) / 10)
+    assert found.estimates(100)["pass@4"].mean >= found.estimates(100)["pass@1"].mean
+
+
+def test_graded_rewards_give_no_pass_at_k_and_similarity_gives_dispersion(policy: Policy, config: Config) -> None:
+    def embedding(texts: list[str]) -> Tensor:
+        return normalize(torch.tensor([[float(len(text)), 1.0 + text.count("n1")] for text in texts]), dim=-1)
+
+    rewards = Rewards(config.rewards, cache="", device=policy.device)
+    assert "dispersion" not in _evaluate(config, policy, rewards)[0].values
+    rewards.functions = {"similarity": Similarity(embedding, share=0.5)}  # type: ignore[arg-type]
+    found, samples = _evaluate(config, policy, rewards)
+    assert not any(name.startswith("pass") for name in found.values)
+    vectors = embedding([sample["completion"] for sample in samples[:3]])
+    cosines = [float(a @ b) for a, b in combinations(vectors, 2)]
+    assert found.values["dispersion"][0] == pytest.approx(1 - sum(cosines) / 3, abs=1e-6)
+
+
+def test_the_best_and_the_worst_answer_of_every_step_are_kept(changed: Change) -> None:
+    config = changed(samples_per_step=3, data={"eval": ""})
+    everything = changed(name="all", samples_per_step=100, data={"eval": ""})
+    assert train(config)
+    assert train(everything)
+    for step in (1, 2, 3):
+        kept, ranked = (
+            [row["reward"] for row in read(Path(run.out) / run.name, "samples") if row["step"] == step]
+            for run in (config, everything)
+        )
+        assert len(ranked) == 12
+        assert kept == [max(ranked), min(ranked), sorted(ranked)[-2]]
