@@ -6,13 +6,9 @@ the backend would run, on tensors without storage. Not in a process that interpr
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import cubin
 from ..backend import LogitCotangents, SurrogateTerms
 from ..projection import Projection
 from ..statistics import RowStatistics
@@ -174,27 +171,17 @@ def compile_launch(launch: Launch, architecture: int) -> Any:
 def usage(launch: Launch, architecture: int) -> Usage:
     """Compile and read the cubin with the ``cuobjdump`` that comes with triton."""
     compiled = compile_launch(launch, architecture)
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        dumps = [
-            subprocess.run([tool, flag, str(cubin)], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        ]
-    found = re.search(r"REG:(\d+) STACK:(\d+)", dumps[0])
-    assert found is not None, dumps[0]
-    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)", dumps[1], re.MULTILINE)
-    counts = {name: names.count(name) for name in set(names)}
+    code = cubin.inspect(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
+    counts = code.instructions
     return Usage(
-        registers=int(found[1]),
-        stack=int(found[2]),
-        spills=counts.get("LDL", 0) + counts.get("STL", 0),
+        registers=code.registers,
+        stack=code.stack,
+        spills=code.spills,
         shared=compiled.metadata.shared,
         tensor={name: counts[name] for name in ("HGMMA", "HMMA", "UTCHMMA") if name in counts},
-        tma=counts.get("UTMALDG", 0),
-        tma_stores=counts.get("UTMASTG", 0),
-        doubles=sum(counts.get(name, 0) for name in ("DADD", "DMUL", "DFMA", "DSETP")),
+        tma=counts["UTMALDG"],
+        tma_stores=counts["UTMASTG"],
+        doubles=sum(counts[name] for name in ("DADD", "DMUL", "DFMA", "DSETP")),
         threads=32 * compiled.metadata.num_warps,
     )
 

@@ -1,0 +1,61 @@
+// What a thread does with its accumulators between two tiles, a row at a time. Register i of a row's half h of a fragment is
+// d[4 * j + 2 * h + c], see layout.h; everything is unrolled, so that no accumulator is ever indexed by a variable.
+#pragma once
+
+#include "online_softmax.h"
+#include "layout.h"
+
+namespace eapo {
+
+// Make the columns that do not count LOWEST: the target, whose y is added to y_target, and those from ``valid`` on.
+// ``target`` and ``valid`` count from the tile's first column; a target elsewhere matches nothing.
+template <int FRAGMENT>
+EAPO_SHARED void exclude(float* d, int half, int thread, int target, int valid, float& y_target) {
+    EAPO_UNROLL
+    for (int j = 0; j < FRAGMENT / 4; ++j) {
+        EAPO_UNROLL
+        for (int c = 0; c < 2; ++c) {
+            const int i = 4 * j + 2 * half + c;
+            const int column = fragment_column(thread, i);
+            const bool hit = column == target;
+            y_target += hit ? d[i] : 0.0f;
+            d[i] = hit || column >= valid ? LOWEST : d[i];
+        }
+    }
+}
+
+// Absorb a row's part of a tile. Two partial sums, so that the additions do not wait for one another.
+template <int FRAGMENT, bool ENTROPY, bool MOMENTS>
+EAPO_SHARED void absorb(const float* d, int half, float scale2, RunningSums<ENTROPY, MOMENTS>& sums) {
+    float even = LOWEST, odd = LOWEST;
+    EAPO_UNROLL
+    for (int j = 0; j < FRAGMENT / 4; ++j) {
+        even = larger(even, d[4 * j + 2 * half]);
+        odd = larger(odd, d[4 * j + 2 * half + 1]);
+    }
+    const float offset = sums.raise(larger(even, odd), scale2);
+    RunningSums<ENTROPY, MOMENTS> a, b;
+    EAPO_UNROLL
+    for (int j = 0; j < FRAGMENT / 4; ++j) {
+        a.add(fma_exact(d[4 * j + 2 * half], scale2, -offset));
+        b.add(fma_exact(d[4 * j + 2 * half + 1], scale2, -offset));
+    }
+    a.add(b);
+    sums.add(a);
+}
+
+// Overwrite fragments j ... j + COUNT - 1 of a row by E = 2^(scale2 * y - offset) and add their sums (E11).
+template <int COUNT, bool ENTROPY>
+EAPO_SHARED void exponentiate(float* d, int j, int half, float scale2, float offset, RunningSums<ENTROPY, false>& sums) {
+    RunningSums<ENTROPY, false> a, b;
+    EAPO_UNROLL
+    for (int n = 0; n < COUNT; ++n) {
+        float* pair = d + 4 * (j + n) + 2 * half;
+        pair[0] = a.add(fma_exact(pair[0], scale2, -offset));
+        pair[1] = b.add(fma_exact(pair[1], scale2, -offset));
+    }
+    a.add(b);
+    sums.add(a);
+}
+
+}  // namespace eapo

@@ -1,0 +1,124 @@
+// The E form's first product (E11): hidden @ weight.T whose epilogue stores E = 2^(scale2 * y - k) in bf16 and sums it in fp32.
+// k is known before the product, so no maximum is tracked. A row's own target is stored as 0 and enters no sum. A tile leaves in
+// slices of 64 x 64 numbers: registers -> shared memory (stmatrix, swizzled) -> TMA, which cuts off the last row and column.
+#include "consumer.h"
+#include "epilogue.h"
+
+#ifdef EAPO_FP16
+#error "fp16 cannot hold e^(z - k): its range is 40 nats, and k may be off by 33"
+#endif
+
+namespace eapo {
+
+using Sums = RunningSums<EAPO_ENTROPY, false>;
+
+constexpr int SLICE = 64;
+constexpr int SLICE_FRAGMENTS = SLICE / 8;
+constexpr int SLICE_BYTES = MMA_ROWS * SLICE * ITEM;
+constexpr int BUFFERS = 2;  // slices of a group in shared memory: one is written while the other is read
+constexpr int STAGING_BYTES = Kernel::CONSUMERS * BUFFERS * SLICE_BYTES;
+
+struct Row {
+    float scale2, offset;
+    int target;
+};
+
+struct Exponentials : Consumer {
+    const TensorMap* matrix;
+    Row rows[Kernel::M_BLOCKS][2];
+    u32 staging;
+    int buffer = 0;
+
+    __device__ __forceinline__ Exponentials(
+        const SharedMemory& shared, const Arguments& arguments, int rank, int group, int thread, const TensorMap* matrix)
+        : Consumer(shared, arguments, rank, group, thread), matrix(matrix), staging(shared.extra + group * BUFFERS * SLICE_BYTES) {}
+
+    __device__ __forceinline__ int row_of(const Unit& unit, int block, int half) const {
+        return first_row(unit, block) + fragment_row(thread, 2 * half);
+    }
+    __device__ __forceinline__ void begin(const Unit&) {}
+    // The rows' numbers are fetched before the product, which hides the latency.
+    __device__ __forceinline__ void open(const Unit& unit, int tile) {
+        EAPO_UNROLL
+        for (int block = 0; block < Kernel::M_BLOCKS; ++block) {
+            EAPO_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const int row = smaller(row_of(unit, block, half), arguments.n_rows - 1), column = target(row);
+                rows[block][half] = {scale(row) * LOG2E, arguments.offsets[row], column < 0 ? -1 : column - tile * Kernel::BLOCK_V};
+            }
+        }
+    }
+    __device__ __forceinline__ void epilogue(const Unit& unit, int tile) {
+        const int first = tile * Kernel::BLOCK_V, valid = arguments.n_columns - first;
+        EAPO_UNROLL
+        for (int block = 0; block < Kernel::M_BLOCKS; ++block) {
+            add_bias(block, first);
+            EAPO_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const int target = rows[block][half].target;
+                float unused = 0.0f;
+                if (valid < Kernel::BLOCK_V || unsigned(target) < Kernel::BLOCK_V) {
+                    exclude<Kernel::FRAGMENT>(d[block], half, thread, target, valid, unused);
+                }
+            }
+            Sums sums[2];
+            EAPO_UNROLL
+            for (int j = 0; j < Kernel::FRAGMENT / 4; j += SLICE_FRAGMENTS) {
+                EAPO_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    const Row& row = rows[block][half];
+                    exponentiate<SLICE_FRAGMENTS>(d[block], j, half, row.scale2, row.offset, sums[half]);
+                }
+                store_slice(d[block] + 4 * j, first + 8 * j, first_row(unit, block));
+            }
+            store_sums(sums, unit, block, tile);
+        }
+    }
+    // One slice of this group's rows: fragments from d on, to the matrix at (column, row).
+    __device__ __forceinline__ void store_slice(const float* d, int column, int row) {
+        const u32 to = staging + buffer * SLICE_BYTES;
+        if (thread == 0) box_store_wait<BUFFERS - 1>();  // the store before the last has read its buffer
+        named_sync(GROUP_BARRIER + group, WARP_GROUP);
+        EAPO_UNROLL
+        for (int j = 0; j < SLICE_FRAGMENTS; j += 2) {
+            const float* f = d + 4 * j;
+            matrices_store(to + swizzled(stored_row(thread / WARP, thread % WARP), stored_chunk(j, thread % WARP)),
+                           pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]), pack_bf16(f[4], f[5]), pack_bf16(f[6], f[7]));
+        }
+        written_for_tma();
+        named_sync(GROUP_BARRIER + group, WARP_GROUP);
+        if (thread == 0) box_store(matrix, to, column, row);
+        buffer ^= 1;
+    }
+    // sums [1 or 2, column tiles, n_rows]: sum E, then sum x E with x in bits.
+    __device__ __forceinline__ void store_sums(Sums (&sums)[2], const Unit& unit, int block, int tile) {
+        const i64 field = i64(arguments.walk.column_tiles) * arguments.n_rows;
+        EAPO_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            for (int distance = 1; distance < 4; distance *= 2) {
+                sums[half].rest += __shfl_xor_sync(0xFFFFFFFF, sums[half].rest, distance);
+                if (EAPO_ENTROPY) sums[half].x_exp += __shfl_xor_sync(0xFFFFFFFF, sums[half].x_exp, distance);
+            }
+            const int index = row_of(unit, block, half);
+            if (thread % 4 != 0 || index >= arguments.n_rows) continue;
+            float* at = arguments.sums + i64(tile) * arguments.n_rows + index;
+            at[0] = sums[half].rest;
+            if (EAPO_ENTROPY) at[field] = sums[half].x_exp;
+        }
+    }
+    __device__ __forceinline__ void end(const Unit&) {}
+    __device__ __forceinline__ void finish() {
+        if (thread == 0) box_store_wait<0>();  // shared memory outlives its readers
+    }
+};
+
+}  // namespace eapo
+
+extern "C" __global__ void __launch_bounds__(eapo::Kernel::THREADS, 1) __cluster_dims__(EAPO_CLUSTER, 1, 1) exp_gemm(
+    const __grid_constant__ eapo::TensorMap hidden, const __grid_constant__ eapo::TensorMap weight,
+    const __grid_constant__ eapo::TensorMap matrix, const __grid_constant__ eapo::Arguments arguments) {
+    const auto make = [&](const eapo::SharedMemory& shared, int rank, int group, int thread) {
+        return eapo::Exponentials(shared, arguments, rank, group, thread, &matrix);
+    };
+    eapo::run(&hidden, &weight, arguments, eapo::STAGING_BYTES, make);
+}

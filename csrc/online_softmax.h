@@ -1,0 +1,108 @@
+// The running sums of E3 and E4 (docs/math.md) of one row in one thread: absorb logits, merge two states, write nats.
+//
+// Logits travel as y with z = scale * y (nats) and x = scale2 * y - offset (bits), scale2 = scale * log2(e), one fused
+// multiply-add each. A column that does not take part (behind the last, the row's target, -inf by its bias) is LOWEST: 2^x is
+// exactly 0 and x * 2^x is -0, so the hot loop needs no guards. Real logits lie far above it.
+#pragma once
+
+#include "portable.h"
+
+namespace eapo {
+
+constexpr float LOWEST = -1e20f;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+
+// -inf becomes LOWEST, NaN stays.
+EAPO_SHARED float at_least_lowest(float y) { return y < LOWEST ? LOWEST : y; }
+
+// What a statistics kernel writes for a row and a vocabulary range, in nats: ops/triton/sums.py, ``PartialSums``.
+struct RangeSums {
+    float row_max, z_target, rest, x_exp, exp2, x_exp2, xx_exp;
+};
+
+// Sums over the columns seen so far, relative to ``offset()`` in bits.
+// ENTROPY: x_exp = sum x 2^x is wanted; MOMENTS: the three second moments too (with ENTROPY).
+template <bool ENTROPY, bool MOMENTS>
+struct RunningSums {
+    float y_max = LOWEST;
+    float rest = 0.0f, x_exp = 0.0f, exp2 = 0.0f, x_exp2 = 0.0f, xx_exp = 0.0f;
+
+    // The rounded offset of a maximum. LOWEST where there is no column yet, so that a merge multiplies by 2^-huge = 0.
+    EAPO_SHARED static float offset(float y_max, float scale2) { return y_max <= LOWEST ? LOWEST : y_max * scale2; }
+
+    // Move the sums by d bits: x becomes x + d.
+    EAPO_SHARED void shift(float d) {
+        const float r = exp2_fast(d);
+        d = r > 0.0f ? d : 0.0f;  // the square of LOWEST would be infinite, and infinity times 0 not a number
+        if (MOMENTS) {
+            xx_exp = r * (xx_exp + d * (2.0f * x_exp + d * rest));
+            x_exp2 = r * r * (x_exp2 + d * exp2);
+            exp2 = r * r * exp2;
+        }
+        if (ENTROPY) x_exp = r * (x_exp + d * rest);
+        rest = r * rest;
+    }
+
+    // Raise the maximum to at least y; returns what to subtract from scale2 * y to get x.
+    EAPO_SHARED float raise(float y, float scale2) {
+        const float top = larger(y_max, y);
+        const float next = offset(top, scale2);
+        shift(offset(y_max, scale2) - next);
+        y_max = top;
+        return top <= LOWEST ? 0.0f : next;
+    }
+
+    // Add one logit whose maximum has been raised before; returns 2^x.
+    EAPO_SHARED float add(float x) {
+        const float e = exp2_fast(x);
+        rest += e;
+        if (MOMENTS) {
+            const float weighted = x * e;
+            x_exp += weighted;
+            xx_exp = fma_exact(x, weighted, xx_exp);
+            exp2 = fma_exact(e, e, exp2);
+            x_exp2 = fma_exact(weighted, e, x_exp2);
+        } else if (ENTROPY) {
+            x_exp = fma_exact(x, e, x_exp);
+        }
+        return e;
+    }
+
+    // Add sums that are relative to the same maximum.
+    EAPO_SHARED void add(const RunningSums& other) {
+        rest += other.rest;
+        if (ENTROPY) x_exp += other.x_exp;
+        if (MOMENTS) {
+            exp2 += other.exp2;
+            x_exp2 += other.x_exp2;
+            xx_exp += other.xx_exp;
+        }
+    }
+
+    // Sums of other columns of the same row.
+    EAPO_SHARED void merge(RunningSums other, float scale2) {
+        raise(other.y_max, scale2);
+        other.raise(y_max, scale2);
+        add(other);
+    }
+
+    // The sums in nats. row_max = scale * y_max is rounded, up to 5e-4 nats where logits are 1e4, and so is offset(); the sums
+    // move by what both roundings lost, so that they fit the row_max that is written.
+    EAPO_SHARED RangeSums close(float y_target, float scale, float scale2) const {
+        RangeSums out = {-infinite(), y_target <= LOWEST ? -infinite() : y_target * scale, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+        if (y_max <= LOWEST) return out;
+        const float row_max = y_max * scale, bits = y_max * scale2;
+        RunningSums fitted = *this;
+        fitted.shift(fma_exact(y_max, scale, -row_max) * LOG2E - fma_exact(y_max, scale2, -bits));
+        out.row_max = row_max;
+        out.rest = fitted.rest;
+        out.x_exp = fitted.x_exp * LN2;
+        out.exp2 = fitted.exp2;
+        out.x_exp2 = fitted.x_exp2 * LN2;
+        out.xx_exp = fitted.xx_exp * (LN2 * LN2);
+        return out;
+    }
+};
+
+}  // namespace eapo

@@ -1,0 +1,127 @@
+"""Shapes of the CUDA kernels as data. None has been measured on hardware yet.
+
+Why these: csrc/README.md has the budgets of registers, shared memory and L2 that they come from. Nothing here imports triton
+or cuda, or looks at a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Kernel = Literal["stream_statistics", "exp_gemm"]
+Operand = Literal["bf16", "fp16"]
+
+BLOCK_D = 64
+"""Depth of a step: 64 half-precision numbers are the 128 bytes of the widest swizzle."""
+
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory that a program may have on compute capability 9.0."""
+
+THREADS = 384
+"""One producer and two consumer warp groups."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts its work.
+
+    Attributes:
+        name: what the report and the tests call it.
+        block_n, block_v: tokens and columns of a program's tile.
+        stages: steps of the product (``BLOCK_D`` deep) in flight.
+        cluster: programs (1 or 2) of neighbouring row tiles that load each weight tile once for all of them.
+        pingpong: each consumer warp group takes every other tile whole; else both share every tile, half of the rows each.
+        stagger: steps by which the second group starts late when they share, so that their epilogues do not coincide.
+        group_n: row tiles of clusters that sweep the vocabulary together, so that hidden and weight panels stay in L2.
+    """
+
+    name: str
+    block_n: int
+    block_v: int
+    stages: int
+    cluster: int
+    pingpong: bool
+    stagger: int
+    group_n: int = 8
+
+    def shared_bytes(self, kernel: Kernel) -> int:
+        """Dynamic shared memory: alignment, operands, the slices of E on their way out, barriers."""
+        operands = self.stages * (self.block_n + self.block_v) * BLOCK_D * 2
+        staging = 2 * 2 * 64 * 64 * 2 if kernel == "exp_gemm" else 0
+        return 1024 + operands + staging + 16 * self.stages
+
+    @property
+    def cluster_rows(self) -> int:
+        return self.block_n * self.cluster
+
+
+TILES = (
+    # 80 bytes of shared memory and 32 bytes of L2 a clock: what cuBLAS asks for too. 128 accumulators a thread.
+    Tile("shared", 128, 256, stages=4, cluster=2, pingpong=False, stagger=3),
+    # For rows that fill one program only: nobody to share the weights with.
+    Tile("shared_alone", 128, 256, stages=4, cluster=1, pingpong=False, stagger=3),
+    # Epilogues as long as a whole product are hidden, for 96 and 48 bytes a clock. To be measured where D is small.
+    Tile("pingpong", 128, 128, stages=6, cluster=2, pingpong=True, stagger=0),
+)
+
+
+@dataclass(frozen=True)
+class Build:
+    """A kernel with everything that is decided when it is compiled.
+
+    Attributes:
+        kernel: the name of the source file and of the kernel in it.
+        tile: its shape.
+        operand: dtype of hidden, weight and bias.
+        entropy: sum x e^x is wanted.
+        second_moments: and the three sums of E4 (with ``entropy``; ``stream_statistics`` only).
+        bias: one is added to the logits.
+    """
+
+    kernel: Kernel
+    tile: Tile
+    operand: Operand
+    entropy: bool
+    second_moments: bool = False
+    bias: bool = False
+
+    def macros(self) -> dict[str, str]:
+        """What the sources read, by name."""
+        t = self.tile
+        numbers = {
+            "BLOCK_N": t.block_n,
+            "BLOCK_V": t.block_v,
+            "STAGES": t.stages,
+            "CLUSTER": t.cluster,
+            "PINGPONG": int(t.pingpong),
+            "STAGGER": t.stagger,
+            "ENTROPY": int(self.entropy),
+        }
+        if self.kernel == "stream_statistics":
+            numbers["MOMENTS"] = int(self.second_moments)
+        switches = {"FP16": self.operand == "fp16", "BIAS": self.bias}
+        return {f"EAPO_{name}": str(value) for name, value in numbers.items()} | {
+            f"EAPO_{name}": "1" for name, on in switches.items() if on
+        }
+
+    def __str__(self) -> str:
+        parts = {"entropy": self.entropy, "moments": self.second_moments, "bias": self.bias}
+        return " ".join([self.kernel, self.tile.name, self.operand, *(name for name, on in parts.items() if on)])
+
+
+def builds() -> Iterator[Build]:
+    """Everything that the backend can ask for."""
+    for tile in TILES:
+        for bias in (False, True):
+            for operand in ("bf16", "fp16"):
+                for entropy, moments in ((False, False), (True, False), (True, True)):
+                    yield Build("stream_statistics", tile, operand, entropy, moments, bias)
+            for entropy in (False, True):
+                yield Build("exp_gemm", tile, "bf16", entropy, bias=bias)
+
+
+def find(n_rows: int) -> Tile:
+    """The tile for so many rows."""
+    return TILES[1] if n_rows <= TILES[1].block_n else TILES[0]

@@ -1,0 +1,52 @@
+"""What the shipped kernels compile to: registers, spills, shared memory, instructions. Needs no GPU.
+
+The table that ``python -m eapo_kernels.ops.cuda --report`` prints; csrc/README.md says how to read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import cubin
+from . import build, configs
+from .configs import Build
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel needs.
+
+    Attributes:
+        code: its machine code, counted.
+        shared: bytes of shared memory per program.
+    """
+
+    code: cubin.Code
+    shared: int
+
+
+def disassembler() -> str:
+    """Path of the ``cuobjdump`` that comes with triton."""
+    import triton
+
+    return str(triton.knobs.nvidia.cuobjdump.path)
+
+
+def usage(item: Build, cache: Path | None = None) -> Usage:
+    """Build (or take from the cache) and read."""
+    return Usage(cubin.inspect(build.cubin(item, cache=cache), disassembler()), item.tile.shared_bytes(item.kernel))
+
+
+def rows() -> Iterator[str]:
+    """The table in Markdown, a line at a time."""
+    yield "| kernel | registers at launch, highest used | spills | shared | wgmma | TMA loads + stores | stmatrix | ex2 |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for item in configs.builds():
+        u = usage(item)
+        count = u.code.instructions
+        yield (
+            f"| {item} | {u.code.registers}, {u.code.highest} | {u.code.spills} ({u.code.stack} B) | {u.shared} "
+            f"| {count['HGMMA']} | {count['UTMALDG']} + {count['UTMASTG']} | {count['STSM']} | {count['MUFU']} |"
+        )

@@ -1,0 +1,138 @@
+"""Building: the cache by content, processes at once, errors with the compiler's words; and that wheels carry the sources."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from eapo_kernels.ops.cuda import __main__ as command
+from eapo_kernels.ops.cuda import build, configs
+from eapo_kernels.ops.cuda.configs import TILES, Build
+
+pytestmark = pytest.mark.csrc
+
+ROOT = Path(__file__).parents[2]
+ITEM = Build("stream_statistics", TILES[0], "bf16", entropy=True)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A copy of the sources that a test may change."""
+    return Path(shutil.copytree(build.source_folder(), tmp_path / "sources"))
+
+
+def test_a_second_call_reads_what_the_first_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = build.cubin(ITEM, cache=tmp_path)
+    assert code.startswith(b"\x7fELF")
+    (stored,) = tmp_path.iterdir()
+    monkeypatch.setattr(build, "compile_source", lambda *_: pytest.fail("compiled again"))
+    assert build.cubin(ITEM, cache=tmp_path) == code == stored.read_bytes()
+
+
+def test_the_hash_covers_source_headers_options_and_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build.digest(ITEM, sources)
+    assert first == build.digest(ITEM, build.source_folder()), "the folder's place changes nothing"
+    items = list(configs.builds())
+    assert len({build.digest(item, sources) for item in items}) == len(items)
+    seen = [first]
+    for name in ("online_softmax.h", "stream_statistics.cu"):
+        (sources / name).write_text((sources / name).read_text() + "\n")
+        seen.append(build.digest(ITEM, sources))
+    monkeypatch.setattr(build, "compiler_version", lambda: "99.9")
+    seen.append(build.digest(ITEM, sources))
+    assert len(set(seen)) == 4
+    before = build.digest(ITEM, sources)
+    (sources / "exp_gemm.cu").write_text("")
+    assert build.digest(ITEM, sources) == before, "another kernel's source does not count"
+
+
+def test_a_failed_build_ends_with_the_compilers_last_lines(sources: Path, tmp_path: Path) -> None:
+    file = sources / "stream_statistics.cu"
+    file.write_text(file.read_text() + "\nint wrong = nothing_of_this_name;\n")
+    with pytest.raises(build.BuildError, match="stream_statistics shared bf16 entropy: expected to compile") as caught:
+        build.cubin(ITEM, sources=sources, cache=tmp_path / "cache")
+    assert "nothing_of_this_name" in str(caught.value)
+    assert "detected in the compilation" in str(caught.value).splitlines()[-1]
+    assert not (tmp_path / "cache").exists(), "nothing half-built is left"
+
+
+def test_processes_may_build_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys, hashlib; from pathlib import Path; from eapo_kernels.ops.cuda import build; "
+        "from eapo_kernels.ops.cuda.configs import TILES, Build; "
+        "item = Build('stream_statistics', TILES[0], 'bf16', entropy=True); "
+        "print(hashlib.sha256(build.cubin(item)).hexdigest())"
+    )
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "HOME": "/nowhere"}
+
+    def start(_: int) -> str:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        return done.stdout
+
+    with ThreadPoolExecutor(3) as pool:
+        (answer,) = set(pool.map(start, range(3)))
+    (stored,) = (tmp_path / "eapo_kernels").iterdir()
+    assert stored.suffix == ".cubin", "no temporary file is left"
+    assert len(answer.strip()) == 64
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Path, target: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(build, "compile_source", lambda *_: b"code")
+    monkeypatch.setattr(Path, "replace", broken)
+    with pytest.raises(OSError, match="no space left"):
+        build.cubin(ITEM, cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("value", "expected"), [("/somewhere", "/somewhere"), ("", "~/.cache"), ("relative", "~/.cache")])
+def test_cache_folder(value: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert build.cache_folder() == Path(expected).expanduser() / "eapo_kernels"
+
+
+def test_packages_carry_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel beside the package's modules, where ``source_folder`` looks first."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
+    assert project["wheel"]["force-include"] == {"csrc": "eapo_kernels/_csrc"}
+    assert "csrc" in project["sdist"]["include"]
+    assert build.source_folder() == ROOT / "csrc"
+    shipped = tmp_path / "eapo_kernels" / "_csrc"
+    shipped.mkdir(parents=True)
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "eapo_kernels" / "ops" / "cuda" / "build.py"))
+    assert build.source_folder() == shipped
+
+
+def test_the_sources_include_nothing_but_each_other() -> None:
+    """So no CUDA header has to be found; but for the host's mathematics, which NVRTC never sees."""
+    folder = build.source_folder()
+    files = [path for path in folder.iterdir() if path.suffix in (".h", ".cu")]
+    included = {
+        line.split(maxsplit=1)[1] for path in files for line in path.read_text().splitlines() if line.startswith("#include")
+    }
+    assert included - {f'"{path.name}"' for path in files} == {"<math.h>"}
+
+
+def test_command_builds_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "compile_source", lambda item, folder: b"code")
+    assert command.main(["--build"]) == 0
+    number = len(list(configs.builds()))
+    assert f"{number} kernels in {tmp_path / 'eapo_kernels'}" in capsys.readouterr().out
+    assert len(list((tmp_path / "eapo_kernels").iterdir())) == number
+
+    def broken(item: Build, folder: Path) -> bytes:
+        raise build.BuildError("it does not")
+
+    monkeypatch.setattr(build, "compile_source", broken)
+    monkeypatch.setattr(build, "compiler_version", lambda: "another")
+    assert command.main(["--build"]) == 1
+    assert "it does not" in capsys.readouterr().err

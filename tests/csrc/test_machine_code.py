@@ -1,0 +1,73 @@
+"""Every kernel in every configuration: compiles for sm_90a without spills, on tensor cores fed by TMA, within the budgets."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from eapo_kernels.ops.cuda import build, configs, report
+from eapo_kernels.ops.cuda.configs import TILES, Build
+
+pytestmark = pytest.mark.csrc
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cubins")
+
+
+@pytest.mark.parametrize("item", list(configs.builds()), ids=lambda item: str(item).replace(" ", "-"))
+def test_compiles_well(item: Build, cache: Path) -> None:
+    u = report.usage(item, cache)
+    code, count = u.code, u.code.instructions
+    assert code.spills == 0
+    assert code.stack == 0
+    assert u.shared <= configs.SHARED_LIMIT
+    assert configs.THREADS * code.registers <= 65536, "a program must start"
+    assert code.highest <= 232, "what a consumer has after the trade"
+    assert count["DADD"] + count["DMUL"] + count["DFMA"] == 0
+    t = item.tile
+    wide, blocks = ("64x256x16", 1) if t.block_v == 256 else ("64x128x16", 2)
+    kind = {"bf16": ".F32.BF16", "fp16": ".F32"}[item.operand]
+    assert code.mnemonics[f"HGMMA.{wide}{kind}"] == count["HGMMA"] == 4 * blocks
+    assert count["WARPGROUP"] == 3, "one fence, one wait that leaves a step in flight, one that leaves none"
+    assert code.mnemonics["MEMBAR.ALL.GPU"] == (2 if t.cluster == 2 else 0), "at the two cluster barriers, never in a loop"
+    assert count["UTMALDG"] == 2
+    assert code.mnemonics["UTMALDG.2D.MULTICAST"] == (1 if t.cluster == 2 else 0)
+    assert count["USETMAXREG"] == 2
+    fused = item.kernel == "exp_gemm"
+    assert count["UTMASTG"] == (t.block_v // 64 * blocks if fused else 0)
+    assert count["STSM"] == 4 * count["UTMASTG"]
+
+
+def test_the_budget_of_registers_is_the_multiprocessors() -> None:
+    text = (build.source_folder() / "consumer.h").read_text()
+    producer, consumer = (
+        int(text.split(f"constexpr int {name}_REGISTERS = ")[1].split(";")[0]) for name in ("PRODUCER", "CONSUMER")
+    )
+    assert 128 * producer + 256 * consumer <= 65536
+    assert producer % 8 == 0
+    assert consumer % 8 == 0
+
+
+def test_a_wgmma_that_the_compiler_serialises_is_an_error(tmp_path: Path) -> None:
+    """It cannot keep products in flight across a function call: it waits after each, and only says so."""
+    sources = Path(shutil.copytree(build.source_folder(), tmp_path / "sources"))
+    header = sources / "wgmma.h"
+    text = header.read_text()
+    broken = text.replace("__forceinline__ void multiply<256>", "__noinline__ void multiply<256>")
+    assert broken != text
+    header.write_text(broken)
+    with pytest.raises(build.BuildError, match="serialized"):
+        build.compile_source(Build("stream_statistics", TILES[0], "bf16", entropy=True), sources)
+
+
+def test_report_prints_a_line_per_build(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    one = report.usage(Build("exp_gemm", TILES[0], "bf16", entropy=True), cache)
+    monkeypatch.setattr(report, "usage", lambda item: one)
+    lines = list(report.rows())
+    assert len(lines) == 2 + len(list(configs.builds()))
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "| 4 | 2 + 4 | 16 |" in lines[2]
