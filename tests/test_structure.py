@@ -32,7 +32,7 @@ SIBLINGS = [("eapo_kernels.ops", "eapo_kernels.objectives"), ("eapo_kernels.ops"
 # The demo's own loader fetches and unpacks the real model.
 EXCEPTIONS = {("benchmarks.real_rows", "trainer.models.embedded.resolve")}
 # Reward functions of users, kernels of peers: what they raise is a result.
-BORDERS = ("trainer/rewards/scoring.py", "benchmarks/measure.py")
+BORDERS = ("trainer/rewards/calls.py", "benchmarks/measure.py")
 
 
 def _unit(module: str) -> str | None:

@@ -47,7 +47,7 @@ from .rollouts.sampled import AnswerSource
 from .rollouts.transformers_engine import TransformersEngine
 from .runs.console import Console
 from .runs.interrupt import StopRequest
-from .runs.metrics import answer_metrics, best_and_worst, engine_metrics, reward_metrics, sample_record
+from .runs.metrics import answer_metrics, best_and_worst, call_metrics, engine_metrics, reward_metrics, sample_record
 from .runs.rundir import RunDirectory
 
 ROLLOUT_SEED, UPDATE_SEED, ADAPTER_SEED, HOOK_SEED, WEIGHT_SEED = 1, 2, 3, 4, 5
@@ -170,6 +170,7 @@ def _train(config: Config, console: Console) -> bool:
             metrics = {
                 "step": step,
                 **reward_metrics(scored),
+                **call_metrics(drawn),
                 "reward/excluded_groups": float(len(drawn.groups()) - len(scored.groups())),
                 **({name: float(value) for name, value in controller.metrics().items()} if controller else {}),
                 **learned,

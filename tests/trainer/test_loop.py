@@ -34,7 +34,7 @@ def rows(config: Config, stream: str = "metrics") -> list[dict[str, Any]]:
 
 def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     timed = ("seconds/", "tokens_per_second")
-    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in metrics]
+    return [{k: value for k, value in row.items() if not (k.startswith(timed) or k.endswith("/seconds"))} for row in metrics]
 
 
 def test_reward_rises(changed: Change) -> None:
@@ -69,6 +69,7 @@ def test_a_run_leaves_its_files_and_every_metric(config: Config, capsys: pytest.
         assert row["clip_fraction"] == 0
         assert row["lr"] == 1e-2
         wanted = {"loss", "grad_norm", "reward/mean", "reward/std", "reward/reward_functions:low_numbers/mean"}
+        wanted |= {"reward/reward_functions:low_numbers/failed", "reward/reward_functions:low_numbers/seconds"}
         wanted |= {"response/length", "response/truncated", "diversity/distinct_2", "tokens_per_second"}
         wanted |= {f"seconds/{phase}" for phase in ("rollouts", "rewards", "old_logp", "update")}
         assert wanted <= row.keys()
@@ -166,6 +167,8 @@ def test_a_failed_reward_is_reported_and_its_group_not_trained_on(
     config = changed(data={"train_limit": 3, "eval": ""}, rewards={"functions": (f"reward_functions:{function}",)})
     assert train(config)
     assert [row["reward/excluded_groups"] for row in rows(config)] == [1, 1, 1]
+    failed = 1 / 12 if function == "nan_for_number_1" else 4 / 12
+    assert [row[f"reward/reward_functions:{function}/failed"] for row in rows(config)] == pytest.approx([failed] * 3)
     assert all(math.isfinite(row["loss"]) for row in rows(config))
     assert f"left out: reward reward_functions:{function} failed on answer" in capsys.readouterr().out
 

@@ -2,8 +2,9 @@
 
 from .loss import EntropyWeightConfig, LossConfig
 from .model import DataConfig, LoraConfig, ModelConfig
+from .rewards import JudgeConfig, RewardModelConfig, RewardsConfig
 from .run import EvalConfig, OptimConfig
-from .sampling import RewardsConfig, RolloutConfig
+from .sampling import RolloutConfig
 from .tree import Config
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     "DataConfig",
     "EntropyWeightConfig",
     "EvalConfig",
+    "JudgeConfig",
     "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
+    "RewardModelConfig",
     "RewardsConfig",
     "RolloutConfig",
 ]

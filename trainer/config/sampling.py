@@ -1,4 +1,4 @@
-"""Sections rollout and rewards: how answers are drawn, and what a good one is."""
+"""Section rollout: how answers are drawn."""
 
 from __future__ import annotations
 
@@ -34,27 +34,3 @@ class RolloutConfig:
         check(self.temperature > 0, "rollout.temperature", "a positive number", self.temperature)
         check(0 < self.top_p <= 1, "rollout.top_p", "in (0, 1]", self.top_p)
         check(self.batch >= 1, "rollout.batch", "at least 1", self.batch)
-
-
-@dataclass(frozen=True)
-class RewardsConfig:
-    """What a good answer is. The reward of an answer is the weighted sum over the functions that scored it."""
-
-    functions: tuple[str, ...] = ("similarity",)
-    """Built-in names (similarity, rouge, exact_match; without reference answers agreement, majority) or import paths
-    module:function with TRL's signature."""
-    weights: tuple[float, ...] = (1.0,)
-    """One weight for each function."""
-    on_failure: Literal["exclude", "stop"] = "exclude"
-    """A score that is missing, NaN, infinite or raised: leave that question's group out of the step, or end the run."""
-    embedding_model: str = "minilm-l6-v2"
-    """Sentence embedding for similarity: an embedded name or a directory in Hugging Face format."""
-    embedding_share: float = 0.5
-    """Share of the embedding's cosine in similarity; the rest is ROUGE-L, which a fluent wrong answer cannot game."""
-
-    def __post_init__(self) -> None:
-        check(len(self.functions) > 0, "rewards.functions", "at least one function", self.functions)
-        check(len(set(self.functions)) == len(self.functions), "rewards.functions", "no name twice", self.functions)
-        expected = f"as many as rewards.functions ({len(self.functions)})"
-        check(len(self.weights) == len(self.functions), "rewards.weights", expected, self.weights)
-        check(0 <= self.embedding_share <= 1, "rewards.embedding_share", "in [0, 1]", self.embedding_share)

@@ -12,8 +12,9 @@ from eapo_kernels import Method
 from .checks import check, section
 from .loss import EntropyWeightConfig, LossConfig
 from .model import DataConfig, LoraConfig, ModelConfig
+from .rewards import RewardsConfig
 from .run import EvalConfig, OptimConfig
-from .sampling import RewardsConfig, RolloutConfig
+from .sampling import RolloutConfig
 
 
 @dataclass(frozen=True)

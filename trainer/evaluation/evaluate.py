@@ -90,8 +90,8 @@ def evaluate(
     with console.phase(f"{title}: answers") as tick:
         rollouts = engine.generate(prompts, sampling, tick)
     texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
-    with console.phase(f"{title}: rewards"):
-        scores = rewards.score(questions.columns(indices, k), texts, rollouts.completion_ids)
+    with console.phase(f"{title}: rewards") as tick:
+        scores = rewards.score(questions.columns(indices, k), texts, rollouts.completion_ids, tick)
     for line in scores.complaints():
         console.line(line)
     with console.phase(f"{title}: entropy") as tick:

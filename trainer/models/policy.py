@@ -147,7 +147,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
         ModelError: not found, or a model that this trainer cannot use.
     """
     transformers_logging.disable_progress_bar()
-    device = _device(config.device)
+    device = find_device(config.device, "model.device")
     dtype = getattr(torch, config.dtype)
     directory = resolve(config.path, config.cache)
     adapter = directory / "adapter_config.json"
@@ -201,13 +201,14 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftM
             raise ModelError(f"lora: expected modules of {type(model).__name__}, got: {error}") from error
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str, key: str) -> torch.device:
+    """The device that the setting ``key`` names: auto is cuda where there is one, else cpu."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ModelError(f"model.device: expected auto, cpu or cuda[:N], got {name!r}") from None
+        raise ModelError(f"{key}: expected auto, cpu or cuda[:N], got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"model.device: expected a device of this machine, got {name!r} and no CUDA")
+        raise ModelError(f"{key}: expected a device of this machine, got {name!r} and no CUDA")
     return device

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-RewardFunction = Callable[..., Sequence[float | None]]
 Completion = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """In the place of a score: why this answer could not be scored. It is reported and never trained on."""
+
+    reason: str
+
+
+Score = float | Failed | None
+RewardFunction = Callable[..., Sequence[Score] | Coroutine[Any, Any, Sequence[Score]]]
+
+
+@runtime_checkable
+class WithMetrics(Protocol):
+    """A reward function that measures itself: the numbers of its latest call are logged as ``reward/<function>/<name>``."""
+
+    def metrics(self) -> Mapping[str, float]: ...
 
 
 def text_of(completion: Completion) -> str:

@@ -132,8 +132,8 @@ class AnswerSource:
     def score(self, rollouts: Rollouts, columns: dict[str, list[Any]], group_ids: list[int]) -> Sampled:
         """Failed scores are reported and stay NaN. columns, group_ids: one entry for each answer."""
         texts = self.policy.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
-        with self.console.phase("rewards"):
-            scores = self.rewards.score(columns, texts, rollouts.completion_ids)
+        with self.console.phase("rewards") as tick:
+            scores = self.rewards.score(columns, texts, rollouts.completion_ids, tick)
         for line in scores.complaints():
             self.console.line(f"left out: {line}")
         return Sampled(rollouts, texts, columns, scores, group_ids)

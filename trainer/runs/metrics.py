@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ def reward_metrics(sampled: Sampled) -> dict[str, float]:
         result[f"reward/{name}/mean"] = known.mean().item() if len(known) else math.nan
         result[f"reward/{name}/std"] = known.std().item() if len(known) > 1 else math.nan
     return result
+
+
+def call_metrics(drawn: Sampled) -> dict[str, float]:
+    """Every reward function's failed share of all answers that were drawn, its seconds, and what it measured of itself."""
+    scores = drawn.scores
+    failed = Counter(failure.function for failure in scores.failures)
+    shares = {f"reward/{name}/failed": failed[name] / len(drawn) for name in scores.parts}
+    return {**shares, **{f"reward/{name}": value for name, value in scores.measured.items()}}
 
 
 def answer_metrics(sampled: Sampled) -> dict[str, float]:

@@ -1,0 +1,134 @@
+"""Section rewards: what a good answer is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+from urllib.parse import urlsplit
+
+from .checks import check
+
+TEMPLATE = """\
+Grade an answer to a question against a reference answer.
+
+Question:
+{prompt}
+
+Reference answer:
+{answer}
+
+Answer to grade:
+{completion}
+
+Judge only whether its content is correct and complete, not its length or style. Give one short reason, then end with a line
+"Score: N", where N is a number from 0 (wrong or empty) to 10 (as good as the reference)."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The reward ``judge``: a language model behind an OpenAI-compatible endpoint gives every answer a score."""
+
+    url: str = "http://localhost:8000/v1"
+    """Requests go to <url>/chat/completions; the default is what ``vllm serve MODEL`` opens on this machine."""
+    model: str = ""
+    """The model's name as the endpoint knows it."""
+    api_key_env: str = ""
+    """Environment variable that holds the API key; empty sends none."""
+    template: str = TEMPLATE
+    """What the judge is asked; {prompt}, {answer} (the reference) and {completion} are put in, each marked as data."""
+    score_pattern: str = r"score[\s*:=]*(-?\d+(?:\.\d+)?)"
+    """Regular expression, upper and lower case alike, whose first group is the score; the last match in the reply counts."""
+    score_range: tuple[float, float] = (0.0, 10.0)
+    """Worst and best score; the reward is where the score lies between them, in [0, 1]. A score outside is a failure."""
+    temperature: float = 0.0
+    """Sampling temperature of the judge."""
+    max_tokens: int = 256
+    """Longest reply of the judge."""
+    concurrency: int = 16
+    """Most requests under way at once."""
+    timeout: float = 60.0
+    """Seconds for one request, from connecting to the last byte."""
+    retries: int = 4
+    """Most further tries after status 408, 429 or 5xx, a time-out or a lost connection."""
+    backoff: float = 1.0
+    """Seconds before the first retry, twice as many before each further one; a random half of it is left out."""
+    max_wait: float = 60.0
+    """Longest pause before a retry (seconds); a server that asks for a longer one with Retry-After is not asked again."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname)
+        check(good, "rewards.judge.url", "a URL that starts with http:// or https://", self.url)
+        check("{completion}" in self.template, "rewards.judge.template", "text with {completion}", self.template)
+        try:
+            groups = re.compile(self.score_pattern).groups
+        except re.error as error:
+            groups = 0
+            check(False, "rewards.judge.score_pattern", f"a regular expression ({error})", self.score_pattern)
+        check(groups >= 1, "rewards.judge.score_pattern", "a group around the score", self.score_pattern)
+        low, high = self.score_range
+        check(low < high, "rewards.judge.score_range", "the worst score below the best", self.score_range)
+        check(self.temperature >= 0, "rewards.judge.temperature", "at least 0", self.temperature)
+        check(self.max_tokens >= 1, "rewards.judge.max_tokens", "at least 1", self.max_tokens)
+        check(self.concurrency >= 1, "rewards.judge.concurrency", "at least 1", self.concurrency)
+        check(self.timeout > 0, "rewards.judge.timeout", "a positive number", self.timeout)
+        check(self.retries >= 0, "rewards.judge.retries", "at least 0", self.retries)
+        check(self.backoff >= 0, "rewards.judge.backoff", "at least 0", self.backoff)
+        check(self.max_wait >= 0, "rewards.judge.max_wait", "at least 0", self.max_wait)
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """The reward ``reward_model``: a sequence classifier with one output, whose output is the reward."""
+
+    path: str = ""
+    """A directory in Hugging Face format for AutoModelForSequenceClassification."""
+    batch: int = 16
+    """Most answers in one forward pass."""
+    max_tokens: int = 4096
+    """Question and answer together; a longer answer is a failure, since cutting it would judge another one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of weights and computation."""
+    device: str = "auto"
+    """auto (the trained model's device), cpu, cuda, or cuda:N."""
+
+    def __post_init__(self) -> None:
+        check(self.batch >= 1, "rewards.reward_model.batch", "at least 1", self.batch)
+        check(self.max_tokens >= 1, "rewards.reward_model.max_tokens", "at least 1", self.max_tokens)
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """What a good answer is. The reward of an answer is the weighted sum over the functions that scored it."""
+
+    functions: tuple[str, ...] = ("similarity",)
+    """Built-in names (similarity, rouge, exact_match, reward_model, judge; without reference answers agreement, majority) or
+    import paths module:function with TRL's signature, async or not."""
+    weights: tuple[float, ...] = (1.0,)
+    """One weight for each function."""
+    on_failure: Literal["exclude", "stop"] = "exclude"
+    """A score that is missing, NaN, infinite or raised: leave that question's group out of the step, or end the run."""
+    concurrency: int = 16
+    """Most calls of one async function under way at once; a call is about all answers to one question."""
+    timeout: float = 120.0
+    """Seconds for one call of an async function. Ordinary functions have no limit: nothing can stop them from outside."""
+    embedding_model: str = "minilm-l6-v2"
+    """Sentence embedding for similarity: an embedded name or a directory in Hugging Face format."""
+    embedding_share: float = 0.5
+    """Share of the embedding's cosine in similarity; the rest is ROUGE-L, which a fluent wrong answer cannot game."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+
+    def __post_init__(self) -> None:
+        check(len(self.functions) > 0, "rewards.functions", "at least one function", self.functions)
+        check(len(set(self.functions)) == len(self.functions), "rewards.functions", "no name twice", self.functions)
+        expected = f"as many as rewards.functions ({len(self.functions)})"
+        check(len(self.weights) == len(self.functions), "rewards.weights", expected, self.weights)
+        check(0 <= self.embedding_share <= 1, "rewards.embedding_share", "in [0, 1]", self.embedding_share)
+        check(self.concurrency >= 1, "rewards.concurrency", "at least 1", self.concurrency)
+        check(self.timeout > 0, "rewards.timeout", "a positive number", self.timeout)
+        if "judge" in self.functions:
+            check(bool(self.judge.model), "rewards.judge.model", "the model's name at the endpoint", self.judge.model)
+        if "reward_model" in self.functions:
+            check(bool(self.reward_model.path), "rewards.reward_model.path", "a directory", self.reward_model.path)

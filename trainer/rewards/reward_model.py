@@ -1,0 +1,83 @@
+"""The reward ``reward_model``: a sequence classifier with one output, as Hugging Face's reward models are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ..config import RewardModelConfig
+from ..errors import ModelError
+from ..models.policy import find_device
+from .signature import Completion, Failed, Score, text_of
+
+
+class RewardModel:
+    """The classifier's output for question and answer together, as it is (no sigmoid).
+
+    Question and answer go through the tokenizer's chat template, or as a pair of texts where it has none. Without a padding
+    token answers are run one at a time.
+
+    Raises:
+        ModelError: not such a model, more than one output, or a directory without the weights of the output.
+    """
+
+    def __init__(self, config: RewardModelConfig, device: torch.device) -> None:
+        directory = Path(config.path).expanduser()
+        if not directory.is_dir():
+            raise ModelError(f"rewards.reward_model.path: expected a directory, got {config.path!r}")
+        self.max_tokens = config.max_tokens
+        self.device = device if config.device == "auto" else find_device(config.device, "rewards.reward_model.device")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(directory)
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                directory, dtype=getattr(torch, config.dtype), output_loading_info=True
+            )
+        except (ImportError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"rewards.reward_model: expected a sequence classifier in {directory}, got: {reason}") from error
+        missing = sorted(loaded["missing_keys"])
+        if missing:
+            raise ModelError(f"rewards.reward_model: expected all weights in {directory}, got none of {', '.join(missing)}")
+        if model.config.num_labels != 1:
+            raise ModelError(
+                f"rewards.reward_model: expected a model with 1 output, got {model.config.num_labels} in {directory}"
+            )
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.batch = 1 if None in (model.config.pad_token_id, self.tokenizer.pad_token_id) else config.batch
+        self.model = model.to(self.device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Completion], **_: object) -> list[Score]:
+        encoded = [self._encode(p, text_of(c)) for p, c in zip(prompts, completions, strict=True)]
+        scores: list[Score] = [
+            Failed(f"expected at most {self.max_tokens} tokens (rewards.reward_model.max_tokens), got {len(ids)}")
+            if len(ids := tokens["input_ids"]) > self.max_tokens
+            else None
+            for tokens in encoded
+        ]
+        fitting = sorted((i for i, score in enumerate(scores) if score is None), key=lambda i: len(encoded[i]["input_ids"]))
+        for start in range(0, len(fitting), self.batch):
+            chunk = fitting[start : start + self.batch]
+            tokens = [encoded[i] for i in chunk]
+            inputs = self.tokenizer.pad(tokens, return_tensors="pt") if len(chunk) > 1 else _alone(tokens[0])
+            logits = self.model(**{name: values.to(self.device) for name, values in inputs.items()}).logits
+            for i, score in zip(chunk, logits[:, 0].float().tolist(), strict=True):
+                scores[i] = score
+        return scores
+
+    def _encode(self, prompt: Any, completion: str) -> dict[str, list[int]]:
+        if self.tokenizer.chat_template is None:
+            question = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+            return dict(self.tokenizer(question, completion))
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = self.tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": completion}], tokenize=False)
+        return dict(self.tokenizer(text, add_special_tokens=False))
+
+
+def _alone(tokens: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([values]) for name, values in tokens.items()}
