@@ -5,7 +5,8 @@ commands:
   eval  --config RECIPE.toml [--model.path DIR ...]      evaluate a model or a saved adapter
   compare --config RECIPE.toml [--methods ...] [--seeds ...] [--jobs N] [overrides]
                                                          EAPO against fixed positive weights; continues where it stopped
-  report RUN [RUN ...] [--out DIR]                       draw curves and a Markdown page from run directories
+  report RUN [RUN ...] [--out DIR]                       draw curves and a Markdown page from run directories, or from
+                                                         the directory of a comparison, finished or not
   print-config [--config RECIPE.toml] [overrides]        print the resolved configuration as TOML
   demo [overrides]                                       a real EAPO run in minutes, without GPU or network
 

@@ -57,12 +57,18 @@ def _compare(arguments: Sequence[str]) -> int:
 
 def _report(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer report", description="Draw curves and a Markdown page.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories; several are drawn into one picture")
-    parser.add_argument("--out", type=Path, help="where curves.png and report.md go (default: the first run)")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories, or the one directory of a comparison")
+    parser.add_argument("--out", type=Path, help="where picture and page go (default: the first run, or the comparison)")
     options = parser.parse_args(arguments)
+    from .evaluation.comparison import is_comparison
+    from .evaluation.comparison_page import write_comparison
     from .evaluation.report import write_report
 
-    for path in write_report(options.runs, options.out or options.runs[0]):
+    if len(options.runs) == 1 and is_comparison(options.runs[0]):
+        paths = write_comparison(options.runs[0], options.out)
+    else:
+        paths = write_report(options.runs, options.out or options.runs[0])
+    for path in paths:
         print(path)
     return 0
 

@@ -21,11 +21,12 @@ import torch
 
 from ..config import Config
 from ..config.settings import parse_config, to_toml
-from ..errors import ConfigError, Interrupted
+from ..errors import ConfigError, DataError, Interrupted
 from ..runs.console import Console, duration
 from ..runs.interrupt import StopRequest
 from ..runs.rundir import read
 from .arms import planned
+from .comparison_page import write_comparison
 
 POLL_SECONDS = 0.5
 """Between two looks at the running processes."""
@@ -44,7 +45,7 @@ class _Job:
 
 
 def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> int:
-    """Train what is missing of the comparison, ``jobs`` runs at a time (0: see ``default_jobs``).
+    """Train what is missing of the comparison, ``jobs`` runs at a time (0: see ``default_jobs``), and draw it.
 
     Returns:
         Exit code: 0 all runs are finished, 1 a run failed, 130 interrupted.
@@ -68,6 +69,10 @@ def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], jobs: int
         except Interrupted:
             console.line("interrupted: the same command continues")
             return 130
+        finally:
+            with suppress(DataError):  # nothing is finished yet
+                for path in write_comparison(directory, resamples=config.eval.resamples):
+                    console.line(str(path))
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0
