@@ -50,6 +50,9 @@ SPACES: MappingProxyType[str, Space] = MappingProxyType(
         "row_offsets": {
             "block_n": (1, 2, 4, 8, 16), "block_v": (0,), "block_d": (128, 256, 512, 1024, 2048), "warps": (1, 2, 4, 8),
         },
+        "target_rows": {
+            "block_n": (2, 4, 8, 16, 32), "block_v": (0,), "block_d": (128, 256, 512, 1024, 2048), "warps": (1, 2, 4, 8),
+        },
         "list_unsound": _MERGE,
         "exp_finalize": _MERGE,
     }

@@ -12,7 +12,7 @@ from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from eapo_kernels.ops import plans, products, torch_chunked
-from eapo_kernels.ops.backend import LogitCotangents
+from eapo_kernels.ops.backend import LogitCotangents, TargetRows
 from eapo_kernels.ops.budget import workspace_bytes
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.statistics import RowStatistics
@@ -29,6 +29,7 @@ from eapo_kernels.ops.triton.math import LOG2E
 from eapo_kernels.ops.triton.offsets import ExpSums, row_offsets
 from eapo_kernels.ops.triton.one_pass import workspace
 from eapo_kernels.ops.triton.rows import row_gradient, row_statistics
+from eapo_kernels.ops.triton.target_rows import add_target_rows
 
 from .candidates import Search, flaw
 
@@ -50,6 +51,7 @@ _OUTPUTS = {
     "finalize": ("out",),
     "row_offsets": ("offsets",),
     "list_unsound": (),
+    "target_rows": (),
     "exp_finalize": ("out",),
 }
 """Arguments that a launch must write whole; they are NaN before a check, so that old results do not pass for new ones."""
@@ -165,12 +167,17 @@ class Problem:
             return row_offsets(p, targets, hint, sums, tile=tile), lambda: iter(
                 [("offsets", sums.offsets, torch.stack([k, y]))]
             )
+        if kernel == "target_rows":
+            factor, out = self.cotangents.logp, torch.zeros_like(p.weight, dtype=torch.float32)
+            expected = out.double().index_add_(0, targets, p.hidden.double() * factor.double().unsqueeze(1))
+            launch = add_target_rows(out, 0, TargetRows.sort(targets, p.hidden, factor), tile=tile)
+            return launch, lambda: iter([("rows", out, expected)])
         first = exp_gemm(p, targets, sums, matrix, tile=tile if kernel == "exp_gemm" else None)
         if kernel == "exp_gemm":
 
             def compared() -> Results:
                 yield "exponentials", matrix.clone(), self._expected_exponentials(sums)
-                launch, final, _ = exp_finalize(p, targets, sums, matrix)
+                launch, final, _ = exp_finalize(p, sums)
                 launch()
                 yield from self._statistics(final.statistics)
 
@@ -179,7 +186,7 @@ class Problem:
         if kernel == "list_unsound":
             return list_unsound(p, sums, tile=tile), lambda: iter([("listed", sums.n_listed, torch.zeros_like(sums.n_listed))])
         if kernel == "exp_finalize":
-            launch, final, _ = exp_finalize(p, targets, sums, matrix, tile=tile)
+            launch, final, _ = exp_finalize(p, sums, tile=tile)
             return launch, lambda: self._statistics(final.statistics)
         raise ValueError(f"kernel: expected one of candidates.SPACES, got {kernel!r}")
 

@@ -62,15 +62,54 @@ class LogitGradient(Protocol):
 
 
 class ChunkGradient(NamedTuple):
-    """dL/d(hidden @ weight.T + bias) of a chunk as ``row_factor[:, None] * matrix``.
+    """dL/d(hidden @ weight.T + bias) of a chunk: ``row_factor[:, None] * matrix``, and ``target`` more at each row's target.
+
+    The target's entry is by far a row's largest: kept apart it is not rounded to the operands' dtype.
 
     Attributes:
         matrix: [C, V] operand dtype.
         row_factor: [C] statistics dtype.
+        target: [C] statistics dtype, and zeros in the matrix at the targets; None: the matrix is whole.
     """
 
     matrix: Tensor
     row_factor: Tensor
+    target: Tensor | None = None
+
+    def front(self, rows: Tensor) -> ChunkGradient:
+        """Of the rows [L] alone, which stand at the front of the matrix already."""
+        target = None if self.target is None else self.target[rows]
+        return ChunkGradient(self.matrix[: len(rows)], self.row_factor[rows], target)
+
+    def whole(self, targets: Tensor) -> Tensor:
+        """The matrix with the targets' entries rounded into it, in place. targets: [C] int64."""
+        if self.target is not None:
+            entries = torch.where(self.row_factor == 0, 0.0, self.target / self.row_factor)
+            self.matrix.scatter_(
+                1, targets.clamp(0, self.matrix.shape[1] - 1).unsqueeze(1), entries.to(self.matrix.dtype).unsqueeze(1)
+            )
+        return self.matrix
+
+
+class TargetRows(NamedTuple):
+    """Rows to be added to the rows of d_weight that belong to their targets.
+
+    Attributes:
+        targets: [C] int64, sorted.
+        order: [C] int64, the row at each place of ``targets``.
+        hidden: [C, D].
+        factor: [C] statistics dtype, by row.
+    """
+
+    targets: Tensor
+    order: Tensor
+    hidden: Tensor
+    factor: Tensor
+
+    @staticmethod
+    def sort(targets: Tensor, hidden: Tensor, factor: Tensor) -> TargetRows:
+        """In the order of their targets, equal ones as they come. targets: [C] int64."""
+        return TargetRows(*targets.sort(stable=True), hidden, factor)
 
 
 @dataclass(frozen=True)
@@ -152,6 +191,8 @@ class Backend:
         slab_bytes: bytes of workspace per logit of a slab that ``logit_gradient`` fills.
         open_chunk: the first half of the one-pass schedule for a chunk of rows.
         chunk_row_bytes: bytes of workspace per row of a chunk, with or without ``entropy_gradient``.
+        add_target_rows: adds rows to ``out`` [V', D] fp32, which begins with the row of target ``first``; targets outside it
+            are left alone. None: its chunks' matrices are whole.
         surrogate: statistics, coefficients and sums of a clipped surrogate of one of its chunks in one launch; None: it has no
             such kernel, and the caller does the vector maths.
     """
@@ -163,4 +204,5 @@ class Backend:
     slab_bytes: Callable[[Projection], int]
     open_chunk: OpenChunk
     chunk_row_bytes: Callable[[Projection, bool], int]
+    add_target_rows: Callable[[Tensor, int, TargetRows], None] | None = None
     surrogate: Callable[[Any, SurrogateTerms], Coefficients] | None = None

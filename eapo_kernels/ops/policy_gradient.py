@@ -84,7 +84,9 @@ def policy_gradient(
     d_weight = d_bias = None
     if need_weight:
         whole = plan.name == "one_chunk"
-        d_weight = WeightGradient(projection, stored, one_chunk=whole, main_grad=main_grad)
+        d_weight = WeightGradient(
+            projection, stored, one_chunk=whole, main_grad=main_grad, add_target_rows=backend.add_target_rows
+        )
     if need_bias:
         d_bias = weight.new_zeros(projection.vocab, dtype=dtype)
     for start in range(0, projection.n_rows, plan.rows):
@@ -97,22 +99,25 @@ def policy_gradient(
         if not any(needs):
             del chunk  # before the next one is allocated
             continue
-        matrix, factor = chunk.gradient(cotangents)
-        live = _live_rows(matrix, cotangents)
-        part_hidden = part.hidden
+        gradient = chunk.gradient(cotangents)
+        part_hidden, part_targets = part.hidden, targets[rows]
+        live = _live_rows(gradient.matrix, cotangents)
         if live is not None:
-            matrix, factor, part_hidden = matrix[: len(live)], factor[live], part.hidden[live]
+            gradient, part_hidden, part_targets = gradient.front(live), part_hidden[live], part_targets[live]
         if d_hidden is not None:
-            product = products.add_product_(torch.empty_like(part_hidden, dtype=dtype), matrix, weight, overwrite=True)
-            product.mul_(factor.unsqueeze(1))
+            product = torch.empty_like(part_hidden, dtype=dtype)
+            products.add_product_(product, gradient.matrix, weight, overwrite=True).mul_(gradient.row_factor.unsqueeze(1))
+            if gradient.target is not None:
+                products.add_gathered_rows_(product, weight, part_targets, gradient.target)
             if shard is not None:
                 shard.add_(product)
             d_hidden[rows] = scatter_rows(product, live, rows.stop - start)
+            del product
         if d_weight is not None:
-            d_weight.add(matrix, part_hidden, factor)
+            d_weight.add(gradient, part_hidden, part_targets)
         if d_bias is not None:
-            products.add_weighted_rows_(d_bias, matrix, factor)
-        del chunk, matrix
+            products.add_weighted_rows_(d_bias, gradient.whole(part_targets), gradient.row_factor)
+        del chunk, gradient
     if d_hidden is not None:
         d_hidden = scatter_rows(d_hidden, index, n_rows)
     return Gradients(

@@ -13,6 +13,9 @@ from torch import Tensor
 _WIDEN_ROWS = 8192
 """Rows of a weight matrix (columns of logits) that are widened at once: a compromise of memory and product size."""
 
+_GATHERED_ROWS = 1024
+"""Rows that are gathered and widened at once: 16 MiB at D = 4096."""
+
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) -> Tensor:
     """out += a @ b, or out = a @ b with ``overwrite``.
@@ -42,6 +45,18 @@ def _add_widened_(out: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
         for start in range(0, j, _WIDEN_ROWS):
             piece = slice(start, start + _WIDEN_ROWS)
             out.addmm_(a[:, piece].to(out.dtype), b[piece].to(out.dtype))
+
+
+def add_gathered_rows_(out: Tensor, matrix: Tensor, index: Tensor, factor: Tensor) -> Tensor:
+    """out[i] += factor[i] * matrix[index[i]], in out's precision, some rows at a time. An index out of range reads any row.
+
+    out: [N, D] fp32/fp64; matrix: [V, D]; index: [N] int64; factor: [N] dtype of out.
+    """
+    for start in range(0, len(out), _GATHERED_ROWS):
+        rows = slice(start, start + _GATHERED_ROWS)
+        gathered = matrix[index[rows].clamp(0, len(matrix) - 1)].to(out.dtype)
+        out[rows].addcmul_(gathered, factor[rows].unsqueeze(1))
+    return out
 
 
 def add_weighted_rows_(out: Tensor, matrix: Tensor, factor: Tensor) -> Tensor:

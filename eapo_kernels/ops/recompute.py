@@ -71,9 +71,10 @@ def compute_statistics(
         statistics = chunk.statistics()
         parts.append(statistics)
         ones = LogitCotangents(torch.ones_like(statistics.logp))
-        kept = Kept(*chunk.gradient(ones), None if index is None else index[:first].clone())
+        gradient = chunk.gradient(ones)
+        kept = Kept(gradient.whole(targets[:first]), gradient.row_factor, None if index is None else index[:first].clone())
         budget -= kept.matrix.untyped_storage().nbytes()
-        del chunk
+        del chunk, gradient
     if first < projection.n_rows:
         others = projection.rows(slice(first, None))
         parts.append(backend.statistics(others, targets[first:], entropy=entropy, second_moments=second_moments, budget=budget))

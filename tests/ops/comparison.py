@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eapo_kernels import Options, TokenBatch, reference, token_stats
+from eapo_kernels.ops.backend import ChunkGradient
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats, make_inputs
 from eapo_kernels.types import TokenStats
@@ -52,6 +53,14 @@ def compare(
     for name, got, plain, exact in zip(("hidden", "weight", "bias"), grads, eager_grads, truth_grads, strict=False):
         assert got.dtype == dtype
         assert_no_worse_than(got, plain, exact, floor=GRADIENT_FLOOR[dtype], name=f"d_{name}")
+
+
+def dense(gradient: ChunkGradient, targets: Tensor) -> Tensor:
+    """[C, V] float64, a chunk's gradient written out."""
+    whole = gradient.matrix.double() * gradient.row_factor.double().unsqueeze(1)
+    if gradient.target is None:
+        return whole
+    return whole.scatter_add_(1, targets.unsqueeze(1), gradient.target.double().unsqueeze(1))
 
 
 def projection(inputs: Inputs, **transform: Any) -> Projection:

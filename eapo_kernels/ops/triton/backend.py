@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import Backend, LogitCotangents
+from ..backend import Backend, LogitCotangents, TargetRows
 from ..projection import Projection
 from ..statistics import RowStatistics
-from . import backward
+from . import backward, target_rows
 from .finalize import finalize
 from .forward import stream_statistics
 from .launch import INTERPRETED, capability
@@ -62,6 +62,12 @@ def logit_gradient(
     backward.logit_gradient(out, projection, targets, columns, statistics, cotangents, gain)()
 
 
+def add_target_rows(out: Tensor, first: int, rows: TargetRows) -> None:
+    """See ``backend.Backend``. One launch."""
+    if rows.targets.numel():
+        target_rows.add_target_rows(out, first, rows)()
+
+
 BACKEND = Backend(
     name="triton",
     supports=supports,
@@ -70,5 +76,6 @@ BACKEND = Backend(
     slab_bytes=lambda projection: projection.operand_dtype.itemsize,
     open_chunk=open_chunk,
     chunk_row_bytes=chunk_row_bytes,
+    add_target_rows=add_target_rows,
     surrogate=surrogate,
 )

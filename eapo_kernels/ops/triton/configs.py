@@ -82,6 +82,7 @@ TABLE = (
     *_exponentials("interpreter", 4, 4096, Tile(64, 2048, 128)),
     *(line for size in (2, 4) for line in _redone("interpreter", size, 4096, Tile(32, 2048, 128))),
     *(Entry("row_offsets", "interpreter", size, 4096, 131072, Tile(128, 0, 1024)) for size in (2, 4)),
+    *(Entry("target_rows", "interpreter", size, 4096, 131072, Tile(4, 0, 1024)) for size in (2, 4)),
     # Hopper, half precision: 128x128 leaves room for two programs, whose epilogues and products overlap (the epilogue weighs
     # more when D is small); 128x256 reads less shared memory per operation. Lines without descriptors are for operands that no
     # descriptor can describe: rows that are not multiples of 16 bytes, or strided.
@@ -125,6 +126,8 @@ TABLE = (
         for kernel, size, tile in (
             ("row_offsets", 2, Tile(4, 0, 512)),
             ("row_offsets", 4, Tile(4, 0, 512)),
+            ("target_rows", 2, Tile(8, 0, 512)),
+            ("target_rows", 4, Tile(8, 0, 512)),
             ("list_unsound", 4, Tile(32, 64)),
             ("exp_finalize", 4, Tile(32, 64, warps=8)),
         )

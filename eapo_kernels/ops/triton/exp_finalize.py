@@ -1,5 +1,5 @@
 """The last step of the E form's forward, one launch over tokens: partial sums become statistics, and on request coefficients of
-a clipped surrogate. The target's entry of E becomes -(S - E_y), which makes E the gradient's matrix (E12)."""
+a clipped surrogate, and the factors that make E, in which the target's entry is zero, the gradient's matrix (E12)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from . import configs
 from .configs import Tile
 from .exp_redo import merge_tiles
 from .finalize import Finalized, store_surrogate, surrogate_arguments
-from .launch import INTERPRETED, Launch, family, options, transform_arguments
-from .math import LN2, LOG2E, LOWEST, NEG_INF, log1p, narrow, row_scale
+from .launch import Launch, family, options, transform_arguments
+from .math import LN2, LOG2E, LOWEST, NEG_INF, log1p, row_scale
 from .offsets import ExpSums
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def exp_finalize_kernel(
-    out, matrix, matrix_stride, sums, offsets, targets, row_inv_temperature, slope, n_rows, n_columns, n_tiles,
+    out, sums, offsets, row_inv_temperature, slope, n_rows, n_tiles,
     coefficient, totals, sequence_ids, valid, old_logp, scale, advantages, rewards, thresholds, positive_weight,
     negative_weight, ratio_low, ratio_high, dual_clip,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, SURROGATE: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, SURROGATE: tl.constexpr,
 ):  # fmt: skip
     """Finish a block of tokens (E13); each program owns its rows of every output.
 
@@ -36,9 +36,9 @@ def exp_finalize_kernel(
     k is any offset; a wrong one would leave differences of large numbers. So the sums are taken relative to k + c first, 2^c
     the power of two nearest to S: X -> X - c R tile by tile, S -> S 2^-c. A row without any column gives NaN.
 
-    out: [5 or 7, n_rows] fp32: logp, lse, k + c, log_sum, factor, then entropy and mean_shifted. factor = -slope / S, with
-    ``slope`` dz / d(hidden @ weight.T): the row's cotangent of logp times it is the factor of E in the gradient (E12).
-    matrix: [n_rows, *] E, row stride ``matrix_stride``. sums, offsets: see ``ExpSums``. n_tiles: column tiles in ``sums``.
+    out: [6 or 8, n_rows] fp32: logp, lse, k + c, log_sum, factor, target, then entropy and mean_shifted. factor = -slope / S,
+    target = slope R / S, with ``slope`` dz / d(hidden @ weight.T): the row's cotangent of logp times them is the factor of E
+    and the target's entry in the gradient (E12). sums, offsets: see ``ExpSums``. n_tiles: column tiles in ``sums``.
     The others: see ``finalize.finalize_kernel``.
     """
     block = tl.program_id(0)
@@ -73,17 +73,15 @@ def exp_finalize_kernel(
     tl.store(at + 2 * field, offset, mask=mask)  # [BLOCK_N]
     tl.store(at + 3 * field, fitted, mask=mask)  # [BLOCK_N]
     tl.store(at + 4 * field, -factor / total, mask=mask)  # [BLOCK_N]
-    target = tl.load(targets + rows)  # [BLOCK_N]
-    inside = mask & (target >= 0) & (target < n_columns)
-    tl.store(matrix + rows * matrix_stride + target, narrow(-rest, matrix.dtype.element_ty, WIDEN), mask=inside)  # [BLOCK_N]
+    tl.store(at + 5 * field, factor * (rest / total), mask=mask)  # [BLOCK_N]
     entropy = tl.zeros([BLOCK_N], tl.float32)
     if ENTROPY:
         x_exp = merge_tiles(sums, rows, n_rows, n_tiles, BLOCK_N, BLOCK_V, c) * LN2
         x = tl.where(e > 0.0, x, 0.0)  # x e^x -> 0 at x = -inf
         entropy = tl.where(confident, excess - (x_exp - x * rest) / total, log_sum - (x_exp + x * e) / total)
         entropy = tl.where(entropy < 0.0, 0.0, entropy)
-        tl.store(at + 5 * field, entropy, mask=mask)  # [BLOCK_N]
-        tl.store(at + 6 * field, fitted - entropy, mask=mask)  # [BLOCK_N]
+        tl.store(at + 6 * field, entropy, mask=mask)  # [BLOCK_N]
+        tl.store(at + 7 * field, fitted - entropy, mask=mask)  # [BLOCK_N]
     if SURROGATE:
         store_surrogate(
             coefficient, totals, block, rows, mask, logp, entropy, sequence_ids, valid, old_logp, scale, advantages, rewards,
@@ -93,14 +91,13 @@ def exp_finalize_kernel(
 
 def exp_finalize(
     projection: Projection,
-    targets: Tensor,
     sums: ExpSums,
-    matrix: Tensor,
     terms: SurrogateTerms | None = None,
     *,
     tile: Tile | None = None,
 ) -> tuple[Launch, Finalized, Tensor]:
-    """The launch, its outputs, and [N] fp32: what the cotangent of logp is multiplied by to give E's row factor.
+    """The launch, its outputs, and [2, N] fp32: what the cotangent of logp is multiplied by to give E's row factor, and the
+    target's entry of the gradient.
 
     ``row_max`` of the statistics is an offset, not the maximum.
     Running it again changes nothing, so coefficients may follow plain statistics.
@@ -108,27 +105,22 @@ def exp_finalize(
     n_rows, device = projection.n_rows, projection.hidden.device
     tile = tile or configs.find("exp_finalize", family(device), 4)
     programs = triton.cdiv(n_rows, tile.block_n)
-    out = sums.offsets.new_empty(7 if sums.entropy else 5, n_rows)
+    out = sums.offsets.new_empty(8 if sums.entropy else 6, n_rows)
     transform = transform_arguments(projection)
     arguments = surrogate_arguments(terms, out, programs, n_rows) | {
         "out": out,
-        "matrix": matrix,
-        "matrix_stride": matrix.stride(0),
         "sums": sums.values,
         "offsets": sums.offsets,
-        "targets": targets.contiguous(),
         "row_inv_temperature": transform["row_inv_temperature"],
         "slope": transform["scale"],
         "n_rows": n_rows,
-        "n_columns": projection.vocab,
         "n_tiles": sums.values.shape[1],
         "BLOCK_N": tile.block_n,
         "BLOCK_V": tile.block_v,
         "ENTROPY": sums.entropy,
-        "WIDEN": INTERPRETED,
     }
-    logp, lse, offset, log_sum, factor, *moments = out
+    logp, lse, offset, log_sum, _, _, *moments = out
     entropy, mean = moments if sums.entropy else (None, None)
     statistics = RowStatistics(logp, entropy, lse, offset, log_sum, mean)
     final = Finalized(statistics, arguments["coefficient"], arguments["totals"])
-    return Launch(exp_finalize_kernel, programs, arguments, options(tile), device), final, factor
+    return Launch(exp_finalize_kernel, programs, arguments, options(tile), device), final, out[4:6]

@@ -111,32 +111,34 @@ class ExpChunk(FinalizedChunk):
     """
 
     def __init__(self, projection: Projection, targets: Tensor, hint: Tensor | None, *, entropy: bool) -> None:
-        self._projection, self._targets = projection, targets
+        self._projection = projection
         self.sums = ExpSums.empty(projection, entropy)
         matrix = workspace(projection, projection.operand_dtype)
         row_offsets(projection, targets, hint, self.sums)()
         exp_gemm(projection, targets, self.sums, matrix)()
         redo(projection, targets, self.sums, matrix)
         self._matrix: Tensor | None = matrix
-        self._slope: Tensor | None = None
+        self._slopes: Tensor | None = None
 
     def _finalize(self, terms: SurrogateTerms | None) -> Finalized:
-        assert self._matrix is not None, "statistics: expected before gradient, got after it"
-        launch, final, self._slope = exp_finalize(self._projection, self._targets, self.sums, self._matrix, terms)
+        launch, final, self._slopes = exp_finalize(self._projection, self.sums, terms)
         launch()
         return final
 
     def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
-        """No launch over the matrix: the row factors are -(cotangent) * slope / S. See ``backend.Chunk``."""
+        """No launch over the matrix: row factors -(cotangent) * slope / S, targets' entries (cotangent) * slope * R / S (E12).
+
+        See ``backend.Chunk``.
+        """
         assert self._matrix is not None, "gradient: expected one call per chunk, got a second one"
         assert cotangents.logp is not None
         assert cotangents.entropy is None
         assert cotangents.lse is None
-        if self._slope is None:
+        if self._slopes is None:
             self._finalize(None)
-        assert self._slope is not None
+        assert self._slopes is not None
         matrix, self._matrix = self._matrix, None
-        return ChunkGradient(matrix, cotangents.logp * self._slope)
+        return ChunkGradient(matrix, *(cotangents.logp * self._slopes))
 
 
 def open_chunk(

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import cubin
-from ..backend import LogitCotangents, SurrogateTerms
+from ..backend import LogitCotangents, SurrogateTerms, TargetRows
 from ..projection import Projection
 from ..statistics import RowStatistics
 from . import configs
@@ -35,6 +35,7 @@ from .offsets import ExpSums, row_offsets
 from .one_pass import workspace
 from .rows import row_gradient, row_statistics
 from .sums import PartialSums
+from .target_rows import add_target_rows
 
 VARIANTS = ("plain", "full")
 """plain: entropy, nothing else. full: every switch on, V odd, D not a multiple of the tile's (odd for the fallback lines)."""
@@ -118,6 +119,9 @@ def example(entry: Entry, variant: str) -> Launch:
         case "finalize":
             sums = PartialSums.empty(projection, 8, True, full)
             return finalize(sums, terms if full else None, tile=entry.tile)[0]
+        case "target_rows":
+            rows = TargetRows(targets, targets, projection.hidden, row)
+            return add_target_rows(torch.empty_like(projection.weight, dtype=torch.float32), 0, rows, tile=entry.tile)
         case "row_offsets" | "exp_gemm" | "exp_redo" | "row_maxima" | "list_unsound" | "exp_finalize":
             return exponential_example(entry, replace(projection, softcap=None), targets, terms if full else None)
     raise ValueError(f"kernel: expected one of the table's, got {entry.kernel!r}")
@@ -138,7 +142,7 @@ def exponential_example(entry: Entry, projection: Projection, targets: Tensor, t
             return row_maxima(projection, sums, tile=tile)
         case "list_unsound":
             return list_unsound(projection, sums, tile=tile)
-    return exp_finalize(projection, targets, sums, matrix, terms, tile=tile)[0]
+    return exp_finalize(projection, sums, terms, tile=tile)[0]
 
 
 def compile_launch(launch: Launch, architecture: int) -> Any:

@@ -12,7 +12,16 @@ from eapo_kernels.ops.triton import configs, measured
 from eapo_kernels.ops.triton.configs import family, find, tiles_per_split
 
 FAMILIES = ("interpreter", "sm80", "sm90", "sm100")
-KERNELS = (*configs.PRODUCTS, "row_statistics", "row_gradient", "finalize", "row_offsets", "list_unsound", "exp_finalize")
+KERNELS = (
+    *configs.PRODUCTS,
+    "row_statistics",
+    "row_gradient",
+    "finalize",
+    "row_offsets",
+    "list_unsound",
+    "exp_finalize",
+    "target_rows",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import projection
+from comparison import dense, projection
 from torch import Tensor
 
 from eapo_kernels import reference
-from eapo_kernels.ops.backend import LogitCotangents
+from eapo_kernels.ops.backend import ChunkGradient, LogitCotangents
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.triton import exp_finalize, exp_gemm, exp_redo, offsets, one_pass
 from eapo_kernels.ops.triton.configs import Tile
@@ -51,9 +51,10 @@ def run(p: Projection, targets: Tensor, hint: Tensor | None, **options: Any) -> 
     """Statistics, d logp / d(raw logits), and the number of rows that were redone."""
     chunk = ExpChunk(p, targets, hint, entropy=True, **options)
     stats = chunk.statistics()
-    matrix, factor = chunk.gradient(LogitCotangents(torch.ones_like(stats.logp)))
-    assert matrix.dtype == p.operand_dtype
-    return stats, matrix.double() * factor.double().unsqueeze(1), int(chunk.sums.n_listed)
+    gradient = chunk.gradient(LogitCotangents(torch.ones_like(stats.logp)))
+    assert gradient.matrix.dtype == p.operand_dtype
+    assert (gradient.matrix.gather(1, targets.unsqueeze(1)) == 0).all()
+    return stats, dense(gradient, targets), int(chunk.sums.n_listed)
 
 
 def floor(p: Projection) -> float:
@@ -259,12 +260,12 @@ def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dty
     assert int(sums.n_listed) == (40 if off else 0)
     exp_redo.row_maxima(p, sums, tile=Tile(16, 64, 16))()
     exp_gemm.exp_gemm(p, targets, sums, matrix, listed=True, tile=Tile(16, tile.block_v, 16, slices=2))()
-    launch, final, factor = exp_finalize.exp_finalize(p, targets, sums, matrix, tile=Tile(16, 2))
+    launch, final, slopes = exp_finalize.exp_finalize(p, sums, tile=Tile(16, 2))
     launch()
     torch.testing.assert_close(final.statistics.logp.double(), truth.logp, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(final.statistics.entropy.double(), truth.entropy, rtol=1e-6, atol=1e-5)
     unit = 1e-5 if dtype == torch.float32 else 2**-8
-    got = matrix.double() * factor.double().unsqueeze(1)
+    got = dense(ChunkGradient(matrix, *slopes), targets)
     assert ((got - exact).abs() <= unit * 1.02 * exact.abs() + 1e-12).all(), "E is rounded to nearest, once"
 
 
@@ -310,8 +311,8 @@ def test_a_chunk_gives_its_gradient_once_and_only_for_logp(device: str) -> None:
     chunk = ExpChunk(projection(inputs), inputs.targets, None, entropy=True)
     with pytest.raises(AssertionError):
         chunk.gradient(LogitCotangents(one, one))
-    matrix, factor = chunk.gradient(LogitCotangents(one))  # without statistics before it
+    gradient = chunk.gradient(LogitCotangents(one))  # without statistics before it
     exact = oracle(projection(inputs), inputs.targets)[1]
-    assert_no_worse_than(matrix.double() * factor.double().unsqueeze(1), exact, exact, floor=1e-5)
+    assert_no_worse_than(dense(gradient, inputs.targets), exact, exact, floor=1e-5)
     with pytest.raises(AssertionError, match="one call per chunk"):
         chunk.gradient(LogitCotangents(one))
