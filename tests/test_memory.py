@@ -71,3 +71,12 @@ def test_the_eager_twin_would_not_pass(device: str) -> None:
         return torch.autograd.grad(eager_token_stats(*leaves, inputs.targets).logp.sum(), leaves)
 
     assert peak_memory(eager, device) > 2 * 512 * V * 4
+
+
+def test_statistics_alone_hold_no_more_than_the_cache_does() -> None:
+    """On a CPU, whatever the budget: 160 MB of logits go through a buffer of 32 MiB."""
+    inputs = make_inputs(2048, 4, V)
+    with torch.no_grad():
+        peak = peak_memory(lambda: token_stats(inputs.hidden, inputs.weight, inputs.targets), "cpu")
+    vectors = 100 * 2048 * 8
+    assert peak <= 32 * 2**20 + vectors

@@ -1,7 +1,8 @@
 """The ``torch`` backend: plain PyTorch on chunks of tokens, any device, any float dtype.
 
-A chunk's raw logits come from one large product; the element-wise passes then walk over blocks of rows that stay in the
-processor's cache, so that a chunk costs little more than its product. On CUDA a block is the whole chunk, to launch less.
+Statistics alone stream over slabs of the vocabulary through one buffer that stays in the processor's cache. Where the
+gradient's matrix is kept, a chunk's raw logits come from one large product, and the element-wise passes walk over blocks of its
+rows. On CUDA a slab fills the memory budget and a block is the whole chunk, to launch less.
 """
 
 from __future__ import annotations
@@ -44,62 +45,73 @@ def _raw_logits(projection: Projection, columns: slice) -> Tensor:
     return products.project_(out, projection.hidden, weight)
 
 
-class _Reduction:
-    """Accumulates the sums of a chunk block by block."""
+def _range_sums(z: Tensor, targets: Tensor, *, entropy: bool, second_moments: bool, whole: bool) -> list[Tensor]:
+    """The sums of a block z [R, columns] of logits, as ``merge_ranges`` takes them: 3, 4 or 7 of [R].
 
-    def __init__(self, shard: VocabShard | None, entropy: bool, second_moments: bool) -> None:
-        self.shard, self.entropy, self.second_moments = shard, entropy, second_moments
-        self.parts: list[list[Tensor]] = []
+    z is overwritten by e^(z - row_max), the target's column by 0; with second moments by anything.
+    targets: [R] columns of z; others: not here. whole: all columns of the vocabulary are here.
+    """
+    row_max = z.amax(1, keepdim=True)
+    index = targets.unsqueeze(1)
+    if whole:
+        z_target = z.gather(1, index)
+    else:
+        row_max.clamp_(min=torch.finfo(z.dtype).min)  # a range may have lost all its columns, the row not
+        inside = (index >= 0) & (index < z.shape[1])
+        z_target = torch.where(inside, z.gather(1, index.clamp(0, z.shape[1] - 1)), 0.0)
+    x = torch.sub(z, row_max)
+    x.clamp_(min=_UNDERFLOWN)
+    e = torch.exp(x, out=z)
+    _put_target_(e, targets, slice(0, z.shape[1]), torch.zeros_like(z_target))
+    fields = [row_max.squeeze(1), z_target.squeeze(1), e.sum(1)]
+    if second_moments:
+        xx_exp = torch.square(x).mul_(e).sum(1)
+    if entropy or second_moments:
+        fields.append(x.mul_(e).sum(1))
+    if second_moments:
+        x_exp2 = x.mul_(e).sum(1)
+        fields += [torch.mul(e, e, out=x).sum(1), x_exp2, xx_exp]
+    return fields
 
-    def add(self, z: Tensor, targets: Tensor) -> None:
-        """Reduce a block z [R, V] of logits, overwriting it by e^(z - row_max), or by anything with second moments.
 
-        The target's column becomes 0. targets: [R] columns of z, negative: not here.
-        """
-        row_max = z.amax(1, keepdim=True)
-        index = targets.unsqueeze(1)
-        if self.shard is None:
-            z_target = z.gather(1, index)
-        else:
-            row_max.clamp_(min=torch.finfo(z.dtype).min)  # a shard may have lost all its columns, the row not
-            z_target = torch.where(index >= 0, z.gather(1, index.clamp_min(0)), 0.0)
-        x = torch.sub(z, row_max)
-        x.clamp_(min=_UNDERFLOWN)
-        e = torch.exp(x, out=z)
-        _put_target_(e, targets, slice(0, z.shape[1]), torch.zeros_like(z_target))
-        fields = [row_max.squeeze(1), z_target.squeeze(1), e.sum(1)]
-        if self.second_moments:
-            xx_exp = torch.square(x).mul_(e).sum(1)
-        if self.entropy or self.second_moments:
-            fields.append(x.mul_(e).sum(1))
-        if self.second_moments:
-            x_exp2 = x.mul_(e).sum(1)
-            fields += [torch.mul(e, e, out=x).sum(1), x_exp2, xx_exp]
-        self.parts.append(fields)
-
-    def sums(self, targets: Tensor) -> tuple[RowSums, Tensor]:
-        """The sums over the whole vocabulary, and [N] the row_max that this shard's exponentials are relative to."""
-        fields = [torch.cat(c) for c in zip(*self.parts, strict=True)]
-        row_max = fields[0]
-        if self.shard is not None:
-            fields = list(merge_ranges(self.shard.exchange(torch.stack(fields), targets)))
-        top, z_target, *rest = fields
-        return RowSums(top, z_target - top, *rest), row_max
+def _row_sums(fields: Tensor, targets: Tensor, shard: VocabShard | None) -> RowSums:
+    """The sums over the whole vocabulary from those [fields, N] over the columns that are here."""
+    if shard is not None:
+        fields = merge_ranges(shard.exchange(fields, targets))
+    top, z_target, *rest = fields.unbind(0)
+    return RowSums(top, z_target - top, *rest)
 
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
     """See ``backend.Statistics``. One exchange for all rows where the vocabulary is split."""
-    reduction = _Reduction(projection.shard, entropy, second_moments)
-    columns = slice(0, projection.vocab)
-    step = plans.row_chunk(projection.n_rows, projection.vocab * chunk_bytes(projection), budget)
-    for start in range(0, projection.n_rows, step):
-        chunk = projection.rows(slice(start, start + step))
-        z = _raw_logits(chunk, columns)
-        for block in _blocks(z):
-            logits = chunk.rows(block).shape_logits_(z[block], columns)
-            reduction.add(logits, targets[start : start + step][block])
-        del z, logits  # before the next chunk is allocated
-    return finish(reduction.sums(targets)[0])
+    if not projection.hidden.is_cuda:
+        budget = min(budget, _CACHE_BYTES)
+    rows, columns = plans.slab(projection.n_rows, projection.vocab, chunk_bytes(projection), budget)
+    parts = [
+        _streamed(projection.rows(slice(start, start + rows)), targets[start : start + rows], columns, entropy, second_moments)
+        for start in range(0, projection.n_rows, rows)
+    ]
+    return finish(_row_sums(torch.cat(parts, 1), targets, projection.shard))
+
+
+def _streamed(projection: Projection, targets: Tensor, columns: int, entropy: bool, second_moments: bool) -> Tensor:
+    """[fields, N] over the columns that are here, ``columns`` of them at a time."""
+    n_rows, vocab = projection.n_rows, projection.vocab
+    logits = projection.hidden.new_empty(n_rows * min(columns, vocab), dtype=projection.statistics_dtype)
+    ranges = []
+    for start in range(0, vocab, columns):
+        slab = slice(start, min(start + columns, vocab))
+        z = logits[: n_rows * (slab.stop - start)].view(n_rows, -1)
+        products.project_(z, projection.hidden, projection.weight[slab])
+        blocks = [
+            _range_sums(
+                projection.rows(block).shape_logits_(z[block], slab), targets[block] - start,
+                entropy=entropy, second_moments=second_moments, whole=z.shape[1] == projection.whole_vocab,
+            )
+            for block in _blocks(z)
+        ]  # fmt: skip
+        ranges.append(torch.stack([torch.cat(field) for field in zip(*blocks, strict=True)]))
+    return merge_ranges(torch.stack(ranges, 1)) if len(ranges) > 1 else ranges[0]
 
 
 def logit_gradient(
@@ -189,11 +201,17 @@ class _TorchChunk:
         self._projection, self._targets, self._keep_logits = projection, targets, keep_logits
         columns = slice(0, projection.vocab)
         self._z = _raw_logits(projection, columns)
-        reduction = _Reduction(projection.shard, entropy, second_moments=False)
+        parts = []
         for block in _blocks(self._z):
             logits = projection.rows(block).shape_logits_(self._z[block], columns)
-            reduction.add(logits.clone() if keep_logits else logits, targets[block])
-        sums, row_max = reduction.sums(targets)
+            parts.append(
+                _range_sums(
+                    logits.clone() if keep_logits else logits, targets[block],
+                    entropy=entropy, second_moments=False, whole=projection.shard is None,
+                )
+            )  # fmt: skip
+        fields = torch.stack([torch.cat(field) for field in zip(*parts, strict=True)])
+        sums, row_max = _row_sums(fields, targets, projection.shard), fields[0]
         self._statistics = finish(sums)
         unit = (sums.row_max - row_max).clamp_(max=_NEGLIGIBLE).exp_()  # 1 where the whole vocabulary is here
         self._s0 = (sums.rest + sums.x_target.exp()) * unit
