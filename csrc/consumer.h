@@ -22,7 +22,7 @@ constexpr int CONSUMER_REGISTERS = 232;
 
 // Named barriers; 0 is __syncthreads.
 constexpr int GROUP_BARRIER = 1;  // and 2: the warps of a consumer group
-constexpr int TURN_BARRIER = 3;   // both consumer groups, once
+constexpr int TURN_BARRIER = 3;   // and 4: one group gives the turn to the other
 
 // Shared memory: stages of operands | extra bytes (a multiple of 1024) | full barriers | empty barriers.
 struct SharedMemory {
@@ -108,8 +108,8 @@ struct Consumer {
             barrier_arrive_at(shared.empty(stage), lane);
         }
     }
-    __device__ __forceinline__ void await_turn() { named_sync(TURN_BARRIER, 2 * WARP_GROUP); }
-    __device__ __forceinline__ void give_turn() { named_arrive(TURN_BARRIER, 2 * WARP_GROUP); }
+    __device__ __forceinline__ void await_turn() { named_sync(TURN_BARRIER + group, 2 * WARP_GROUP); }
+    __device__ __forceinline__ void give_turn() { named_arrive(TURN_BARRIER + 1 - group, 2 * WARP_GROUP); }
 
     // Add the bias to m64 block ``block``; a column that it removes becomes LOWEST. Each lane loads an eighth of the pairs of
     // columns that its row needs and hands them round: a load for each would take as many registers at once.

@@ -38,28 +38,25 @@ struct Exponentials : Consumer {
     }
     __device__ __forceinline__ void begin(const Unit&) {}
     // The rows' numbers are fetched before the product, which hides the latency.
-    __device__ __forceinline__ void open(const Unit& unit, int tile) {
+    __device__ __forceinline__ void open(const Unit& unit, int) {
         EAPO_UNROLL
         for (int block = 0; block < Kernel::M_BLOCKS; ++block) {
             EAPO_UNROLL
             for (int half = 0; half < 2; ++half) {
-                const int row = smaller(row_of(unit, block, half), arguments.n_rows - 1), column = target(row);
-                rows[block][half] = {scale(row) * LOG2E, arguments.offsets[row], column < 0 ? -1 : column - tile * Kernel::BLOCK_V};
+                const int row = smaller(row_of(unit, block, half), arguments.n_rows - 1);
+                rows[block][half] = {scale(row) * LOG2E, arguments.offsets[row], target(row)};
             }
         }
     }
     __device__ __forceinline__ void epilogue(const Unit& unit, int tile) {
-        const int first = tile * Kernel::BLOCK_V, valid = arguments.n_columns - first;
+        const int first = tile * Kernel::BLOCK_V;
         EAPO_UNROLL
         for (int block = 0; block < Kernel::M_BLOCKS; ++block) {
             add_bias(block, first);
             EAPO_UNROLL
             for (int half = 0; half < 2; ++half) {
-                const int target = rows[block][half].target;
                 float unused = 0.0f;
-                if (valid < Kernel::BLOCK_V || unsigned(target) < Kernel::BLOCK_V) {
-                    exclude<Kernel::FRAGMENT>(d[block], half, thread, target, valid, unused);
-                }
+                exclude<Kernel::FRAGMENT>(d[block], half, thread, rows[block][half].target, first, arguments.n_columns, unused);
             }
             Sums sums[2];
             EAPO_UNROLL

@@ -1,8 +1,9 @@
 // The running sums of E3 and E4 (docs/math.md) of one row in one thread: absorb logits, merge two states, write nats.
 //
-// Logits travel as y with z = scale * y (nats) and x = scale2 * y - offset (bits), scale2 = scale * log2(e), one fused
-// multiply-add each. A column that does not take part (behind the last, the row's target, -inf by its bias) is LOWEST: 2^x is
-// exactly 0 and x * 2^x is -0, so the hot loop needs no guards. Real logits lie far above it.
+// Logits travel as y with z = scale * y (nats) and x = scale2 * (y - y_max) (bits), scale2 = scale * log2(e): the difference
+// comes first, so that x is exact at the maximum however large the logits are. A column that does not take part (behind the last,
+// the row's target, -inf by its bias) is LOWEST: 2^x is exactly 0 and x * 2^x is -0, so the hot loop needs no guards. Real logits
+// lie far above it. Sums over columns that are all LOWEST mean nothing, and vanish in the first merge with a real one.
 #pragma once
 
 #include "portable.h"
@@ -21,15 +22,12 @@ struct RangeSums {
     float row_max, z_target, rest, x_exp, exp2, x_exp2, xx_exp;
 };
 
-// Sums over the columns seen so far, relative to ``offset()`` in bits.
+// Sums over the columns seen so far, with x relative to y_max.
 // ENTROPY: x_exp = sum x 2^x is wanted; MOMENTS: the three second moments too (with ENTROPY).
 template <bool ENTROPY, bool MOMENTS>
 struct RunningSums {
     float y_max = LOWEST;
     float rest = 0.0f, x_exp = 0.0f, exp2 = 0.0f, x_exp2 = 0.0f, xx_exp = 0.0f;
-
-    // The rounded offset of a maximum. LOWEST where there is no column yet, so that a merge multiplies by 2^-huge = 0.
-    EAPO_SHARED static float offset(float y_max, float scale2) { return y_max <= LOWEST ? LOWEST : y_max * scale2; }
 
     // Move the sums by d bits: x becomes x + d.
     EAPO_SHARED void shift(float d) {
@@ -44,13 +42,11 @@ struct RunningSums {
         rest = r * rest;
     }
 
-    // Raise the maximum to at least y; returns what to subtract from scale2 * y to get x.
-    EAPO_SHARED float raise(float y, float scale2) {
+    // Raise the maximum to at least y.
+    EAPO_SHARED void raise(float y, float scale2) {
         const float top = larger(y_max, y);
-        const float next = offset(top, scale2);
-        shift(offset(y_max, scale2) - next);
+        shift((y_max - top) * scale2);
         y_max = top;
-        return top <= LOWEST ? 0.0f : next;
     }
 
     // Add one logit whose maximum has been raised before; returns 2^x.
@@ -87,14 +83,14 @@ struct RunningSums {
         add(other);
     }
 
-    // The sums in nats. row_max = scale * y_max is rounded, up to 5e-4 nats where logits are 1e4, and so is offset(); the sums
-    // move by what both roundings lost, so that they fit the row_max that is written.
-    EAPO_SHARED RangeSums close(float y_target, float scale, float scale2) const {
+    // The sums in nats. row_max = scale * y_max is rounded, up to 5e-4 nats where logits are 1e4; the sums move by what that lost,
+    // so that they fit the row_max that is written.
+    EAPO_SHARED RangeSums close(float y_target, float scale) const {
         RangeSums out = {-infinite(), y_target <= LOWEST ? -infinite() : y_target * scale, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
         if (y_max <= LOWEST) return out;
-        const float row_max = y_max * scale, bits = y_max * scale2;
+        const float row_max = y_max * scale;
         RunningSums fitted = *this;
-        fitted.shift(fma_exact(y_max, scale, -row_max) * LOG2E - fma_exact(y_max, scale2, -bits));
+        fitted.shift(fma_exact(y_max, scale, -row_max) * LOG2E);
         out.row_max = row_max;
         out.rest = fitted.rest;
         out.x_exp = fitted.x_exp * LN2;

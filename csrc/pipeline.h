@@ -59,11 +59,14 @@ EAPO_SHARED void produce(Machine& m, const Walk& walk, int steps, int cluster, i
 }
 
 // A consumer warp group of one CTA, ``group`` 0 or 1. A stage is released one step late: until then wgmma still reads it.
+//
+// In ping-pong a tile starts with a turn from the group that has seen the whole tile before arrive. That is for correctness: a
+// barrier tells phases apart by parity only, and a group that skips a tile would take a stage's filling for a later one.
 template <class S, class Machine>
 EAPO_SHARED void consume(Machine& m, const Walk& walk, int steps, int group, int cluster, int clusters) {
     unsigned p = 0;
     int number = 0;
-    int turn = !S::PINGPONG && S::STAGGER > 0 && group == 0 ? smaller(S::STAGGER, steps) : 0;
+    int turn = !S::PINGPONG && group == 0 ? smaller(S::STAGGER, steps) : 0;  // steps until the other group's turn
     if (!S::PINGPONG && S::STAGGER > 0 && group == 1) m.await_turn();
     const int units = walk.units();
     for (int index = cluster; index < units; index += clusters) {
@@ -73,6 +76,10 @@ EAPO_SHARED void consume(Machine& m, const Walk& walk, int steps, int group, int
             if (S::PINGPONG && number % 2 != group) {
                 p += steps;
                 continue;
+            }
+            if (S::PINGPONG) {
+                turn = steps;
+                if (number > 0) m.await_turn();
             }
             m.open(unit, tile);
             EAPO_ROLLED
@@ -91,6 +98,7 @@ EAPO_SHARED void consume(Machine& m, const Walk& walk, int steps, int group, int
         }
         m.end(unit);
     }
+    if (S::PINGPONG && number > 0 && (number - 1) % 2 != group) m.await_turn();  // the last one given, so that none is left over
 }
 
 }  // namespace eapo

@@ -34,17 +34,14 @@ struct Statistics : Consumer {
     }
     __device__ __forceinline__ void open(const Unit&, int) {}
     __device__ __forceinline__ void epilogue(const Unit&, int tile) {
-        const int first = tile * Kernel::BLOCK_V, valid = arguments.n_columns - first;
+        const int first = tile * Kernel::BLOCK_V;
         EAPO_UNROLL
         for (int block = 0; block < Kernel::M_BLOCKS; ++block) {
             add_bias(block, first);
             EAPO_UNROLL
             for (int half = 0; half < 2; ++half) {
                 Row& row = rows[block][half];
-                const int target = row.target < 0 ? -1 : row.target - first;
-                if (valid < Kernel::BLOCK_V || unsigned(target) < Kernel::BLOCK_V) {
-                    exclude<Kernel::FRAGMENT>(d[block], half, thread, target, valid, row.y_target);
-                }
+                exclude<Kernel::FRAGMENT>(d[block], half, thread, row.target, first, arguments.n_columns, row.y_target);
             }
             EAPO_UNROLL
             for (int half = 0; half < 2; ++half) {
@@ -67,7 +64,7 @@ struct Statistics : Consumer {
                 }
                 const int index = row_of(unit, block, half);
                 if (thread % 4 != 0 || index >= arguments.n_rows) continue;
-                const RangeSums out = row.sums.close(row.y_target, scale(index), row.scale2);
+                const RangeSums out = row.sums.close(row.y_target, scale(index));
                 float* at = arguments.sums + i64(split) * arguments.n_rows + index;
                 at[0] = out.row_max;
                 at[field] = out.z_target;
