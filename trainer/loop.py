@@ -49,6 +49,7 @@ from .runs.console import Console
 from .runs.interrupt import StopRequest
 from .runs.metrics import answer_metrics, best_and_worst, call_metrics, engine_metrics, reward_metrics, sample_record
 from .runs.rundir import RunDirectory
+from .runs.trackers import Trackers
 
 ROLLOUT_SEED, UPDATE_SEED, ADAPTER_SEED, HOOK_SEED, WEIGHT_SEED = 1, 2, 3, 4, 5
 
@@ -74,6 +75,7 @@ def _train(config: Config, console: Console) -> bool:
     held_out = load_questions(config.data.eval, config.data.eval_limit) if config.data.eval else None
     sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
     run = RunDirectory(config)
+    trackers = Trackers(config, run.path)
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training questions")
 
     with console.phase(f"loading {config.model.path} (an embedded model is converted the first time)"):
@@ -106,6 +108,7 @@ def _train(config: Config, console: Console) -> bool:
             if questions:
                 result, samples = evaluate(config, policy, engine, rewards, questions, dataset=name, step=step, console=console)
                 run.append("evaluations", asdict(result))
+                trackers.log(result.metrics(), step)
                 for sample in samples[:: result.responses]:
                     run.append("samples", sample)
                 console.line(f"after step {step}, {name} questions: {result.headline(config.eval.resamples)}")
@@ -183,6 +186,7 @@ def _train(config: Config, console: Console) -> bool:
                 "tokens_per_second": answers.tokens / sum(seconds.values()),
             }
             run.append("metrics", metrics)
+            trackers.log(metrics, step)
             for i in best_and_worst(sampled, config.samples_per_step):
                 run.append("samples", sample_record(step, i, sampled))
             console.step(metrics, config.steps)
@@ -192,6 +196,8 @@ def _train(config: Config, console: Console) -> bool:
         finished = True
     except Interrupted:
         console.line(f"interrupted after {step} of {config.steps} steps")
+    finally:
+        trackers.close()
     if not step:
         return False
 

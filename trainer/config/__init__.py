@@ -3,7 +3,7 @@
 from .loss import EntropyWeightConfig, LossConfig
 from .model import DataConfig, LoraConfig, ModelConfig
 from .rewards import JudgeConfig, RewardModelConfig, RewardsConfig
-from .run import EvalConfig, OptimConfig
+from .run import EvalConfig, LogConfig, OptimConfig
 from .sampling import RolloutConfig
 from .tree import Config
 
@@ -13,6 +13,7 @@ __all__ = [
     "EntropyWeightConfig",
     "EvalConfig",
     "JudgeConfig",
+    "LogConfig",
     "LoraConfig",
     "LossConfig",
     "ModelConfig",

@@ -1,4 +1,4 @@
-"""Sections optim and eval: the updates, and what is measured."""
+"""Sections optim, eval and log: the updates, what is measured, and where it is shown."""
 
 from __future__ import annotations
 
@@ -58,3 +58,18 @@ class EvalConfig:
         check(self.train_questions >= 0, "eval.train_questions", "at least 0", self.train_questions)
         check(self.every >= 0, "eval.every", "at least 0", self.every)
         check(self.resamples >= 1, "eval.resamples", "at least 1", self.resamples)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where numbers go beside the run's own files (``metrics.jsonl`` is always written)."""
+
+    tensorboard: bool = False
+    """Write TensorBoard's event files to <run>/tensorboard (pip install '.[track]')."""
+    wandb: bool = False
+    """Log to Weights & Biases (pip install '.[track]'); WANDB_MODE=offline keeps it on this machine."""
+    wandb_project: str = "eapo"
+    """The project there."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.wandb_project), "log.wandb_project", "a name", self.wandb_project)

@@ -13,7 +13,7 @@ from .checks import check, section
 from .loss import EntropyWeightConfig, LossConfig
 from .model import DataConfig, LoraConfig, ModelConfig
 from .rewards import RewardsConfig
-from .run import EvalConfig, OptimConfig
+from .run import EvalConfig, LogConfig, OptimConfig
 from .sampling import RolloutConfig
 
 
@@ -45,6 +45,7 @@ class Config:
     eapo: EntropyWeightConfig = field(default_factory=EntropyWeightConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         check(bool(self.name) and "/" not in self.name, "name", "a directory name", self.name)

@@ -43,6 +43,11 @@ class Evaluation:
         """Mean over questions with a bootstrap interval, for every metric."""
         return {name: bootstrap(known(column), resamples) for name, column in self.values.items()}
 
+    def metrics(self) -> dict[str, float]:
+        """Mean over questions of every metric, as trackers show it; without those that no question has."""
+        columns = {name: [value for value in known(column) if not math.isnan(value)] for name, column in self.values.items()}
+        return {f"evaluation/{self.dataset}/{name}": sum(found) / len(found) for name, found in columns.items() if found}
+
     def headline(self, resamples: int) -> str:
         """Reward, entropy and diversity in one line."""
         found = self.estimates(resamples)
