@@ -103,7 +103,7 @@ class Case:
         length = self.n // N_RESPONSES
         valid = torch.arange(self.n, device=self.hidden.device) % length < (length + 1) // 2
         targets = torch.where(valid, self.targets, IGNORE_INDEX)
-        return replace(self, targets=targets, valid=valid, batch=replace(self.batch, targets=targets))
+        return replace(self, targets=targets, valid=valid, batch=replace(self.batch, targets=targets, mask=valid))
 
 
 def policy_loss(case: Case, logp: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from .ops import plans
 from .ops.inputs import build_projection, check_values
 from .ops.nucleus import project_nucleus_entropy
 from .ops.projection import Projection
+from .ops.rows import settled
 from .ops.token_stats import project_stats
 from .ops.vocab_parallel import VocabShard
 from .ops.weight_gradient import MainGrad
@@ -141,6 +142,7 @@ def policy_loss(
     rows_shape = batch.targets.shape
     projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, rows_shape, process_group)
     targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
+    options = settled(options, targets, batch.mask is not None or method.config.drop_zero_weight or not metrics)
 
     main = None
     if main_grad is not None:

@@ -127,8 +127,11 @@ class Options:
         memory_budget: bytes for logit-sized workspace, whatever N is, what a call of ``token_stats`` keeps for its backward
             included. The gradients themselves and the fp32 accumulator of d_weight come on top. None: 256 MiB on a CPU, on a
             GPU a 32nd of its memory, between 256 MiB and 1 GiB; 96 MiB with ``plan="recompute"``.
-        compact: drop the rows that do not count before any product. Costs one device synchronisation on CUDA, under autograd
-            another one in the backward.
+        compact: whether rows that do not count leave before any product. On CUDA the host has to wait for their number, once a
+            direction, and in a CUDA graph under capture none leave. "auto": on a CPU always; on CUDA where some are announced,
+            by a mask, ``drop_zero_weight`` or ``metrics=False``. So without a mask nothing waits, and a target of -100 costs
+            what its row costs. Where the host knows the rows it can select them itself, which is as fast and waits for nothing:
+            ``hidden[rows]`` and ``TokenBatch.select(rows)``.
         plan: how logits are cut and kept, see docs/plans.md. "auto": what fits the memory budget. "one_chunk": all rows at
             once, an error where they do not fit (autograd: only where the forward keeps rows at all). "chunks": rows in
             chunks, d_weight summed in fp32 (one-pass schedule only). "recompute": nothing is kept from the forward to the
@@ -137,7 +140,7 @@ class Options:
     """
 
     memory_budget: int | None = None
-    compact: bool = True
+    compact: bool | str = "auto"
     debug: bool = False
     plan: str = "auto"
 
@@ -148,4 +151,6 @@ class Options:
             "a positive number of bytes (int) or None",
             repr(self.memory_budget),
         )
+        known = self.compact == "auto" or isinstance(self.compact, bool)
+        require(known, "Options.compact", "'auto', True or False", repr(self.compact))
         require(self.plan in PLANS, "Options.plan", f"one of {', '.join(PLANS)}", repr(self.plan))

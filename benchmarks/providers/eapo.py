@@ -17,7 +17,7 @@ _BACKENDS = ("torch", "triton")
 def _op(backend: str) -> Callable[[Case, str], Callable[[], Results]]:
     def prepare(case: Case, mode: str) -> Callable[[], Results]:
         def op(hidden, weight):
-            stats = token_stats(hidden, weight, case.targets, entropy="nograd", backend=backend)
+            stats = token_stats(hidden, weight, case.targets, mask=case.batch.mask, entropy="nograd", backend=backend)
             return stats.logp, stats.entropy
 
         return around(op, case, mode)

@@ -69,13 +69,14 @@ def linear_cross_entropy(
     if reduction == "none":
         return -token_stats(
             hidden, weight, targets, bias=bias, inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale,
-            process_group=process_group, entropy="none", backend=backend, options=options,
+            mask=targets != IGNORE_INDEX, process_group=process_group, entropy="none", backend=backend, options=options,
         ).logp  # fmt: skip
     rows = targets.reshape(-1)
     if isinstance(inv_temperature, Tensor) and inv_temperature.dim():
         inv_temperature = inv_temperature.reshape(-1)
     batch = TokenBatch(
         targets=rows,
+        mask=rows != IGNORE_INDEX,
         sequence_ids=torch.zeros_like(rows),
         advantages=torch.ones(1, device=rows.device),
         denominator=1.0 if reduction == "sum" else None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checks import is_number
 from ..errors import EapoError, require
 from ..ops.token_stats import token_stats
-from ..types import Options, TokenStats
+from ..types import IGNORE_INDEX, Options, TokenStats
 
 T = TypeVar("T")
 
@@ -114,7 +114,9 @@ class FusedLMHead(nn.Linear):
             require(not arguments, "compute", "no further arguments (bind them)", sorted(arguments))
             return compute(hidden, weight, **given)
         assert targets is not None
-        return token_stats(hidden, weight, targets, **given, **_checked(arguments))
+        if isinstance(targets, Tensor):  # models run over padding and prompts: leaving their rows out pays
+            given["mask"] = targets != IGNORE_INDEX
+        return token_stats(hidden, weight, targets, **given | _checked(arguments))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, softcap={self.softcap}, logit_scale={self.logit_scale}"

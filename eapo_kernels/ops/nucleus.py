@@ -20,7 +20,7 @@ from .backend import LogitCotangents
 from .budget import workspace_bytes
 from .inputs import build_projection, check_values
 from .projection import Projection
-from .rows import may_compact, scatter_rows, valid_index
+from .rows import may_compact, scatter_rows, settled, valid_index
 
 _FIRST_GUESS = 256
 """Tokens that are sorted first; eight times as many, and so on, while the nucleus of some row is larger."""
@@ -207,5 +207,6 @@ def nucleus_entropy(
     if mask is not None:
         require_tensor("mask", mask, tuple(shape), (torch.bool,), projection.hidden)
         valid = mask.reshape(-1)
+    options = settled(options, valid, mask is not None)
     check_values(projection, torch.where(valid, 0, IGNORE_INDEX), options.debug)
     return project_nucleus_entropy(projection, valid, float(top_p), options).reshape(shape)

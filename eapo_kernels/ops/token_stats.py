@@ -20,6 +20,7 @@ from .budget import of_options, workspace_bytes
 from .inputs import build_projection, check_values
 from .projection import Projection
 from .recompute import Kept, compute_gradients, compute_statistics
+from .rows import settled
 from .statistics import RowStatistics
 from .vocab_parallel import VocabShard
 
@@ -267,7 +268,8 @@ def token_stats(
     Args:
         hidden: [..., D] bf16/fp16/fp32 (fp64 on the torch backend), hidden states at the positions that predict ``targets``.
         weight: [V, D], the head's weight, dtype and device of ``hidden``.
-        targets: [...] int64, the sampled token at each position (already shifted); -100 leaves a row out.
+        targets: [...] int64, the sampled token at each position (already shifted); -100 leaves a row out of the results, and on
+            a CPU or with a mask of the work (``Options.compact``).
         bias: [V] or None; -inf removes a column (under a soft-cap, which maps -inf to -softcap, it only lowers it).
         inv_temperature: 1 / temperature > 0, a number or a tensor [...].
         softcap: c of c * tanh(logits / c), or None.
@@ -294,7 +296,7 @@ def token_stats(
             option is unknown; the processes of a group differ in sizes, or one of them has no rows.
         BackendUnavailable: the backend named cannot run these inputs.
     """
-    options = options or Options()
+    options = settled(options or Options(), targets, mask is not None) if isinstance(targets, Tensor) else Options()
     require(entropy in ENTROPY_MODES, "entropy", f"one of {', '.join(ENTROPY_MODES)}", repr(entropy))
     if not isinstance(targets, Tensor):
         raise ShapeError(f"targets: expected an int64 tensor [...], got {describe(targets)}")
