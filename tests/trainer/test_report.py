@@ -12,6 +12,7 @@ from trainer.config.settings import to_toml
 from trainer.errors import DataError
 from trainer.evaluation.diversity import bootstrap
 from trainer.evaluation.evaluate import Evaluation, difference
+from trainer.evaluation.pictures import CONTRACTING, GAP, MEASURED, PREDICTED, SHARE, sign_agreement
 from trainer.evaluation.report import markdown_table, summary_table, write_report
 
 NAMES = ("reward", "reward_best", "distinct_1", "distinct_2", "self_bleu", "entropy", "length", "truncated")
@@ -27,6 +28,12 @@ def run(tmp_path: Path) -> Path:
     directory.mkdir()
     (directory / "config.toml").write_text(to_toml(Config()))
     metrics = [{"step": i + 1, "reward/mean": 0.1 * i, "eapo/entropy": None} for i in range(25)]
+    answers = [
+        {"step": i + 1, "prompt": "q", "completion": f"{word} {i + 1}", "reward": reward}
+        for i in range(25)
+        for word, reward in (("middling", 0.5), ("poor", 0.1 + i / 100), ("splendid", 0.9))
+    ]
+    (directory / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     found = [vars(evaluation(0, 0.0)), vars(evaluation(25, 0.5))]
     (directory / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
@@ -56,6 +63,30 @@ def test_report_draws_runs_with_gaps_and_refuses_runs_without_steps(run: Path, t
     assert len(rows) == 2
     with pytest.raises(DataError, match="expected a run with metrics"):
         write_report([tmp_path], tmp_path / "out")
+
+
+def test_the_best_and_the_worst_answer_of_some_steps_are_shown(run: Path) -> None:
+    _, page = write_report([run], run, resamples=50)
+    text = page.read_text()
+    shown = [line.removeprefix("- step ") for line in text.splitlines() if line.startswith("- step ")]
+    assert shown == ["1", "7", "13", "19", "25"]
+    assert "  - best, reward 0.900: q -> 'splendid 13'\n  - worst, reward 0.220: q -> 'poor 13'" in text
+    assert "middling" not in text
+
+
+def test_diagnostics_are_drawn_where_they_were_measured(run: Path) -> None:
+    write_report([run], run, resamples=50)
+    picture, metrics = run / "diagnostics.png", run / "metrics.jsonl"
+    assert not picture.exists()
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for i, row in enumerate(rows[::2]):
+        row |= {SHARE: 0.4, PREDICTED: -0.1, MEASURED: 0.02 if i < 3 else -0.02, GAP: 1e-5, **dict.fromkeys(CONTRACTING, 0.6)}
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert sign_agreement(rows) == pytest.approx(10 / 13)
+    assert sign_agreement(rows[1::2]) is None
+    _, page = write_report([run, run], run, resamples=50)
+    assert picture.stat().st_size > 20_000
+    assert "![diagnostics](diagnostics.png)" in page.read_text()
 
 
 def test_markdown_table_is_aligned() -> None:

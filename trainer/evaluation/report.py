@@ -7,22 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: a machine without a display must draw them too
-import matplotlib.pyplot as plt
-
 from ..errors import DataError
 from ..runs.rundir import read
 from .evaluate import Evaluation, difference
-
-CURVES = {
-    "reward/mean": "mean reward of the step's answers",
-    "eapo/entropy": "token entropy (nats)",
-    "eapo/positive_weight": "weight of positive answers",
-    "diversity/distinct_2": "distinct-2 of the answers to one question",
-}
-"""Metric -> title, in the order of the picture."""
+from .pictures import CURVES, draw_curves, draw_diagnostics
 
 METRICS = {
     "reward": "reward",
@@ -38,26 +26,15 @@ METRICS = {
 """Metric of an evaluation -> name in the table; pass@k is its own name."""
 
 
+DIAGNOSTICS = """\
+What the updates did to the entropy (docs/math.md, E7): a token's polarity D says whether making it likelier contracts the
+entropy (D > 0) or expands it; the gradient share says how much of the update is the positive answers'; the prediction is first
+order and for each token's logits alone, so its sign and relative size count."""
+
+
 def metric_name(metric: str, responses: int) -> str:
     """How a table calls a metric of an evaluation with so many answers to a question."""
     return METRICS.get(metric, metric).format(k=responses)
-
-
-def draw_curves(runs: Sequence[Path], target: Path) -> None:
-    """One panel for each of CURVES, one line for each run; a run without a metric has no line in its panel."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout="constrained")
-    for (metric, title), axis in zip(CURVES.items(), axes.flat, strict=True):
-        for run in runs:
-            points = [(row["step"], row[metric]) for row in read(run, "metrics") if row.get(metric) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=run.name)
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    axes[0, 0].legend(fontsize=8)
-    figure.savefig(target, dpi=130)
-    plt.close(figure)
 
 
 def first_and_last(run: Path) -> list[tuple[Evaluation, Evaluation]]:
@@ -108,18 +85,27 @@ def summary_table(run: Path, resamples: int) -> str:
 
 
 def write_report(runs: Sequence[Path], directory: Path, *, resamples: int = 2000) -> tuple[Path, Path]:
-    """Write curves.png and report.md to ``directory``; returns their paths.
+    """Write curves.png, report.md and, where they were measured, diagnostics.png to ``directory``.
+
+    Returns:
+        The paths of the curves and of the page.
 
     Raises:
         DataError: a run without a single finished step.
     """
-    for run in runs:
-        if not read(run, "metrics"):
+    rows = {run: read(run, "metrics") for run in runs}
+    for run, found in rows.items():
+        if not found:
             raise DataError(f"report: expected a run with metrics.jsonl, got {run}")
     directory.mkdir(parents=True, exist_ok=True)
-    picture, page = directory / "curves.png", directory / "report.md"
-    draw_curves(runs, picture)
-    sections = ["# " + ", ".join(run.name for run in runs), "![curves](curves.png)"]
+    picture, page, diagnostics = (directory / name for name in ("curves.png", "report.md", "diagnostics.png"))
+    diagnostics.unlink(missing_ok=True)
+    unique = len({run.name for run in runs}) == len(runs)
+    named = {run.name if unique else str(run): found for run, found in rows.items()}
+    draw_curves(named, picture)
+    sections = ["# " + ", ".join(named), "![curves](curves.png)"]
+    if draw_diagnostics(named, diagnostics):
+        sections += [DIAGNOSTICS, "![diagnostics](diagnostics.png)"]
     for run in runs:
         sections += _run_section(run, resamples)
     page.write_text("\n\n".join(sections) + "\n")
@@ -129,7 +115,7 @@ def write_report(runs: Sequence[Path], directory: Path, *, resamples: int = 2000
 def _run_section(run: Path, resamples: int) -> list[str]:
     config = tomllib.loads((run / "config.toml").read_text())
     rows = read(run, "metrics")
-    picked = [*CURVES, "clip_fraction", "grad_norm"]
+    picked = [*CURVES, "clip_fraction"]
     header = ["step", *picked]
     shown = rows[:: max(1, len(rows) // 10)]
     shown = shown if shown[-1] is rows[-1] else [*shown, rows[-1]]
@@ -139,7 +125,7 @@ def _run_section(run: Path, resamples: int) -> list[str]:
         f"{config['steps']} steps, {config['rollout']['prompts']} questions x {config['rollout']['responses']} answers "
         f"a step, learning rate {config['optim']['lr']}, LoRA rank {config['lora']['rank']} (0 = all weights)."
     )
-    sections = [f"## {run.name}", about, summary_table(run, resamples), markdown_table(header, curve)]
+    sections = [f"## {run.name}", about, summary_table(run, resamples), markdown_table(header, curve), _best_and_worst(run)]
     return [section for section in [*sections, _samples(run)] if section]
 
 
@@ -157,6 +143,30 @@ def _samples(run: Path) -> str:
     for before in [row for row in rows if row["step"] == first][:3]:
         after = next(row for row in rows if row["step"] == last and row["prompt"] == before["prompt"])
         lines.append(
-            f"- {before['prompt']}\n  - step {first}: {before['completion']!r}\n  - step {last}: {after['completion']!r}"
+            f"- {_text(before['prompt'])}\n  - step {first}: {before['completion']!r}\n  - step {last}: {after['completion']!r}"
         )
     return "\n".join(lines)
+
+
+def _best_and_worst(run: Path, most: int = 5) -> str:
+    """The best and the worst answer of some steps, evenly chosen, the first and the last among them."""
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for row in read(run, "samples"):
+        if "dataset" not in row:
+            by_step.setdefault(row["step"], []).append(row)
+    if not by_step:
+        return ""
+    steps = sorted(by_step)
+    chosen = sorted({steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)})
+    lines = ["Best and worst answer of a step:"]
+    for step in chosen:
+        ranked = sorted(by_step[step], key=lambda row: -row["reward"])
+        lines.append(f"- step {step}")
+        for name, row in {"best": ranked[0], "worst": ranked[-1]}.items():
+            lines.append(f"  - {name}, reward {row['reward']:.3f}: {_text(row['prompt'])} -> {row['completion']!r}")
+    return "\n".join(lines)
+
+
+def _text(prompt: Any) -> str:
+    """A prompt's text; of messages the last one's."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
