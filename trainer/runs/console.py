@@ -12,8 +12,8 @@ from types import TracebackType
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from .interrupt import StopRequest
 from ..rollouts.engine import Tick
+from .interrupt import StopRequest
 
 LINE = {"reward/mean": "reward", "eapo/entropy": "entropy", "eapo/positive_weight": "weight", "grad_norm": "grad"}
 """Metrics on the line of a step -> their label there."""

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..config import Config
-from ..errors import ConfigError
 from ..config.settings import to_toml
+from ..errors import ConfigError
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "numpy", "eapo-kernels")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import math
 import secrets
 import shutil
@@ -83,7 +82,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A wandb run of the same name and configuration. Its id is kept in the run's directory, so that a resumed run goes on in it.
+    """A wandb run of the same name and configuration. Its id is kept in the run's directory: a resumed run goes on in it.
 
     WANDB_MODE=offline writes to the directory alone.
     """
