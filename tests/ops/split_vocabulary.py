@@ -17,7 +17,7 @@ from eapo_kernels import METHODS, EAPOConfig, Options, policy_loss, token_stats
 from eapo_kernels.testing import Inputs, make_inputs
 
 N, D, V = 200, 24, 211
-SIZES = {2: (160, 51), 3: (3, 120, 88)}
+SIZES = {2: (160, 51), 3: (3, 150, 58)}
 """Rows of the head on each process: uneven, one of them tiny."""
 
 CHUNKS = Options(memory_budget=62_000)
@@ -30,11 +30,12 @@ class Case:
 
     Attributes:
         call: "stats" with all cotangents, "logp" with that of the log-probs alone, or a method's name.
-        arguments: for the call; ``main=True``: with a ``main_grad``.
+        arguments: for the call; ``main=True``: with a ``main_grad``; ``old``: added to the old log-probs.
         dtype: of the inputs.
         change: what is done to the inputs.
         frozen: the head needs no gradient.
         gathers, reductions: collectives of forward and backward together, on every process.
+        exponentials: the triton backend takes the E form for it.
     """
 
     call: str
@@ -44,6 +45,7 @@ class Case:
     frozen: bool = False
     gathers: int = 1
     reductions: int = 1
+    exponentials: bool = False
 
     def inputs(self) -> Inputs:
         """The same on every process."""
@@ -61,16 +63,17 @@ def _far_apart(inputs: Inputs) -> Inputs:
 
 
 def _removed(inputs: Inputs) -> Inputs:
-    """No column from 123 on is left: the last of three shards, a part of the last of two."""
+    """No column from 150 on is left: the last shard has none, another one loses some."""
     assert inputs.bias is not None
     bias = inputs.bias.clone()
-    bias[123:] = -torch.inf
-    return replace(inputs, bias=bias, targets=inputs.targets % 123)
+    bias[150:] = -torch.inf
+    return replace(inputs, bias=bias, targets=inputs.targets % 150)
 
 
 _ROWS = torch.rand(N, generator=torch.Generator().manual_seed(1)) + 0.5
 _MASK = torch.rand(N, generator=torch.Generator().manual_seed(2)) > 0.3
 _EVERYTHING = {"softcap": 9.0, "logit_scale": 1.3, "inv_temperature": _ROWS, "mask": _MASK, "second_moments": True}
+_BAD_HINT = torch.linspace(-90, 90, N)
 _EAPO = {"positive_weight": 0.7, "schedule": "one_pass"}
 _BONUS = EAPOConfig(entropy_coef=0.05, dual_clip=3.0)
 
@@ -98,8 +101,12 @@ CASES = {
     "removed_statistics": Case("stats", {"second_moments": True}, change=_removed),
     "nothing_counts": Case("stats", {"mask": torch.zeros(N, dtype=torch.bool)}, gathers=0, reductions=0),
     "bfloat16": Case("stats", {"inv_temperature": 0.8}, torch.bfloat16),
-    "bfloat16_kept": Case("logp", {"entropy": "nograd"}, torch.bfloat16),
-    "bfloat16_one_pass": Case("eapo", _EAPO | {"options": CHUNKS}, torch.bfloat16, gathers=3, reductions=3),
+    "bfloat16_kept": Case("logp", {"entropy": "nograd"}, torch.bfloat16, exponentials=True),
+    "bfloat16_one_pass": Case("eapo", _EAPO | {"options": CHUNKS}, torch.bfloat16, gathers=3, reductions=3, exponentials=True),
+    "bfloat16_far_apart": Case("logp", {"entropy": "nograd"}, torch.bfloat16, _far_apart, exponentials=True),
+    "bfloat16_removed": Case("eapo", _EAPO | {"inv_temperature": _ROWS}, torch.bfloat16, _removed, exponentials=True),
+    "bfloat16_bad_hint": Case("eapo", _EAPO | {"old": _BAD_HINT}, torch.bfloat16, exponentials=True),
+    "bfloat16_removed_bad_hint": Case("eapo", _EAPO | {"old": _BAD_HINT}, torch.bfloat16, _removed, exponentials=True),
     "float16_one_pass": Case("eapo", _EAPO, torch.float16),
 }
 
@@ -124,6 +131,8 @@ def run(case: Case, inputs: Inputs, rows: slice, backend: str, group: Any) -> di
         wide = torch.float64 if case.dtype == torch.float64 else torch.float32
         main = torch.zeros_like(leaves["weight"], dtype=wide) if given.pop("main", False) else None
         batch = policy_batch(inputs, "cpu")
+        if "old" in given:
+            batch = replace(batch, old_logp=batch.old_logp + given.pop("old"))
         out = policy_loss(leaves["hidden"], leaves["weight"], batch, method=method, main_grad=main, **given)
         loss, results = out.loss, {"loss": out.loss.detach(), "entropy": out.metrics["eapo/entropy"]}
         if main is not None:

@@ -22,8 +22,6 @@ from .one_pass import chunk_row_bytes, open_chunk, surrogate
 def supports(projection: Projection) -> str | None:
     """Why the kernels cannot run these inputs, or None."""
     device, dtype = projection.hidden.device, projection.hidden.dtype
-    if projection.shard is not None:
-        return "a head split over processes"
     if dtype == torch.float64:
         return "float64 inputs, which only the torch backend takes"
     if device.type not in ("cuda", "cpu"):
@@ -44,7 +42,7 @@ def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second
     """See ``backend.Statistics``. Two launches: the stream over the vocabulary, and ``finalize``."""
     launch, sums = stream_statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
     launch()
-    launch, final = finalize(sums)
+    launch, final = finalize(sums.whole(projection.shard, targets))
     launch()
     return final.statistics
 

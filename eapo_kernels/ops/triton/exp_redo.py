@@ -14,6 +14,7 @@ from ..projection import Projection
 from . import configs
 from .configs import Tile
 from .exp_gemm import exp_gemm
+from .exp_split import mark_empty
 from .launch import Launch, family, options, product_arguments, product_tile, slots, transform_arguments
 from .math import LOG2E, LOWEST, NEG_INF, row_scale, shape_logits
 from .offsets import ExpSums
@@ -136,4 +137,6 @@ def redo(projection: Projection, targets: Tensor, sums: ExpSums, matrix: Tensor)
     """Rewrite E and the sums of the rows whose offset was wrong. Three launches."""
     list_unsound(projection, sums)()
     row_maxima(projection, sums)()
+    if projection.shard is not None:
+        mark_empty(sums)
     exp_gemm(projection, targets, sums, matrix, listed=True)()

@@ -21,6 +21,7 @@ from . import configs
 from .exp_finalize import exp_finalize
 from .exp_gemm import exp_gemm
 from .exp_redo import redo
+from .exp_split import fit_slopes, gather_sums, share_offsets
 from .finalize import Finalized, finalize
 from .launch import family, product_tile
 from .offsets import ExpSums, row_offsets
@@ -75,8 +76,9 @@ class LogitChunk(FinalizedChunk):
         self._projection, self._targets = projection, targets
         raw = workspace(projection, torch.float32)
         self._raw: Tensor | None = products.project_(raw, projection.hidden, projection.weight)
-        launch, self._sums = row_statistics(raw, projection, targets, entropy=entropy)
+        launch, sums = row_statistics(raw, projection, targets, entropy=entropy)
         launch()
+        self._sums = sums.whole(projection.shard, targets)
         self._final: Finalized | None = None
 
     def _finalize(self, terms: SurrogateTerms | None) -> Finalized:
@@ -111,18 +113,24 @@ class ExpChunk(FinalizedChunk):
     """
 
     def __init__(self, projection: Projection, targets: Tensor, hint: Tensor | None, *, entropy: bool) -> None:
-        self._projection = projection
+        self._projection, self._targets = projection, targets
         self.sums = ExpSums.empty(projection, entropy)
         matrix = workspace(projection, projection.operand_dtype)
         row_offsets(projection, targets, hint, self.sums)()
+        if projection.shard is not None:
+            share_offsets(projection, targets, hint, self.sums)
         exp_gemm(projection, targets, self.sums, matrix)()
         redo(projection, targets, self.sums, matrix)
+        self._whole = self.sums if projection.shard is None else gather_sums(projection.shard, self.sums)
         self._matrix: Tensor | None = matrix
         self._slopes: Tensor | None = None
 
     def _finalize(self, terms: SurrogateTerms | None) -> Finalized:
-        launch, final, self._slopes = exp_finalize(self._projection, self.sums, terms)
+        launch, final, slopes = exp_finalize(self._projection, self._whole, terms)
         launch()
+        if self._projection.shard is not None:
+            slopes = fit_slopes(slopes, self._targets, self.sums, self._whole, final.statistics)
+        self._slopes = slopes
         return final
 
     def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
@@ -150,11 +158,19 @@ def open_chunk(
     return ExpChunk(projection, targets, hint, entropy=entropy)
 
 
+_LEAST_BLOCK_V = 64
+"""Columns of the narrowest tile of ``exp_gemm``."""
+
+
 def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
-    """Exponentials: the gradient's matrix. Logits: fp32, and the gradient's matrix if not fp32. Both: partial sums a tile."""
-    dtype, vocab = projection.operand_dtype, projection.vocab
+    """Exponentials: the gradient's matrix. Logits: fp32, and the gradient's matrix if not fp32. Both: partial sums a tile.
+
+    With the vocabulary split it is the same on all processes, whose tiles may differ with the size of their shards.
+    """
+    dtype, vocab = projection.operand_dtype, projection.widest
     if form(projection, entropy_gradient).name == "exponentials":
-        sums = 8 * triton.cdiv(vocab, product_tile("exp_gemm", projection).block_v)
+        block = product_tile("exp_gemm", projection).block_v if projection.shard is None else _LEAST_BLOCK_V
+        sums = 8 * triton.cdiv(vocab, block)
         return plans.padded(vocab) * dtype.itemsize + sums
     sums = 16 * triton.cdiv(vocab, configs.find("row_statistics", family(projection.hidden.device), 4).block_v)
     return plans.padded(vocab) * (4 if dtype == torch.float32 else 4 + dtype.itemsize) + sums

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..projection import Projection
+from ..statistics import merge_ranges
+from ..vocab_parallel import VocabShard
 from .math import LN2, LOG2E, LOWEST, NEG_INF
 
 
@@ -39,6 +41,12 @@ class PartialSums:
         shape = (fields, splits, projection.n_rows)
         values = projection.hidden.new_empty(shape, dtype=torch.float32)
         return PartialSums(values, entropy, second_moments)
+
+    def whole(self, shard: VocabShard | None, local_targets: Tensor) -> PartialSums:
+        """These sums, or where the vocabulary is split over processes those of all of them, a range each. One exchange."""
+        if shard is None:
+            return self
+        return replace(self, values=shard.exchange(merge_ranges(self.values), local_targets))
 
     @property
     def splits(self) -> int:
