@@ -10,7 +10,19 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from ..rollouts.engine import Tick
 from .interrupt import StopRequest
@@ -36,8 +48,8 @@ class Console:
         self.rich = rich or RichConsole(highlight=False, soft_wrap=True)
         self.live = self.rich.is_terminal
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=self.rich, transient=True,
+            SpinnerColumn(), TextColumn("{task.description}", table_column=Column(no_wrap=True)), BarColumn(20),
+            MofNCompleteColumn(), TimeElapsedColumn(), _TimeLeft(), console=self.rich, transient=True,
         )  # fmt: skip
         self.seconds: dict[str, float] = {}
         self._durations: list[float] = []
@@ -65,19 +77,17 @@ class Console:
         sys.stdout.flush()
 
     def step(self, metrics: dict[str, float], steps: int) -> None:
-        """The line of a finished step, and on a terminal the bar of the whole run."""
+        """The line of a finished step, and on a terminal the live line of the run: the same, a bar and the time left."""
         step = int(metrics["step"])
         self._durations.append(sum(self.seconds.values()))
         pace = sum(self._durations[-10:]) / len(self._durations[-10:])
-        parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-        for name, label in LINE.items():
-            if name in metrics:
-                parts.append(f"{label} {metrics[name]:.3f}")
-        eta = f"eta {duration(pace * (steps - step))}"
-        self.line("  ".join([*parts, f"{metrics['tokens_per_second']:.0f} tok/s", eta]))
+        left = pace * (steps - step)
+        parts = [f"{label} {metrics[name]:.3f}" for name, label in LINE.items() if name in metrics]
+        parts.append(f"{metrics['tokens_per_second']:.0f} tok/s")
+        self.line("  ".join([f"step {step:>{len(str(steps))}}/{steps}", *parts, f"eta {duration(left)}"]))
         if self._run is None:
             self._run = self._progress.add_task("", total=steps)
-        self._progress.update(self._run, description=f"training, {eta}", completed=step)
+        self._progress.update(self._run, description="  ".join(parts), completed=step, ends=time.monotonic() + left)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Tick]:
@@ -103,6 +113,14 @@ class Console:
             now = time.monotonic()
             if self._status and now - self._spoke >= self.silence:
                 self.line(f"  ... {self._status} ({now - self._since:.0f} s)")
+
+
+class _TimeLeft(ProgressColumn):
+    """The time left of the run, which counts down between its steps; nothing for a phase."""
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields.get("ends")
+        return Text("" if ends is None else f"eta {duration(max(0.0, ends - time.monotonic()))}")
 
 
 def duration(seconds: float) -> str:
