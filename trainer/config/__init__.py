@@ -4,7 +4,7 @@ from .loss import EntropyWeightConfig, LossConfig
 from .model import DataConfig, LoraConfig, ModelConfig
 from .rewards import JudgeConfig, RewardModelConfig, RewardsConfig
 from .run import EvalConfig, LogConfig, OptimConfig
-from .sampling import RolloutConfig
+from .sampling import RolloutConfig, VllmConfig
 from .tree import Config
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "RewardModelConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "VllmConfig",
 ]

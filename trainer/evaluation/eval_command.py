@@ -9,7 +9,7 @@ from ..dataset import load_questions
 from ..errors import ConfigError, Interrupted
 from ..models.policy import load_policy
 from ..rewards.scoring import Rewards
-from ..rollouts.transformers_engine import TransformersEngine
+from ..rollouts.engines import make_engine
 from ..runs.console import Console
 from ..runs.interrupt import StopRequest
 from ..runs.rundir import RunDirectory
@@ -37,7 +37,7 @@ def evaluate_model(config: Config) -> bool:
             with console.phase(f"loading {config.model.path}"):
                 policy = load_policy(config.model, config.lora, seed=0)
                 rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
-            engine = TransformersEngine(policy, config.rollout.batch)
+                engine = make_engine(config, policy)
             for name, questions in {"held-out": held_out, "train": train_set}.items():
                 if questions:
                     result, samples = evaluate(

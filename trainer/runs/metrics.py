@@ -51,18 +51,27 @@ def answer_metrics(sampled: Sampled) -> dict[str, float]:
     }
 
 
-def engine_metrics(sampled: Sampled, old_logp: Tensor) -> dict[str, float]:
-    """How far the engine's log-probs are from the trainer's.
+def engine_metrics(sampled: Sampled, old_logp: Tensor, cap: float | None = None) -> dict[str, float]:
+    """How far the engine's log-probs are from the trainer's, and what that does to importance weights.
 
     ``rollout/kl`` is the k3 estimate of KL(engine || trainer) (http://joschu.net/blog/kl-approx.html) in nats a token.
+    ``importance_mean`` and ``importance_ess`` are of min(exp(gap), cap): their mean, and the effective sample size
+    (sum w)^2 / sum w^2 as a share of the tokens; ``importance_capped``, only with a cap, is the share of tokens that it holds down.
 
     old_logp: [T] fp32 CPU, the trainer's log-probs of these answers (nats).
+    cap: ``loss.importance_cap``; None is no cap, and the weights are then those that the loss leaves out.
     """
     gap = old_logp - torch.cat(sampled.rollouts.logp)
+    whole = gap.double().exp()
+    weights = whole if cap is None else whole.clamp_max(cap)
+    capped = {} if cap is None else {"rollout/importance_capped": (whole > cap).double().mean().item()}
     return {
         "rollout/logp_gap_mean": gap.abs().mean().item(),
         "rollout/logp_gap_max": gap.abs().max().item(),
         "rollout/kl": (gap.exp() - 1 - gap).mean().item(),
+        "rollout/importance_mean": weights.mean().item(),
+        "rollout/importance_ess": (weights.sum() ** 2 / (len(weights) * (weights**2).sum())).item(),
+        **capped,
     }
 
 

@@ -1,0 +1,63 @@
+"""Settings that cannot do what they are for are pointed out, once and in one line; the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.config import Config, VllmConfig
+from trainer.config.advice import advice, advice_on_rewards
+from trainer.loop import train
+
+LATE = {"loss": {"method": "kl_cov"}}
+CUT = {"rollout": {"top_p": 0.9}}
+PAIRS = {"loss": {"method": "spear"}, "rollout": {"responses": 2}}
+ROUNDED = {"rollout": {"engine": "vllm", "vllm": VllmConfig(dtype="bfloat16")}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, None),
+        (LATE, "kl_cov acts where the ratio is not 1"),
+        ({**LATE, "optim": {"epochs": 2}}, None),
+        ({**LATE, "optim": {"minibatches": 2}}, None),
+        (PAIRS, "spear replays nothing: no advantage in a group of 2 exceeds 0.71, and loss.good_above is 1"),
+        ({**PAIRS, "rollout": {"responses": 3}}, None),
+        ({**PAIRS, "loss": {"method": "spear", "numbers": {"good_above": 0.5}}}, None),
+        (CUT, "rollout.top_p is 0.9"),
+        ({**CUT, "loss": {"importance_cap": 2.0}}, None),
+        (ROUNDED, "rollout.vllm.dtype is bfloat16 and model.dtype float32"),
+        ({**ROUNDED, "model": {"dtype": "bfloat16"}}, None),
+        ({**ROUNDED, "loss": {"importance_cap": 2.0}}, None),
+    ],
+    ids=str,
+)
+def test_before_the_first_step(changed: Callable[..., Config], sections: dict[str, Any], expected: str | None) -> None:
+    found = advice(changed(**sections))
+    assert len(found) == (expected is not None)
+    assert expected is None or found[0].startswith(expected)
+    assert all("\n" not in line for line in found)
+
+
+@pytest.mark.parametrize("method", ["pear", "dcpo", "trace"])
+def test_after_the_first_step(changed: Callable[..., Config], method: str) -> None:
+    config = changed(loss={"method": method})
+    (line,) = advice_on_rewards(config, torch.tensor([0.1, 0.5]))
+    assert line.startswith(
+        f"{method} takes answers with a reward above 0.5 for correct, and the best of the first step has 0.5"
+    )
+    assert advice_on_rewards(config, torch.tensor([0.1, 0.6])) == []
+    assert advice_on_rewards(changed(loss={"method": method, "numbers": {"correct_above": 0.3}}), torch.tensor([0.4])) == []
+    assert advice_on_rewards(changed(), torch.tensor([0.1])) == []
+
+
+def test_a_run_says_it_once(changed: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
+    config = changed(steps=2, loss={"method": "pear"}, rollout={"top_p": 0.9}, data={"eval": ""}, rewards={"weights": (0.01,)})
+    assert train(config)
+    output = capsys.readouterr().out
+    assert output.count("advice: rollout.top_p is 0.9") == 1
+    assert output.count("advice: pear takes answers with a reward above 0.5") == 1

@@ -1,0 +1,161 @@
+"""Which engine a run gets, what is refused before vLLM starts, and in which order it sleeps, wakes and takes weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import no_tick
+
+from trainer.config import Config, RolloutConfig, VllmConfig
+from trainer.errors import ConfigError, ModelError
+from trainer.models.policy import Policy
+from trainer.rollouts import vllm_engine
+from trainer.rollouts.engine import Sampling
+from trainer.rollouts.engines import make_engine
+from trainer.rollouts.transformers_engine import TransformersEngine
+from trainer.rollouts.vllm_engine import VllmEngine
+
+
+class FakeLLM:
+    """Notes what is asked of it; answers every request with one token at once."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options, self.calls, self.waiting = options, list[str](), list[str]()
+        self.llm_engine = self
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        assert kwargs["is_checkpoint_format"]
+        assert len(list(kwargs["weights_iterator"])) > 10
+        self.calls.append(method)
+
+    def apply_model(self, function: Any) -> None:
+        self.calls.append(function.__name__)
+
+    def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset_prefix_cache")
+        return True
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def add_request(self, name: str, prompt: dict[str, list[int]], params: Any) -> None:
+        self.waiting.append(name)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting)
+
+    def step(self) -> list[Any]:
+        self.calls.append("step")
+        done, self.waiting = self.waiting, []
+        answer = SimpleNamespace(token_ids=[1], logprobs=[{1: SimpleNamespace(logprob=-0.5)}])
+        return [SimpleNamespace(request_id=name, finished=True, outputs=[answer]) for name in done]
+
+    def abort_request(self, names: list[str]) -> None:
+        assert names == []
+
+
+def fake_vllm(**changes: Any) -> dict[str, Any]:
+    platform = SimpleNamespace(is_cpu=lambda: True, is_cuda=lambda: False, device_name="cpu")
+    kinds = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY="final"))
+    own = {"LLM": FakeLLM, "SamplingParams": SimpleNamespace, "sampling_params": kinds}
+    vllm = SimpleNamespace(**own, **{"__version__": "0.32.0", "__version_tuple__": (0, 32, 0), **changes})
+    return {"vllm": vllm, "vllm.platforms": SimpleNamespace(current_platform=platform)}
+
+
+def install(monkeypatch: pytest.MonkeyPatch, modules: dict[str, Any]) -> None:
+    for name in vllm_engine.ENVIRONMENT:
+        monkeypatch.setenv(name, "kept")  # restored after the test
+    monkeypatch.setattr(vllm_engine, "import_module", lambda name: modules[name])
+
+
+def vllm_config(changed: Callable[..., Config]) -> Config:
+    return changed(rollout={"engine": "vllm"})
+
+
+def test_the_default_is_transformers(config: Config, policy: Policy) -> None:
+    assert isinstance(make_engine(config, policy), TransformersEngine)
+
+
+def test_a_missing_vllm_is_one_line_that_says_how_to_install_it(
+    changed: Callable[..., Config], policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, {})
+
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(vllm_engine, "import_module", missing)
+    expected = r"rollout\.engine: expected an importable vllm \(pip install '\.\[train,vllm\]'; .*got: No module named 'vllm'$"
+    with pytest.raises(ConfigError, match=expected) as error:
+        make_engine(vllm_config(changed), policy)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_refused(changed: Callable[..., Config], policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, fake_vllm(__version__="0.29.1", __version_tuple__=(0, 29, 1)))
+    with pytest.raises(ConfigError, match=r"expected vllm 0\.30 or newer .*, got 0\.29\.1"):
+        make_engine(vllm_config(changed), policy)
+    install(monkeypatch, fake_vllm())
+    with pytest.raises(ConfigError, match=r"model\.device: expected cpu, which this vllm was built for, got cuda"):
+        vllm_engine._import_vllm(torch.device("cuda:0"))
+    with pytest.raises(ConfigError, match=r"model\.device: expected cuda or cuda:0 with vllm .*, got cuda:1"):
+        vllm_engine._import_vllm(torch.device("cuda:1"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"rollout\.engine: expected transformers where several processes train, got vllm"):
+        make_engine(vllm_config(changed), policy)
+
+
+def start(policy: Policy, monkeypatch: pytest.MonkeyPatch, level: int) -> tuple[VllmEngine, FakeLLM]:
+    """An engine on a fake; only its memory is pretended to be a GPU's."""
+    install(monkeypatch, fake_vllm())
+    monkeypatch.setattr(VllmEngine, "_check", lambda self: None)
+    engine = VllmEngine(policy, RolloutConfig(vllm=VllmConfig(sleep_level=level)), 64)  # type: ignore[arg-type]
+    llm: FakeLLM = engine.llm
+    assert llm.calls == ["reload_weights", "_repack_heads", "reset_prefix_cache"], "a CPU never sleeps"
+    assert llm.options["enforce_eager"]
+    assert not llm.options["enable_sleep_mode"]
+    monkeypatch.setattr(engine, "sleep_level", level)
+    engine._sleep()
+    llm.calls.clear()
+    return engine, llm
+
+
+SAMPLING = Sampling(2, 4, 1.0, 1.0, seed=0)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_around_updates(policy: Policy, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    engine, llm = start(policy, monkeypatch, level)
+    load = ["reload_weights", "_repack_heads", "reset_prefix_cache"]
+    engine.generate([[5]], SAMPLING, no_tick)
+    again = load if level == 2 else []  # level 2 threw the weights away
+    assert llm.calls == ["wake weights", *again, "wake kv_cache", "step", f"sleep {level}"]
+    llm.calls.clear()
+    engine.sync_weights(policy)
+    assert llm.calls == ["wake weights", *load], "the KV cache's memory is still the trainer's"
+    llm.calls.clear()
+    engine.sync_weights(policy)
+    rollouts = engine.generate([[5], [6]], SAMPLING, no_tick)
+    assert llm.calls == [*load, "wake kv_cache", "step", f"sleep {level}"]
+    assert rollouts.prompt_ids == [[5], [5], [6], [6]]
+    assert rollouts.truncated == [False] * 4
+
+
+def test_level_0_stays_awake(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, llm = start(policy, monkeypatch, 0)
+    engine.generate([[5]], SAMPLING, no_tick)
+    assert llm.calls == ["step"]
+
+
+def test_weights_do_not_change_under_running_requests(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, llm = start(policy, monkeypatch, 0)
+    monkeypatch.setattr(llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(ModelError, match="expected an idle engine at the change of weights"):
+        engine.sync_weights(policy)

@@ -1,0 +1,214 @@
+"""Rollouts with vLLM inside the trainer's process: a copy of the weights that follows the trained ones after every step.
+
+The copy is never read from disk: the engine starts with random weights of the right shapes, and the first synchronisation
+fills them the same way as every later one, so whatever the policy is (fresh, resumed, with adapters) one path serves. That path
+is vLLM's own reload, which takes weights under the names of a checkpoint; adapters are merged on the way.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import RolloutConfig
+from ..errors import ConfigError, ModelError
+from ..learning.batching import select
+from ..learning.measure import measure
+from ..models.checkpoint_weights import checkpoint_weights
+from .engine import Rollouts, Sampling, Tick, derive_seed
+
+if TYPE_CHECKING:
+    from ..models.policy import Policy
+
+OLDEST = (0, 30)
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core in this process: weights are handed over as they are
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # it shares the cores with the trainer
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""vLLM's own variables, set where the user has not; the first one always."""
+
+
+class VllmEngine:
+    """Samples with vLLM; log-probs are those of the distribution that was sampled from, after temperature and top-p.
+
+    Every request has a seed of its own, from the step's and the answer's number, so an answer does not depend on what it is
+    batched with, as far as the engine's arithmetic allows.
+
+    Args:
+        policy: on the device where the engine goes too.
+        longest: most tokens of question and answer together, unless ``rollout.vllm.max_model_len`` says.
+
+    Raises:
+        ConfigError: no vLLM, an old one, one for another device, or several processes.
+        ModelError: a model that this vLLM cannot run, or runs with other results.
+    """
+
+    def __init__(self, policy: Policy, rollout: RolloutConfig, longest: int) -> None:
+        self.policy, self.own = policy, rollout.vllm
+        vllm = _import_vllm(policy.device)
+        self._params, self._final = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        cpu = policy.device.type == "cpu"
+        self.sleep_level = 0 if cpu else self.own.sleep_level
+        self._asleep: list[str] = []
+        text = policy.language_model.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None) or longest
+        gib = self.own.kv_cache_gib or (1.0 if cpu else 0.0)
+        self.dtype = policy.dtype if self.own.dtype == "auto" else getattr(torch, self.own.dtype)
+        with tempfile.TemporaryDirectory(prefix="vllm-") as directory:  # the architecture's numbers are all that is read
+            config = policy.language_model.config.to_dict()
+            type(policy.language_model.config).from_dict(
+                {**config, "architectures": [type(policy.language_model).__name__]}
+            ).save_pretrained(directory)
+            try:
+                self.llm = vllm.LLM(
+                    model=directory,
+                    load_format="dummy",
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",
+                    dtype=str(self.dtype).removeprefix("torch."),
+                    max_model_len=self.own.max_model_len or min(longest, limit),
+                    max_num_seqs=rollout.batch,
+                    gpu_memory_utilization=self.own.gpu_memory_utilization,
+                    kv_cache_memory_bytes=int(gib * 2**30) or None,
+                    enforce_eager=cpu or self.own.enforce_eager,
+                    enable_sleep_mode=self.sleep_level > 0,
+                    logprobs_mode="processed_logprobs",
+                )
+            except (ValueError, NotImplementedError) as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise ModelError(f"rollout.engine: expected a model and settings that vLLM accepts, got: {reason}") from error
+        self._load()
+        self._check()
+        self._sleep()
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
+        self._wake()
+        try:
+            return self._sample(prompts, sampling, tick)
+        finally:
+            self._sleep()
+
+    def sync_weights(self, policy: Policy) -> None:
+        self.policy = policy
+        if "weights" in self._asleep:
+            self.llm.wake_up(tags=["weights"])
+            self._asleep.remove("weights")
+        self._load()
+
+    def _load(self) -> None:
+        """Take the policy's weights as they are now, and forget what was computed with others."""
+        weights = checkpoint_weights(self.policy)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights, "is_checkpoint_format": True})
+        if self.policy.device.type == "cpu":
+            self.llm.apply_model(_repack_heads)
+        if not self.llm.reset_prefix_cache():
+            raise ModelError("rollout.engine: expected an idle engine at the change of weights, got requests under way")
+
+    def _wake(self) -> None:
+        if not self._asleep:
+            return
+        torch.cuda.empty_cache()  # what the trainer has freed is what the engine takes
+        for tag in list(self._asleep):
+            self.llm.wake_up(tags=[tag])
+            self._asleep.remove(tag)
+            if tag == "weights" and self.sleep_level == 2:
+                self._load()
+
+    def _sleep(self) -> None:
+        if self.sleep_level:
+            self.llm.sleep(level=self.sleep_level)
+            self._asleep = ["weights", "kv_cache"]
+
+    def _sample(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
+        repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
+        params = [
+            self._params(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=derive_seed(sampling.seed, number),
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=self.policy.eos_ids,
+                ignore_eos=True,  # the policy's own list is the whole of it
+                logprobs=0,  # of the sampled token alone
+                detokenize=False,
+                output_kind=self._final,
+            )
+            for number in range(len(repeated))
+        ]
+        core, found = self.llm.llm_engine, dict[str, Any]()
+        names = [str(number) for number in range(len(repeated))]
+        try:
+            for name, prompt, own in zip(names, repeated, params, strict=True):
+                core.add_request(name, {"prompt_token_ids": prompt}, own)
+            while core.has_unfinished_requests():
+                found |= {out.request_id: out.outputs[0] for out in core.step() if out.finished}
+                tick(len(found), len(repeated))
+        finally:  # of a pass that was interrupted nothing may be left for the next one
+            core.abort_request([name for name in names if name not in found])
+        result = Rollouts(repeated, [], [], [])
+        for name in names:
+            ids = list(found[name].token_ids)
+            logp = [entry[token].logprob for token, entry in zip(ids, found[name].logprobs, strict=True)]
+            result.completion_ids.append(ids)
+            result.logp.append(torch.tensor(logp, dtype=torch.float32))
+            result.truncated.append(ids[-1] not in self.policy.eos_ids)
+        return result
+
+    def _check(self) -> None:
+        """Names that do not fit leave random weights behind without an error: compare once with the policy's log-probs."""
+        vocabulary = self.policy.language_model.config.get_text_config().vocab_size
+        prompt = [i % vocabulary for i in range(1, 6)]
+        rollouts = self._sample([prompt], Sampling(4, 8, 1.0, 1.0, seed=0), lambda *_: None)
+        answers = select(rollouts, range(4))
+        old = measure(self.policy, answers, temperature=1.0, budget=64, tick=lambda *_: None).logp.cpu()
+        gap = (old - answers.rollout_logp).abs().mean().item()
+        exact = self.dtype is torch.float32 and self.policy.dtype is torch.float32
+        bound = 1e-3 if exact else 0.1
+        if not gap < bound:
+            kind = type(self.policy.language_model).__name__
+            raise ModelError(
+                f"rollout.engine: expected vLLM's log-probs of {kind} within {bound} of the trainer's, got {gap:.2g} apart"
+            )
+
+
+def _repack_heads(model: Any) -> None:
+    """On a CPU vLLM multiplies by packed copies of the weights. A tied head is loaded as the embedding: its copy stays old."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _import_vllm(device: torch.device) -> Any:
+    """The module, after the checks that would otherwise end in its middle.
+
+    Raises:
+        ConfigError: see ``VllmEngine``.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("rollout.engine: expected transformers where several processes train, got vllm, which runs in one")
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise ConfigError(f"model.device: expected cuda or cuda:0 with vllm (choose with CUDA_VISIBLE_DEVICES), got {device}")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    how = "pip install '.[train,vllm]'; on a CPU requirements-vllm.txt says how"
+    try:
+        vllm = import_module("vllm")
+        platform = import_module("vllm.platforms").current_platform
+    except ImportError as error:
+        raise ConfigError(f"rollout.engine: expected an importable vllm ({how}), got: {error}") from error
+    if tuple(vllm.__version_tuple__[:2]) < OLDEST:
+        raise ConfigError(f"rollout.engine: expected vllm {OLDEST[0]}.{OLDEST[1]} or newer ({how}), got {vllm.__version__}")
+    kind = "cpu" if platform.is_cpu() else "cuda" if platform.is_cuda() else platform.device_name
+    if kind != device.type:
+        raise ConfigError(f"model.device: expected {kind}, which this vllm was built for, got {device.type}")
+    return vllm
