@@ -56,7 +56,8 @@ def engine_metrics(sampled: Sampled, old_logp: Tensor, cap: float | None = None)
 
     ``rollout/kl`` is the k3 estimate of KL(engine || trainer) (http://joschu.net/blog/kl-approx.html) in nats a token.
     ``importance_mean`` and ``importance_ess`` are of min(exp(gap), cap): their mean, and the effective sample size
-    (sum w)^2 / sum w^2 as a share of the tokens; ``importance_capped``, only with a cap, is the share of tokens that it holds down.
+    (sum w)^2 / sum w^2 as a share of the tokens; ``importance_capped``, only with a cap, is the share of tokens that it holds
+    down.
 
     old_logp: [T] fp32 CPU, the trainer's log-probs of these answers (nats).
     cap: ``loss.importance_cap``; None is no cap, and the weights are then those that the loss leaves out.
