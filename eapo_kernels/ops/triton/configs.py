@@ -7,8 +7,11 @@ Nothing here imports triton or looks at a device.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from dataclasses import dataclass
+
+logger = logging.getLogger("eapo_kernels")
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,18 @@ def find(kernel: str, family: str, itemsize: int, dim: int = 4096, vocab: int = 
         return not known and entry.tile.descriptors != descriptors, far
 
     lines = known or [e for e in TABLE if (e.kernel, e.family, e.itemsize) == (kernel, family, itemsize)]
-    return min((e for e in lines if descriptors or not e.tile.descriptors), key=distance).tile
+    entry = min((e for e in lines if descriptors or not e.tile.descriptors), key=distance)
+    _log_choice(entry, bool(known))
+    return entry.tile
+
+
+@functools.cache
+def _log_choice(entry: Entry, measured: bool) -> None:
+    """Once a process for every line of the table that is used."""
+    how = "measured" if measured else "not measured on hardware"
+    logger.info(
+        "tile of %s on %s, near D=%d V=%d (%s): %s", entry.kernel, entry.family, entry.dim, entry.vocab, how, entry.tile
+    )
 
 
 @functools.cache

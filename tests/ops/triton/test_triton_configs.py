@@ -106,3 +106,16 @@ def test_ranges_respect_their_limit() -> None:
 
 def test_no_line_appears_twice() -> None:
     assert len(set(configs.TABLE)) == len(configs.TABLE)
+
+
+def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for each line of the table that is used, however many shapes use it."""
+    configs.find.cache_clear()
+    configs._log_choice.cache_clear()
+    with caplog.at_level("INFO", logger="eapo_kernels"):
+        for vocab in (128256, 131072, 151936, 131072):
+            configs.find("exp_gemm", "sm90", 2, 4096, vocab, descriptors=True)
+        configs.find("exp_gemm", "sm90", 2, 1024, 131072, descriptors=True)
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith("tile of exp_gemm on sm90, near D=4096 V=131072 (not measured on hardware): Tile(")
+    assert "near D=2048" in caplog.messages[1]
