@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-_WHOLE = ("tests/aot",)
-"""One shard: it needs a process without the interpreter."""
+_COMPILED = "tests/aot"
+_COMPILED_PARTS = ("sm80", "sm90", "sm100", "not sm80 and not sm90 and not sm100")
+"""Shards of their own: they need a process without the interpreter, and compile for minutes. By ``pytest -k``."""
 
 _ALONE = ("tests/gpu/",)
 """A shard a file: they are slow."""
@@ -67,9 +68,10 @@ def shards(root: Path, count: int) -> list[list[str]]:
     """The test files dealt into ``count`` lists by size, before them those that want a process of their own."""
     files = sorted((root / "tests").rglob("test_*.py"), key=lambda p: -p.stat().st_size)
     names = [p.relative_to(root).as_posix() for p in files]
-    alone = [[name] for name in _WHOLE if (root / name).is_dir()] + [[name] for name in names if name.startswith(_ALONE)]
+    alone = [[_COMPILED, "-k", part] for part in _COMPILED_PARTS if (root / _COMPILED).is_dir()]
+    alone += [[name] for name in names if name.startswith(_ALONE)]
     dealt: list[list[str]] = [[] for _ in range(count)]
-    for place, name in enumerate(n for n in names if not n.startswith(_WHOLE + _ALONE + _NOT_HERE)):
+    for place, name in enumerate(n for n in names if not n.startswith((_COMPILED, *_ALONE, *_NOT_HERE))):
         dealt[place % count].append(name)
     return alone + [shard for shard in dealt if shard]
 

@@ -110,13 +110,14 @@ def test_no_test_at_all_is_red() -> None:
 def test_shards_deal_every_file_once(tmp_path: Path) -> None:
     names = ["test_a.py", "ops/test_b.py", "ops/test_c.py", "gpu/test_d.py", "aot/test_e.py", "benchmarks/test_f.py"]
     dealt = shards(_project(tmp_path, dict.fromkeys(names, PASSES)), 2)
-    assert dealt[:2] == [["tests/aot"], ["tests/gpu/test_d.py"]]
-    assert sorted(name for shard in dealt[2:] for name in shard) == [
+    families = ["sm80", "sm90", "sm100", "not sm80 and not sm90 and not sm100"]
+    assert dealt[:5] == [*(["tests/aot", "-k", part] for part in families), ["tests/gpu/test_d.py"]]
+    assert sorted(name for shard in dealt[5:] for name in shard) == [
         "tests/ops/test_b.py",
         "tests/ops/test_c.py",
         "tests/test_a.py",
     ]
-    assert [len(shard) for shard in dealt[2:]] == [2, 1]
+    assert [len(shard) for shard in dealt[5:]] == [2, 1]
 
 
 @pytest.mark.parametrize("tag", ["failure", "error"])
