@@ -89,6 +89,15 @@ def test_equal_reward_is_where_both_runs_first_reach_what_both_reach(directory: 
     assert (found.step, found.baseline_step) == (8, 4)
     assert found.gap["entropy"] == pytest.approx((2.0 - 0.02 * 6) - (2.0 - 0.1 * 3))
     assert found.gap["distinct_2"] == pytest.approx(-0.01 * 6 + 0.05 * 3)
+    # The levels run from 0.32, the higher of the two first smoothed rewards, to 0.36; each run is read at the first step whose
+    # smoothed reward is at least as high.
+    curves = ([0.31, 0.315, 0.32, 0.33, 0.34, 0.35, 0.355, 0.36], [0.32, 0.33, 0.34, 0.36])
+    entropies = [[2.0 - fall * i for i in (1, 1.5, 2, 3, 4, 5, 5.5, 6)] for fall in (0.02, 0.1)]
+    gaps = []
+    for level in np.linspace(0.32, 0.36, 21) - 1e-9:
+        own, other = (next(i for i, reward in enumerate(curve) if reward >= level) for curve in curves)
+        gaps.append(entropies[0][own] - entropies[1][other])
+    assert found.mean_gap["entropy"] == pytest.approx(sum(gaps) / 21)
     same = match(runs["grpo"][1], runs["grpo"][1])
     assert same.gap == {"entropy": 0.0, "distinct_2": 0.0}
 

@@ -32,6 +32,9 @@ BASELINE = "grpo"
 SMOOTHING = 5
 """Steps of the centred moving mean behind "at equal reward"."""
 
+LEVELS = 21
+"""Rewards, equally far apart, of the mean over equal rewards."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -159,21 +162,36 @@ class Matched:
         step: step (from 1) at which the arm's smoothed reward reaches R* first.
         baseline_step: the same for the baseline.
         gap: "entropy" and "distinct_2" there, arm minus baseline.
+        mean_gap: the same, averaged over ``LEVELS`` rewards from the higher of the two first ones up to R*.
     """
 
     reward: float
     step: int
     baseline_step: int
     gap: Mapping[str, float]
+    mean_gap: Mapping[str, float]
 
 
 def match(run: Run, baseline: Run) -> Matched:
-    """Compare two runs where their smoothed rewards first reach the highest reward that both of them reach."""
+    """Compare two runs where their smoothed rewards first reach the same: the highest that both reach, and those below."""
     curves = [{name: smooth(each.curve(metric)) for name, metric in CURVES.items()} for each in (run, baseline)]
     reward = min(float(curve["reward"].max()) for curve in curves)
-    own, other = (int(np.argmax(curve["reward"] >= reward - 1e-12)) for curve in curves)  # but for rounding
-    gap = {name: float(curves[0][name][own] - curves[1][name][other]) for name in ("entropy", "distinct_2")}
-    return Matched(reward, own + 1, other + 1, gap)
+
+    def first(curve: Mapping[str, Numbers], level: float) -> int:
+        return int(np.argmax(curve["reward"] >= level - 1e-12))  # but for rounding
+
+    def gaps(name: str, levels: Sequence[float]) -> list[float]:
+        return [float(curves[0][name][first(curves[0], r)] - curves[1][name][first(curves[1], r)]) for r in levels]
+
+    levels = np.linspace(min(reward, max(float(curve["reward"][0]) for curve in curves)), reward, LEVELS).tolist()
+    compared = {name: gaps(name, levels) for name in ("entropy", "distinct_2")}
+    return Matched(
+        reward,
+        first(curves[0], reward) + 1,
+        first(curves[1], reward) + 1,
+        {name: found[-1] for name, found in compared.items()},
+        {name: sum(found) / LEVELS for name, found in compared.items()},
+    )
 
 
 def spread(stack: Numbers) -> float:

@@ -13,7 +13,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from .comparison import BASELINE, CURVES, SMOOTHING, Comparison, crossed, load_comparison, match, over_seeds, smooth, spread
+from .comparison import (
+    BASELINE,
+    CURVES,
+    LEVELS,
+    SMOOTHING,
+    Comparison,
+    crossed,
+    load_comparison,
+    match,
+    over_seeds,
+    smooth,
+    spread,
+)
 from .diversity import Estimate
 from .evaluate import known
 from .report import markdown_table
@@ -94,7 +106,7 @@ def tables(found: Comparison, resamples: int) -> str:
         parts += [
             f"**Minus GRPO, paired by seed: mean of the last {last} steps, and at equal reward.** Equal reward: the curves are "
             f"smoothed over {SMOOTHING} steps, R* is the highest reward that both runs of a seed reach, and each is read where "
-            "it first reaches R*.",
+            f"it first reaches R*; up to R*: the mean over {LEVELS} such rewards from the start up to R*.",
             differences,
         ]
     return "\n\n".join(parts)
@@ -152,20 +164,15 @@ def difference_table(found: Comparison, resamples: int) -> str:
             [
                 title(arm), str(len(seeds)), *(show(over_seeds(values, resamples), sign=True) for values in ends),
                 ", ".join(f"{m.reward:.3f}" for m in matched), ", ".join(f"{m.step}/{m.baseline_step}" for m in matched),
-                *(show(over_seeds([m.gap[name] for m in matched], resamples), sign=True) for name in ("entropy", "distinct_2")),
+                *(
+                    show(over_seeds([gap[name] for gap in gaps], resamples), sign=True)
+                    for gaps in ([m.gap for m in matched], [m.mean_gap for m in matched])
+                    for name in ("entropy", "distinct_2")
+                ),
             ]
         )  # fmt: skip
-    header = [
-        "",
-        "seeds",
-        "reward",
-        "entropy",
-        "distinct-2",
-        "R*",
-        "steps to R*: arm/GRPO",
-        "entropy at R*",
-        "distinct-2 at R*",
-    ]
+    at = [f"{name} {place} R*" for place in ("at", "up to") for name in ("entropy", "distinct-2")]
+    header = ["", "seeds", "reward", "entropy", "distinct-2", "R*", "steps to R*: arm/GRPO", *at]
     return markdown_table(header, rows) if rows else ""
 
 
@@ -198,7 +205,7 @@ def draw(found: Comparison, target: Path) -> None:
             stack = found.stack(arm, metric)
             steps = np.arange(1, stack.shape[1] + 1)
             axis.plot(steps, stack.T, color=f"C{i}", linewidth=0.7, alpha=0.45)
-            axis.plot(steps, stack.mean(0), color=f"C{i}", linewidth=2.4, label=f"{title(arm)}, {len(stack)} seeds")
+            axis.plot(steps, stack.mean(0), color=f"C{i}", linewidth=2.4, label=f"{title(arm)}, seeds: {len(stack)}")
         label(axis, name, "step")
     for i, arm in enumerate(found.runs):
         reward, entropy = (found.stack(arm, CURVES[name]) for name in ("reward", "entropy"))
@@ -207,8 +214,8 @@ def draw(found: Comparison, target: Path) -> None:
         axes[1, 1].plot(path[0][-1], path[1][-1], "o", color=f"C{i}")
         if len(reward) > 1:
             axes[1, 2].plot(np.arange(1, reward.shape[1] + 1), smooth(reward.std(0, ddof=1)), color=f"C{i}", linewidth=2.0)
-    label(axes[1, 1], f"entropy against reward (mean of seeds, smoothed over {SMOOTHING} steps; dot: end)", "reward")
-    label(axes[1, 2], f"standard deviation of the reward between seeds (smoothed over {SMOOTHING} steps)", "step")
+    label(axes[1, 1], "entropy against reward (means, smoothed; dot: end)", "reward")
+    label(axes[1, 2], "deviation of the reward between seeds (smoothed)", "step")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.savefig(target, dpi=110)
     plt.close(figure)
