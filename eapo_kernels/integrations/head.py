@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checks import is_number
 from ..errors import EapoError, require
 from ..ops.token_stats import token_stats
+from ..ops.vocab_parallel import VocabShard
 from ..types import IGNORE_INDEX, Options, TokenStats
 
 T = TypeVar("T")
@@ -82,6 +84,7 @@ class FusedLMHead(nn.Linear):
         *,
         compute: Callable[..., T] | None = None,
         weight_delta: Tensor | None = None,
+        process_group: dist.ProcessGroup | VocabShard | None = None,
         **arguments: Any,
     ) -> Tensor | TokenStats | T:
         """Logits, or with ``targets`` token statistics, or with ``compute`` whatever it returns.
@@ -93,23 +96,32 @@ class FusedLMHead(nn.Linear):
                 example a closure on ``eapo_loss``. What it returns should be tensors, or a tuple or dict of them, where
                 parameters are sharded: the sharding finds its place in the backward through them.
             weight_delta: [V, D] or None, added to the weight (LoRA).
+            process_group: the tensor-parallel group over which the weight's rows are split, as in ``token_stats``. The weight
+                is this process's rows, or a DTensor ``Shard(0)`` on that group's mesh, which is not gathered; ``compute`` is
+                then called with ``process_group=`` as well. It has to be said: what FSDP2 has sharded looks the same.
             arguments: mask, inv_temperature, entropy, second_moments, backend, options, as in ``token_stats``.
 
         Returns:
             [..., V] logits, or TokenStats of [...] fp32, or ``compute``'s.
 
         Raises:
-            EapoError: arguments for statistics without ``targets``, or a weight that is still sharded inside the forward.
+            EapoError: arguments for statistics without ``targets``, a weight that is still sharded inside the forward and not
+                over ``process_group``, or one that is and a ``weight_delta``.
             ShapeError, BackendUnavailable: as ``token_stats``.
         """
         if targets is None and compute is None:
             require(not arguments and weight_delta is None, "targets", f"int64 [...] with {sorted(arguments)}", None)
             return super().forward(hidden)
         require(targets is None or compute is None, "compute", "None together with targets", compute)
-        weight, bias = _whole("weight", self.weight), self.bias if self.bias is None else _whole("bias", self.bias)
+        given: dict[str, Any] = {"softcap": self.softcap, "logit_scale": self.logit_scale}
+        if process_group is not None:
+            require(weight_delta is None, "weight_delta", "None (no LoRA) on a head split over processes", "one")
+            hidden, weight, given["bias"], given["process_group"] = _split(hidden, self.weight, self.bias, process_group)
+        else:
+            weight = _whole("weight", self.weight)
+            given["bias"] = None if self.bias is None else _whole("bias", self.bias)
         if weight_delta is not None:
             weight = weight + weight_delta
-        given: dict[str, Any] = {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         if compute is not None:
             require(not arguments, "compute", "no further arguments (bind them)", sorted(arguments))
             return compute(hidden, weight, **given)
@@ -190,9 +202,40 @@ def _whole(name: str, parameter: Tensor) -> Tensor:
     if type(parameter).__name__ == "DTensor":
         raise EapoError(
             f"{name}: expected a whole tensor inside the head's forward, got a DTensor {list(parameter.shape)}: call the "
-            "model that fully_shard wrapped, not its parts; for a head sharded over the vocabulary use token_stats itself"
+            "model that fully_shard wrapped, not its parts; with a head split over a tensor-parallel group give process_group"
         )
     if parameter.numel() == 0:
         raise EapoError(f"{name}: expected a gathered parameter inside the head's forward, got an empty one (ZeRO-3): call "
                         "the engine, not the bare model")  # fmt: skip
     return parameter
+
+
+def _split(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: Any
+) -> tuple[Tensor, Tensor, Tensor | None, dist.ProcessGroup | VocabShard]:
+    """(hidden, weight, bias, group) as ``token_stats`` takes them: whole hidden, this process's rows of the others.
+
+    Raises:
+        EapoError: a DTensor that is not split over this group alone, by rows.
+    """
+    if type(weight).__name__ != "DTensor":
+        return hidden, weight, bias, process_group
+    local = {name: _local_rows(name, t, process_group) for name, t in (("weight", weight), ("bias", bias)) if t is not None}
+    if isinstance(process_group, dist.ProcessGroup):
+        process_group = VocabShard.chunked(process_group, weight.shape[0])
+    if type(hidden).__name__ == "DTensor":
+        same = hidden.device_mesh == weight.device_mesh  # type: ignore[attr-defined]
+        require(same, "hidden", "a plain tensor, or a DTensor on the mesh of the weight", hidden.device_mesh)  # type: ignore[attr-defined]
+        hidden = hidden.full_tensor()  # type: ignore[attr-defined]
+    return hidden, local["weight"], local.get("bias"), process_group
+
+
+def _local_rows(name: str, parameter: Any, process_group: Any) -> Tensor:
+    """This process's rows of a DTensor, differentiable; no communication."""
+    wanted = process_group.group if isinstance(process_group, VocabShard) else getattr(process_group, "group_name", None)
+    expected = "a DTensor [Shard(0)] on the one-dimensional mesh of process_group"
+    require(type(parameter).__name__ == "DTensor", name, expected, "a plain tensor")
+    mesh, placements = parameter.device_mesh, parameter.placements
+    fits = mesh.ndim == 1 and placements[0].is_shard(0) and mesh.get_group().group_name == wanted
+    require(fits, name, expected, f"{placements} on {mesh}")
+    return parameter.to_local()

@@ -57,8 +57,8 @@ def patch_causal_lm(
     """Give ``model.forward`` the keyword ``targets``; without it the model is what it was.
 
     The output head becomes a ``FusedLMHead`` with the same parameter. Further keywords beside ``targets``: mask,
-    inv_temperature, entropy, second_moments, backend, options as in ``token_stats``; or ``compute`` instead of ``targets``, as
-    in ``FusedLMHead.forward``.
+    inv_temperature, entropy, second_moments, backend, options as in ``token_stats``; process_group, and ``compute`` instead of
+    ``targets``, as in ``FusedLMHead.forward``.
 
     Args:
         model: a transformers causal language model, or a peft model around one. LoRA on the head works (its weight is then
@@ -149,7 +149,7 @@ def _fused_forward(kind: type, previous: Callable[..., Any] | None) -> Callable[
     return forward
 
 
-_STATISTICS = ("mask", "inv_temperature", "entropy", "second_moments", "backend", "options")
+_STATISTICS = ("mask", "inv_temperature", "entropy", "second_moments", "backend", "options", "process_group")
 
 
 def install_head(model: Any, *, softcap: float | None = None, logit_scale: float | None = None) -> None:

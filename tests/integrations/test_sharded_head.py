@@ -1,16 +1,22 @@
-"""A patched model under FSDP2 and DDP on two gloo processes: the gradients of the whole batch on one process."""
+"""A patched model under FSDP2 and DDP, and with a tensor-parallel head, on two gloo processes: the gradients of one process."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import WORLD, run_ranks
 from tiny_models import tiny_batch, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
-from eapo_kernels import EapoError
+from eapo_kernels import EapoError, TokenBatch, TokenStats, policy_loss
+from eapo_kernels.integrations.head import FusedLMHead
 from eapo_kernels.integrations.hf import next_token_targets, patch_causal_lm
 
 CASES = ["fsdp2_untied", "fsdp2_tied", "fsdp2_head_apart", "fsdp2_lora_head", "ddp"]
@@ -43,6 +49,8 @@ def _rank(rank: int, directory: str) -> None:
         if rank == 0:
             torch.save(found, f"{directory}/{case}.pt")
     _assert_the_head_alone_is_refused()
+    _assert_a_head_split_by_rows_is_not_gathered()
+    _assert_tensor_parallel_head_under_fsdp2(rank)
 
 
 def _sharded_gradients(case: str, rank: int) -> dict[str, torch.Tensor]:
@@ -94,3 +102,67 @@ def _assert_the_head_alone_is_refused() -> None:
     fully_shard(model)
     with pytest.raises(EapoError, match="expected a whole tensor"):
         model.lm_head(torch.zeros(2, 32), torch.zeros(2, dtype=torch.int64))
+
+
+def _assert_a_head_split_by_rows_is_not_gathered() -> None:
+    """Statistics, gradients and a loss of a DTensor head, plain or DTensor hidden states; no collective but the op's own."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    group = mesh.get_group()
+    torch.manual_seed(3)
+    whole = FusedLMHead(16, 33, bias=True, softcap=9.0)
+    hidden, targets = torch.randn(2, 5, 16), torch.randint(33, (2, 5))
+    head = copy.deepcopy(whole)
+    for name in ("weight", "bias"):
+        setattr(head, name, torch.nn.Parameter(distribute_tensor(getattr(whole, name).detach(), mesh, [Shard(0)])))
+    with pytest.raises(EapoError, match="tensor-parallel group give process_group"):
+        head(hidden, targets)
+    with pytest.raises(EapoError, match=r"weight: expected a DTensor \[Shard\(0\)\] on the one-dimensional mesh"):
+        head(hidden, targets, process_group=dist.new_group(list(range(WORLD))))
+    with pytest.raises(EapoError, match="weight_delta: expected None"):
+        head(hidden, targets, process_group=group, weight_delta=torch.zeros(33, 16))
+
+    def gradients(head: FusedLMHead, hidden: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+        head.zero_grad()
+        leaf = hidden.detach().clone().requires_grad_()
+        stats = head(leaf, targets, **options)
+        assert isinstance(stats, TokenStats)
+        (stats.logp + 0.5 * stats.entropy).sum().backward()
+        return [t.grad.full_tensor() if isinstance(t.grad, DTensor) else t.grad for t in (leaf, head.weight, head.bias)]
+
+    expected = gradients(whole, hidden)
+    with CommDebugMode() as communication:
+        stats = head(hidden, targets, process_group=group)
+        (stats.logp + 0.5 * stats.entropy).sum().backward()
+    assert communication.get_total_counts() == 0  # of DTensor: the op's own are inside a custom op
+    for given in (hidden, distribute_tensor(hidden, mesh, [Shard(1)])):
+        for value, truth in zip(gradients(head, given, process_group=group), expected, strict=True):
+            torch.testing.assert_close(value, truth, rtol=1e-5, atol=1e-5)
+
+    batch = TokenBatch(targets.reshape(-1), torch.arange(10) // 5, advantages=torch.tensor([1.0, -0.5]))
+
+    def compute(hidden: torch.Tensor, weight: torch.Tensor, **given: Any) -> torch.Tensor:
+        return policy_loss(hidden.reshape(-1, 16), weight, batch, method="grpo", **given).loss
+
+    torch.testing.assert_close(head(hidden, compute=compute, process_group=group), whole(hidden, compute=compute))
+
+
+def _assert_tensor_parallel_head_under_fsdp2(rank: int) -> None:
+    """A model patched before its head is split and FSDP2 wraps it: the mesh inside the forward is the tensor-parallel one."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "tensor"))
+    model = _model("fsdp2_untied")
+    _backward(model, slice(0, 4))
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    head = model.lm_head
+    head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh["tensor"], [Shard(0)]))
+    fully_shard(model, mesh=mesh["data"])
+    ids, attention, response = tiny_batch(rows=4)
+    targets = next_token_targets(ids, response)
+    stats = model(input_ids=ids, attention_mask=attention, targets=targets, process_group=mesh["tensor"].get_group())
+    (stats.logp.sum() + 0.3 * stats.entropy.sum()).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5, msg=f"{name}, rank {rank}"
+        )
