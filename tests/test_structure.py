@@ -110,5 +110,5 @@ def test_import_is_light() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "'eapo_kernels'" in out.stdout
-    for heavy in ("triton", "transformers", "numpy", "trainer", "trl", "verl", "vllm"):
+    for heavy in ("triton", "cuda", "transformers", "numpy", "trainer", "trl", "verl", "vllm"):
         assert f"'{heavy}'" not in out.stdout, out.stdout

@@ -11,7 +11,7 @@ from ..truth import Results
 from . import Provider
 from .common import around, gradients, leaves
 
-_BACKENDS = ("torch", "triton")
+_BACKENDS = ("torch", "triton", "cuda")
 
 
 def _op(backend: str) -> Callable[[Case, str], Callable[[], Results]]:

@@ -16,7 +16,7 @@ from .projection import Projection
 
 logger = logging.getLogger("eapo_kernels")
 
-_MODULES = MappingProxyType({"triton": ".triton.backend", "torch": ".torch_chunked"})
+_MODULES = MappingProxyType({"cuda": ".cuda.backend", "triton": ".triton.backend", "torch": ".torch_chunked"})
 """name -> module with a ``BACKEND``, imported at first use, in the order in which "auto" tries them."""
 
 NAMES = ("auto", *_MODULES)
@@ -61,7 +61,7 @@ def _log_choice(device: str, schedule: str, name: str) -> None:
 
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
     """Backend name -> None when it can run on the device, else the reason why it cannot."""
-    probe = torch.empty(1, 8, device=device)
+    probe = torch.empty(1, 8, device=device, dtype=torch.bfloat16)  # which every backend takes
     answer: dict[str, str | None] = {}
     for name in _MODULES:
         try:

@@ -1,26 +1,5 @@
-"""The kernels' headers as a library for the host."""
+"""The library that the tests of the headers call."""
 
-from __future__ import annotations
+from host_library import host
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
-import pytest
-
-from eapo_kernels.ops.cuda import build
-
-
-@pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """``host.cpp`` compiled by g++, every warning an error."""
-    compiler = shutil.which("g++")
-    assert compiler is not None, "the tests of the CUDA sources need g++"
-    library = tmp_path_factory.mktemp("host") / "host.so"
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{build.source_folder()}"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("host.cpp")), "-o", str(library)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return ctypes.CDLL(str(library))
+__all__ = ["host"]

@@ -25,7 +25,7 @@ def test_auto_takes_only_what_is_proven() -> None:
 
 def test_available_backends_gives_a_reason_for_each_refusal() -> None:
     answer = available_backends("cpu")
-    assert set(answer) == {"torch", "triton"}
+    assert set(answer) == {"cuda", "torch", "triton"}
     assert answer["torch"] is None
 
 
@@ -36,13 +36,14 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
         token_stats(TENSOR, TENSOR, torch.tensor([0, 1]), backend="torch")
 
 
-def test_without_triton_the_torch_backend_works_and_the_other_says_so() -> None:
+@pytest.mark.parametrize(("missing", "backend"), [("triton", "triton"), ("triton", "cuda"), ("cuda", "cuda")])
+def test_without_a_package_the_torch_backend_works_and_the_other_says_so(missing: str, backend: str) -> None:
     code = (
-        "import sys; sys.modules['triton'] = None; import torch; "
+        f"import sys; sys.modules['{missing}'] = None; import torch; "
         "from eapo_kernels import available_backends, token_stats; "
-        "h = torch.zeros(2, 8); token_stats(h, h, torch.tensor([0, 1])); print(available_backends()['triton'])"
+        f"h = torch.zeros(2, 8); token_stats(h, h, torch.tensor([0, 1])); print(available_backends()['{backend}'])"
     )
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert out.stdout.startswith("backend 'triton': ")
-    assert "triton" in out.stdout.removeprefix("backend 'triton': ")
+    assert out.stdout.startswith(f"backend '{backend}': ")
+    assert missing in out.stdout.removeprefix(f"backend '{backend}': ")

@@ -7,6 +7,7 @@ logits: raw fp32 logits by the library's product, then two passes of a row kerne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -112,14 +113,24 @@ class ExpChunk(FinalizedChunk):
         sums: offsets and partial sums; ``sums.n_listed`` [1] int32 says on the device how many rows had to be redone.
     """
 
-    def __init__(self, projection: Projection, targets: Tensor, hint: Tensor | None, *, entropy: bool) -> None:
+    def __init__(
+        self,
+        projection: Projection,
+        targets: Tensor,
+        hint: Tensor | None,
+        *,
+        entropy: bool,
+        sums: ExpSums | None = None,
+        product: Callable[..., Callable[[], None]] = exp_gemm,
+    ) -> None:
+        """sums, product: another kernel's for the first product, with the outputs of ``exp_gemm``."""
         self._projection, self._targets = projection, targets
-        self.sums = ExpSums.empty(projection, entropy)
+        self.sums = sums or ExpSums.empty(projection, entropy)
         matrix = workspace(projection, projection.operand_dtype)
         row_offsets(projection, targets, hint, self.sums)()
         if projection.shard is not None:
             share_offsets(projection, targets, hint, self.sums)
-        exp_gemm(projection, targets, self.sums, matrix)()
+        product(projection, targets, self.sums, matrix)()
         redo(projection, targets, self.sums, matrix)
         self._whole = self.sums if projection.shard is None else gather_sums(projection.shard, self.sums)
         self._matrix: Tensor | None = matrix

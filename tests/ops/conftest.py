@@ -11,6 +11,4 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
-        raise pytest.UsageError(
-            "tests/ops/triton: triton was imported before TRITON_INTERPRET=1; run these tests first or alone"
-        )
+        raise pytest.UsageError("tests/ops: triton was imported before TRITON_INTERPRET=1; run these tests first or alone")

@@ -1,0 +1,65 @@
+"""The ``cuda`` backend: the first product by the Hopper kernels in ``csrc``, everything after it by the Triton kernels.
+
+Compiled for sm_90a without spills, its maths and its barrier protocol tested on the host, but not yet run on a GPU:
+``plans.PROVEN`` does not list it, so "auto" does not choose it. Ask for it by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..backend import Chunk
+from ..projection import Projection
+from ..statistics import RowStatistics
+from ..triton import backend as triton_backend
+from ..triton.finalize import finalize
+from ..triton.launch import capability, describable
+from ..triton.one_pass import ExpChunk, form
+from .products import OPERANDS, exp_gemm, exp_sums, stream_statistics
+
+
+def supports(projection: Projection) -> str | None:
+    """Why the kernels cannot run these inputs, or None."""
+    hidden, weight = projection.hidden, projection.weight
+    if hidden.device.type != "cuda":
+        return f"{hidden.device.type} tensors, where it needs an NVIDIA GPU of compute capability 9.0"
+    reason = triton_backend.supports(projection)
+    if reason is not None:
+        return f"{reason} (its last steps are Triton kernels)"
+    if capability(hidden.device) != (9, 0):
+        major, minor = capability(hidden.device)
+        return f"a GPU of compute capability {major}.{minor}, where it needs 9.0"
+    if hidden.dtype not in OPERANDS:
+        return f"{str(hidden.dtype).removeprefix('torch.')} inputs, where it multiplies bfloat16 and float16"
+    if projection.shard is not None:
+        return "a head split over processes"
+    if projection.softcap is not None:
+        return "a soft-cap, which its epilogue does not compute"
+    for name, matrix in (("hidden", hidden), ("weight", weight)):
+        if not describable(matrix):
+            return f"{name} with rows that are not contiguous, aligned multiples of 16 bytes, as TMA needs them"
+    return None
+
+
+def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
+    """See ``backend.Statistics``. Two launches: the stream over the vocabulary, and Triton's ``finalize``."""
+    launch, sums = stream_statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
+    launch()
+    last, final = finalize(sums)
+    last()
+    return final.statistics
+
+
+def open_chunk(
+    projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, hint: Tensor | None = None
+) -> Chunk:
+    """See ``backend.OpenChunk``. In the E form the first product is ours; chunks of logits are Triton's."""
+    if form(projection, entropy_gradient).name == "logits":
+        return triton_backend.open_chunk(projection, targets, entropy=entropy, entropy_gradient=entropy_gradient, hint=hint)
+    sums = exp_sums(projection, entropy)
+    return ExpChunk(projection, targets, hint, entropy=entropy, sums=sums, product=exp_gemm)
+
+
+BACKEND = replace(triton_backend.BACKEND, name="cuda", supports=supports, statistics=statistics, open_chunk=open_chunk)

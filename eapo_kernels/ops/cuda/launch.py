@@ -1,0 +1,178 @@
+"""From tensors to a launch through NVIDIA's driver bindings: what the launchers of the CUDA kernels share."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cuda.bindings import driver
+from torch import Tensor
+
+from ..projection import Projection
+from . import build
+from .configs import BLOCK_D, THREADS, Build, Tile
+
+_TYPES = {
+    torch.bfloat16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    torch.float16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+}
+
+
+class Walk(ctypes.Structure):
+    """``Walk`` of csrc/layout.h."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("row_tiles", "column_tiles", "tiles_per_split", "group")]
+
+
+class Arguments(ctypes.Structure):
+    """``Arguments`` of csrc/arguments.h, field by field."""
+
+    _fields_ = [
+        ("sums", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("row_inv_temperature", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("bias_stride", ctypes.c_longlong),
+        ("scale", ctypes.c_float),
+        ("n_rows", ctypes.c_int),
+        ("n_columns", ctypes.c_int),
+        ("steps", ctypes.c_int),
+        ("walk", Walk),
+    ]
+
+
+@dataclass(frozen=True)
+class Box:
+    """What a TMA descriptor describes: a matrix [rows, columns] with contiguous rows, moved in boxes of ``rows`` x ``BLOCK_D``.
+
+    Boxes are swizzled in shared memory; what sticks out of the matrix is read as 0 and not written.
+    """
+
+    matrix: Tensor
+    rows: int
+
+    def parameters(self) -> tuple[Any, ...]:
+        """Arguments of ``cuTensorMapEncodeTiled``; sizes count from the innermost dimension."""
+        matrix, big, small = self.matrix, driver.cuuint64_t, driver.cuuint32_t
+        return (
+            _TYPES[matrix.dtype],
+            2,
+            matrix.data_ptr(),
+            [big(matrix.shape[1]), big(matrix.shape[0])],
+            [big(matrix.stride(0) * matrix.element_size())],
+            [small(BLOCK_D), small(self.rows)],
+            [small(1), small(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything it runs on.
+
+    Attributes:
+        build: which kernel.
+        boxes: its descriptors, in the order of its parameters.
+        arguments: its last parameter.
+        tensors: what ``arguments`` points into.
+        clusters: how many are started; each walks over units of work.
+        device: where the tensors are.
+    """
+
+    build: Build
+    boxes: tuple[Box, ...]
+    arguments: Arguments
+    tensors: dict[str, Tensor | None]
+    clusters: int
+    device: torch.device
+
+    def __call__(self) -> None:
+        """On the current stream of the device."""
+        with torch.cuda.device(self.device):
+            function = load(self.build, torch.cuda.current_device())
+            maps = [_checked(driver.cuTensorMapEncodeTiled(*box.parameters())) for box in self.boxes]
+            parameters = [*(int(one.getPtr()) for one in maps), ctypes.addressof(self.arguments)]
+            pointers = (ctypes.c_void_p * len(parameters))(*parameters)
+            tile = self.build.tile
+            _checked(
+                driver.cuLaunchKernel(
+                    function, self.clusters * tile.cluster, 1, 1, THREADS, 1, 1, tile.shared_bytes(self.build.kernel),
+                    torch.cuda.current_stream().cuda_stream, ctypes.addressof(pointers), 0,
+                )
+            )  # fmt: skip
+
+
+@functools.cache
+def load(item: Build, device: int) -> Any:
+    """The kernel's handle, ready for a device: compiled or from the cache, loaded, allowed its shared memory."""
+    library = _checked(driver.cuLibraryLoadData(build.cubin(item), [], [], 0, [], [], 0))
+    kernel = _checked(driver.cuLibraryGetKernel(library, item.kernel.encode()))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuKernelSetAttribute(attribute, item.tile.shared_bytes(item.kernel), kernel, device))
+    return driver.CUfunction(int(kernel))
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """The value of a driver call. Raises RuntimeError with the driver's name of an error."""
+    status, *values = result
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"CUDA driver: expected success, got {status.name}")
+    return values[0] if values else None
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def slots(device: torch.device, tile: Tile) -> int:
+    """Clusters that run at once, one program a multiprocessor. A cluster of two always has a pair of neighbours to run on."""
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index) // tile.cluster
+
+
+def product_launch(
+    item: Build,
+    projection: Projection,
+    targets: Tensor,
+    sums: Tensor,
+    tiles_per_split: int,
+    *,
+    offsets: Tensor | None = None,
+    matrix: Tensor | None = None,
+) -> Launch:
+    """The launch of a kernel that multiplies hidden and weight.
+
+    targets: [N] int64. sums: what the kernel writes, see csrc/arguments.h. tiles_per_split: vocabulary tiles of a unit of work.
+    offsets: [N] fp32 and matrix: [N, V] bf16 with described rows, for ``exp_gemm``.
+    """
+    tile, p = item.tile, projection
+    tensors = {
+        "sums": sums,
+        "targets": targets.contiguous(),
+        "bias": p.bias,
+        "row_inv_temperature": None if p.row_inv_temperature is None else p.row_inv_temperature.contiguous(),
+        "offsets": offsets,
+    }
+    walk = Walk(-(-p.n_rows // tile.cluster_rows), -(-p.vocab // tile.block_v), tiles_per_split, tile.group_n)
+    arguments = Arguments(
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
+        bias_stride=0 if p.bias is None else p.bias.stride(0),
+        scale=p.logit_scale * p.inv_temperature,
+        n_rows=p.n_rows,
+        n_columns=p.vocab,
+        steps=-(-p.dim // BLOCK_D),
+        walk=walk,
+    )
+    boxes = [Box(p.hidden, tile.block_n), Box(p.weight, tile.block_v // tile.cluster)]
+    if matrix is not None:
+        boxes.append(Box(matrix, 64))
+    units = walk.row_tiles * -(-walk.column_tiles // tiles_per_split)
+    device = p.hidden.device
+    return Launch(item, tuple(boxes), arguments, tensors, min(units, slots(device, tile)), device)

@@ -1,0 +1,128 @@
+"""What reaches the driver: arguments field by field, descriptors, grid, shared memory, and the driver's errors."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cuda.bindings import driver
+
+from eapo_kernels.ops.cuda import build, configs, launch
+from eapo_kernels.ops.cuda.configs import TILES, Build
+from eapo_kernels.ops.cuda.launch import Arguments, Box, Walk, product_launch
+from eapo_kernels.ops.projection import Projection
+
+pytestmark = pytest.mark.csrc
+
+ITEM = Build("exp_gemm", TILES[0], "bf16", entropy=True)
+
+
+def test_arguments_match_the_kernels_field_by_field(host: ctypes.CDLL) -> None:
+    outer = [name for name, _ in Arguments._fields_ if name != "walk"]
+    offsets = [getattr(Arguments, name).offset for name in outer]
+    offsets += [Arguments.walk.offset + getattr(Walk, name).offset for name, _ in Walk._fields_]
+    assert [*offsets, ctypes.sizeof(Arguments)] == [host.arguments_layout(i) for i in range(len(offsets) + 1)]
+
+
+def test_a_descriptor_counts_from_the_innermost_dimension() -> None:
+    matrix = torch.zeros(40, 96, dtype=torch.float16)[3:, :72]
+    kind, rank, address, sizes, strides, box, steps, _, swizzle, *_ = Box(matrix, 128).parameters()
+    assert kind == driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+    assert (rank, address) == (2, matrix.data_ptr())
+    assert [int(n) for n in sizes] == [72, 37]
+    assert [int(n) for n in strides] == [192]
+    assert [int(n) for n in box] == [64, 128]
+    assert [int(n) for n in steps] == [1, 1]
+    assert swizzle == driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
+
+
+def example(monkeypatch: pytest.MonkeyPatch, slots: int = 66) -> launch.Launch:
+    monkeypatch.setattr(launch, "slots", lambda device, tile: slots)
+    hidden, weight = torch.zeros(700, 72, dtype=torch.bfloat16), torch.zeros(1031, 72, dtype=torch.bfloat16)
+    p = Projection(hidden, weight, inv_temperature=0.5, logit_scale=3.0)
+    return product_launch(
+        ITEM, p, torch.zeros(700, dtype=torch.int64), torch.zeros(2, 5, 700), 1, offsets=torch.zeros(700),
+        matrix=torch.zeros(700, 1040, dtype=torch.bfloat16)[:, :1031],
+    )  # fmt: skip
+
+
+def test_arguments_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = example(monkeypatch)
+    a = one.arguments
+    assert (a.n_rows, a.n_columns, a.steps, a.scale) == (700, 1031, 2, 1.5)
+    assert (a.walk.row_tiles, a.walk.column_tiles, a.walk.tiles_per_split, a.walk.group) == (3, 5, 1, 8)
+    assert (a.bias, a.row_inv_temperature, a.bias_stride) == (None, None, 0)
+    assert [box.rows for box in one.boxes] == [128, 128, 64], "a program loads half of a weight tile for both"
+    assert one.clusters == 15, "no more clusters than units"
+    assert example(monkeypatch, slots=4).clusters == 4
+
+
+class FakeDriver:
+    """Records the calls; hands out numbers for handles."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[tuple[Any, ...]]] = {}
+        self.status = driver.CUresult.CUDA_SUCCESS
+        self.read: Arguments | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu") or not callable(getattr(driver, name)):
+            return getattr(driver, name)
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.setdefault(name, []).append(arguments)
+            if name == "cuLaunchKernel":
+                pointers = (ctypes.c_void_p * 4).from_address(arguments[9])
+                self.read = Arguments.from_buffer_copy(ctypes.string_at(pointers[3], ctypes.sizeof(Arguments)))
+            value = {"cuTensorMapEncodeTiled": driver.CUtensorMap(), "cuLibraryGetKernel": driver.CUkernel(7)}.get(name, 5)
+            return self.status, value
+
+        return call
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    made = FakeDriver()
+    monkeypatch.setattr(launch, "driver", made)
+    monkeypatch.setattr(build, "cubin", lambda item: b"code")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=99))
+    launch.load.cache_clear()
+    return made
+
+
+def test_a_launch_calls_the_driver_once_per_kernel(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = example(monkeypatch)
+    one()
+    one()
+    assert fake.calls["cuLibraryLoadData"][0][0] == b"code"
+    assert [len(fake.calls[name]) for name in ("cuLibraryLoadData", "cuKernelSetAttribute", "cuLaunchKernel")] == [1, 1, 2]
+    shared = ITEM.tile.shared_bytes("exp_gemm")
+    attribute, value, kernel, device = fake.calls["cuKernelSetAttribute"][0]
+    assert attribute == driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    assert (value, int(kernel), device) == (shared, 7, 3)
+    function, *sizes, _, _ = fake.calls["cuLaunchKernel"][0]
+    assert int(function) == 7
+    assert sizes == [30, 1, 1, configs.THREADS, 1, 1, shared, 99]
+    assert fake.read is not None
+    assert fake.read.sums == one.tensors["sums"].data_ptr()
+    assert fake.read.walk.column_tiles == 5
+
+
+def test_the_drivers_errors_are_raised(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = example(monkeypatch)
+    fake.status = driver.CUresult.CUDA_ERROR_INVALID_IMAGE
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_IMAGE"):
+        one()
+
+
+def test_shared_memory_as_the_kernel_cuts_it() -> None:
+    """1024 for alignment, operands, slices of E for two groups in two buffers, two barriers a stage."""
+    assert TILES[0].shared_bytes("stream_statistics") == 1024 + 4 * 384 * 128 + 4 * 16
+    assert TILES[0].shared_bytes("exp_gemm") == TILES[0].shared_bytes("stream_statistics") + 4 * 8192
+    assert all(tile.shared_bytes("exp_gemm") <= configs.SHARED_LIMIT for tile in TILES)
+    assert all(tile.stagger <= tile.stages for tile in TILES)
