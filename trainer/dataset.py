@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +123,11 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: Da
         expected = f"1 to {config.max_prompt_tokens} tokens (data.max_prompt_tokens)"
         raise DataError(f"data: prompt: expected {expected}, got {len(ids)}: {str(prompt)[:80]!r}")
     return list(ids)
+
+
+def fingerprint(prompts: Sequence[Sequence[int]]) -> str:
+    """A hash of encoded questions and their order."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
 class PromptSampler:

@@ -27,3 +27,11 @@ class DivergenceError(EapoError):
 
 class Interrupted(Exception):
     """Raised at a safe point after the first SIGINT."""
+
+
+class CheckpointError(EapoError):
+    """A checkpoint is damaged, or does not belong to this run."""
+
+
+class FailedElsewhere(EapoError):
+    """Another rank failed and says why; this one ends with it, silently."""

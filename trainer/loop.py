@@ -15,10 +15,13 @@ Decisions, so that nobody has to find them in the code:
 - A method may also change how answers are sampled (``hooks``). Metrics of rewards, lengths and diversity are about all answers
   that were drawn first, before a hook selects, replaces or adds some: a choice of them would be biased.
 - A group with a failed reward is left out of the step as a whole. A step without a single whole group ends the run.
-- Random numbers are functions of (seed, purpose, step): there is no generator state to keep.
+- Random numbers are functions of (seed, purpose, step); the global generators are seeded for reward functions that use them.
 - A loss or gradient norm that is not finite ends the run before the optimizer step.
-- SIGINT: the phase at hand is left at its next tick (never inside an optimizer step), the model is saved and the report
-  is drawn.
+- SIGINT or SIGTERM: the phase at hand is left at its next tick, but an update that has begun is finished. A checkpoint and the
+  model are saved and the report is drawn.
+- A checkpoint is the state between two steps, before any evaluation there: weights, optimizer, controller (H_0), sampler, hook,
+  generators and how long the log files were. A run that goes on from it takes the files back to that length and does
+  everything after it again: bit for bit the run that was never stopped (same machine, number of processes and of threads).
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ import torch
 
 from eapo_kernels import make_controller
 
+from . import ranks
 from .config import Config
 from .config.advice import advice, advice_on_rewards
-from .dataset import PromptSampler, encode_prompt, load_questions
+from .dataset import PromptSampler, encode_prompt, fingerprint, load_questions
 from .errors import Interrupted, RewardError
 from .evaluation.evaluate import evaluate
 from .evaluation.report import summary_table, write_report
@@ -46,13 +50,17 @@ from .rewards.scoring import Rewards
 from .rollouts.engine import Sampling, Tick, derive_seed
 from .rollouts.engines import make_engine
 from .rollouts.sampled import AnswerSource
+from .runs.checkpoint import step_of
 from .runs.console import Console
 from .runs.interrupt import StopRequest
 from .runs.metrics import answer_metrics, best_and_worst, call_metrics, engine_metrics, reward_metrics, sample_record
+from .runs.progress import Progress
+from .runs.randomness import seed_generators
+from .runs.resume import choose
 from .runs.rundir import RunDirectory
 from .runs.trackers import Trackers
 
-ROLLOUT_SEED, UPDATE_SEED, ADAPTER_SEED, HOOK_SEED, WEIGHT_SEED = 1, 2, 3, 4, 5
+ROLLOUT_SEED, UPDATE_SEED, ADAPTER_SEED, HOOK_SEED, WEIGHT_SEED, GLOBAL_SEED = 1, 2, 3, 4, 5, 6
 
 
 def train(config: Config) -> bool:
@@ -75,8 +83,16 @@ def _train(config: Config, console: Console) -> bool:
     train_set = load_questions(config.data.train, config.data.train_limit)
     held_out = load_questions(config.data.eval, config.data.eval_limit) if config.data.eval else None
     sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
+    seed_generators(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
     run = RunDirectory(config)
-    trackers = Trackers(config, run.path)
+    if config.resume and (done := run.finished()) and done >= config.steps:
+        console.line(f"run {run.path} is finished ({done} steps): nothing to resume; more steps go on from there")
+        return True
+    with console.phase("checking checkpoints"):
+        checkpoint = choose(config, run, console)
+    if not checkpoint:
+        run.start(replace=config.overwrite or bool(config.resume))
+    trackers = Trackers(config, run.path, step_of(checkpoint))
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training questions")
 
     with console.phase(f"loading {config.model.path} (an embedded model is converted the first time)"):
@@ -120,10 +136,24 @@ def _train(config: Config, console: Console) -> bool:
     def statistics(answers: Answers, tick: Tick, wanted: Wanted = NOTHING) -> Measurement:
         return measure(policy, answers, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
 
+    progress = Progress(
+        config, run, policy, learner.optimizer, parts={"sampler": sampler, "controller": controller, "hook": hook},
+        reference=reference, questions=fingerprint(prompts),
+    )  # fmt: skip
     step, finished = 0, False
+    if checkpoint:
+        with console.phase(f"reading {checkpoint}"):
+            step = progress.restore(checkpoint)
+        run.go_on()
+        engine.sync_weights(policy)
+        console.line(f"going on from {checkpoint.name}: {step} of {config.steps} steps are done")
+
     try:
-        evaluation(step)
-        while step < config.steps:
+        while True:
+            if step in (0, config.steps) or (config.eval.every and step % config.eval.every == 0):
+                evaluation(step)
+            if step == config.steps:
+                break
             console.seconds.clear()
             diagnosed = bool(config.diagnose_every) and step % config.diagnose_every == 0
             sampling = Sampling(
@@ -195,10 +225,11 @@ def _train(config: Config, console: Console) -> bool:
             trackers.log(metrics, step)
             for i in best_and_worst(sampled, config.samples_per_step):
                 run.append("samples", sample_record(step, i, sampled))
+            progress.mark(step)
             console.step(metrics, config.steps)
-            if config.eval.every and step % config.eval.every == 0 and step < config.steps:
-                evaluation(step)
-        evaluation(step)
+            if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == config.steps):
+                with console.phase("saving a checkpoint"):
+                    progress.save()
         finished = True
     except Interrupted:
         console.line(f"interrupted after {step} of {config.steps} steps")
@@ -207,8 +238,12 @@ def _train(config: Config, console: Console) -> bool:
     if not step:
         return False
 
+    if config.checkpoint.every and not finished:
+        console.line(f"saved {progress.save()}: --resume auto goes on from there")
     policy.save(run.model)
     picture, page = write_report([run.path], run.path, resamples=config.eval.resamples)
     console.line(f"\n{summary_table(run.path, config.eval.resamples)}\n")
+    if finished:
+        run.finish(step)
     console.line(f"model    {run.model}\nreport   {page}\npicture  {picture}")
     return finished

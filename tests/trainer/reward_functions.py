@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 
 def low_numbers(completions: list[str], **_: Any) -> list[float]:
@@ -47,3 +51,9 @@ def slow(completions: list[str], **_: Any) -> list[float]:
     Path(os.environ["SLOW_REWARD_STARTED"]).touch()
     time.sleep(60)
     return [0.0 for _ in completions]
+
+
+def noisy(completions: list[str], **_: Any) -> list[float]:
+    """Draws from every global generator."""
+    noise = (random.random() + np.random.random() + torch.rand(()).item() for _ in completions)
+    return [value + 0.01 * extra for value, extra in zip(low_numbers(completions), noise, strict=True)]

@@ -52,7 +52,7 @@ def test_a_run_leaves_its_files_and_every_metric(config: Config, capsys: pytest.
     assert environment["versions"]["torch"]
     assert {path.name for path in run.iterdir()} == {
         "config.toml", "environment.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "model", "report.md",
-        "curves.png", "diagnostics.png",
+        "curves.png", "diagnostics.png", "checkpoints", "finished.json",
     }  # fmt: skip
 
     metrics = rows(config)

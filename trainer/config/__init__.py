@@ -3,11 +3,12 @@
 from .loss import EntropyWeightConfig, LossConfig
 from .model import DataConfig, LoraConfig, ModelConfig
 from .rewards import JudgeConfig, RewardModelConfig, RewardsConfig
-from .run import EvalConfig, LogConfig, OptimConfig
+from .run import CheckpointConfig, EvalConfig, LogConfig, OptimConfig
 from .sampling import RolloutConfig, VllmConfig
 from .tree import Config
 
 __all__ = [
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "EntropyWeightConfig",

@@ -1,4 +1,4 @@
-"""Sections optim, eval and log: the updates, what is measured, and where it is shown."""
+"""Sections optim, eval, log and checkpoint: the updates, what is measured, where it is shown, and what is kept."""
 
 from __future__ import annotations
 
@@ -73,3 +73,17 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.wandb_project), "log.wandb_project", "a name", self.wandb_project)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Everything that a run needs to go on as if it had never been stopped, in <out>/<name>/checkpoints."""
+
+    every: int = 50
+    """Steps between checkpoints; one more is written at the end and when the run is interrupted. 0 writes none at all."""
+    keep: int = 2
+    """The last so many are kept."""
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, "checkpoint.every", "at least 0", self.every)
+        check(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)

@@ -13,7 +13,7 @@ from .checks import check, section
 from .loss import EntropyWeightConfig, LossConfig
 from .model import DataConfig, LoraConfig, ModelConfig
 from .rewards import RewardsConfig
-from .run import EvalConfig, LogConfig, OptimConfig
+from .run import CheckpointConfig, EvalConfig, LogConfig, OptimConfig
 from .sampling import RolloutConfig
 
 
@@ -27,6 +27,9 @@ class Config:
     """Directory of all runs."""
     overwrite: bool = False
     """Replace a finished run of the same name instead of refusing."""
+    resume: str = ""
+    """auto: go on from the latest sound checkpoint of the run of this name, or start where there is none. Or the path of one of
+    its checkpoints. Empty: start afresh."""
     seed: int = 0
     """Of everything: order of questions, adapters' initial weights, sampling of answers."""
     steps: int = 100
@@ -46,6 +49,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         check(bool(self.name) and "/" not in self.name, "name", "a directory name", self.name)

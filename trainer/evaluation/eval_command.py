@@ -32,6 +32,7 @@ def evaluate_model(config: Config) -> bool:
     if not (train_set or held_out):
         raise ConfigError("data.eval: expected a file, or eval.train_questions of at least 1; got neither")
     run = RunDirectory(config)
+    run.start(replace=config.overwrite)
     try:
         with StopRequest() as stop, Console(stop) as console:
             with console.phase(f"loading {config.model.path}"):

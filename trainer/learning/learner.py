@@ -16,7 +16,7 @@ from torch import Tensor
 from eapo_kernels import LossOutput, Method, loss_denominator, policy_loss
 
 from ..config import OptimConfig
-from ..errors import DivergenceError
+from ..errors import DivergenceError, Interrupted
 from ..models.policy import Policy
 from ..rollouts.engine import Tick
 from .batching import MicroBatch, collate, plan
@@ -46,7 +46,8 @@ class Learner:
 
         Every micro-batch is divided by the counts of its whole minibatch, so how a minibatch is cut changes nothing.
         Fewer answers than minibatches are as many minibatches of one answer.
-        Leaving through ``tick`` drops the gradients of the minibatch at hand and keeps the weights.
+        ``tick`` can end it before the first optimizer step; from then on the update is finished, because there is no going on
+        from the middle of one.
 
         Raises:
             DivergenceError: the loss or the gradient norm is not finite; the weights are those of the last good step.
@@ -63,8 +64,17 @@ class Learner:
         ]
         done, total = count(), sum(map(len, minibatches))
         sums: dict[str, float] = defaultdict(float)
-        for groups in minibatches:
-            for name, value in self._step(experience, groups, lambda: tick(next(done), total)).items():
+        for number, groups in enumerate(minibatches):
+
+            def progress(first: bool = number == 0) -> None:
+                try:
+                    tick(next(done), total)
+                except Interrupted:
+                    if first:
+                        self.optimizer.zero_grad(set_to_none=True)
+                        raise
+
+            for name, value in self._step(experience, groups, progress).items():
                 sums[name] += value / len(minibatches)
         return {**sums, "lr": self.learning_rate(step)}
 

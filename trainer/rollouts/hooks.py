@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,6 +49,13 @@ class RolloutHook:
             seed: of the hook's own random choices.
         """
         return sampled
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on, as plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``."""
 
 
 @dataclass
@@ -270,6 +277,15 @@ class ReplayRollouts(RolloutHook):
         for i in (fresh.advantages > self.good_above).nonzero().flatten().tolist():
             self.answers.append(fresh.chosen([i]).marked("replayed"))
         return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"answers": [answer.state_dict() for answer in self.answers], "rewards": list(self.rewards)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        from .sampled import Sampled
+
+        self.answers = deque((Sampled.from_state(answer) for answer in state["answers"]), self.buffer)
+        self.rewards = deque(state["rewards"], self.recent)
 
 
 HOOKS: MappingProxyType[str, type[RolloutHook]] = MappingProxyType(

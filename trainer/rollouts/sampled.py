@@ -75,6 +75,17 @@ class Sampled:
             None if self.advantages is None else self.advantages[list(indices)],
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The answers as plain values and tensors; failures are only text and stay behind."""
+        scores = {"total": self.scores.total, "parts": self.scores.parts}
+        own = {name: getattr(self, name) for name in ("texts", "columns", "group_ids", "marks", "advantages")}
+        return {"rollouts": vars(self.rollouts), "scores": scores, **own}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Sampled:
+        """The answers of ``state_dict()``."""
+        return cls(**{**state, "rollouts": Rollouts(**state["rollouts"]), "scores": Scores(**state["scores"], failures=[])})
+
     def marked(self, name: str) -> Sampled:
         """The same answers, all with this mark."""
         return replace(self, marks={**self.marks, name: [True] * len(self)})

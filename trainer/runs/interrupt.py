@@ -1,4 +1,4 @@
-"""SIGINT ends a run cleanly with what it has; a second one ends it at once."""
+"""SIGINT and SIGTERM end a run cleanly with what it has; a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from ..errors import Interrupted
 
 
 class StopRequest:
-    """While active, the first SIGINT only sets ``requested``; the loop calls ``check`` where stopping is safe."""
+    """While active, the first signal only sets ``requested``; the loop calls ``check`` where stopping is safe."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)  # from a person, and from a scheduler that wants the machine back
 
     def __init__(self) -> None:
         self.requested = False
@@ -22,15 +24,16 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.requested = True
         # The handler may interrupt a write of the progress display, so nothing but a raw write is safe here.
         os.write(2, b"\nstopping at the next safe point; once more to stop at once\n")
 
     def __enter__(self) -> StopRequest:
-        self._previous = signal.signal(signal.SIGINT, self._handle)
+        self._previous = [signal.signal(number, self._handle) for number in self.SIGNALS]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, previous in zip(self.SIGNALS, self._previous, strict=True):
+            signal.signal(number, previous)

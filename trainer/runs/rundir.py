@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -14,42 +15,100 @@ from typing import Any
 
 import torch
 
+from .. import ranks
 from ..config import Config
 from ..config.settings import to_toml
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "numpy", "eapo-kernels")
 
 
 class RunDirectory:
-    """``<out>/<name>`` with config.toml, environment.json, metrics.jsonl, samples.jsonl, evaluations.jsonl and model/.
-
-    Raises:
-        ConfigError: it holds results already and ``overwrite`` is off.
-    """
+    """``<out>/<name>`` with config.toml, environment.json, metrics.jsonl, samples.jsonl, evaluations.jsonl, model/ and
+    checkpoints/. Only the first rank writes."""
 
     def __init__(self, config: Config) -> None:
-        self.path = Path(config.out) / config.name
-        if any((self.path / name).exists() for name in ("metrics.jsonl", "evaluations.jsonl")):
-            if not config.overwrite:
-                raise ConfigError(
-                    f"name: expected a new run (or --overwrite True), got {config.name!r}, which is in {self.path}"
-                )
-            for stale in (*self.path.glob("*.jsonl"), self.path / "report.md", self.path / "curves.png"):
-                stale.unlink(missing_ok=True)
-            shutil.rmtree(self.model, ignore_errors=True)
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.toml").write_text(to_toml(config))
-        (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        self.config, self.path = config, Path(config.out) / config.name
 
     @property
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def start(self, *, replace: bool) -> None:
+        """Begin a run here. ``replace`` removes an earlier one's results.
+
+        Raises:
+            ConfigError: there are results and they are not to be replaced.
+        """
+        if any((self.path / name).exists() for name in ("metrics.jsonl", "evaluations.jsonl")):
+            if not replace:
+                raise ConfigError(
+                    f"name: expected a new run (or --overwrite True, or --resume auto), got {self.config.name!r}, "
+                    f"which is in {self.path}"
+                )
+            for stale in (
+                *self._streams(),
+                *(self.path / name for name in ("report.md", "curves.png", "diagnostics.png", "finished.json")),
+            ):
+                stale.unlink(missing_ok=True)
+            for stale in (self.model, self.checkpoints):
+                shutil.rmtree(stale, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Write down the present configuration; the run is (again) unfinished."""
+        (self.path / "config.toml").write_text(to_toml(self.config))
+        (self.path / "finished.json").unlink(missing_ok=True)
+
+    def finish(self, step: int) -> None:
+        """Note that the run came to its end, with everything that belongs to it written."""
+        (self.path / "finished.json").write_text(json.dumps({"step": step}) + "\n")
+
+    def finished(self) -> int | None:
+        """The steps of a run that came to its end."""
+        file = self.path / "finished.json"
+        return json.loads(file.read_text())["step"] if file.exists() else None
+
     def append(self, stream: str, record: dict[str, Any]) -> None:
         """Add one JSON object to ``<stream>.jsonl``; it is in the file when this returns. NaN becomes null."""
-        with (self.path / f"{stream}.jsonl").open("a") as file:
-            file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+        if ranks.first():
+            with (self.path / f"{stream}.jsonl").open("a") as file:
+                file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+
+    def _streams(self) -> list[Path]:
+        return sorted(self.path.glob("*.jsonl"))
+
+    def offsets(self) -> dict[str, int]:
+        """The bytes in each stream's file."""
+        return {file.name: file.stat().st_size for file in self._streams()}
+
+    def sync(self) -> None:
+        """Return when all that was appended is on the disk."""
+        for file in self._streams() if ranks.first() else ():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+    def truncate(self, offsets: dict[str, int]) -> None:
+        """Take the streams back to earlier ``offsets()``, so that what is done again is not logged twice.
+
+        Raises:
+            CheckpointError: a file is shorter than it was.
+        """
+        for name, size in offsets.items():
+            got = (self.path / name).stat().st_size if (self.path / name).exists() else 0
+            if got < size:
+                raise CheckpointError(f"{self.path / name}: expected at least the {size} bytes of the checkpoint, got {got}")
+        for file in self._streams():
+            if file.name in offsets:
+                os.truncate(file, offsets[file.name])
+            else:
+                file.unlink()
 
 
 def read(path: Path, stream: str) -> list[dict[str, Any]]:

@@ -1,0 +1,223 @@
+"""Checkpoints: a killed run goes on bit for bit, damage is noticed and named, settings are compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_loop import rows, start, wait_for, without_times
+
+from trainer.config import Config
+from trainer.config.settings import to_toml
+from trainer.errors import CheckpointError, ConfigError
+from trainer.loop import train
+from trainer.runs.checkpoint import checkpoints
+
+Change = Callable[..., Config]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the steps."""
+    monkeypatch.setattr("trainer.loop.write_report", lambda *_, **__: (Path("curves.png"), Path("report.md")))
+    monkeypatch.setattr("trainer.loop.summary_table", lambda *_, **__: "")
+
+
+def path_of(config: Config) -> Path:
+    return Path(config.out) / config.name
+
+
+def names(config: Config) -> list[str]:
+    return [path.name for path in checkpoints(path_of(config) / "checkpoints")]
+
+
+def assert_same_run(one: Config, other: Config) -> None:
+    """Bit for bit, but for how long things took."""
+    for a, b in zip(without_times(rows(one)), without_times(rows(other)), strict=True):
+        assert {name: (a[name], b[name]) for name in a if a[name] != b[name]} == {}, f"step {a['step']}"
+        assert a.keys() == b.keys()
+    for stream in ("samples", "evaluations"):
+        assert rows(one, stream) == rows(other, stream)
+    weights = "adapter_model.safetensors" if one.lora.rank else "model.safetensors"
+    assert (path_of(one) / "model" / weights).read_bytes() == (path_of(other) / "model" / weights).read_bytes()
+
+
+CASES: dict[str, dict[str, Any]] = {
+    # The replay buffer, a reference that follows, two updates a step, evaluations in between.
+    "full": {
+        "loss": {"method": "spear", "reference_ema": 0.9, "numbers": {"kl_coef": 0.01, "good_above": 0.2}},
+        "optim": {"minibatches": 2, "schedule": "cosine", "lr": 1e-2},
+        "eval": {"every": 3},
+    },
+    "adapters": {"lora": {"rank": 2}, "checkpoint": {"every": 2, "keep": 1}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_goes_on_bit_for_bit(changed: Change, tmp_path: Path, case: str) -> None:
+    """SIGKILL at random moments and at random points of a save, with global generators in use."""
+    sections = {"checkpoint": {"every": 1}, **CASES[case]}
+    reward = {"functions": ("reward_functions:noisy",)}
+    through = changed(name="through", steps=8, rewards=reward, **sections)
+    killed = replace(through, name="killed")
+    recipes, metrics = {}, str(path_of(killed) / "metrics.jsonl")
+    for config in (through, killed):
+        recipes[config.name] = str(tmp_path / f"{config.name}.toml")
+        Path(recipes[config.name]).write_text(to_toml(config))
+    (tmp_path / "case.json").write_text(json.dumps({**recipes, "metrics": metrics, "seed": 11, "by_time": 3, "in_save": 3}))
+    paths = os.pathsep.join([str(HERE), *sys.path])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "killed_run.py"), str(tmp_path / "case.json")], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("going on from step-") >= 2, done.stdout
+    assert_same_run(through, killed)
+    assert not list((path_of(killed) / "checkpoints").glob("*.tmp"))
+    assert len(names(killed)) == killed.checkpoint.keep
+
+
+def damage(file: Path, how: str) -> None:
+    if how == "truncated":
+        os.truncate(file, file.stat().st_size // 2)
+    elif how == "corrupted":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+
+
+@pytest.fixture
+def short(changed: Change) -> Config:
+    return changed(name="short", steps=3, data={"eval": ""}, checkpoint={"every": 1, "keep": 2})
+
+
+@pytest.mark.parametrize(
+    ("file", "how", "message"),
+    [
+        ("__0_0.distcp", "truncated", r"__0_0\.distcp: expected \d+ bytes, got \d+ \(truncated\?\)"),
+        ("__0_0.distcp", "corrupted", r"__0_0\.distcp: expected the bytes that were written, got others \(corrupted\)"),
+        (".metadata", "missing", r"expected the file \.metadata, got none"),
+        ("state.pt", "corrupted", r"state\.pt: expected the bytes that were written"),
+        ("manifest.json", "truncated", r"expected a readable manifest\.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
+    short: Config, file: str, how: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, longer = replace(short, name="straight", steps=5), replace(short, steps=5, resume="auto")
+    train(short)
+    assert names(short) == ["step-000002", "step-000003"]
+    latest = path_of(short) / "checkpoints" / "step-000003"
+    damage(latest / file, how)
+    with pytest.raises(CheckpointError, match=message):
+        train(replace(longer, resume=str(latest)))
+    capsys.readouterr()
+    assert train(longer)
+    output = capsys.readouterr().out
+    assert f"refused: checkpoint {latest}" in output
+    assert "going on from step-000002: 2 of 5 steps are done" in output
+    assert train(straight)
+    assert_same_run(straight, longer)
+    assert names(longer) == ["step-000004", "step-000005"]
+
+
+def test_only_damaged_checkpoints_are_no_reason_to_start_afresh(short: Config) -> None:
+    train(short)
+    for path in (path_of(short) / "checkpoints").iterdir():
+        damage(path / "__0_0.distcp", "truncated")
+    logged = rows(short)
+    with pytest.raises(CheckpointError, match="got only damaged ones: step-000003, step-000002"):
+        train(replace(short, steps=4, resume="auto"))
+    assert rows(short) == logged
+
+
+def test_resume_auto_starts_where_there_is_nothing(short: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    train(short)
+    again = replace(short, name="again", resume="auto")
+    assert train(again)
+    assert_same_run(short, again)
+    capsys.readouterr()
+    metrics = (path_of(short) / "metrics.jsonl").read_bytes()
+    assert train(again), "nothing is left to do"
+    assert "is finished (3 steps): nothing to resume" in capsys.readouterr().out
+    assert (path_of(short) / "metrics.jsonl").read_bytes() == metrics
+    (path_of(short) / "finished.json").unlink()  # killed before its first checkpoint: results, but nothing to go on from
+    for path in (path_of(short) / "checkpoints").iterdir():
+        path.rename(path.with_suffix(".tmp"))
+    assert train(replace(short, resume="auto"))
+    assert_same_run(short, again)
+
+
+def test_what_cannot_be_resumed_is_refused(short: Config, questions: Path, tmp_path: Path) -> None:
+    train(short)
+    longer = replace(short, steps=4, resume="auto")
+    other = replace(longer, seed=5, optim=replace(short.optim, lr=0.5), loss=replace(short.loss, numbers={"kl_coef": 0.1}))
+    expected = r"kl_coef: expected None, got 0\.1; optim\.lr: expected 0\.01, got 0\.5; seed: expected 0, got 5$"
+    with pytest.raises(ConfigError, match=expected):
+        train(other)
+    (path_of(short) / "finished.json").unlink()
+    with pytest.raises(ConfigError, match="steps: expected at least the 3 that are done"):
+        train(replace(longer, steps=2))
+    with pytest.raises(ConfigError, match="overwrite: expected False together with resume"):
+        train(replace(longer, overwrite=True))
+    with pytest.raises(ConfigError, match=r"resume: expected auto or a checkpoint in .*step-000002, step-000003"):
+        train(replace(longer, resume=str(tmp_path)))
+    changed_rows = questions.read_text().replace("n3 ?", "n33 ?")
+    kept = questions.read_text()
+    try:
+        questions.write_text(changed_rows)
+        with pytest.raises(CheckpointError, match=r"data\.train: expected the questions"):
+            train(longer)
+    finally:
+        questions.write_text(kept)
+    with (path_of(short) / "metrics.jsonl").open("r+") as file:
+        file.truncate(10)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: expected at least the \d+ bytes of the checkpoint, got 10"):
+        train(longer)
+    assert names(short) == ["step-000002", "step-000003"]
+
+
+def test_an_earlier_checkpoint_can_be_gone_back_to(short: Config) -> None:
+    train(short)
+    straight = replace(short, name="straight", steps=4)
+    train(straight)
+    back = replace(short, steps=4, resume=str(path_of(short) / "checkpoints" / "step-000002"))
+    assert train(back)
+    assert_same_run(straight, back)
+
+
+@pytest.mark.parametrize(("number", "method"), [(signal.SIGINT, "eapo"), (signal.SIGTERM, "aepo")])
+def test_a_stopped_run_goes_on_bit_for_bit(changed: Change, tmp_path: Path, number: signal.Signals, method: str) -> None:
+    """Stopped in the middle of a step, far from any due checkpoint."""
+    config = changed(name="stopped", steps=100_000, data={"eval": ""}, loss={"method": method})
+    process = start(config, tmp_path)
+    wait_for(lambda: len(rows(config)) >= 2, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    done = len(rows(config))
+    assert f"step-{done:06d}: --resume auto goes on from there" in out
+    longer = replace(config, steps=done + 2, resume="auto")
+    straight = replace(longer, name="straight", resume="")
+    assert train(longer)
+    assert train(straight)
+    assert_same_run(straight, longer)
+
+
+def test_zero_writes_no_checkpoints(changed: Change) -> None:
+    config = changed(steps=2, data={"eval": ""}, checkpoint={"every": 0})
+    assert train(config)
+    assert not (path_of(config) / "checkpoints").exists()
+    with pytest.raises(ConfigError, match="expected a checkpoint of the finished run"):
+        train(replace(config, steps=3, resume="auto"))
