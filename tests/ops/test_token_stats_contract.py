@@ -81,7 +81,7 @@ def _call(**changes: Any) -> None:
         ({"softcap": -1.0}, EapoError, r"softcap: expected a positive finite number, got -1.0"),
         ({"logit_scale": "2"}, EapoError, r"logit_scale: expected a positive finite number, got '2'"),
         ({"entropy": "yes"}, EapoError, r"entropy: expected one of grad, nograd, none, got 'yes'"),
-        ({"backend": "cutlass"}, EapoError, r"backend: expected one of auto, triton, torch, got 'cutlass'"),
+        ({"backend": "cutlass"}, EapoError, r"backend: expected one of auto, cuda, triton, torch, got 'cutlass'"),
         ({"options": Options(memory_budget=5)}, EapoError, r"Options.memory_budget: expected at least 6 bytes, .*, got 5"),
     ],
     ids=lambda p: p if isinstance(p, str) else "",
