@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import valid_tokens
 from ..types import Options
 from . import plans, products
-from .backend import Backend, LogitCotangents
+from .backend import Backend, LogitCotangents, TargetRows
 from .budget import workspace_bytes
 from .projection import Projection
 from .rows import may_compact, scatter_rows, valid_index
@@ -23,16 +23,16 @@ from .statistics import RowStatistics
 
 
 class Kept(NamedTuple):
-    """dlogp/d(hidden @ weight.T + bias) of R rows, as ``row_factor[:, None] * matrix``.
+    """dlogp/d(hidden @ weight.T + bias) of R rows, as in ``backend.ChunkGradient``.
 
     Attributes:
         matrix: [R, V] operand dtype.
-        row_factor: [R] statistics dtype.
+        factors: [1 or 2, R] statistics dtype: the rows' factors, and the targets' entries where they are apart.
         rows: [R] int64, which rows they are; None: the first R.
     """
 
     matrix: Tensor
-    row_factor: Tensor
+    factors: Tensor
     rows: Tensor | None = None
 
 
@@ -71,10 +71,10 @@ def compute_statistics(
         statistics = chunk.statistics()
         parts.append(statistics)
         ones = LogitCotangents(torch.ones_like(statistics.logp))
-        gradient = chunk.gradient(ones)
-        kept = Kept(gradient.whole(targets[:first]), gradient.row_factor, None if index is None else index[:first].clone())
+        matrix, *factors = (t for t in chunk.gradient(ones) if t is not None)
+        kept = Kept(matrix, torch.stack(factors), None if index is None else index[:first].clone())
         budget -= kept.matrix.untyped_storage().nbytes()
-        del chunk, gradient
+        del chunk, matrix
     if first < projection.n_rows:
         others = projection.rows(slice(first, None))
         parts.append(backend.statistics(others, targets[first:], entropy=entropy, second_moments=second_moments, budget=budget))
@@ -110,7 +110,7 @@ def compute_gradients(
     compact = may_compact(targets, options.compact)
     if kept is not None and kept.rows is not None and not compact:
         kept = None  # the forward compacted, this pass may not: nothing tells which rows come next
-    index, live_kept = None, None if kept is None else _LiveKept(kept.matrix, kept.row_factor, None)
+    index, live_kept = None, None if kept is None else _LiveKept(kept.matrix, kept.factors, None)
     if not compact:
         projection = projection.cleared(live)
     else:
@@ -141,10 +141,10 @@ def compute_gradients(
 
 
 class _LiveKept(NamedTuple):
-    """``Kept`` with ``live`` [L], the places in ``matrix`` of the rows that ``row_factor`` [L] belongs to; None: all."""
+    """``Kept`` with ``live`` [L], the places in ``matrix`` of the rows that ``factors`` [1 or 2, L] belong to; None: all."""
 
     matrix: Tensor
-    row_factor: Tensor
+    factors: Tensor
     live: Tensor | None
 
     def columns(self, here: slice) -> Tensor:
@@ -157,16 +157,16 @@ def _live_kept(kept: Kept, live: Tensor) -> tuple[_LiveKept, Tensor | None]:
 
     The index is None where all rows are live and in order already.
     """
-    count = len(kept.row_factor)
+    count = kept.factors.shape[1]
     rows = torch.arange(count, device=live.device) if kept.rows is None else kept.rows
     places = valid_index(live[rows])
     others = live.clone()
     others[rows] = False
     rest = others.nonzero().squeeze(1)
     if places is None and kept.rows is None and count + len(rest) == len(live):
-        return _LiveKept(kept.matrix, kept.row_factor, None), None
-    factor = kept.row_factor if places is None else kept.row_factor[places]
-    return _LiveKept(kept.matrix, factor, places), torch.cat([rows if places is None else rows[places], rest])
+        return _LiveKept(kept.matrix, kept.factors, None), None
+    factors = kept.factors if places is None else kept.factors[:, places]
+    return _LiveKept(kept.matrix, factors, places), torch.cat([rows if places is None else rows[places], rest])
 
 
 def _add_slab_gradients(
@@ -185,11 +185,14 @@ def _add_slab_gradients(
     hidden, weight = projection.hidden, projection.weight
     dtype = projection.statistics_dtype
     gain = _underflow_gain(projection.operand_dtype, cotangents)
-    first = 0 if kept is None else len(kept.row_factor)
+    first = 0 if kept is None else kept.factors.shape[1]
+    apart = None
     if kept is not None:
         budget -= kept.matrix.untyped_storage().nbytes()
         assert cotangents.logp is not None
-        factor = cotangents.logp[:first] * kept.row_factor
+        factor, *entries = cotangents.logp[:first] * kept.factors
+        if entries:
+            apart = TargetRows.sort(targets[:first], hidden[:first], entries[0])
         scaled = (hidden[:first] * (factor if gain is None else factor * gain).unsqueeze(1)).to(projection.operand_dtype)
     if first < projection.n_rows:
         rows, columns = plans.slab(projection.n_rows - first, projection.vocab, backend.slab_bytes(projection), budget)
@@ -215,6 +218,13 @@ def _add_slab_gradients(
                 products.add_product_(slab_weight, matrix.t(), scaled)
             if d_bias is not None:
                 products.add_weighted_rows_(d_bias[here], matrix, factor)
+            if apart is not None:
+                assert backend.add_target_rows is not None
+                if slab_weight is not None:
+                    backend.add_target_rows(slab_weight, start, apart)
+                if d_bias is not None:
+                    ones = apart.factor.new_ones(first, 1)
+                    backend.add_target_rows(d_bias[here].unsqueeze(1), start, apart._replace(hidden=ones))
         for part in row_slices:
             gradient = workspace[: part.stop - part.start, :width]
             backend.logit_gradient(
@@ -241,6 +251,8 @@ def _add_slab_gradients(
         d_hidden[first:] /= gain
     if d_hidden is not None and kept is not None:
         d_hidden[:first] *= factor.unsqueeze(1)
+        if apart is not None:
+            products.add_gathered_rows_(d_hidden[:first], weight, targets[:first], apart.factor)
 
 
 def _underflow_gain(dtype: torch.dtype, cotangents: LogitCotangents) -> Tensor | None:

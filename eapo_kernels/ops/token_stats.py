@@ -47,7 +47,7 @@ def _forward_op(
     group: str,
     shard: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N], lse [N], moments [3, N], state [3, N], matrix [R, V], row_factor [R], rows [R]).
+    """(logp [N], entropy [N], lse [N], moments [3, N], state [3, N], matrix [R, V], factors [1 or 2, R], rows [R]).
 
     group, shard: the fields of a ``VocabShard``; none: the weight is whole.
     What is not asked for has no elements. The last three are ``recompute.Kept`` of the rows that ``plan`` keeps; without
@@ -73,10 +73,10 @@ def _forward_op(
         moments = torch.stack([s.p2, s.p2_logp, s.varentropy])
     mean = s.mean_shifted if s.mean_shifted is not None else torch.zeros_like(s.logp)
     state = torch.stack([s.row_max, s.log_sum, mean])
-    matrix, factor, index = kept or Kept(hidden.new_empty(0, 0), torch.empty_like(none))
+    matrix, factors, index = kept or Kept(hidden.new_empty(0, 0), none.new_empty(2, 0))
     index = targets.new_empty(0) if index is None else index
     entropies = s.entropy.clone() if entropy and s.entropy is not None else none
-    return s.logp, entropies, s.lse.clone(), moments, state, matrix, factor, index
+    return s.logp, entropies, s.lse.clone(), moments, state, matrix, factors, index
 
 
 def _shard(group: str, numbers: Sequence[int]) -> VocabShard | None:
@@ -115,7 +115,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
         hidden.new_empty(
             room, weight.shape[0] if room else 0, dtype=projection.operand_dtype
         ),  # at most: masked rows are not kept
-        hidden.new_empty(room, dtype=dtype),
+        hidden.new_empty(2, room, dtype=dtype),
         targets.new_empty(0),
     )
 
@@ -133,7 +133,7 @@ def _backward_op(
     grad_entropy: Tensor | None,
     grad_lse: Tensor | None,
     matrix: Tensor,
-    row_factor: Tensor,
+    factors: Tensor,
     kept_index: Tensor,
     inv_temperature: float,
     logit_scale: float,
@@ -161,7 +161,7 @@ def _backward_op(
         dispatch.resolve(backend, projection, "autograd"),
         needs=(need_hidden, need_weight, need_bias),
         options=Options(memory_budget, compact),
-        kept=Kept(matrix, row_factor, kept_index if kept_index.numel() else None) if row_factor.numel() else None,
+        kept=Kept(matrix, factors, kept_index if kept_index.numel() else None) if factors.numel() else None,
     )
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return d_hidden, d_weight, d_bias
@@ -169,7 +169,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _backward_fake(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy, grad_lse, matrix, row_factor,
+    hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy, grad_lse, matrix, factors,
     kept_index, inv_temperature, logit_scale, softcap, need_hidden, need_weight, need_bias, backend, memory_budget, compact,
     group, shard,
 ):  # fmt: skip
@@ -182,24 +182,24 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, row_inv_temperature, *scalars = inputs
-    logp, _, _, moments, state, matrix, row_factor, kept_index = output
+    logp, _, _, moments, state, matrix, factors, kept_index = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(moments, state, matrix, row_factor, kept_index)
-    ctx.save_for_backward(hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, row_factor, kept_index)
+    ctx.mark_non_differentiable(moments, state, matrix, factors, kept_index)
+    ctx.save_for_backward(hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, factors, kept_index)
     ctx.scalars = scalars
 
 
 def _backward(ctx, grad_logp, grad_entropy, grad_lse, *_):  # type: ignore[no-untyped-def]
     inv_temperature, logit_scale, softcap, entropy, _, backend, memory_budget, compact, _, _, group, shard = ctx.scalars
-    hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, row_factor, kept_index = ctx.saved_tensors
+    hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, factors, kept_index = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     if grad_logp is None and grad_lse is None and (grad_entropy is None or not entropy):
         return (None,) * 17
     if grad_lse is not None or (grad_entropy is not None and entropy):
-        matrix, row_factor = matrix[:0], row_factor[:0]  # what is kept is the gradient of logp alone
+        matrix, factors = matrix[:0], factors[:0]  # what is kept is the gradient of logp alone
     gradients = _backward_op(
         hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy if entropy else None,
-        grad_lse, matrix, row_factor, kept_index, inv_temperature, logit_scale, softcap, *needs, backend,
+        grad_lse, matrix, factors, kept_index, inv_temperature, logit_scale, softcap, *needs, backend,
         memory_budget, compact, group, shard,
     )  # fmt: skip
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 14)

@@ -73,11 +73,19 @@ def test_bitwise_reproducible(device: str) -> None:
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("main", [False, True], ids=["returned", "main_grad"])
-@pytest.mark.parametrize("plan", ["one_chunk", "chunks"])
+@pytest.mark.parametrize(
+    ("schedule", "plan", "main"),
+    [
+        ("one_pass", "one_chunk", False),
+        ("one_pass", "one_chunk", True),
+        ("one_pass", "chunks", False),
+        ("one_pass", "chunks", True),
+        ("autograd", "one_chunk", False),
+    ],
+)
 @pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "uniform"])
 def test_gradients_of_a_loss_round_less_than_exact_dlogits(
-    peaked: bool, plan: str, main: bool, device: str, monkeypatch: pytest.MonkeyPatch
+    peaked: bool, schedule: str, plan: str, main: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bf16 through the loss. Rounding a result to bf16 is 1.65e-3 by itself; rounding exact dlogits to it is as much again."""
     monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: self.hidden.dtype))  # as on CUDA
@@ -88,7 +96,7 @@ def test_gradients_of_a_loss_round_less_than_exact_dlogits(
     exact = torch.autograd.grad(eapo_loss(*leaves, batch, positive_weight=0.7, backend="torch").loss, leaves)
     hidden, weight = (t.detach().clone().requires_grad_() for t in (inputs.hidden, inputs.weight))
     out = torch.zeros(1031, 64, device=device) if main else None
-    common = {"positive_weight": 0.7, "schedule": "one_pass", "backend": "triton", "options": Options(plan=plan)}
+    common = {"positive_weight": 0.7, "schedule": schedule, "backend": "triton", "options": Options(plan=plan)}
     eapo_loss(hidden, weight, batch, **common, main_grad=out).loss.backward()
     errors = [
         float((got.double() - truth).norm() / truth.norm())
