@@ -2,6 +2,7 @@
 
 commands:
   train --config RECIPE.toml [--section.key value ...]   train, evaluate before and after, save, draw the report
+  eval  --run RUN [--checkpoint NAME|latest]             evaluate a run's model, or one of its checkpoints
   eval  --config RECIPE.toml [--model.path DIR ...]      evaluate a model or a saved adapter
   compare --config RECIPE.toml [--methods ...] [--seeds ...] [--jobs N] [overrides]
                                                          EAPO against fixed positive weights; continues where it stopped

@@ -31,24 +31,37 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _eval(arguments: Sequence[str]) -> int:
-    config = parse_config(arguments, prog="python -m trainer eval")
-    from .evaluation.eval_command import evaluate_model
+    prog = "python -m trainer eval"
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--checkpoint")
+    options, rest = _split(parser, arguments)
+    from .evaluation.eval_command import evaluate_model, of_run
 
-    return 0 if evaluate_model(config) else 130
+    if options.run is None:
+        check(options.checkpoint is None, "--checkpoint", "a run (--run DIR) that it belongs to", options.checkpoint)
+        return 0 if evaluate_model(parse_config(rest, prog=prog)) else 130
+    check("--config" not in rest, "--config", "nothing together with --run (its recipe is the run's)", "--config")
+    config = parse_config(rest, recipe=options.run / "config.toml", prog=prog)
+    return 0 if evaluate_model(*of_run(config, options.run, options.checkpoint)) else 130
+
+
+def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The parser's own options, and the arguments that are settings."""
+    try:
+        return parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"command line: {error}") from None
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer compare", add_help=False, allow_abbrev=False, exit_on_error=False,
-    )  # fmt: skip
+    prog = "python -m trainer compare"
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--methods", nargs="+", default=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--jobs", type=int, default=0)
-    try:
-        options, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"command line: {error}") from None
-    config = parse_config(rest, prog="python -m trainer compare")
+    options, rest = _split(parser, arguments)
+    config = parse_config(rest, prog=prog)
     check(options.jobs >= 0, "--jobs", "at least 0 (0: one for each core or GPU)", options.jobs)
     from .evaluation.compare import compare
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +21,8 @@ from trainer.config.settings import to_toml
 from trainer.errors import ConfigError
 from trainer.evaluation import compare as module
 from trainer.evaluation.arms import ARMS, FIXED_WEIGHTS, arm_config, planned, split_name
-from trainer.evaluation.compare import compare, differences, is_finished, job_environment
-from trainer.runs.rundir import read
+from trainer.evaluation.compare import compare, is_finished, job_environment, steps_done
+from trainer.runs.rundir import RunDirectory, read
 
 Change = Callable[..., Config]
 
@@ -108,31 +112,48 @@ def test_a_comparison_runs_reports_failures_and_continues(
     assert weights["eapo"][1] != 1.0
 
     assert main([*command, "--optim.lr", "0.5"]) == 2
-    assert "expected runs of one recipe" in capsys.readouterr().err
+    assert "was written with other settings; optim.lr: expected 0.01, got 0.5" in capsys.readouterr().err
 
 
-def test_a_run_counts_as_finished_only_with_all_its_steps_and_its_report(recipe: Config) -> None:
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on_from_its_checkpoints(recipe: Config, tmp_path: Path) -> None:
+    recipe_file = tmp_path / "recipe.toml"
+    recipe_file.write_text(to_toml(replace(recipe, steps=60, data=replace(recipe.data, eval=""))))
+    command = [sys.executable, "-m", "trainer", "compare", "--config", str(recipe_file), "--methods", "nsr", "--seeds", "0"]
+    run = Path(recipe.out) / "cmp" / "nsr-seed0"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while steps_done(run) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 130
+    assert "interrupted: the same command continues" in output
+    done = steps_done(run)
+    assert 3 <= done < 60
+    assert main(command[3:]) == 0
+    assert [row["step"] for row in read(run, "metrics")] == list(range(1, 61))
+    assert f"going on from step-{done:06d}" in (run / "train.log").read_text()
+
+
+def test_a_run_counts_as_finished_only_when_it_came_to_its_end(recipe: Config) -> None:
     run = arm_config(recipe, "grpo", seed=0)
-    path = Path(run.out) / run.name
-    path.mkdir(parents=True)
+    directory = RunDirectory(run)
     assert not is_finished(run)
-    (path / "config.toml").write_text(to_toml(run))
-    (path / "report.md").write_text("")
-    (path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
+    directory.start(replace=False)
+    directory.append("metrics", {"step": 1})
+    directory.append("metrics", {"step": 2})
     assert not is_finished(run)
-    with (path / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 2}) + "\n")
+    directory.finish(2)
     assert is_finished(run)
-    (path / "report.md").unlink()
-    assert not is_finished(run)
-
-
-def test_differences_name_the_settings(config: Config, changed: Change) -> None:
-    assert differences(changed(name="other", overwrite=True), config) == []
-    assert differences(changed(optim={"lr": 1.0}, steps=7), config) == [
-        "steps: 7 instead of 3",
-        "optim.lr: 1.0 instead of 0.01",
-    ]
+    assert not is_finished(replace(run, overwrite=True))
+    assert not is_finished(replace(run, steps=3))  # goes on
+    with pytest.raises(ConfigError, match=r"steps: expected at least the 2 that .* has finished, got 1"):
+        is_finished(replace(run, steps=1))
+    with pytest.raises(ConfigError, match=r"eapo.kappa: expected 0.0, got 2.0"):
+        is_finished(replace(run, eapo=replace(run.eapo, kappa=2.0)))
 
 
 def test_a_comparison_that_is_being_run_is_left_alone(recipe: Config) -> None:

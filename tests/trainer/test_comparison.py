@@ -149,7 +149,7 @@ def test_report_draws_a_comparison_and_keeps_what_a_person_wrote(directory: Path
     assert page.endswith(f"{END}\n\nafter\n")
     assert "old" not in page
     assert (out / "comparison.png").stat().st_size > 20_000
-    write_comparison(directory, resamples=2000)
+    write_comparison(directory)
     assert tables(load_comparison(directory), 2000) in (directory / "comparison.md").read_text()
     assert with_block("# A page\n", "new") == f"# A page\n\n{BEGIN}\nnew\n{END}\n"
 

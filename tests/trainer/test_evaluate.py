@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from trainer.__main__ import main
 from trainer.config import Config
 from trainer.dataset import load_questions
 from trainer.evaluation.evaluate import Evaluation, evaluate
@@ -69,3 +72,39 @@ def test_the_best_and_the_worst_answer_of_every_step_are_kept(changed: Change) -
         )
         assert len(ranked) == 12
         assert kept == [max(ranked), min(ranked), sorted(ranked)[-2]]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_is_evaluated_by_its_model_or_by_a_checkpoint(
+    changed: Change, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    config = changed(eval={"every": 1}, checkpoint={"every": 1, "keep": 2}, lora={"rank": rank})
+    assert train(config)
+    run = Path(config.out) / config.name
+    seen = {row["step"]: row["values"] for row in read(run, "evaluations")}
+    assert seen[2] != seen[3]
+    for arguments, name, step in (
+        ([], "tiny-eval", 3),
+        (["--checkpoint", "latest"], "tiny-eval-step-000003", 3),
+        (["--checkpoint", "step-000002"], "tiny-eval-step-000002", 2),
+    ):
+        for _ in range(2):  # again, too
+            assert main(["eval", "--run", str(run), *arguments]) == 0
+        (row,) = read(run.parent / name, "evaluations")
+        assert row["values"] == seen[step]
+        assert row["step"] == (step if arguments else 0)
+    capsys.readouterr()
+    for arguments, message in (
+        (
+            ["--run", str(run), "--checkpoint", "step-000001"],
+            "expected one of .*step-000002, step-000003, latest",
+        ),
+        (["--run", str(run), "--config", "x.toml"], "--config: expected nothing together with --run"),
+        (["--checkpoint", "latest"], "--checkpoint: expected a run"),
+        (["--run", str(run / "nowhere")], "--config: expected a readable TOML recipe"),
+    ):
+        assert main(["eval", *arguments]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    shutil.rmtree(run / "model")
+    assert main(["eval", "--run", str(run)]) == 2
+    assert "expected a run with a saved model (or --checkpoint latest), got none" in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """``python -m trainer compare``: every arm with every seed, each run a process of its own.
 
-A run that is finished is kept, so the same command continues a comparison that was stopped, and a larger one (more seeds, more
-arms) only adds what is missing. A failed run is reported and the others go on.
+A run that is finished is kept and one that was cut off goes on from its last checkpoint, so the same command continues a
+comparison that was stopped, and a larger one (more seeds, arms or steps) only adds what is missing. A failed run is reported
+and the others go on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 
@@ -24,7 +25,8 @@ from ..config.settings import parse_config, to_toml
 from ..errors import ConfigError, DataError, Interrupted
 from ..runs.console import Console, duration
 from ..runs.interrupt import StopRequest
-from ..runs.rundir import read
+from ..runs.resume import check_settings, settings_of
+from ..runs.rundir import RunDirectory, read
 from .arms import planned
 from .comparison_page import write_comparison
 
@@ -71,7 +73,7 @@ def compare(config: Config, arms: Sequence[str], seeds: Sequence[int], jobs: int
             return 130
         finally:
             with suppress(DataError):  # nothing is finished yet
-                for path in write_comparison(directory, resamples=config.eval.resamples):
+                for path in write_comparison(directory):
                     console.line(str(path))
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
@@ -107,34 +109,22 @@ def is_finished(config: Config) -> bool:
     """Whether the run's directory holds this run, trained and evaluated to its end.
 
     Raises:
-        ConfigError: it holds results of another recipe (and ``overwrite`` is off).
+        ConfigError: it holds results of another recipe, or of more steps (and ``overwrite`` is off).
     """
     path = Path(config.out) / config.name
-    metrics = read_whole_lines(path)
-    if not metrics or config.overwrite:
+    if config.overwrite or not steps_done(path):
         return False
-    other = differences(parse_config([], recipe=path / "config.toml"), config)
-    if other:
-        raise ConfigError(f"{path}: expected runs of one recipe (or --overwrite True), got another {'; '.join(other)}")
-    return metrics == config.steps and (path / "report.md").is_file()
+    check_settings(path, settings_of(parse_config([], recipe=path / "config.toml")), config)
+    found = RunDirectory(config).finished()
+    if found is not None and found > config.steps:
+        raise ConfigError(f"steps: expected at least the {found} that {path} has finished, got {config.steps}")
+    return found == config.steps
 
 
-def read_whole_lines(path: Path) -> int:
-    """Finished steps of a run: lines of metrics.jsonl."""
+def steps_done(path: Path) -> int:
+    """Logged steps of a run."""
     file = path / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.is_file() else 0
-
-
-def differences(found: Any, wanted: Any, prefix: str = "") -> list[str]:
-    """Settings in which two runs differ, as "key: found, wanted"; where a run lies and whether it may be replaced aside."""
-    result = []
-    for name, value in vars(wanted).items():
-        own, key = getattr(found, name), f"{prefix}{name}"
-        if hasattr(value, "__dataclass_fields__"):
-            result += differences(own, value, f"{key}.")
-        elif own != value and key not in ("out", "name", "overwrite"):
-            result.append(f"{key}: {own!r} instead of {value!r}")
-    return result
 
 
 @contextmanager
@@ -171,21 +161,22 @@ def _run_all(
                         console.line(failed[-1])
                     else:
                         console.line(f"finished {_summary(job.path)}")
-                tick(sum(read_whole_lines(Path(run.out) / run.name) for run in runs), total)
+                tick(sum(steps_done(Path(run.out) / run.name) for run in runs), total)
         finally:
             _stop(running)
 
 
 def _start(config: Config, slot: int, jobs: int, gpus: int, lock: int) -> _Job:
-    """Begin a run, or begin it again where it was cut off."""
+    """Begin a run, or go on with one that was cut off, from its last checkpoint."""
     path = Path(config.out) / config.name
     path.mkdir(parents=True, exist_ok=True)
     recipe = path / "config.toml"
     recipe.write_text(to_toml(config))
-    log = (path / "train.log").open("wb")
+    log = (path / "train.log").open("ab")
+    how = ["--overwrite", "True"] if config.overwrite else ["--resume", "auto"]
     # In a session of its own a run gets no SIGINT from the terminal but only ours, once.
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainer", "train", "--config", str(recipe), "--overwrite", "True"],
+        [sys.executable, "-m", "trainer", "train", "--config", str(recipe), *how],
         stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(lock,),
         env=job_environment(config, slot, jobs, gpus, os.environ),
     )  # fmt: skip

@@ -53,7 +53,7 @@ EVALUATED = {
 """Metrics of the evaluations that the page shows, where they were measured."""
 
 
-def write_comparison(directory: Path, out: Path | None = None, *, resamples: int = 2000) -> tuple[Path, Path]:
+def write_comparison(directory: Path, out: Path | None = None) -> tuple[Path, Path]:
     """Write comparison.png and comparison.md to ``out`` (default: ``directory``); returns their paths.
 
     Of a page that exists only what stands between the two marks is replaced.
@@ -67,7 +67,7 @@ def write_comparison(directory: Path, out: Path | None = None, *, resamples: int
     picture, page = out / "comparison.png", out / "comparison.md"
     draw(found, picture)
     old = page.read_text() if page.exists() else f"# Comparison\n\n{BEGIN}\n{END}\n"
-    page.write_text(with_block(old, tables(found, resamples)))
+    page.write_text(with_block(old, tables(found, found.config["eval"]["resamples"])))
     return picture, page
 
 

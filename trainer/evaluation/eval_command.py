@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from ..config import Config
 from ..dataset import load_questions
 from ..errors import ConfigError, Interrupted
-from ..models.policy import load_policy
+from ..models.policy import Policy, load_policy
 from ..rewards.scoring import Rewards
 from ..rollouts.engines import make_engine
+from ..runs.checkpoint import checkpoints, read_tensors, step_of, verify
 from ..runs.console import Console
 from ..runs.interrupt import StopRequest
 from ..runs.rundir import RunDirectory
@@ -17,16 +19,49 @@ from .evaluate import evaluate
 from .report import estimates_table
 
 
-def evaluate_model(config: Config) -> bool:
-    """Evaluate ``config.model`` as it is and print one table for each set of questions; False when interrupted.
+def of_run(config: Config, run: Path, checkpoint: str | None) -> tuple[Config, Path | None]:
+    """What evaluates a run: its exported model, or with ``checkpoint`` ("latest", or the name of one) the weights of that.
 
-    The values go to evaluations.jsonl of a run directory of their own. New adapters would change nothing: ``lora`` is
-    not used.
+    Args:
+        config: the run's own, perhaps with other questions or another number of answers.
+
+    Returns:
+        The configuration of the evaluation, which goes to ``<run>-eval`` beside the run, and the checkpoint's path.
 
     Raises:
-        EapoError: bad configuration, data, model or rewards.
+        ConfigError: the run has no such model or checkpoint.
     """
-    config = replace(config, lora=replace(config.lora, rank=0))
+    there = RunDirectory(replace(config, out=str(run.parent), name=run.name))
+    config = replace(config, out=str(run.parent), name=f"{run.name}-eval", overwrite=True, resume="")
+    if checkpoint is None:
+        if not there.model.is_dir():
+            raise ConfigError(f"--run: expected a run with a saved model (or --checkpoint latest), got none in {run}")
+        return replace(config, model=replace(config.model, path=str(there.model)), lora=replace(config.lora, rank=0)), None
+    found = {path.name: path for path in checkpoints(there.checkpoints)}
+    if found:
+        found["latest"] = list(found.values())[-1]
+    if checkpoint not in found:
+        names = ", ".join(found) or "none"
+        raise ConfigError(f"--checkpoint: expected one of {there.checkpoints} ({names}), got {checkpoint!r}")
+    return replace(config, name=f"{config.name}-{found[checkpoint].name}"), found[checkpoint]
+
+
+def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
+    """Evaluate ``config.model`` and print one table for each set of questions; False when interrupted.
+
+    The values go to evaluations.jsonl of a run directory of their own.
+
+    Args:
+        checkpoint: of a run with this configuration: its weights are put into the model first. Without one, the model is
+            evaluated as it is, and new adapters, which would change nothing, are not made.
+
+    Raises:
+        EapoError: bad configuration, data, model, rewards or checkpoint.
+    """
+    if checkpoint is None:
+        config = replace(config, lora=replace(config.lora, rank=0))
+    else:
+        verify(checkpoint)
     train_set = load_questions(config.data.train, config.eval.train_questions) if config.eval.train_questions else None
     held_out = load_questions(config.data.eval, config.data.eval_limit) if config.data.eval else None
     if not (train_set or held_out):
@@ -37,12 +72,13 @@ def evaluate_model(config: Config) -> bool:
         with StopRequest() as stop, Console(stop) as console:
             with console.phase(f"loading {config.model.path}"):
                 policy = load_policy(config.model, config.lora, seed=0)
+                step = 0 if checkpoint is None else _restore(policy, checkpoint)
                 rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
                 engine = make_engine(config, policy)
             for name, questions in {"held-out": held_out, "train": train_set}.items():
                 if questions:
                     result, samples = evaluate(
-                        config, policy, engine, rewards, questions, dataset=name, step=0, console=console
+                        config, policy, engine, rewards, questions, dataset=name, step=step, console=console
                     )
                     run.append("evaluations", asdict(result))
                     for sample in samples:
@@ -52,3 +88,9 @@ def evaluate_model(config: Config) -> bool:
         return False
     print(f"\nvalues  {run.path / 'evaluations.jsonl'}")
     return True
+
+
+def _restore(policy: Policy, checkpoint: Path) -> int:
+    """Put a checkpoint's weights into the model; returns the steps that it had been trained."""
+    read_tensors(checkpoint, {"weights": {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}})
+    return step_of(checkpoint)
