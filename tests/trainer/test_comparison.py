@@ -15,7 +15,8 @@ from trainer.config.settings import to_toml
 from trainer.errors import DataError
 from trainer.evaluation.arms import arm_config
 from trainer.evaluation.comparison import Run, crossed, is_comparison, load_comparison, match, over_seeds, smooth, spread
-from trainer.evaluation.comparison_page import BEGIN, END, show, tables, with_block, write_comparison
+from trainer.evaluation.comparison_page import BEGIN, END, with_block, write_comparison
+from trainer.evaluation.comparison_tables import show, tables
 
 STEPS = 8
 EVALUATED = ("reward", "reward_best", "entropy", "distinct_2", "self_bleu", "length")
@@ -125,7 +126,7 @@ def test_spread_is_the_mean_over_steps_of_the_deviation_between_seeds() -> None:
 
 def test_the_tables(directory: Path) -> None:
     page = tables(load_comparison(directory), resamples=200)
-    training, evaluation, difference = (part for part in page.split("\n\n") if part.startswith("|"))
+    training, evaluation, paired, difference = (part for part in page.split("\n\n") if part.startswith("|"))
     # The last quarter is the steps 6 and 7 (from 0): reward 0.3 + 0.01 * 6.5, and 0.1 more for the other seed.
     row = cells(training, "EAPO")
     assert row[:3] == ["EAPO (entropy ratio)", "2", "0.415 [0.365, 0.465]"]
@@ -133,6 +134,8 @@ def test_the_tables(directory: Path) -> None:
     assert cells(training, "NSR")[1:4] == ["1", "0.300", "2.000"]
     assert cells(evaluation, "before training")[1].startswith("0.300 [")
     assert cells(evaluation, "GRPO")[1].startswith("0.460 [")
+    assert cells(paired, "EAPO")[1] == "-0.080 [-0.080, -0.080]"  # 8 steps, 0.01 less a step, every question
+    assert cells(paired, "NSR")[1] == "-0.160 [-0.160, -0.160]"
     row = cells(difference, "EAPO")
     assert row[:4] == ["EAPO (entropy ratio)", "2", "-0.065 [-0.065, -0.065]", "+0.520 [+0.520, +0.520]"]
     assert row[5:8] == ["0.360, 0.460", "8/4, 8/4", "+0.180 [+0.180, +0.180]"]
