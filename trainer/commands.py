@@ -33,8 +33,8 @@ def _train(arguments: Sequence[str]) -> int:
 def _eval(arguments: Sequence[str]) -> int:
     prog = "python -m trainer eval"
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--run", type=Path)
-    parser.add_argument("--checkpoint")
+    parser.add_argument("--run", type=Path, help="directory of a run; without it --config and --model.path decide")
+    parser.add_argument("--checkpoint", help="one of the run's checkpoints, or latest, in the place of its exported model")
     options, rest = _split(parser, arguments)
     from .evaluation.eval_command import evaluate_model, of_run
 
@@ -47,7 +47,9 @@ def _eval(arguments: Sequence[str]) -> int:
 
 
 def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The parser's own options, and the arguments that are settings."""
+    """The parser's own options, and the arguments that are settings (whose help comes after the parser's own)."""
+    if {"-h", "--help"} & set(arguments):
+        print(parser.format_help())
     try:
         return parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -57,9 +59,9 @@ def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[a
 def _compare(arguments: Sequence[str]) -> int:
     prog = "python -m trainer compare"
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--methods", nargs="+", default=ARMS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--jobs", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", default=ARMS, help=f"default: {' '.join(ARMS)}; or any method of the library")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="default: 0 1 2")
+    parser.add_argument("--jobs", type=int, default=0, help="runs at a time; default: one for each core, or each GPU")
     options, rest = _split(parser, arguments)
     config = parse_config(rest, prog=prog)
     check(options.jobs >= 0, "--jobs", "at least 0 (0: one for each core or GPU)", options.jobs)

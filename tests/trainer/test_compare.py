@@ -156,6 +156,18 @@ def test_a_run_counts_as_finished_only_when_it_came_to_its_end(recipe: Config) -
         is_finished(replace(run, eapo=replace(run.eapo, kappa=2.0)))
 
 
+def test_help_names_the_options_and_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, option in (("compare", "--seeds"), ("eval", "--checkpoint")):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        shown = capsys.readouterr().out
+        assert option in shown
+        assert "--optim.lr" in shown
+    assert main(["compare", "--seeds", "one"]) == 2
+    assert "argument --seeds: invalid int value: 'one'" in capsys.readouterr().err
+
+
 def test_a_comparison_that_is_being_run_is_left_alone(recipe: Config) -> None:
     directory = Path(recipe.out) / recipe.name
     directory.mkdir(parents=True)
