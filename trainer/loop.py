@@ -234,6 +234,7 @@ def _train(config: Config, console: Console) -> bool:
     except Interrupted:
         console.line(f"interrupted after {step} of {config.steps} steps")
     finally:
+        engine.close()
         trackers.close()
     if not step:
         return False

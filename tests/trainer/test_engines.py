@@ -25,7 +25,7 @@ class FakeLLM:
 
     def __init__(self, **options: Any) -> None:
         self.options, self.calls, self.waiting = options, list[str](), list[str]()
-        self.llm_engine = self
+        self.llm_engine, self.model_config = self, SimpleNamespace(max_model_len=64)
 
     def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
         assert kwargs["is_checkpoint_format"]
@@ -56,6 +56,10 @@ class FakeLLM:
         done, self.waiting = self.waiting, []
         answer = SimpleNamespace(token_ids=[1], logprobs=[{1: SimpleNamespace(logprob=-0.5)}])
         return [SimpleNamespace(request_id=name, finished=True, outputs=[answer]) for name in done]
+
+    @property
+    def engine_core(self) -> Any:
+        return SimpleNamespace(shutdown=lambda: self.calls.append("shutdown"))
 
     def abort_request(self, names: list[str]) -> None:
         assert names == []
@@ -146,6 +150,21 @@ def test_sleep_around_updates(policy: Policy, monkeypatch: pytest.MonkeyPatch, l
     assert llm.calls == [*load, "wake kv_cache", "step", f"sleep {level}"]
     assert rollouts.prompt_ids == [[5], [5], [6], [6]]
     assert rollouts.truncated == [False] * 4
+
+
+def test_an_engine_that_fails_its_check_is_closed(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, fake_vllm())
+    made: list[FakeLLM] = []
+    step = FakeLLM.step
+
+    def noted(self: FakeLLM) -> list[Any]:
+        made.append(self)
+        return step(self)
+
+    monkeypatch.setattr(FakeLLM, "step", noted)
+    with pytest.raises(ModelError, match=r"within 0\.001 of the trainer's, got"):  # whatever is asked, it says -0.5
+        VllmEngine(policy, RolloutConfig(), 64)
+    assert made[0].calls[-1] == "shutdown"
 
 
 def test_level_0_stays_awake(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

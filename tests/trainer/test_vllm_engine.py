@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,76 +52,94 @@ def change(policy: Policy, seed: int = 3) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.fixture(scope="module")
-def shared() -> tuple[Policy, VllmEngine]:
-    """One engine for the tests that do not change its weights. They come first: vLLM allows a process one engine at a time, and
-    when a second one is collected it takes down what both share."""
-    policy = Policy(make_model(**SIZES), make_tokenizer())
-    return policy, start(policy)
+class TestOneEngine:
+    """What does not change its weights. A process has one engine at a time, so it is closed before the others start."""
+
+    @pytest.fixture(scope="class")
+    def shared(self) -> Iterator[tuple[Policy, VllmEngine]]:
+        policy = Policy(make_model(**SIZES), make_tokenizer())
+        engine = start(policy)
+        yield policy, engine
+        engine.close()
+
+    def test_an_answer_ends_with_its_eos_and_never_holds_another(self, shared: tuple[Policy, VllmEngine]) -> None:
+        rollouts = shared[1].generate(PROMPTS, SAMPLING, no_tick)
+        assert len(rollouts.completion_ids) == 18
+        assert rollouts.prompt_ids == [prompt for prompt in PROMPTS for _ in range(6)]
+        assert 0 < sum(rollouts.truncated) < 18
+        for ids, logp, truncated in zip(rollouts.completion_ids, rollouts.logp, rollouts.truncated, strict=True):
+            assert len(ids) == len(logp) <= 10
+            assert logp.dtype is torch.float32
+            assert 1 not in ids[:-1]
+            assert (ids[-1] == 1) is not truncated
+            assert not truncated or len(ids) == 10
+
+    def test_recorded_log_probs_are_the_teacher_forced_ones(self, shared: tuple[Policy, VllmEngine]) -> None:
+        assert gap(shared[0], shared[1].generate(PROMPTS, SAMPLING, no_tick)) < EXACT
+
+    def test_nucleus_sampling_records_the_cut_distribution(self, shared: tuple[Policy, VllmEngine]) -> None:
+        policy, engine = shared
+        rollouts = engine.generate(PROMPTS, replace(SAMPLING, top_p=0.5), no_tick)
+        for ids, logp, full in zip(rollouts.completion_ids, rollouts.logp, teacher_forced(policy, rollouts, 0.7), strict=True):
+            ordered, order = full.exp().sort(-1, descending=True)
+            kept = ordered.cumsum(-1) - ordered < 0.5
+            cut = torch.zeros_like(full).scatter(1, order, torch.where(kept, ordered, 0.0))
+            expected = (cut / cut.sum(-1, keepdim=True)).gather(1, torch.tensor(ids)[:, None])[:, 0].log()
+            torch.testing.assert_close(logp.double(), expected, atol=EXACT, rtol=0)
+
+    def test_an_answer_depends_on_its_own_seed_only(self, shared: tuple[Policy, VllmEngine]) -> None:
+        _, engine = shared
+        everyone = engine.generate(PROMPTS, SAMPLING, no_tick)
+        again = engine.generate(PROMPTS, SAMPLING, no_tick)
+        first = engine.generate(PROMPTS[:1], SAMPLING, no_tick)
+        other = engine.generate(PROMPTS, replace(SAMPLING, seed=6), no_tick)
+        assert everyone.completion_ids == again.completion_ids
+        assert everyone.completion_ids[:6] == first.completion_ids
+        assert everyone.completion_ids != other.completion_ids
+        assert len({tuple(ids) for ids in first.completion_ids}) > 1
+
+    def test_a_question_that_leaves_no_room_is_refused(self, shared: tuple[Policy, VllmEngine]) -> None:
+        with pytest.raises(ModelError, match="expected room for an answer to 512 tokens, got 512 in all"):
+            shared[1].generate([[5], [6] * 512], SAMPLING, no_tick)
+        rollouts = shared[1].generate([[6] * 509], SAMPLING, no_tick)
+        assert max(map(len, rollouts.completion_ids)) == 3, "an answer ends where the model's positions do"
+
+    def test_an_interrupted_pass_leaves_nothing_behind(self, shared: tuple[Policy, VllmEngine]) -> None:
+        _, engine = shared
+        wanted = engine.generate(PROMPTS, SAMPLING, no_tick)
+        calls = 0
+
+        def stop(done: int, total: int) -> None:
+            nonlocal calls
+            calls += 1
+            assert total == 18
+            if calls == 4:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            engine.generate(PROMPTS, SAMPLING, stop)
+        assert not engine.llm.llm_engine.has_unfinished_requests()
+        assert engine.generate(PROMPTS, SAMPLING, no_tick).completion_ids == wanted.completion_ids
 
 
-def test_an_answer_ends_with_its_eos_and_never_holds_another(shared: tuple[Policy, VllmEngine]) -> None:
-    rollouts = shared[1].generate(PROMPTS, SAMPLING, no_tick)
-    assert len(rollouts.completion_ids) == 18
-    assert rollouts.prompt_ids == [prompt for prompt in PROMPTS for _ in range(6)]
-    assert 0 < sum(rollouts.truncated) < 18
-    for ids, logp, truncated in zip(rollouts.completion_ids, rollouts.logp, rollouts.truncated, strict=True):
-        assert len(ids) == len(logp) <= 10
-        assert logp.dtype is torch.float32
-        assert 1 not in ids[:-1]
-        assert (ids[-1] == 1) is not truncated
-        assert not truncated or len(ids) == 10
+@pytest.fixture
+def alone() -> Iterator[Callable[..., VllmEngine]]:
+    """``start`` for one engine, closed after the test."""
+    engines: list[VllmEngine] = []
+
+    def begin(policy: Policy, **options: Any) -> VllmEngine:
+        engines.append(start(policy, **options))
+        return engines[-1]
+
+    yield begin
+    for engine in engines:
+        engine.close()
 
 
-def test_recorded_log_probs_are_the_teacher_forced_ones(shared: tuple[Policy, VllmEngine]) -> None:
-    assert gap(shared[0], shared[1].generate(PROMPTS, SAMPLING, no_tick)) < EXACT
-
-
-def test_nucleus_sampling_records_the_cut_distribution(shared: tuple[Policy, VllmEngine]) -> None:
-    policy, engine = shared
-    rollouts = engine.generate(PROMPTS, replace(SAMPLING, top_p=0.5), no_tick)
-    for ids, logp, full in zip(rollouts.completion_ids, rollouts.logp, teacher_forced(policy, rollouts, 0.7), strict=True):
-        ordered, order = full.exp().sort(-1, descending=True)
-        kept = ordered.cumsum(-1) - ordered < 0.5
-        cut = torch.zeros_like(full).scatter(1, order, torch.where(kept, ordered, 0.0))
-        expected = (cut / cut.sum(-1, keepdim=True)).gather(1, torch.tensor(ids)[:, None])[:, 0].log()
-        torch.testing.assert_close(logp.double(), expected, atol=EXACT, rtol=0)
-
-
-def test_an_answer_depends_on_its_own_seed_only(shared: tuple[Policy, VllmEngine]) -> None:
-    _, engine = shared
-    everyone = engine.generate(PROMPTS, SAMPLING, no_tick)
-    again = engine.generate(PROMPTS, SAMPLING, no_tick)
-    first = engine.generate(PROMPTS[:1], SAMPLING, no_tick)
-    other = engine.generate(PROMPTS, replace(SAMPLING, seed=6), no_tick)
-    assert everyone.completion_ids == again.completion_ids
-    assert everyone.completion_ids[:6] == first.completion_ids
-    assert everyone.completion_ids != other.completion_ids
-    assert len({tuple(ids) for ids in first.completion_ids}) > 1
-
-
-def test_an_interrupted_pass_leaves_nothing_behind(shared: tuple[Policy, VllmEngine]) -> None:
-    _, engine = shared
-    wanted = engine.generate(PROMPTS, SAMPLING, no_tick)
-    calls = 0
-
-    def stop(done: int, total: int) -> None:
-        nonlocal calls
-        calls += 1
-        assert total == 18
-        if calls == 4:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        engine.generate(PROMPTS, SAMPLING, stop)
-    assert not engine.llm.llm_engine.has_unfinished_requests()
-    assert engine.generate(PROMPTS, SAMPLING, no_tick).completion_ids == wanted.completion_ids
-
-
-def test_the_engine_follows_the_trainer_and_stale_weights_show() -> None:
+def test_the_engine_follows_the_trainer_and_stale_weights_show(alone: Callable[..., VllmEngine]) -> None:
     """Also for a prompt whose attention keys were kept from before the change: they belong to the old weights."""
     policy = Policy(make_model(**SIZES), make_tokenizer())
-    engine = start(policy)
+    engine = alone(policy)
     prompts = [[2 + i % 40 for i in range(400)]]  # longer than a block of the prefix cache
     assert gap(policy, engine.generate(prompts, SAMPLING, no_tick)) < EXACT
     change(policy)
@@ -138,9 +156,9 @@ def test_the_engine_follows_the_trainer_and_stale_weights_show() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_adapters_and_tied_heads(tied: bool) -> None:
+def test_adapters_and_tied_heads(alone: Callable[..., VllmEngine], tied: bool) -> None:
     policy = Policy(adapted(make_model(**SIZES, tie_word_embeddings=tied)), make_tokenizer())
-    engine = start(policy)
+    engine = alone(policy)
     assert gap(policy, engine.generate(PROMPTS, SAMPLING, no_tick)) < EXACT
     change(policy)
     assert gap(policy, engine.generate(PROMPTS, SAMPLING, no_tick)) > 0.01
@@ -176,6 +194,14 @@ def run(changed: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]
     return make
 
 
+def test_answers_cut_and_continued(run: Callable[..., Config]) -> None:
+    """cure: what was sampled is part of the next question, and its log-probs stay the engine's."""
+    config = run(steps=2, loss={"method": "cure"}, data={"eval": ""})
+    assert train(config)
+    for row in read(Path(config.out) / config.name, "metrics"):
+        assert row["rollout/logp_gap_max"] < EXACT
+
+
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_run(run: Callable[..., Config], lora: int) -> None:
     config = run(steps=4, lora={"rank": lora}, optim={"lr": 0.03})
@@ -206,3 +232,15 @@ def test_a_bf16_engine_with_truncated_importance_sampling(run: Callable[..., Con
         losses[name] = row["loss"], row["grad_norm"]
     assert losses["plain"] != losses["wide"] != losses["tight"]
     assert losses["wide"] == pytest.approx(losses["plain"], abs=0.02)
+
+
+def test_a_resumed_run_samples_from_the_checkpoints_weights(run: Callable[..., Config]) -> None:
+    fields = {"data": {"eval": ""}, "optim": {"lr": 0.03}, "checkpoint": {"every": 1}}
+    assert train(run(name="whole", steps=3, **fields))
+    assert train(run(name="parts", steps=2, **fields))
+    config = run(name="parts", steps=3, resume="auto", **fields)
+    assert train(config)
+    last, wanted = (read(Path(config.out) / name, "metrics")[-1] for name in ("parts", "whole"))
+    assert last["step"] == wanted["step"] == 3
+    assert last["rollout/logp_gap_max"] < EXACT
+    assert last["reward/mean"] == wanted["reward/mean"]

@@ -84,6 +84,7 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
                     for sample in samples:
                         run.append("samples", sample)
                     console.line(f"\n{estimates_table(result, config.eval.resamples)}")
+            engine.close()
     except Interrupted:
         return False
     print(f"\nvalues  {run.path / 'evaluations.jsonl'}")

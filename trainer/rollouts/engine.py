@@ -78,3 +78,6 @@ class RolloutEngine(Protocol):
 
     def sync_weights(self, policy: Policy) -> None:
         """Make ``policy``'s present weights the ones that ``generate`` uses."""
+
+    def close(self) -> None:
+        """Give back what the engine holds; it generates nothing afterwards."""

@@ -34,6 +34,9 @@ class TransformersEngine:
     def sync_weights(self, policy: Policy) -> None:
         self.policy = policy
 
+    def close(self) -> None:
+        """Nothing: the module is the learner's."""
+
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
         repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
         result = Rollouts(repeated, [], [], [])

@@ -84,9 +84,13 @@ class VllmEngine:
             except (ValueError, NotImplementedError) as error:
                 reason = str(error).strip().splitlines()[-1]
                 raise ModelError(f"rollout.engine: expected a model and settings that vLLM accepts, got: {reason}") from error
-        self._load()
-        self._check()
-        self._sleep()
+        try:
+            self._load()
+            self._check()
+            self._sleep()
+        except ModelError:
+            self.close()
+            raise
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
         self._wake()
@@ -101,6 +105,10 @@ class VllmEngine:
             self.llm.wake_up(tags=["weights"])
             self._asleep.remove("weights")
         self._load()
+
+    def close(self) -> None:
+        """Also lets go of vLLM's process group, of which a process has one: the next engine starts only after this."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     def _load(self) -> None:
         """Take the policy's weights as they are now, and forget what was computed with others."""
@@ -127,6 +135,10 @@ class VllmEngine:
             self._asleep = ["weights", "kv_cache"]
 
     def _sample(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
+        room = self.llm.model_config.max_model_len
+        if max(map(len, prompts)) >= room:
+            key = "rollout.vllm.max_model_len, or the model's own limit"
+            raise ModelError(f"{key}: expected room for an answer to {max(map(len, prompts))} tokens, got {room} in all")
         repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
         params = [
             self._params(
