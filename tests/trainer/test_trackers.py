@@ -54,6 +54,14 @@ def test_tensorboard_goes_on_after_a_checkpoint_and_starts_anew_without(tmp_path
     assert scalars(tmp_path)["x"] == [(1, 9.0)]
 
 
+def test_of_several_processes_the_first_one_logs(changed: Change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.ranks.first", lambda: False)
+    trackers = Trackers(changed(log={"tensorboard": True, "wandb": True}), tmp_path)
+    trackers.log({"x": 1.0}, 1)
+    trackers.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_wandb_offline_keeps_its_id_and_takes_finite_numbers(
     changed: Change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

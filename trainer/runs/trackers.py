@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from .. import ranks
 from ..config import Config
 from ..errors import ConfigError
 
@@ -26,7 +27,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Those that ``config.log`` asks for; none is the default and does nothing.
+    """Those that ``config.log`` asks for; none is the default and does nothing. Of several processes the first one alone logs.
 
     Args:
         directory: the run's; TensorBoard's and wandb's files go below it.
@@ -38,6 +39,8 @@ class Trackers:
 
     def __init__(self, config: Config, directory: Path, step: int = 0) -> None:
         self.trackers: list[Tracker] = []
+        if not ranks.first():
+            return
         if config.log.tensorboard:
             self.trackers.append(TensorBoard(directory / "tensorboard", step))
         if config.log.wandb:
