@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from eapo_kernels import EapoError
 
 from .config.checks import check
 from .config.settings import parse_config, to_toml
-from .errors import ConfigError, DataError, ModelError
+from .errors import ConfigError, DataError, FailedElsewhere, ModelError
 from .evaluation.arms import ARMS
 
 DEMO = Path(__file__).parent / "recipes" / "demo.toml"
@@ -112,8 +113,12 @@ def run(name: str, arguments: Sequence[str]) -> int:
         if name not in COMMANDS:
             raise ConfigError(f"command: expected one of {', '.join(COMMANDS)}, got {name!r}")
         return COMMANDS[name](arguments)
+    except FailedElsewhere:
+        return 1
     except EapoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])  # from ``ranks.joined``; before it all ranks fail alike
+        if notes or os.environ.get("RANK", "0") == "0":
+            print(" ".join([f"error: {error}", *notes]), file=sys.stderr)
         return 2 if isinstance(error, ConfigError | DataError | ModelError) else 1
     except KeyboardInterrupt:
         return 130

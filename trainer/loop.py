@@ -19,6 +19,9 @@ Decisions, so that nobody has to find them in the code:
 - A loss or gradient norm that is not finite ends the run before the optimizer step.
 - SIGINT or SIGTERM: the phase at hand is left at its next tick, but an update that has begun is finished. A checkpoint and the
   model are saved and the report is drawn.
+- Under torchrun (FSDP2) every rank holds all answers with all that is known of them, and only work is shared: each generates,
+  scores and measures some answers and runs its part of every minibatch. What a rank alone knows goes through ``ranks`` before
+  anything is decided by it, so all take the same turns, and a run is that of one process but for rounding.
 - A checkpoint is the state between two steps, before any evaluation there: weights, optimizer, controller (H_0), sampler, hook,
   generators and how long the log files were. A run that goes on from it takes the files back to that length and does
   everything after it again: bit for bit the run that was never stopped (same machine, number of processes and of threads).
@@ -69,7 +72,7 @@ def train(config: Config) -> bool:
     Raises:
         EapoError: bad configuration, data, model or rewards, or a run that diverged; see ``errors``.
     """
-    with StopRequest() as stop, Console(stop) as console:
+    with ranks.joined(config.model.device), StopRequest() as stop, Console(stop) as console:
         try:
             return _train(config, console)
         except Interrupted:
@@ -85,13 +88,14 @@ def _train(config: Config, console: Console) -> bool:
     sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
     seed_generators(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
     run = RunDirectory(config)
-    if config.resume and (done := run.finished()) and done >= config.steps:
+    done = ranks.on_first(run.finished)
+    if config.resume and done and done >= config.steps:
         console.line(f"run {run.path} is finished ({done} steps): nothing to resume; more steps go on from there")
         return True
     with console.phase("checking checkpoints"):
-        checkpoint = choose(config, run, console)
+        checkpoint = ranks.on_first(lambda: choose(config, run, console))
     if not checkpoint:
-        run.start(replace=config.overwrite or bool(config.resume))
+        ranks.on_first(lambda: run.start(replace=config.overwrite or bool(config.resume)))
     trackers = Trackers(config, run.path, step_of(checkpoint))
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training questions")
 
@@ -108,7 +112,7 @@ def _train(config: Config, console: Console) -> bool:
         engine = make_engine(config, policy)
     method, hook = config.method(), config.loss.hook()
     if method.config.advantage == "binary":
-        rewards.check_binary(method.name, train_set.rows[:4], policy.tokenizer)
+        ranks.on_first(lambda: rewards.check_binary(method.name, train_set.rows[:4], policy.tokenizer))
     learner = Learner(policy, method, config.optim, temperature=rollout.temperature, steps=config.steps)
     controller = make_controller(method)
     reference = Reference(policy, config.loss.reference_share()) if method.config.kl_coef else None
@@ -144,7 +148,7 @@ def _train(config: Config, console: Console) -> bool:
     if checkpoint:
         with console.phase(f"reading {checkpoint}"):
             step = progress.restore(checkpoint)
-        run.go_on()
+        ranks.on_first(run.go_on)
         engine.sync_weights(policy)
         console.line(f"going on from {checkpoint.name}: {step} of {config.steps} steps are done")
 
@@ -242,9 +246,13 @@ def _train(config: Config, console: Console) -> bool:
     if config.checkpoint.every and not finished:
         console.line(f"saved {progress.save()}: --resume auto goes on from there")
     policy.save(run.model)
-    picture, page = write_report([run.path], run.path, resamples=config.eval.resamples)
-    console.line(f"\n{summary_table(run.path, config.eval.resamples)}\n")
-    if finished:
-        run.finish(step)
-    console.line(f"model    {run.model}\nreport   {page}\npicture  {picture}")
+
+    def conclude() -> None:
+        picture, page = write_report([run.path], run.path, resamples=config.eval.resamples)
+        console.line(f"\n{summary_table(run.path, config.eval.resamples)}\n")
+        if finished:
+            run.finish(step)
+        console.line(f"model    {run.model}\nreport   {page}\npicture  {picture}")
+
+    ranks.on_first(conclude)
     return finished

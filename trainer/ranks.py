@@ -64,9 +64,12 @@ def joined(device: str) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         yield
+    except (FailedElsewhere, Interrupted):
+        raise
     except BaseException as error:
         if _failed_before():
             raise FailedElsewhere("another rank failed first") from error
+        error.add_note(f"(rank {rank()} of {size()})")
         raise
     dist.barrier()
     dist.destroy_process_group()

@@ -38,8 +38,8 @@ def kill_at(point: int) -> None:
 
         return call
 
-    for place, name in ((checkpoint, "_sync"), (checkpoint, "_described"), (checkpoint.shutil, "rmtree"), (torch, "save"),
-                        (dcp, "save"), (os, "fsync"), (Path, "rename")):  # fmt: skip
+    places: list[tuple[Any, str]] = [(checkpoint, "_sync"), (checkpoint, "_described"), (checkpoint.shutil, "rmtree")]
+    for place, name in [*places, (dcp, "save"), (os, "fsync"), (Path, "rename")]:
         setattr(place, name, counted(getattr(place, name)))
 
 

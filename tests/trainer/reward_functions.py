@@ -57,3 +57,7 @@ def noisy(completions: list[str], **_: Any) -> list[float]:
     """Draws from every global generator."""
     noise = (random.random() + np.random.random() + torch.rand(()).item() for _ in completions)
     return [value + 0.01 * extra for value, extra in zip(low_numbers(completions), noise, strict=True)]
+
+
+def raises_on_the_second_rank(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * (len(completions) - (os.environ.get("RANK") == "1"))

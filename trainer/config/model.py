@@ -16,8 +16,9 @@ class ModelConfig:
     """A directory in Hugging Face format (a model, or an adapter saved by a run), or the name of an embedded model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; the trained weights themselves always stay in fp32."""
-    attention: str = "sdpa"
-    """Attention implementation as transformers names it: sdpa, eager, flash_attention_2."""
+    attention: str = "auto"
+    """Attention implementation as transformers names it: sdpa, eager, flash_attention_2; auto is flash_attention_2 on a GPU
+    with flash-attn installed and dtype bfloat16, else sdpa."""
     device: str = "auto"
     """auto (cuda where there is one, else cpu), cpu, cuda, or cuda:N."""
     gradient_checkpointing: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from .. import ranks
 from ..config import Config
 from ..dataset import load_questions
 from ..errors import ConfigError, Interrupted
@@ -66,10 +67,10 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
     held_out = load_questions(config.data.eval, config.data.eval_limit) if config.data.eval else None
     if not (train_set or held_out):
         raise ConfigError("data.eval: expected a file, or eval.train_questions of at least 1; got neither")
-    run = RunDirectory(config)
-    run.start(replace=config.overwrite)
     try:
-        with StopRequest() as stop, Console(stop) as console:
+        with ranks.joined(config.model.device), StopRequest() as stop, Console(stop) as console:
+            run = RunDirectory(config)
+            ranks.on_first(lambda: run.start(replace=config.overwrite))
             with console.phase(f"loading {config.model.path}"):
                 policy = load_policy(config.model, config.lora, seed=0)
                 step = 0 if checkpoint is None else _restore(policy, checkpoint)
@@ -85,9 +86,9 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
                         run.append("samples", sample)
                     console.line(f"\n{estimates_table(result, config.eval.resamples)}")
             engine.close()
+            console.line(f"\nvalues  {run.path / 'evaluations.jsonl'}")
     except Interrupted:
         return False
-    print(f"\nvalues  {run.path / 'evaluations.jsonl'}")
     return True
 
 

@@ -15,6 +15,7 @@ from ..models.embedding import SentenceEmbedding
 from ..models.policy import Policy
 from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
+from ..rewards.shared import score_together
 from ..rollouts.engine import RolloutEngine, Sampling, derive_seed
 from ..runs.console import Console
 from .diversity import Estimate, bootstrap, dispersion, distinct_n, pass_at_k, self_bleu
@@ -92,11 +93,11 @@ def evaluate(
         derive_seed(config.seed, EVALUATION_SEED),
     )  # fmt: skip
     title = f"evaluation on {dataset} questions"
-    with console.phase(f"{title}: answers") as tick:
+    with console.phase(f"{title}: answers", alone=True) as tick:
         rollouts = engine.generate(prompts, sampling, tick)
     texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
-    with console.phase(f"{title}: rewards") as tick:
-        scores = rewards.score(questions.columns(indices, k), texts, rollouts.completion_ids, tick)
+    with console.phase(f"{title}: rewards", alone=True) as tick:
+        scores = score_together(rewards, questions.columns(indices, k), texts, rollouts.completion_ids, tick)
     for line in scores.complaints():
         console.line(line)
     with console.phase(f"{title}: entropy") as tick:

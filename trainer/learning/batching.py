@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..rollouts.engine import Rollouts
 
 
@@ -82,6 +83,19 @@ def plan(answers: Answers, indices: Sequence[int], budget: int) -> list[list[int
         else:
             groups.append([index])
     return groups
+
+
+def plan_shares(answers: Answers, indices: Sequence[int], budget: int) -> tuple[list[list[int]], list[list[int]]]:
+    """This rank's micro-batches of ``indices``, and those it runs without counting them.
+
+    A sharded model is gathered by all ranks together, so all run it equally often: who has fewer micro-batches repeats the
+    shortest answer. On one process there are none of those.
+    """
+    costs = [answers.length(index) for index in range(len(answers))]
+    plans = [plan(answers, share, budget) for share in ranks.shares(costs, list(indices))]
+    own = plans[ranks.rank()]
+    shortest = min(indices, key=answers.length)
+    return own, [[shortest]] * (max(map(len, plans)) - len(own))
 
 
 def collate(answers: Answers, indices: Sequence[int], device: torch.device) -> MicroBatch:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from eapo_kernels import Method, TokenStats, nucleus_entropy, token_stats
 
+from .. import ranks
 from ..models.policy import Policy
 from ..rollouts.engine import Tick
-from .batching import Answers, collate, plan
+from .batching import Answers, collate, plan_shares
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,15 @@ def wanted_by(method: Method, *, tempered: float, diagnose: bool) -> Wanted:
 def measure(
     policy: Policy, answers: Answers, *, temperature: float, budget: int, tick: Tick, wanted: Wanted = NOTHING
 ) -> Measurement:
-    """Teacher-forced statistics of ``answers`` at the sampling temperature, in micro-batches of ``budget`` padded tokens."""
-    columns: dict[str, Tensor] = {}
-    groups = plan(answers, range(len(answers)), budget)
+    """Teacher-forced statistics of ``answers`` at the sampling temperature, in micro-batches of ``budget`` padded tokens.
 
-    for number, group in enumerate(groups):
-        tick(number, len(groups))
+    Every rank measures a share and gets the statistics of all answers, which all ranks hold.
+    """
+    columns: dict[str, Tensor] = {}
+    groups, repeated = plan_shares(answers, range(len(answers)), budget)
+
+    for number, group in enumerate(groups + repeated):
+        tick(number, len(groups + repeated))
         batch = collate(answers, group, policy.device)
 
         def head(hidden: Tensor, weight: Tensor, targets: Tensor = batch.targets, **options: Any) -> dict[str, Tensor | None]:
@@ -102,5 +106,6 @@ def measure(
         for name, values in policy(batch.input_ids, batch.attention_mask, batch.rows, head).items():
             if values is not None:
                 column = columns.setdefault(name, torch.zeros(answers.tokens, device=policy.device))
-                column[batch.tokens] = values.float()
-    return Measurement(**columns)
+                if number < len(groups):
+                    column[batch.tokens] = values.float()
+    return Measurement(**{name: ranks.add_up(column) for name, column in columns.items()})  # each token is one rank's

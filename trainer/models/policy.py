@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,13 +16,16 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from eapo_kernels import token_stats
 
+from .. import ranks
 from ..config import LoraConfig, ModelConfig
 from ..errors import ModelError
 from .embedded import EMBEDDED, resolve
+from .sharding import shard, unsharded, whole
 
 T = TypeVar("T")
 
@@ -43,8 +47,13 @@ class Policy(nn.Module):
     language_model: PreTrainedModel
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
+        """device: where to put the model, or this rank's share of it; None leaves it where it is."""
         super().__init__()
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.language_model = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -62,6 +71,10 @@ class Policy(nn.Module):
             m for m in self.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
         ]
         self.eval()
+        if ranks.size() > 1:
+            shard(self, self.language_model, dtype, device or self.device)
+        elif device is not None:
+            self.to(device)
         self._check_head()
 
     @property
@@ -110,7 +123,7 @@ class Policy(nn.Module):
         mask, targets = torch.ones_like(ids), ids[0, 1:]
         rows = torch.arange(4, device=self.device)
         ours = self(ids, mask, rows, lambda h, w, **o: token_stats(h, w, targets, entropy="none", **o).logp)
-        with self.precision():
+        with self.precision(), unsharded(self):
             logits = self.language_model(input_ids=ids, attention_mask=mask).logits[0, :-1].float()
         theirs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         error = (ours - theirs).abs().max().item()
@@ -122,11 +135,31 @@ class Policy(nn.Module):
             )
 
     def save(self, directory: Path) -> None:
-        """Write the adapter (or the whole model) and the tokenizer so that transformers and peft can load them."""
+        """Write the adapter (or the whole model) and the tokenizer so that transformers and peft can load them.
+
+        All ranks call it and the first writes, in a directory that takes its name when it is whole.
+        """
+        adapted = isinstance(self.model, PeftModel)
+        weights: dict[str, Tensor] = {}
+        gathered: dict[int, Tensor] = {}  # tied weights stay one
+        for name, weight in self.model.state_dict(keep_vars=True).items():
+            if "lora_" in name or not adapted:  # one by one, kept by the first rank alone
+                if id(weight) not in gathered:
+                    full = whole(weight.detach())
+                    gathered[id(weight)] = full.cpu() if ranks.first() else full[:0]
+                weights[name] = gathered[id(weight)]
         # peft would look up the base model to learn whether its embeddings changed; adapters never change them here.
-        options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
-        self.model.save_pretrained(directory, **options)
-        self.tokenizer.save_pretrained(directory)
+        options = {"save_embedding_layers": False} if adapted else {}
+        scratch = directory.with_name(f"{directory.name}.tmp")
+
+        def write() -> None:
+            for stale in (scratch, directory):
+                shutil.rmtree(stale, ignore_errors=True)
+            self.model.save_pretrained(scratch, state_dict=weights, **options)
+            self.tokenizer.save_pretrained(scratch)
+            scratch.rename(directory)
+
+        ranks.on_first(write)
 
 
 def _head_options(config: Any) -> dict[str, float | None]:
@@ -149,6 +182,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
     transformers_logging.disable_progress_bar()
     device = find_device(config.device, "model.device")
     dtype = getattr(torch, config.dtype)
+    ranks.on_first(lambda: resolve(config.path, config.cache))  # converts an embedded model, once
     directory = resolve(config.path, config.cache)
     adapter = directory / "adapter_config.json"
     base = directory
@@ -160,7 +194,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype if adapted else torch.float32, attn_implementation=config.attention
+            base, dtype=dtype if adapted else torch.float32, attn_implementation=_attention(config, device)
         )
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(f"model: expected a causal language model in {base}, got: {error}") from error
@@ -174,7 +208,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
     if config.gradient_checkpointing:
         with _renames_ignored():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model.to(device), tokenizer, dtype)
+    return Policy(model, tokenizer, dtype, device)
 
 
 @contextmanager
@@ -201,10 +235,23 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftM
             raise ModelError(f"lora: expected modules of {type(model).__name__}, got: {error}") from error
 
 
+def _attention(config: ModelConfig, device: torch.device) -> str:
+    """The implementation that ``model.attention`` names: auto is flash attention 2 where it can run, else sdpa.
+
+    transformers asks for the package's version: flash-attn-4 leaves an empty module of the same name.
+    """
+    if config.attention != "auto":
+        return config.attention
+    flash = device.type == "cuda" and config.dtype == "bfloat16" and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "sdpa"
+
+
 def find_device(name: str, key: str) -> torch.device:
     """The device that the setting ``key`` names: auto is cuda where there is one, else cpu."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from .policy import Policy
+from .sharding import local
 
 
 class Reference:
@@ -26,13 +27,18 @@ class Reference:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        for i, parameter in enumerate(self.policy.trainable()):
-            self.weights[i], parameter.data = parameter.data, self.weights[i]
+        """In place: a sharded parameter is a view of the memory that its gathering reads."""
+        for weight, parameter in zip(self.weights, self.policy.trainable(), strict=True):
+            ours, theirs = local(weight), local(parameter)
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
 
     @torch.no_grad()
     def follow(self) -> None:
         """Move towards the policy as it is now."""
         if self.keep < 1:
             for weight, parameter in zip(self.weights, self.policy.trainable(), strict=True):
-                weight.lerp_(parameter, 1 - self.keep)
+                local(weight).lerp_(local(parameter), 1 - self.keep)

@@ -17,6 +17,7 @@ from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.policy import Policy
 from ..rewards.scoring import Rewards, Scores
+from ..rewards.shared import score_together
 from ..runs.console import Console
 from .engine import RolloutEngine, Rollouts, Sampling
 
@@ -137,14 +138,14 @@ class AnswerSource:
         return self.score(self.generate(prompts, sampling), repeated, groups)
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Rollouts:
-        with self.console.phase("rollouts") as tick:
+        with self.console.phase("rollouts", alone=True) as tick:
             return self.engine.generate(prompts, sampling, tick)
 
     def score(self, rollouts: Rollouts, columns: dict[str, list[Any]], group_ids: list[int]) -> Sampled:
         """Failed scores are reported and stay NaN. columns, group_ids: one entry for each answer."""
         texts = self.policy.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
-        with self.console.phase("rewards") as tick:
-            scores = self.rewards.score(columns, texts, rollouts.completion_ids, tick)
+        with self.console.phase("rewards", alone=True) as tick:
+            scores = score_together(self.rewards, columns, texts, rollouts.completion_ids, tick)
         for line in scores.complaints():
             self.console.line(f"left out: {line}")
         return Sampled(rollouts, texts, columns, scores, group_ids)

@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from .. import ranks
 from ..rollouts.engine import Tick
 from .interrupt import StopRequest
 
@@ -45,7 +46,7 @@ class Console:
 
     def __init__(self, stop: StopRequest, silence: float = 5.0, rich: RichConsole | None = None) -> None:
         self.stop, self.silence = stop, silence
-        self.rich = rich or RichConsole(highlight=False, soft_wrap=True)
+        self.rich = rich or RichConsole(highlight=False, soft_wrap=True, quiet=not ranks.first())
         self.live = self.rich.is_terminal
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}", table_column=Column(no_wrap=True)), BarColumn(20),
@@ -90,15 +91,18 @@ class Console:
         self._progress.update(self._run, description="  ".join(parts), completed=step, ends=time.monotonic() + left)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[Tick]:
-        """A piece of work; yields the function to call with (done, total)."""
+    def phase(self, name: str, *, alone: bool = False) -> Iterator[Tick]:
+        """A piece of work; yields the function to call with (done, total).
+
+        alone: each of several ranks calls it at its own pace, otherwise all equally often (see ``StopRequest.check``).
+        """
         task = self._progress.add_task(name, total=None)
         self._status, self._since = name, time.monotonic()
 
         def tick(done: int, total: int) -> None:
             self._progress.update(task, completed=done, total=total)
             self._status = f"{name} {done}/{total}"
-            self.stop.check()
+            self.stop.check(alone=alone)
 
         try:
             self.stop.check()

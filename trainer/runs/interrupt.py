@@ -6,6 +6,7 @@ import os
 import signal
 from types import FrameType, TracebackType
 
+from .. import ranks
 from ..errors import Interrupted
 
 
@@ -17,9 +18,12 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
 
-    def check(self) -> None:
-        """Raise ``Interrupted`` once a stop was requested."""
-        if self.requested:
+    def check(self, *, alone: bool = False) -> None:
+        """Raise ``Interrupted`` once a stop was requested, on any rank: all ranks must get here equally often.
+
+        alone: look at this rank's request only; whoever calls it tells the others (``ranks.gather``).
+        """
+        if self.requested if alone else ranks.any_of(self.requested):
             raise Interrupted
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -28,7 +32,8 @@ class StopRequest:
             os.kill(os.getpid(), number)
         self.requested = True
         # The handler may interrupt a write of the progress display, so nothing but a raw write is safe here.
-        os.write(2, b"\nstopping at the next safe point; once more to stop at once\n")
+        if ranks.first():
+            os.write(2, b"\nstopping at the next safe point; once more to stop at once\n")
 
     def __enter__(self) -> StopRequest:
         self._previous = [signal.signal(number, self._handle) for number in self.SIGNALS]

@@ -144,6 +144,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "threads": torch.get_num_threads(),
+        "processes": ranks.size(),
         "versions": versions,
     }
 

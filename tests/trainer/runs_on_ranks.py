@@ -1,0 +1,32 @@
+"""``torchrun --standalone --nproc-per-node 2 runs_on_ranks.py [KILL] RECIPE ...``: train each on one pair of processes.
+
+KILL: a number; the last rank kills itself at the so-manieth moment of its saves (see ``killed_run.kill_at``).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+from pathlib import Path
+
+import torch
+from killed_run import kill_at
+
+from trainer import loop, ranks
+from trainer.config.settings import parse_config
+
+
+def main(arguments: list[str]) -> None:
+    faulthandler.dump_traceback_later(240, exit=True)  # what hangs says where
+    torch.set_num_threads(1)
+    loop.write_report = lambda *_, **__: (Path("curves.png"), Path("report.md"))  # takes longer than the steps
+    loop.summary_table = lambda *_, **__: ""
+    with ranks.joined("cpu"):
+        if arguments[0].isdigit() and not ranks.first():
+            kill_at(int(arguments[0]))
+        for recipe in arguments[arguments[0].isdigit() :]:
+            assert loop.train(parse_config(["--config", recipe]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,198 @@
+"""Two processes under torchrun are one: the same run but for rounding, resumable, and none hangs when the other ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_checkpoints import assert_same_run, names, path_of
+from test_loop import rows, without_times
+from tiny import make_model, make_tokenizer
+
+from trainer import ranks
+from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
+from trainer.config.settings import to_toml
+from trainer.errors import FailedElsewhere
+from trainer.loop import train
+
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {"optim": {"minibatches": 2, "epochs": 2}, "eval": {"every": 2}},
+    # Weights over the whole step (quantiles of all tokens); minibatches of two or three answers, unevenly shared.
+    "batch_scope": {"loss": {"method": "clip_cov"}, "optim": {"minibatches": 5, "micro_batch_tokens": 30}},
+    "adapters": {
+        "lora": {"rank": 2}, "model": {"gradient_checkpointing": True}, "loss": {"numbers": {"kl_coef": 0.1}},
+        "optim": {"minibatches": 2},
+    },
+    "following_reference": {
+        "loss": {"method": "spear", "reference_ema": 0.8, "numbers": {"kl_coef": 0.1, "good_above": 0.2}},
+        "model": {"gradient_checkpointing": True},
+    },
+    "aepo": {"loss": {"method": "aepo"}},
+    "dapo": {"loss": {"method": "dapo"}, "rewards": {"functions": ("reward_functions:has_a_low_number",)}},
+    "cure": {"loss": {"method": "cure"}, "rollout": {"prompts": 1}},
+    "majority": {"rewards": {"functions": ("majority",)}, "loss": {"method": "grpo"}},
+    "bfloat16": {"model": {"dtype": "bfloat16"}, "lora": {"rank": 2}},
+}  # fmt: skip
+
+
+@dataclass
+class Pair:
+    """What the launches left: recipes by case, and what the killed pair said."""
+
+    one: dict[str, Config]
+    two: dict[str, Config]
+    straight: Config
+    killed: Config
+    narrowed: Config
+    attempt: subprocess.CompletedProcess[str]
+
+
+def torchrun(*arguments: str | Path, script: Path | None = HERE / "runs_on_ranks.py") -> subprocess.CompletedProcess[str]:
+    command = [*TORCHRUN, *([str(script)] if script else []), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
+
+
+def with_sections(config: Config, **fields: Any) -> Config:
+    sections = {k: replace(getattr(config, k), **v) for k, v in fields.items() if isinstance(v, dict)}
+    return replace(config, **{**fields, **sections})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    directory = tmp_path_factory.mktemp("ranks")
+    make_model().save_pretrained(directory / "tiny")
+    make_tokenizer().save_pretrained(directory / "tiny")
+    questions = [{"prompt": f"what is after n{i} ?" + " is" * (i % 3), "answer": f"n{i + 1}"} for i in range(9)]
+    (directory / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    data = str(directory / "questions.jsonl")
+    return Config(
+        out=str(directory / "runs"), steps=3, diagnose_every=2, model=ModelConfig(path=str(directory / "tiny"), device="cpu"),
+        data=DataConfig(train=data, eval=data, eval_limit=3), rollout=RolloutConfig(prompts=3, responses=4, max_new_tokens=6),
+        rewards=RewardsConfig(functions=("reward_functions:low_numbers",)), optim=OptimConfig(lr=1e-2),
+        eval=EvalConfig(responses=3, resamples=50),
+    )  # fmt: skip
+
+
+def recipe(config: Config, name: str = "") -> Path:
+    path = Path(config.out).parent / f"{name or config.name}.toml"
+    path.write_text(to_toml(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(base: Config) -> Pair:
+    """Every run on two processes from two launches: starting them takes longer than all the rest."""
+    two = {name: with_sections(base, name=f"two-{name}", **sections) for name, sections in CASES.items()}
+    straight = with_sections(base, name="straight", steps=5, checkpoint={"every": 1, "keep": 5}, loss={"method": "spear"})
+    killed, half = replace(straight, name="killed", resume="auto"), replace(straight, name="narrowed", checkpoint=replace(
+        straight.checkpoint, every=2))  # fmt: skip
+    attempt = torchrun(8, recipe(killed))  # a rank's third save: before, in or after the write of its share
+    done = torchrun(*(recipe(config) for config in (*two.values(), straight, killed, half)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from step-000002: 2 of 5 steps are done" in done.stdout
+    one = {name: replace(config, name=f"one-{name}") for name, config in two.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.loop.write_report", lambda *_, **__: (Path("curves.png"), Path("report.md")))
+        patch.setattr("trainer.loop.summary_table", lambda *_, **__: "")
+        for config in one.values():
+            assert train(config)
+        narrowed = replace(half, resume=str(path_of(half) / "checkpoints" / "step-000002"))
+        assert train(narrowed)
+    return Pair(one, two, straight, killed, narrowed, attempt)
+
+
+def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> None:
+    """The same answers, and numbers up to the order of sums."""
+    assert rows(one, "samples") == rows(two, "samples")
+    logged = zip(without_times(rows(one)), without_times(rows(two)), strict=True)
+    for a, b in logged:
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert value == (b[name] if value is None else pytest.approx(b[name], rel=rel, abs=at)), f"step {a['step']}: {name}"
+    for a, b in zip(rows(one, "evaluations"), rows(two, "evaluations"), strict=True):
+        assert a["values"] == {name: pytest.approx(values, rel=rel, abs=at) for name, values in b["values"].items()}
+    file = "adapter_model.safetensors" if one.lora.rank else "model.safetensors"
+    ours, theirs = (load_file(path_of(config) / "model" / file) for config in (one, two))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=rel, atol=20 * at, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(pair: Pair, case: str) -> None:
+    """The same answers; numbers within 1e-4 of their size or 2e-5 (fp32 sums in another order, through three steps of Adam)."""
+    loose = case == "bfloat16"
+    assert_close_runs(pair.one[case], pair.two[case], rel=2e-2 if loose else 1e-4, at=2e-3 if loose else 2e-5)
+
+
+def test_a_killed_pair_ends_and_goes_on_bit_for_bit(pair: Pair) -> None:
+    assert pair.attempt.returncode != 0
+    assert "Signal 9" in pair.attempt.stderr
+    assert pair.attempt.stdout.count("step 3/5") == 1
+    assert "step 4/5" not in pair.attempt.stdout
+    assert_same_run(pair.straight, pair.killed)
+
+
+def test_one_process_goes_on_from_two(pair: Pair) -> None:
+    assert_close_runs(pair.straight, pair.narrowed, rel=1e-4, at=2e-5)
+
+
+def test_the_command(base: Config) -> None:
+    """``torchrun -m trainer train``: an error is said once, by the rank that has it, and SIGINT leaves a checkpoint."""
+    broken = with_sections(base, name="broken", rewards={"functions": ("reward_functions:raises_on_the_second_rank",)})
+    done = torchrun("-m", "trainer", "train", "--config", recipe(broken), script=None)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "error: reward reward_functions:raises_on_the_second_rank: expected" in done.stderr
+    assert "(rank 1 of 2)" in done.stderr
+
+    config = with_sections(base, name="stopped", steps=100_000, data={"eval": ""})
+    process = subprocess.Popen(
+        [*TORCHRUN, "-m", "trainer", "train", "--config", str(recipe(config))], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=environment(),
+    )  # fmt: skip
+    while len(rows(config)) < 2:
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    done_steps = len(rows(config))
+    assert names(config) == [f"step-{done_steps:06d}"], out + err
+    assert err.count("stopping at the next safe point") == 1
+
+
+def test_one_process_needs_no_group() -> None:
+    def fails() -> int:
+        raise FailedElsewhere("no")
+
+    assert (ranks.rank(), ranks.size(), ranks.first()) == (0, 1, True)
+    assert ranks.gather(lambda: 3) == [3]
+    assert ranks.on_first(lambda: "x") == "x"
+    assert ranks.any_of(True)
+    assert not ranks.any_of(False)
+    with pytest.raises(FailedElsewhere):
+        ranks.gather(fails)
+
+
+def test_shares_are_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "size", lambda: 3)
+    costs = [5, 9, 1, 1, 7, 3, 2, 8]
+    found = ranks.shares(costs, list(range(8)))
+    assert sorted(i for share in found for i in share) == list(range(8))
+    assert [sum(costs[i] for i in share) for share in found] == [12, 12, 12]
+    assert ranks.shares(costs, [4]) == [[4], [], []]
