@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from transformers import (
 from eapo_kernels import token_stats
 from trainer.config import LoraConfig, ModelConfig
 from trainer.errors import ModelError
-from trainer.models.policy import Policy, load_policy
+from trainer.models.policy import Policy, attention, load_policy
 
 SIZES = {
     "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
@@ -141,3 +142,20 @@ def test_an_answer_ends_at_any_of_the_ids(config: int | list[int] | None, expect
     model = make_model()
     model.generation_config.eos_token_id = config
     assert Policy(model, make_tokenizer()).eos_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "dtype", "installed", "expected"),
+    [
+        ("auto", "cuda", "bfloat16", True, "flash_attention_2"),
+        ("auto", "cuda", "bfloat16", False, "sdpa"),
+        ("auto", "cuda", "float32", True, "sdpa"),
+        ("auto", "cpu", "bfloat16", True, "sdpa"),
+        ("eager", "cuda", "bfloat16", True, "eager"),
+    ],
+)
+def test_flash_attention_is_taken_where_it_can_run(
+    monkeypatch: pytest.MonkeyPatch, setting: str, device: str, dtype: Any, installed: bool, expected: str
+) -> None:
+    monkeypatch.setattr("trainer.models.policy.is_flash_attn_2_available", lambda: installed)
+    assert attention(ModelConfig(attention=setting, dtype=dtype), torch.device(device)) == expected

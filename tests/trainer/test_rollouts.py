@@ -78,6 +78,15 @@ def test_answers_depend_on_the_seed_and_leave_global_random_numbers_alone(policy
     assert generate(policy, Sampling(6, 10, 0.7, 1.0, seed=6)).completion_ids != first.completion_ids
 
 
+def test_an_answer_does_not_depend_on_its_batch(policy: Policy) -> None:
+    """Nor on how many other prompts there are."""
+    whole = generate(policy)
+    assert generate(policy, batch=4).completion_ids == whole.completion_ids
+    alone = TransformersEngine(policy, 64).generate(PROMPTS[:1], SAMPLING, no_tick)
+    assert alone.completion_ids == whole.completion_ids[:6]
+    assert len({tuple(ids) for ids in alone.completion_ids}) > 1
+
+
 def test_sampling_follows_the_distribution(policy: Policy) -> None:
     """2,000 first tokens against the model's probabilities: chi-square of the ten most likely and the rest."""
     rollouts = TransformersEngine(policy, 2000).generate([PROMPTS[0]], Sampling(2000, 1, 1.3, 1.0, 0), no_tick)

@@ -194,7 +194,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype if adapted else torch.float32, attn_implementation=_attention(config, device)
+            base, dtype=dtype if adapted else torch.float32, attn_implementation=attention(config, device)
         )
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(f"model: expected a causal language model in {base}, got: {error}") from error
@@ -235,7 +235,7 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftM
             raise ModelError(f"lora: expected modules of {type(model).__name__}, got: {error}") from error
 
 
-def _attention(config: ModelConfig, device: torch.device) -> str:
+def attention(config: ModelConfig, device: torch.device) -> str:
     """The implementation that ``model.attention`` names: auto is flash attention 2 where it can run, else sdpa.
 
     transformers asks for the package's version: flash-attn-4 leaves an empty module of the same name.
