@@ -38,7 +38,7 @@ def one_pass(
     inputs = (projection.hidden, projection.weight, projection.bias)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
     needs = (wanted[0], wanted[1] or (main_grad is not None and torch.is_grad_enabled()), wanted[2])
-    targets = targets.clamp_min(0)
+    targets = torch.where(terms.valid, targets, 0)
     detached = replace(
         projection,
         hidden=projection.hidden.detach(),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .vocab_parallel import VocabShard
+from .vocab_parallel import NOWHERE, VocabShard
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,10 @@ class Projection:
         return replace(self, hidden=self.hidden[index], row_inv_temperature=temperature)
 
     def local_targets(self, targets: Tensor) -> Tensor:
-        """Targets [N] as columns of ``weight``; negative where they lie in another shard (``VocabShard.local_targets``)."""
-        return targets if self.shard is None else self.shard.local_targets(targets, self.vocab)
+        """Targets [N] as columns of ``weight``; ELSEWHERE where they lie in another shard, NOWHERE where in none."""
+        if self.shard is not None:
+            return self.shard.local_targets(targets, self.vocab)
+        return torch.where((targets >= 0) & (targets < self.vocab), targets, NOWHERE)
 
     def cleared(self, valid: Tensor) -> Projection:
         """The same projection with harmless numbers in the rows that do not count, where 0 times anything could be NaN."""

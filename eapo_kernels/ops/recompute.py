@@ -61,7 +61,7 @@ def compute_statistics(
         moment = zeros if second_moments else None
         mean = zeros if entropy else None
         return RowStatistics(zeros, mean, zeros, zeros, zeros, mean, moment, moment, moment), None
-    targets = projection.local_targets(targets.clamp_min(0))
+    targets = projection.local_targets(torch.where(valid, targets, 0))
     first, kept, parts = min(keep, projection.n_rows), None, []
     budget = workspace_bytes(options.memory_budget, targets.device)
     if first:
@@ -123,7 +123,7 @@ def compute_gradients(
             projection, targets, live = projection.rows(index), targets[index], live[index]
             statistics, cotangents = statistics.rows(index), cotangents.rows(index)
     cotangents = cotangents.map(lambda c: torch.where(live, c.to(dtype), 0))
-    targets = projection.local_targets(targets.clamp_min(0))
+    targets = projection.local_targets(torch.where(live, targets, 0))
 
     hidden, weight = projection.hidden, projection.weight
     need_hidden, need_weight, need_bias = needs

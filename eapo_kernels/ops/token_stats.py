@@ -292,8 +292,9 @@ def token_stats(
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.
-        EapoError: a value is out of range (targets and tensor temperatures: on CUDA only with ``Options(debug=True)``), or an
-            option is unknown; the processes of a group differ in sizes, or one of them has no rows.
+        EapoError: a value is out of range (targets and tensor temperatures: on CUDA only with ``Options(debug=True)``, else the
+            row of such a target is NaN), or an option is unknown; the processes of a group differ in sizes, or one of them has
+            no rows.
         BackendUnavailable: the backend named cannot run these inputs.
     """
     options = settled(options or Options(), targets, mask is not None) if isinstance(targets, Tensor) else Options()

@@ -16,7 +16,7 @@ from . import plans, products
 from .backend import Backend, ChunkGradient, LogitCotangents
 from .projection import Projection
 from .statistics import RowStatistics, RowSums, finish, merge_ranges
-from .vocab_parallel import VocabShard
+from .vocab_parallel import NOWHERE, VocabShard
 
 _CACHE_BYTES = 32 * 2**20
 """Logits processed together, about a server's last-level cache. Smaller blocks gain nothing and cost thread barriers, above all
@@ -53,12 +53,10 @@ def _range_sums(z: Tensor, targets: Tensor, *, entropy: bool, second_moments: bo
     """
     row_max = z.amax(1, keepdim=True)
     index = targets.unsqueeze(1)
-    if whole:
-        z_target = z.gather(1, index)
-    else:
+    if not whole:
         row_max.clamp_(min=torch.finfo(z.dtype).min)  # a range may have lost all its columns, the row not
-        inside = (index >= 0) & (index < z.shape[1])
-        z_target = torch.where(inside, z.gather(1, index.clamp(0, z.shape[1] - 1)), 0.0)
+    inside = (index >= 0) & (index < z.shape[1])
+    z_target = torch.where(inside, z.gather(1, index.clamp(0, z.shape[1] - 1)), 0.0)
     x = torch.sub(z, row_max)
     x.clamp_(min=_UNDERFLOWN)
     e = torch.exp(x, out=z)
@@ -75,9 +73,10 @@ def _range_sums(z: Tensor, targets: Tensor, *, entropy: bool, second_moments: bo
 
 
 def _row_sums(fields: Tensor, targets: Tensor, shard: VocabShard | None) -> RowSums:
-    """The sums over the whole vocabulary from those [fields, N] over the columns that are here."""
+    """The sums over the whole vocabulary from those [fields, N] over the columns that are here; NaN where no target is."""
+    fields[1].masked_fill_(targets == NOWHERE, torch.nan)
     if shard is not None:
-        fields = merge_ranges(shard.exchange(fields, targets))
+        fields = merge_ranges(shard.gather(fields))
     top, z_target, *rest = fields.unbind(0)
     return RowSums(top, z_target - top, *rest)
 

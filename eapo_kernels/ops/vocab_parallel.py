@@ -21,7 +21,7 @@ ELSEWHERE = -1
 """Local target of a row whose target lies in another process's shard."""
 
 NOWHERE = -2
-"""Local target of a row whose target lies in no shard: its statistics are NaN."""
+"""Local target of a row whose target is no token, which nobody checks on CUDA: its statistics are NaN."""
 
 _REFUSED = -1
 _SAME = ("columns of the weight", "rows of hidden", "dtype of the weight", "gradients wanted")
@@ -80,11 +80,6 @@ class VocabShard:
         local = targets - self.start
         known = torch.where((targets >= 0) & (targets < self.total), ELSEWHERE, NOWHERE)
         return torch.where((local >= 0) & (local < vocab), local, known)
-
-    def exchange(self, sums: Tensor, local_targets: Tensor) -> Tensor:
-        """The sums of all shards [fields, processes, N] from this one's [fields, N]; see ``statistics.merge_ranges``."""
-        sums[1].masked_fill_(local_targets == NOWHERE, float("nan"))
-        return self.gather(sums)
 
     def gather(self, values: Tensor) -> Tensor:
         """[fields, processes, N] contiguous, in the order of the ranks, from [fields, N] of every process."""

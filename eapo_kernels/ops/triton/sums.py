@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..projection import Projection
 from ..statistics import merge_ranges
-from ..vocab_parallel import VocabShard
+from ..vocab_parallel import NOWHERE, VocabShard
 from .math import LN2, LOG2E, LOWEST, NEG_INF
 
 
@@ -43,10 +43,14 @@ class PartialSums:
         return PartialSums(values, entropy, second_moments)
 
     def whole(self, shard: VocabShard | None, local_targets: Tensor) -> PartialSums:
-        """These sums, or where the vocabulary is split over processes those of all of them, a range each. One exchange."""
+        """These sums, or where the vocabulary is split over processes those of all of them, a range each. One exchange.
+
+        Rows whose target is no token become NaN.
+        """
+        self.values[1].masked_fill_(local_targets == NOWHERE, float("nan"))
         if shard is None:
             return self
-        return replace(self, values=shard.exchange(merge_ranges(self.values), local_targets))
+        return replace(self, values=shard.gather(merge_ranges(self.values)))
 
     @property
     def splits(self) -> int:
