@@ -4,6 +4,10 @@
     loss, metrics = loss_of(hidden, lm_head.weight, ids, mask, advantages, old_per_token_logps=old)
 
 Liger need not be installed. On top of its convention: ``positive_weight``, the EAPO weight of positive advantages.
+
+The clipped losses and CISPO are those of objectives/surrogates.py. SAPO (arXiv 2511.20347) and VESPO are written here: each has
+numbers that no other surrogate reads, two temperatures and four exponents, and VESPO's factor is a whole response's. In the
+library they would widen every config for the sake of this one calling convention; ``EAPOConfig.surrogate`` takes a function.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 
 from ..checks import FLOATS, describe, require_choice, require_number
 from ..errors import EapoError, ShapeError, require
-from ..objectives.surrogates import kl_k3
+from ..objectives.surrogates import Clip, cispo, kl_k3, log_ratio, ppo_clip
 from ..ops.token_stats import token_stats
 from ..types import Options
 from .weight import scale_positive
@@ -32,8 +36,8 @@ class FusedLinearGRPOLoss(nn.Module):
     """GRPO and its relatives from hidden states and the head, without logits.
 
     The names, defaults and meanings are Liger's. ``compiled`` and ``chunk_size`` say how Liger works and change nothing here:
-    memory is bounded by ``options.memory_budget``. Two differences: luspo's mean
-    and vespo's ``vllm_is_ratio`` leave padding out, whose values Liger takes in.
+    memory is bounded by ``options.memory_budget``. Three differences: luspo's mean and vespo's ``vllm_is_ratio`` leave out
+    padding, whose values Liger takes in, and log-ratios are clamped to +-60, beyond which Liger's ratio overflows.
     """
 
     def __init__(
@@ -68,7 +72,9 @@ class FusedLinearGRPOLoss(nn.Module):
             use_ref_model: the call brings reference log-probs or hidden states.
             loss_type: see ``LOSS_TYPES``.
             importance_sampling_level: "token" or "sequence" (mean log-ratio of the response).
-            delta: upper clamp of the ratio (two-sided clipping), or None.
+            delta: upper clamp of the ratio beside the clip's bounds (two-sided clipping), above 1 - epsilon_low, or None. Above
+                1 + epsilon_high it is the dual clip (arXiv 1912.09729); below, it is the positive advantages' upper bound, and
+                1 + epsilon_high the negative ones'.
             use_bias_correction_kl: multiply the KL by the ratio.
             softcap, logit_scale, backend, options: as in ``token_stats``; not in Liger.
 
@@ -82,6 +88,7 @@ class FusedLinearGRPOLoss(nn.Module):
                             ("temperature", temperature), ("delta", 1.0 if delta is None else delta)):  # fmt: skip
             require_number(name, value, 0)
             require(value > 0, name, "a finite number > 0", value)
+        require(delta is None or delta > 1 - epsilon_low, "delta", f"a number > 1 - epsilon_low = {1 - epsilon_low}", delta)
         if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
             raise EapoError(f"importance_sampling_level: expected 'token' for loss_type {loss_type!r}, got 'sequence'")
         if loss_type == "dr_grpo" and max_completion_length is None:
@@ -151,47 +158,46 @@ class FusedLinearGRPOLoss(nn.Module):
         old = logp.detach() if old_per_token_logps is None else torch.where(counted, old_per_token_logps.float(), 0.0)
         mask, advantage = counted.to(logp.dtype), advantages.detach().to(logp.dtype)[:, None]
 
-        log_ratio = logp - old
-        level = log_ratio
+        difference = log_ratio(logp, old)
         if self.importance_sampling_level == "sequence":
-            level = ((log_ratio * mask).sum(1) / mask.sum(1).clamp_min(1))[:, None]
-        ratio = level.exp()
+            difference = ((difference * mask).sum(1) / mask.sum(1).clamp_min(1))[:, None]
         correction = None if vllm_is_ratio is None else _is_ratio(vllm_is_ratio, shape)
-        per_token, clipped = self._policy_term(logp, log_ratio, ratio, advantage, mask, correction)
+        term, clipped = self._policy_term(logp, difference, advantage, mask, correction)
+        per_token = -term
         if correction is not None and self.loss_type != "vespo":
             per_token = per_token * correction
         total, metrics = mask.sum().clamp_min(1), []
         if self.beta:
             kl = kl_k3(logp, reference)
             if self.use_bias_correction_kl:
-                kl = kl * ratio
+                kl = kl * difference.exp()
             per_token = per_token + self.beta * kl
             metrics.append((kl * mask).sum().detach() / total)
         metrics.append((clipped.expand(shape) & counted).sum() / total)
         return self._reduce(per_token, mask, num_items_in_batch), tuple(metrics)
 
     def _policy_term(
-        self, logp: Tensor, log_ratio: Tensor, ratio: Tensor, advantage: Tensor, mask: Tensor, correction: Tensor | None
+        self, logp: Tensor, difference: Tensor, advantage: Tensor, mask: Tensor, correction: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(term to minimise, clipped), [B, T] or [B, 1]."""
-        never = torch.zeros_like(ratio, dtype=torch.bool)
-        if self.loss_type == "cispo":
-            return -ratio.clamp(max=self.epsilon_high).detach() * advantage * logp, (ratio > self.epsilon_high) & (
-                advantage > 0
-            )
+        """(term to maximise, what Liger counts as clipped), [B, T] or [B, 1]; difference is the log-ratio, advantage [B, 1]."""
+        never = torch.zeros_like(difference, dtype=torch.bool)
+        if self.loss_type == "cispo":  # Liger's epsilon_high is the bound itself, and there is no lower one
+            term, _ = cispo(logp, difference, advantage, Clip(1.0, self.epsilon_high - 1))
+            return term, (difference.exp() > self.epsilon_high) & (advantage > 0)
         if self.loss_type == "sapo":
             t = torch.where(advantage > 0, self.sapo_temperature_pos, self.sapo_temperature_neg)
-            return -torch.sigmoid(t * (ratio - 1)) * 4 / t * advantage, never
+            return torch.sigmoid(t * (difference.exp() - 1)) * 4 / t * advantage, never
         if self.loss_type == "vespo":
-            return -self._vespo_factor(log_ratio.detach(), advantage, mask, correction) * advantage * logp, never
-        low, high = 1 - self.epsilon_low, 1 + self.epsilon_high
-        capped = ratio if self.delta is None else ratio.clamp(max=self.delta)
-        term = -torch.minimum(capped * advantage, ratio.clamp(low, high) * advantage)
-        return term, ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+            return self._vespo_factor(difference.detach(), advantage, mask, correction) * advantage * logp, never
+        low, high, delta = self.epsilon_low, self.epsilon_high, self.delta
+        term, clipped = ppo_clip(logp, difference, advantage, Clip(low, high))
+        if delta is not None:  # not in Liger's count
+            term, _ = ppo_clip(logp, difference, advantage, Clip(low, min(high, delta - 1), max(delta, 1 + high)))
+        return term, clipped
 
-    def _vespo_factor(self, log_ratio: Tensor, advantage: Tensor, mask: Tensor, correction: Tensor | None) -> Tensor:
+    def _vespo_factor(self, difference: Tensor, advantage: Tensor, mask: Tensor, correction: Tensor | None) -> Tensor:
         """phi(w) = w^k e^(lambda (1 - w)) of the response's ratio w, [B, 1]; k and lambda by the advantage's sign."""
-        log_w = (log_ratio.clamp(-_BOUND, _BOUND) * mask).sum(1, keepdim=True)
+        log_w = (difference.clamp(-_BOUND, _BOUND) * mask).sum(1, keepdim=True)
         if correction is not None:
             counts = mask if correction.shape[1] > 1 else 1.0
             log_w = log_w + (correction.log().clamp(_FLOOR, _BOUND) * counts).sum(1, keepdim=True)

@@ -45,7 +45,8 @@ _CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
       for name in ("grpo", "dapo", "vespo")),
     *((name, {"importance_sampling_level": "sequence"}, ("old", "ref")) for name in ("grpo", "bnpo", "dapo", "luspo")),
     *((name, {"beta": 0.0}, ("old", "is_sequence")) for name in ("dapo", "vespo")),
-    ("dapo", {"delta": 1.1, "epsilon_high": 0.3}, ("old", "ref")),
+    *(("dapo", {"delta": delta, "epsilon_high": 0.3}, ("old", "ref")) for delta in (0.9, 1.1, 1.3, 1.5)),
+    ("luspo", {"delta": 1.15, "importance_sampling_level": "sequence"}, ("old",)),
     ("grpo", {"beta": 0.0}, ()),
     ("dapo", {"beta": 0.0}, ("old", "items")),
     ("grpo", {}, ("old", "ref_input")),
@@ -150,6 +151,7 @@ def test_mistakes_say_what_was_expected() -> None:
         ({"loss_type": "cispo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
         ({"loss_type": "dr_grpo"}, "max_completion_length"),
         ({"delta": 0.0}, "delta"),
+        ({"delta": 0.7, "epsilon_low": 0.3}, "delta: expected a number > 1 - epsilon_low"),
     ]:
         with pytest.raises(EapoError, match=message):
             FusedLinearGRPOLoss(**settings)  # type: ignore[arg-type]
