@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import EapoError, require
 from ..objectives.controllers import EntropyRatio
+from .versions import require_hook
 from .weight import STATE_FILE, AdvantageWeight
 
 
@@ -26,6 +27,10 @@ class OpenRLHFMixin:
     """
 
     eapo: AdvantageWeight | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        require_hook(cls, OpenRLHFMixin, "compute_advantages_and_returns", "OpenRLHF 0.11's RemoteExperienceMaker")
 
     def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
         """OpenRLHF's, then the weight; metrics go to the first experience's ``info``."""
@@ -50,6 +55,10 @@ class SkyRLMixin:
     """
 
     eapo: AdvantageWeight | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        require_hook(cls, SkyRLMixin, "compute_advantages_and_returns", "SkyRL 0.4's RayPPOTrainer")
 
     def compute_advantages_and_returns(self, data: Any) -> Any:
         """SkyRL's, then the weight; metrics go to ``all_metrics``."""
@@ -76,7 +85,12 @@ class NemoRLEstimator:
         Args:
             estimator: one with ``compute_advantage(prompt_ids, rewards, mask, **kwargs) -> [B, S]``.
             weight: holds the controller; save and load it beside NeMo-RL's checkpoints.
+
+        Raises:
+            EapoError: the estimator has no such method.
         """
+        ok = callable(getattr(estimator, "compute_advantage", None))
+        require(ok, "estimator", "one of NeMo-RL's, with compute_advantage()", type(estimator).__name__)
         self.estimator, self.eapo = estimator, weight or AdvantageWeight()
         self.last_metrics: dict[str, float] = {}
 
@@ -116,6 +130,10 @@ class ArealMixin:
     """
 
     eapo: AdvantageWeight | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        require_hook(cls, ArealMixin, "_compute_advantages", "AReaL 1.0's PPOActor")
 
     def _compute_advantages(self, data: dict[str, Any]) -> dict[str, Any]:
         """AReaL's, then the weight. Reduces over the engine's ``data_parallel_group``."""

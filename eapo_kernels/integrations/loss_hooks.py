@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import require
+from .versions import require_hook
 from .weight import STATE_FILE, AdvantageWeight
 
 
@@ -111,6 +112,10 @@ class TorchtitanMixin:
     """Before torchtitan's RL losses (``DAPOLoss``, ``GRPOLoss``): weighs the advantages they are called with."""
 
     step_weight: StepWeight | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        require_hook(cls, TorchtitanMixin, "__call__", "a loss of torchtitan's RL experiment")
 
     def __call__(
         self, logits: Tensor, labels: Tensor, global_valid_tokens: float | None = None, *, generator_logprobs: Tensor,

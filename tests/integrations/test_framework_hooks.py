@@ -219,3 +219,26 @@ def test_torchtitan() -> None:
     assert found == [(1.0, 1.0), (1.0, 1.0), (0.25, 0.5)]
     assert loss_of.step_weight is not None
     loss_of.step_weight.close()
+
+
+@pytest.mark.parametrize(
+    ("mixin", "method"),
+    [
+        (advantage_hooks.OpenRLHFMixin, "compute_advantages_and_returns"),
+        (advantage_hooks.SkyRLMixin, "compute_advantages_and_returns"),
+        (advantage_hooks.ArealMixin, "_compute_advantages"),
+        (loss_hooks.TorchtitanMixin, "__call__"),
+    ],
+)
+def test_a_base_whose_hook_has_another_name_is_refused(mixin: type, method: str) -> None:
+    """Else the adapter's method would never be called, and the run be one without the weight."""
+    right, renamed = type("Right", (), {method: lambda self: None}), type("Renamed", (), {f"{method}2": lambda self: None})
+    type("Fine", (type("Mine", (mixin, type("Between", (right,), {})), {}),), {})
+    for bases in ((mixin, renamed), (mixin,), (right, mixin)):
+        with pytest.raises(EapoError, match=rf"Bad: expected {mixin.__name__} before a class with {method}\(\).*got"):
+            type("Bad", bases, {})
+
+
+def test_an_estimator_with_another_method_is_refused() -> None:
+    with pytest.raises(EapoError, match=r"estimator: expected one of NeMo-RL's, with compute_advantage\(\), got object"):
+        advantage_hooks.NemoRLEstimator(object())
