@@ -42,6 +42,7 @@ def main() -> None:
             rewards=rewards,
             group_ids=group_ids,
             old_logp=old.logp.flatten(),
+            mask=counted.flatten(),  # what the targets say already, but said so that on a GPU the other rows cost nothing
         )
 
         def loss_of(hidden, head, batch=batch, weight=weight, **options):

@@ -94,7 +94,8 @@ class FusedLMHead(nn.Linear):
             targets: [...] int64, the token that follows each position; -100 leaves a row out.
             compute: called as ``compute(hidden, weight, bias=, softcap=, logit_scale=)`` instead of ``token_stats``: for
                 example a closure on ``eapo_loss``. What it returns should be tensors, or a tuple or dict of them, where
-                parameters are sharded: the sharding finds its place in the backward through them.
+                parameters are sharded: the sharding finds its place in the backward through them. Rows of padding and prompts
+                come along: on a GPU they cost nothing only where its batch has a ``mask`` (``Options.compact``).
             weight_delta: [V, D] or None, added to the weight (LoRA).
             process_group: the tensor-parallel group over which the weight's rows are split, as in ``token_stats``. The weight
                 is this process's rows, or a DTensor ``Shard(0)`` on that group's mesh, which is not gathered; ``compute`` is

@@ -134,7 +134,8 @@ def eapo_policy_loss(
 class FusedLinearForPPO(nn.Module):
     """This package's op with the calling convention of verl's FusedLinearForPPO (``use_fused_kernels``).
 
-    Differences: the entropy is fp32 whatever the hidden states are, and memory is bounded in bytes, not by ``chunk_size``.
+    Differences: the entropy is fp32 whatever the hidden states are, and memory is bounded in bytes, not by ``chunk_size``. The
+    contract has no mask, so prompts, and without ``use_remove_padding`` padding, cost what responses cost, as they do in verl.
     """
 
     options: Options | None = None
