@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .projection import Projection
 from .statistics import RowStatistics
+from .vocab_parallel import NOWHERE
 
 
 class LogitCotangents(NamedTuple):
@@ -95,7 +96,7 @@ class TargetRows(NamedTuple):
     """Rows to be added to the rows of d_weight that belong to their targets.
 
     Attributes:
-        targets: [C] int64, sorted.
+        targets: [C] int64, sorted; NOWHERE where the factor is zero.
         order: [C] int64, the row at each place of ``targets``.
         hidden: [C, D].
         factor: [C] statistics dtype, by row.
@@ -108,8 +109,11 @@ class TargetRows(NamedTuple):
 
     @staticmethod
     def sort(targets: Tensor, hidden: Tensor, factor: Tensor) -> TargetRows:
-        """In the order of their targets, equal ones as they come. targets: [C] int64."""
-        return TargetRows(*targets.sort(stable=True), hidden, factor)
+        """In the order of their targets, equal ones as they come. targets: [C] int64.
+
+        Rows of factor zero get out of the way: left-out rows all stand at one target, whose owner would add them one by one.
+        """
+        return TargetRows(*torch.where(factor == 0, NOWHERE, targets).sort(stable=True), hidden, factor)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,19 @@ def test_a_slab_takes_its_own_targets(device: str) -> None:
     torch.testing.assert_close(out.double(), expected(torch.zeros_like(out), 0, targets, hidden, factor), rtol=1e-5, atol=2e-5)
 
 
+def test_rows_of_factor_zero_are_not_visited(device: str) -> None:
+    """They stand in no target's run, whatever they hold: else the left-out rows would all be added up by one program."""
+    targets, hidden, factor = problem(100, 24, 300, device)
+    idle = torch.arange(100, device=device) % 3 == 0
+    targets, factor = torch.where(idle, 0, targets), torch.where(idle, 0.0, factor)
+    rows = TargetRows.sort(targets, torch.where(idle[:, None], torch.nan, hidden), factor)
+    assert not (rows.targets[idle.sum() :] < 0).any()
+    assert idle[rows.order[: idle.sum()]].all()
+    out = torch.zeros(300, 24, device=device)
+    BACKEND.add_target_rows(out, 0, rows)
+    torch.testing.assert_close(out.double(), expected(torch.zeros_like(out), 0, targets, hidden, factor), rtol=1e-5, atol=2e-5)
+
+
 def test_strides(device: str) -> None:
     targets, hidden, factor = problem(63, 24, 50, device)
     wide = hidden.repeat_interleave(2, 1)[:, ::2]
