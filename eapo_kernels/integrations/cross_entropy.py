@@ -84,7 +84,7 @@ def linear_cross_entropy(
     return policy_loss(
         hidden.reshape(rows.numel(), hidden.shape[-1]), weight, batch, method=_METHOD, bias=bias,
         inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, process_group=process_group,
-        schedule=schedule, backend=backend, options=options,
+        schedule=schedule, backend=backend, options=options, metrics=False,
     ).loss  # fmt: skip
 
 
