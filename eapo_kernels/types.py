@@ -126,7 +126,7 @@ class Options:
     Attributes:
         memory_budget: bytes for logit-sized workspace, whatever N is, what a call of ``token_stats`` keeps for its backward
             included. The gradients themselves and the fp32 accumulator of d_weight come on top. None: 256 MiB on a CPU, on a
-            GPU a 32nd of its memory, between 256 MiB and 1 GiB; 96 MiB with ``plan="recompute"``.
+            GPU a 32nd of its memory or less: 256 MiB, 512 MiB or 1 GiB; 96 MiB with ``plan="recompute"``.
         compact: whether rows that do not count leave before any product. On CUDA the host has to wait for their number, once a
             direction, and in a CUDA graph under capture none leave. "auto": on a CPU always; on CUDA where some are announced,
             by a mask, ``drop_zero_weight`` or ``metrics=False``. So without a mask nothing waits, and a target of -100 costs

@@ -17,7 +17,7 @@ from ..errors import ShapeError, require
 from ..types import IGNORE_INDEX, Options
 from . import plans, products
 from .backend import LogitCotangents
-from .budget import workspace_bytes
+from .budget import of_options, workspace_bytes
 from .inputs import build_projection, check_values
 from .projection import Projection
 from .rows import may_compact, scatter_rows, settled, valid_index
@@ -152,7 +152,7 @@ def project_nucleus_entropy(projection: Projection, valid: Tensor, top_p: float,
     if projection.n_rows == 0:
         nothing = projection.hidden[:0].sum() + projection.weight[:0].sum()  # zeros that can be differentiated
         return projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype) + nothing
-    budget = workspace_bytes(options.memory_budget, projection.hidden.device)
+    budget = workspace_bytes(of_options(options), projection.hidden.device)
     values = _NucleusEntropy.apply(projection.hidden, projection.weight, projection.bias, projection, top_p, budget)
     if index is None:
         return torch.where(valid, values, 0.0)

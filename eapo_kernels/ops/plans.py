@@ -34,11 +34,15 @@ def default_budget(device_bytes: int | None) -> int:
     256 MiB on a CPU. On an accelerator a 32nd of its memory, between 256 MiB and 1 GiB: every chunk adds to d_weight in fp32,
     8VD bytes beside 6CVD operations, so chunks of 1024 rows are too few (docs/plans.md).
 
+    Rounded down to a power of two: devices of one model may differ a little in size, and have to cut the same chunks of a head
+    that is split over them.
+
     device_bytes: memory of the accelerator, None for a CPU.
     """
     if device_bytes is None:
         return _LEAST_BUDGET
-    return min(max(device_bytes // _SHARE_OF_DEVICE, _LEAST_BUDGET), _MOST_BUDGET)
+    share = 1 << max(device_bytes // _SHARE_OF_DEVICE, 1).bit_length() - 1
+    return min(max(share, _LEAST_BUDGET), _MOST_BUDGET)
 
 
 def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:

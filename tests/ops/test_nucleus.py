@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eapo_kernels import EapoError, Options, ShapeError, reference
+from eapo_kernels.ops import plans
 from eapo_kernels.ops.nucleus import nucleus_entropy
 from eapo_kernels.testing import assert_no_worse_than, make_inputs, peak_memory
 
@@ -190,3 +191,10 @@ def test_bad_shapes_are_refused() -> None:
         nucleus_entropy(torch.zeros(2, 4), torch.zeros(5, 3), top_p=0.5)
     with pytest.raises(ShapeError, match=r"mask: expected bool \[2\] cpu"):
         nucleus_entropy(torch.zeros(2, 3), torch.zeros(5, 3), top_p=0.5, mask=torch.ones(3, dtype=torch.bool))
+
+
+def test_the_plan_of_least_memory_bounds_its_workspace_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "RECOMPUTE_BUDGET", 100)
+    inputs = make_inputs(6, 8, 64)
+    with pytest.raises(EapoError, match=r"Options.memory_budget: expected at least \d+ bytes, .*, got 100"):
+        nucleus_entropy(inputs.hidden, inputs.weight, top_p=0.9, options=Options(plan="recompute"))

@@ -40,12 +40,19 @@ def test_even_chunks() -> None:
 
 @pytest.mark.parametrize(
     ("device", "budget"),
-    [(None, 2**28), (4 * 2**30, 2**28), (24 * 2**30, 3 * 2**28), (80 * 2**30, 2**30), (141 * 10**9, 2**30)],
+    [(None, 2**28), (4 * 2**30, 2**28), (24 * 2**30, 2**29), (80 * 2**30, 2**30), (141 * 10**9, 2**30)],
 )
 def test_the_default_budget_follows_the_device(device: int | None, budget: int) -> None:
     assert plans.default_budget(device) == budget
     assert workspace_bytes(None, torch.device("cpu")) == 2**28
     assert workspace_bytes(12, torch.device("cpu")) == 12
+
+
+def test_devices_of_nearly_one_size_have_one_default_budget() -> None:
+    """Else processes that share a head would cut different chunks, and wait for each other."""
+    for nominal in (16, 24, 32, 40, 48, 80):
+        budgets = {plans.default_budget(int(nominal * 2**30 * share)) for share in (0.93, 0.95, 0.97, 0.99)}
+        assert len(budgets) == 1
 
 
 @pytest.mark.parametrize(("n", "vocab", "rows"), [(8192, 128256, 4096), (8192, 151936, 2752), (8192, 262144, 1664)])
