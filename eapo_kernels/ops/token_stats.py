@@ -297,11 +297,12 @@ def token_stats(
             no rows.
         BackendUnavailable: the backend named cannot run these inputs.
     """
-    options = settled(options or Options(), targets, mask is not None) if isinstance(targets, Tensor) else Options()
+    options = Options() if options is None else options
+    require(isinstance(options, Options), "options", "Options or None", options)
     require(entropy in ENTROPY_MODES, "entropy", f"one of {', '.join(ENTROPY_MODES)}", repr(entropy))
     if not isinstance(targets, Tensor):
         raise ShapeError(f"targets: expected an int64 tensor [...], got {describe(targets)}")
-    shape = targets.shape
+    options, shape = settled(options, targets, mask is not None), targets.shape
     projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, shape, process_group)
     require_tensor("targets", targets, tuple(shape), (torch.int64,), projection.hidden)
     if mask is not None:

@@ -82,6 +82,7 @@ def _call(**changes: Any) -> None:
         ({"logit_scale": "2"}, EapoError, r"logit_scale: expected a positive finite number, got '2'"),
         ({"entropy": "yes"}, EapoError, r"entropy: expected one of grad, nograd, none, got 'yes'"),
         ({"backend": "cutlass"}, EapoError, r"backend: expected one of auto, cuda, triton, torch, got 'cutlass'"),
+        ({"options": {"debug": True}}, EapoError, r"options: expected Options or None, got \{'debug': True\}"),
         ({"options": Options(memory_budget=5)}, EapoError, r"Options.memory_budget: expected at least 6 bytes, .*, got 5"),
     ],
     ids=lambda p: p if isinstance(p, str) else "",
