@@ -63,10 +63,7 @@ class FusedLMHead(nn.Linear):
             EapoError: not a plain ``nn.Linear``, or one whose forward was replaced or that carries hooks, which would be lost.
         """
         require(type(linear) is nn.Linear, "head", "a plain nn.Linear", type(linear).__name__)
-        hooks = [name for name, value in vars(linear).items() if name.endswith("_hooks") and value]
-        if "forward" in vars(linear) or hooks:
-            found = "a replaced forward" if "forward" in vars(linear) else ", ".join(hooks)
-            raise EapoError(f"head: expected a linear layer without forward or hooks of its own (patch first), got {found}")
+        _require_untouched(linear)
         head = cls(
             linear.in_features, linear.out_features, linear.bias is not None, softcap=softcap, logit_scale=logit_scale,
             device="meta",
@@ -74,7 +71,12 @@ class FusedLMHead(nn.Linear):
         return _share(linear, head)
 
     def to_linear(self) -> nn.Linear:
-        """The way back: a plain linear layer with the same parameters."""
+        """The way back: a plain linear layer with the same parameters.
+
+        Raises:
+            EapoError: as ``from_linear``.
+        """
+        _require_untouched(self)
         return _share(self, nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
 
     def forward(  # type: ignore[override]
@@ -185,6 +187,16 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
     options = arguments.get("options")
     require(options is None or isinstance(options, Options), "options", "Options or None", repr(options))
     return arguments
+
+
+def _require_untouched(linear: nn.Linear) -> None:
+    """Raise where a forward or hooks of the layer (those of DeepSpeed or FSDP2, for example) would be lost with it."""
+    found = [name for name, value in vars(linear).items() if name.endswith("_hooks") and value]
+    if "forward" in vars(linear):
+        found = ["a replaced forward"]
+    if found:
+        raise EapoError("head: expected a linear layer without forward or hooks of its own (patch before, and unpatch without, "
+                        f"what wraps the model), got {', '.join(found)}")  # fmt: skip
 
 
 def _share(source: nn.Linear, target: Any) -> Any:

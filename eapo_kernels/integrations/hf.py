@@ -91,20 +91,21 @@ def unpatch_causal_lm(model: nn.Module) -> nn.Module:
     """Undo ``patch_causal_lm``: the class's forward and a plain ``nn.Linear`` with the same parameters.
 
     Raises:
-        EapoError: the model is not patched, or was patched again by something else since.
+        EapoError: the model is not patched, or was patched again or wrapped by something else since.
     """
     base = causal_lm(model)
     require(_MARK in vars(base), "model", "one that patch_causal_lm has patched", "another")
     forward = vars(base).get("forward")
     ours = getattr(forward, "__func__", None)
     require(getattr(ours, "eapo", False), "model.forward", "the one patch_causal_lm put there", "another's")
+    fused: Any = fused_linear(base.get_output_embeddings())
+    plain = fused.to_linear()
     (previous,) = getattr(base, _MARK)
     del base.forward
     if previous is not None:
         base.forward = previous
     delattr(base, _MARK)
-    fused = fused_linear(base.get_output_embeddings())
-    _replace(base, fused, fused.to_linear())  # type: ignore[operator]
+    _replace(base, fused, plain)
     return model
 
 

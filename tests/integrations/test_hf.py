@@ -252,6 +252,18 @@ def test_a_head_others_have_changed_is_refused() -> None:
     assert again.bias is not None
 
 
+def test_a_head_that_something_wraps_is_not_unpatched() -> None:
+    model = patch_causal_lm(tiny_model("llama"))
+    ids, _, _ = tiny_batch()
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(EapoError, match=r"unpatch without, what wraps the model.*_forward_pre_hooks"):
+        unpatch_causal_lm(model)
+    assert isinstance(model(input_ids=ids, targets=next_token_targets(ids)), TokenStats), "still patched"
+    hook.remove()
+    unpatch_causal_lm(model)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
 def test_targets_shift_once() -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     assert next_token_targets(ids).tolist() == [[6, 7, 8, -100]]
