@@ -4,13 +4,14 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help demo test test-verl test-vllm lint format bench bench-cpu gpu report clean
+.PHONY: help demo test test-verl test-vllm test-zero3 lint format bench bench-cpu gpu report clean
 
 help:
 	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (about 6 minutes on 2 free cores)"
 	@echo "make test       set up, then run all tests"
 	@echo "make test-verl  the verl adapter's tests in an environment of their own (.venv-verl): verl pins other versions"
 	@echo "make test-vllm  the vLLM engine's tests in an environment of their own (.venv-vllm, 4 GB): vLLM for CPUs pins other versions"
+	@echo "make test-zero3 a patched model under DeepSpeed ZeRO-3, in an environment of its own (.venv-zero3)"
 	@echo "make lint       ruff, mypy"
 	@echo "make format     let ruff rewrite"
 	@echo "make bench      pytest-benchmark suite, peers included"
@@ -63,6 +64,15 @@ test-verl: .venv-verl/.created
 
 test-vllm: .venv-vllm/.created
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/trainer/test_vllm_engine.py -o pythonpath=tests/trainer
+
+.venv-zero3/.created: requirements-zero3.txt pyproject.toml
+	$(PYTHON) -m venv .venv-zero3
+	.venv-zero3/bin/python -m pip --disable-pip-version-check install --requirement requirements-zero3.txt
+	.venv-zero3/bin/python -m pip --disable-pip-version-check install --no-deps --editable .
+	touch $@
+
+test-zero3: .venv-zero3/.created
+	OMP_NUM_THREADS=1 .venv-zero3/bin/python -m pytest tests/integrations/test_zero3.py -o pythonpath=tests/integrations
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -10,36 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import WORLD, run_ranks
-from tiny_models import tiny_batch, tiny_model
+from sharded_model import sharded_loss, sharded_model
+from tiny_models import tiny_batch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from eapo_kernels import EapoError, TokenBatch, TokenStats, policy_loss
 from eapo_kernels.integrations.head import FusedLMHead
-from eapo_kernels.integrations.hf import next_token_targets, patch_causal_lm
+from eapo_kernels.integrations.hf import next_token_targets
 
 CASES = ["fsdp2_untied", "fsdp2_tied", "fsdp2_head_apart", "fsdp2_lora_head", "ddp"]
-
-
-def _model(case: str) -> Any:
-    model = tiny_model("llama_tied" if case == "fsdp2_tied" else "llama")
-    if case == "fsdp2_lora_head":
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.1)
-    return patch_causal_lm(model).train()
-
-
-def _backward(model: Any, rows: slice) -> None:
-    ids, attention, response = (t[rows] for t in tiny_batch(rows=4))
-    stats = model(input_ids=ids, attention_mask=attention, targets=next_token_targets(ids, response))
-    (stats.logp.sum() + 0.3 * stats.entropy.sum()).backward()
 
 
 def _rank(rank: int, directory: str) -> None:
@@ -54,7 +35,7 @@ def _rank(rank: int, directory: str) -> None:
 
 
 def _sharded_gradients(case: str, rank: int) -> dict[str, torch.Tensor]:
-    model: Any = _model(case)
+    model: Any = sharded_model(case)
     if case == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
     else:
@@ -68,7 +49,7 @@ def _sharded_gradients(case: str, rank: int) -> dict[str, torch.Tensor]:
         fully_shard(model)
     for _ in range(2):  # twice: what is unsharded in one backward must be there again in the next
         model.zero_grad()
-        _backward(model, slice(2 * rank, 2 * rank + 2))
+        sharded_loss(model, slice(2 * rank, 2 * rank + 2)).backward()
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -87,8 +68,8 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_one_process(case: str, gradients: Path) -> None:
     found = torch.load(gradients / f"{case}.pt")
-    model = _model(case)
-    _backward(model, slice(0, 4))
+    model = sharded_model(case)
+    sharded_loss(model, slice(0, 4)).backward()
     expected = {name: p.grad / WORLD for name, p in model.named_parameters() if p.grad is not None}  # both average
     assert found.keys() == expected.keys()
     for name in expected:
@@ -98,7 +79,7 @@ def test_gradients_are_those_of_one_process(case: str, gradients: Path) -> None:
 def _assert_the_head_alone_is_refused() -> None:
     from torch.distributed.fsdp import fully_shard
 
-    model = _model("fsdp2_untied")
+    model = sharded_model("untied")
     fully_shard(model)
     with pytest.raises(EapoError, match="expected a whole tensor"):
         model.lm_head(torch.zeros(2, 32), torch.zeros(2, dtype=torch.int64))
@@ -151,8 +132,8 @@ def _assert_tensor_parallel_head_under_fsdp2(rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "tensor"))
-    model = _model("fsdp2_untied")
-    _backward(model, slice(0, 4))
+    model = sharded_model("untied")
+    sharded_loss(model, slice(0, 4)).backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     head = model.lm_head

@@ -1,0 +1,32 @@
+"""The patched tiny models that are trained on several processes, and a loss of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny_models import tiny_batch, tiny_model
+
+from eapo_kernels.integrations.hf import next_token_targets, patch_causal_lm
+
+
+def sharded_model(case: str) -> Any:
+    """A patched Llama in training mode; names with "tied" share the head with the embeddings, with "lora_head" adapt it."""
+    model = tiny_model("llama_tied" if case.endswith("_tied") else "llama")
+    if case.endswith("lora_head"):
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+    return patch_causal_lm(model).train()
+
+
+def sharded_loss(model: Any, rows: slice) -> torch.Tensor:
+    """A sum over these of four rows, through log-probs and entropies."""
+    ids, attention, response = (t[rows] for t in tiny_batch(rows=4))
+    stats = model(input_ids=ids, attention_mask=attention, targets=next_token_targets(ids, response))
+    return stats.logp.sum() + 0.3 * stats.entropy.sum()

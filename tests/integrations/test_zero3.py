@@ -1,0 +1,76 @@
+"""A patched model under DeepSpeed ZeRO-3 on two gloo processes: the gradients of one process; `make test-zero3`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import WORLD, run_ranks
+from sharded_model import sharded_loss, sharded_model
+
+from eapo_kernels import EapoError
+from eapo_kernels.integrations.hf import unpatch_causal_lm
+
+if importlib.util.find_spec("deepspeed") is None:  # not imported here: it looks for an accelerator at once
+    pytest.skip("DeepSpeed is not installed: make test-zero3", allow_module_level=True)
+
+CASES = ["untied", "zero3_tied", "lora_head"]
+
+
+def _rank(rank: int, directory: str) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # gloo does without
+    deepspeed.init_distributed(dist_backend="gloo")
+    for case in CASES:
+        found = _gradients(case, rank, deepspeed)
+        if rank == 0:
+            torch.save(found, f"{directory}/{case}.pt")
+
+
+def _gradients(case: str, rank: int, deepspeed: Any) -> dict[str, torch.Tensor]:
+    model = sharded_model(case)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(trained, lr=0.0),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    assert all(p.numel() == 0 for p in model.parameters()), "every parameter is sharded"
+    found = {}
+    for _ in range(2):  # twice: what is gathered in one backward must be there again in the next
+        engine.backward(sharded_loss(engine, slice(2 * rank, 2 * rank + 2)))
+        found = {n: deepspeed.utils.safe_get_full_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad}
+        engine.step()
+    if case == "untied":
+        with pytest.raises(EapoError, match="unpatch without, what wraps"):
+            unpatch_causal_lm(model)
+    return found
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("ranks")
+    run_ranks(_rank, str(directory))
+    return directory
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_one_process(case: str, gradients: Path) -> None:
+    found = torch.load(gradients / f"{case}.pt")
+    model = sharded_model(case)
+    sharded_loss(model, slice(0, 4)).backward()
+    expected = {name: p.grad / WORLD for name, p in model.named_parameters() if p.grad is not None}  # DeepSpeed averages
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
