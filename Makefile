@@ -54,7 +54,7 @@ test: $(VENV)/.peers
 
 # Without tests/ops on the path, whose folder triton would be taken for the package where that is not installed.
 test-verl: .venv-verl/.created
-	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py -o pythonpath=tests/integrations
+	.venv-verl/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_examples.py -k 'verl' -o pythonpath=tests/integrations
 
 .venv-vllm/.created: requirements-vllm.txt pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
