@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from ranks import WORLD
 from tiny_models import tiny_batch, tiny_model
 
 from eapo_kernels.integrations.hf import next_token_targets, patch_causal_lm
@@ -30,3 +31,13 @@ def sharded_loss(model: Any, rows: slice) -> torch.Tensor:
     ids, attention, response = (t[rows] for t in tiny_batch(rows=4))
     stats = model(input_ids=ids, attention_mask=attention, targets=next_token_targets(ids, response))
     return stats.logp.sum() + 0.3 * stats.entropy.sum()
+
+
+def assert_gradients_of_one_process(found: dict[str, torch.Tensor], case: str) -> None:
+    """``found``: the gradients after every process took its share of the four rows; they were averaged over the processes."""
+    model = sharded_model(case)
+    sharded_loss(model, slice(0, 4)).backward()
+    expected = {name: p.grad / WORLD for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
