@@ -35,6 +35,18 @@ def test_a_second_call_reads_what_the_first_compiled(tmp_path: Path, monkeypatch
     assert build.cubin(ITEM, cache=tmp_path) == code == stored.read_bytes()
 
 
+def test_ptx_is_text_for_the_same_target_and_cached_beside_the_cubin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = build.ptx(ITEM, cache=tmp_path)
+    assert ".target sm_90a" in text
+    assert text.count(".entry stream_statistics(") == 1
+    assert "wgmma.mma_async" in text
+    assert "\0" not in text
+    (stored,) = tmp_path.iterdir()
+    assert stored.suffix == ".ptx"
+    monkeypatch.setattr(build, "compile_source", lambda *_: pytest.fail("compiled again"))
+    assert build.ptx(ITEM, cache=tmp_path) == text == stored.read_text()
+
+
 def test_the_hash_covers_source_headers_options_and_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build.digest(ITEM, sources)
     assert first == build.digest(ITEM, build.source_folder()), "the folder's place changes nothing"
@@ -123,13 +135,13 @@ def test_the_sources_include_nothing_but_each_other() -> None:
 
 def test_command_builds_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "compile_source", lambda item, folder: b"code")
+    monkeypatch.setattr(build, "compile_source", lambda item, folder, form: b"code")
     assert command.main(["--build"]) == 0
     number = len(list(configs.builds()))
     assert f"{number} kernels in {tmp_path / 'eapo_kernels'}" in capsys.readouterr().out
     assert len(list((tmp_path / "eapo_kernels").iterdir())) == number
 
-    def broken(item: Build, folder: Path) -> bytes:
+    def broken(item: Build, folder: Path, form: build.Form) -> bytes:
         raise build.BuildError("it does not")
 
     monkeypatch.setattr(build, "compile_source", broken)

@@ -1,8 +1,8 @@
 """CUDA C++ to machine code at first use: NVRTC from NVIDIA's wheels, no nvcc, no CUDA or torch headers.
 
-A cubin is stored under the hash of all that it depends on (its source and the headers beside it, options, compiler version) in
-the user's cache folder, ``$XDG_CACHE_HOME/eapo_kernels`` or ``~/.cache/eapo_kernels``. A file appears there whole or not at
-all, so any number of processes may build at once.
+What comes out is stored under the hash of all that it depends on (its source and the headers beside it, options, compiler
+version) in the user's cache folder, ``$XDG_CACHE_HOME/eapo_kernels`` or ``~/.cache/eapo_kernels``. A file appears there whole
+or not at all, so any number of processes may build at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cuda.bindings import nvrtc
 
@@ -20,6 +20,8 @@ from .configs import Build
 
 ARCHITECTURE = "sm_90a"
 """Hopper with its own instructions (wgmma, setmaxnreg): this code runs on compute capability 9.0 only."""
+
+Form = Literal["cubin", "ptx"]
 
 _LAST_LINES = 30
 
@@ -74,11 +76,20 @@ def cubin(build: Build, *, sources: Path | None = None, cache: Path | None = Non
 
     Raises BuildError when it does not compile, OSError when the cache folder cannot be written.
     """
+    return _stored(build, "cubin", sources, cache)
+
+
+def ptx(build: Build, *, sources: Path | None = None, cache: Path | None = None) -> str:
+    """What the machine code of a build is made from, as text: the same source, options, cache and errors as ``cubin``."""
+    return _stored(build, "ptx", sources, cache).decode()
+
+
+def _stored(build: Build, form: Form, sources: Path | None, cache: Path | None) -> bytes:
     folder, cache = sources or source_folder(), cache or cache_folder()
-    path = cache / f"{build.kernel}-{digest(build, folder)[:40]}.cubin"
+    path = cache / f"{build.kernel}-{digest(build, folder)[:40]}.{form}"
     if path.exists():
         return path.read_bytes()
-    code = compile_source(build, folder)
+    code = compile_source(build, folder, form)
     cache.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=cache, prefix=f".{build.kernel}-")
     try:
@@ -91,7 +102,7 @@ def cubin(build: Build, *, sources: Path | None = None, cache: Path | None = Non
     return code
 
 
-def compile_source(build: Build, folder: Path) -> bytes:
+def compile_source(build: Build, folder: Path, form: Form = "cubin") -> bytes:
     """Run the compiler. Raises BuildError also when it says that it had to serialise wgmma."""
     path = folder / f"{build.kernel}.cu"
     flags = [flag.encode() for flag in [*options(build), f"--include-path={folder}"]]
@@ -102,6 +113,8 @@ def compile_source(build: Build, folder: Path) -> bytes:
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS or any(word in log for word in _COMPLAINTS):
             last = "\n".join(log.splitlines()[-_LAST_LINES:])
             raise BuildError(f"{build}: expected to compile with NVRTC {compiler_version()}, got {status.name}\n{last}")
+        if form == "ptx":
+            return _text(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX).rstrip(b"\0")
         return _text(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
     finally:
         _checked(nvrtc.nvrtcDestroyProgram(program))
