@@ -13,12 +13,12 @@ import pytest
 
 from eapo_kernels.ops.cuda import __main__ as command
 from eapo_kernels.ops.cuda import build, configs
-from eapo_kernels.ops.cuda.configs import TILES, Build
+from eapo_kernels.ops.cuda.configs import TILES, ProductBuild
 
 pytestmark = pytest.mark.csrc
 
 ROOT = Path(__file__).parents[2]
-ITEM = Build("stream_statistics", TILES[0], "bf16", entropy=True)
+ITEM = ProductBuild("stream_statistics", TILES[0], "bf16", entropy=True)
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_a_failed_build_ends_with_the_compilers_last_lines(sources: Path, tmp_pa
 def test_processes_may_build_at_once(tmp_path: Path) -> None:
     code = (
         "import sys, hashlib; from pathlib import Path; from eapo_kernels.ops.cuda import build; "
-        "from eapo_kernels.ops.cuda.configs import TILES, Build; "
-        "item = Build('stream_statistics', TILES[0], 'bf16', entropy=True); "
+        "from eapo_kernels.ops.cuda.configs import TILES, ProductBuild; "
+        "item = ProductBuild('stream_statistics', TILES[0], 'bf16', entropy=True); "
         "print(hashlib.sha256(build.cubin(item)).hexdigest())"
     )
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "HOME": "/nowhere"}
@@ -141,7 +141,7 @@ def test_command_builds_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert f"{number} kernels in {tmp_path / 'eapo_kernels'}" in capsys.readouterr().out
     assert len(list((tmp_path / "eapo_kernels").iterdir())) == number
 
-    def broken(item: Build, folder: Path, form: build.Form) -> bytes:
+    def broken(item: configs.Build, folder: Path, form: build.Form) -> bytes:
         raise build.BuildError("it does not")
 
     monkeypatch.setattr(build, "compile_source", broken)

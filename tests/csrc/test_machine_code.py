@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eapo_kernels.ops.cuda import build, configs, report
-from eapo_kernels.ops.cuda.configs import TILES, Build
+from eapo_kernels.ops.cuda.configs import TILES, ProductBuild
 
 pytestmark = pytest.mark.csrc
 
@@ -18,8 +18,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cubins")
 
 
-@pytest.mark.parametrize("item", list(configs.builds()), ids=lambda item: str(item).replace(" ", "-"))
-def test_compiles_well(item: Build, cache: Path) -> None:
+@pytest.mark.parametrize("item", list(configs.product_builds()), ids=lambda item: str(item).replace(" ", "-"))
+def test_compiles_well(item: ProductBuild, cache: Path) -> None:
     u = report.usage(item, cache)
     code, count = u.code, u.code.instructions
     assert code.spills == 0
@@ -61,11 +61,11 @@ def test_a_wgmma_that_the_compiler_serialises_is_an_error(tmp_path: Path) -> Non
     assert broken != text
     header.write_text(broken)
     with pytest.raises(build.BuildError, match="serialized"):
-        build.compile_source(Build("stream_statistics", TILES[0], "bf16", entropy=True), sources)
+        build.compile_source(ProductBuild("stream_statistics", TILES[0], "bf16", entropy=True), sources)
 
 
 def test_report_prints_a_line_per_build(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    one = report.usage(Build("exp_gemm", TILES[0], "bf16", entropy=True), cache)
+    one = report.usage(ProductBuild("exp_gemm", TILES[0], "bf16", entropy=True), cache)
     monkeypatch.setattr(report, "usage", lambda item: one)
     lines = list(report.rows())
     assert len(lines) == 2 + len(list(configs.builds()))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-Kernel = Literal["stream_statistics", "exp_gemm"]
+ProductKernel = Literal["stream_statistics", "exp_gemm"]
 Operand = Literal["bf16", "fp16"]
 
 BLOCK_D = 64
@@ -20,12 +20,35 @@ SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that a program may have on compute capability 9.0."""
 
 THREADS = 384
-"""One producer and two consumer warp groups."""
+"""Of a kernel that multiplies: one producer and two consumer warp groups."""
+
+
+class Build(Protocol):
+    """A kernel with everything that is decided when it is compiled; ``str`` of it names it in reports.
+
+    Attributes:
+        kernel: the name of the source file and of the kernel in it.
+        threads: of a program.
+        shared_bytes: dynamic shared memory of a program.
+    """
+
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def shared_bytes(self) -> int: ...
+
+    def macros(self) -> dict[str, str]:
+        """What the sources read, by name."""
+        ...
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel cuts its work.
+    """How a kernel that multiplies cuts its work.
 
     Attributes:
         name: what the report and the tests call it.
@@ -46,7 +69,7 @@ class Tile:
     stagger: int
     group_n: int = 8
 
-    def shared_bytes(self, kernel: Kernel) -> int:
+    def shared_bytes(self, kernel: ProductKernel) -> int:
         """Dynamic shared memory: alignment, operands, the slices of E on their way out, barriers."""
         operands = self.stages * (self.block_n + self.block_v) * BLOCK_D * 2
         staging = 2 * 2 * 64 * 64 * 2 if kernel == "exp_gemm" else 0
@@ -68,11 +91,11 @@ TILES = (
 
 
 @dataclass(frozen=True)
-class Build:
-    """A kernel with everything that is decided when it is compiled.
+class ProductBuild:
+    """The ``Build`` of a kernel that multiplies hidden and weight.
 
     Attributes:
-        kernel: the name of the source file and of the kernel in it.
+        kernel: see ``Build``.
         tile: its shape.
         operand: dtype of hidden, weight and bias.
         entropy: sum x e^x is wanted.
@@ -80,15 +103,23 @@ class Build:
         bias: one is added to the logits.
     """
 
-    kernel: Kernel
+    kernel: ProductKernel
     tile: Tile
     operand: Operand
     entropy: bool
     second_moments: bool = False
     bias: bool = False
 
+    @property
+    def threads(self) -> int:
+        return THREADS
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.tile.shared_bytes(self.kernel)
+
     def macros(self) -> dict[str, str]:
-        """What the sources read, by name."""
+        """See ``Build``."""
         t = self.tile
         numbers = {
             "BLOCK_N": t.block_n,
@@ -111,15 +142,20 @@ class Build:
         return " ".join([self.kernel, self.tile.name, self.operand, *(name for name, on in parts.items() if on)])
 
 
-def builds() -> Iterator[Build]:
-    """Everything that the backend can ask for."""
+def product_builds() -> Iterator[ProductBuild]:
+    """Every product that the backend can ask for."""
     for tile in TILES:
         for bias in (False, True):
             for operand in ("bf16", "fp16"):
                 for entropy, moments in ((False, False), (True, False), (True, True)):
-                    yield Build("stream_statistics", tile, operand, entropy, moments, bias)
+                    yield ProductBuild("stream_statistics", tile, operand, entropy, moments, bias)
             for entropy in (False, True):
-                yield Build("exp_gemm", tile, "bf16", entropy, bias=bias)
+                yield ProductBuild("exp_gemm", tile, "bf16", entropy, bias=bias)
+
+
+def builds() -> Iterator[Build]:
+    """Everything that the backend can ask for."""
+    yield from product_builds()
 
 
 def find(n_rows: int) -> Tile:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..projection import Projection
 from . import build
-from .configs import BLOCK_D, THREADS, Build, Tile
+from .configs import BLOCK_D, Build, ProductBuild, Tile
 
 _TYPES = {
     torch.bfloat16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -82,15 +82,15 @@ class Launch:
         boxes: its descriptors, in the order of its parameters.
         arguments: its last parameter.
         tensors: what ``arguments`` points into.
-        clusters: how many are started; each walks over units of work.
+        programs: how many are started.
         device: where the tensors are.
     """
 
     build: Build
     boxes: tuple[Box, ...]
-    arguments: Arguments
+    arguments: ctypes.Structure
     tensors: dict[str, Tensor | None]
-    clusters: int
+    programs: int
     device: torch.device
 
     def __call__(self) -> None:
@@ -100,10 +100,9 @@ class Launch:
             maps = [_checked(driver.cuTensorMapEncodeTiled(*box.parameters())) for box in self.boxes]
             parameters = [*(int(one.getPtr()) for one in maps), ctypes.addressof(self.arguments)]
             pointers = (ctypes.c_void_p * len(parameters))(*parameters)
-            tile = self.build.tile
             _checked(
                 driver.cuLaunchKernel(
-                    function, self.clusters * tile.cluster, 1, 1, THREADS, 1, 1, tile.shared_bytes(self.build.kernel),
+                    function, self.programs, 1, 1, self.build.threads, 1, 1, self.build.shared_bytes,
                     torch.cuda.current_stream().cuda_stream, ctypes.addressof(pointers), 0,
                 )
             )  # fmt: skip
@@ -115,7 +114,7 @@ def load(item: Build, device: int) -> Any:
     library = _checked(driver.cuLibraryLoadData(build.cubin(item), [], [], 0, [], [], 0))
     kernel = _checked(driver.cuLibraryGetKernel(library, item.kernel.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuKernelSetAttribute(attribute, item.tile.shared_bytes(item.kernel), kernel, device))
+    _checked(driver.cuKernelSetAttribute(attribute, item.shared_bytes, kernel, device))
     return driver.CUfunction(int(kernel))
 
 
@@ -138,7 +137,7 @@ def slots(device: torch.device, tile: Tile) -> int:
 
 
 def product_launch(
-    item: Build,
+    item: ProductBuild,
     projection: Projection,
     targets: Tensor,
     sums: Tensor,
@@ -147,7 +146,7 @@ def product_launch(
     offsets: Tensor | None = None,
     matrix: Tensor | None = None,
 ) -> Launch:
-    """The launch of a kernel that multiplies hidden and weight.
+    """The launch of a kernel that multiplies hidden and weight; clusters of programs walk over its units of work.
 
     targets: [N] int64. sums: what the kernel writes, see csrc/arguments.h. tiles_per_split: vocabulary tiles of a unit of work.
     offsets: [N] fp32 and matrix: [N, V] bf16 with described rows, for ``exp_gemm``.
@@ -175,4 +174,5 @@ def product_launch(
         boxes.append(Box(matrix, 64))
     units = walk.row_tiles * -(-walk.column_tiles // tiles_per_split)
     device = p.hidden.device
-    return Launch(item, tuple(boxes), arguments, tensors, min(units, slots(device, tile)), device)
+    clusters = min(units, slots(device, tile))
+    return Launch(item, tuple(boxes), arguments, tensors, clusters * tile.cluster, device)

@@ -11,7 +11,7 @@ from ..triton.configs import tiles_per_split
 from ..triton.offsets import ExpSums
 from ..triton.sums import PartialSums
 from . import configs
-from .configs import Build, Operand, Tile
+from .configs import Operand, ProductBuild, Tile
 from .launch import Launch, product_launch, slots
 
 OPERANDS: dict[torch.dtype, Operand] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -42,7 +42,7 @@ def stream_statistics(
         length = -(-column_tiles // splits)
     ranges = -(-column_tiles // length)
     sums = PartialSums.empty(projection, ranges * per_range, entropy, second_moments)
-    item = Build(
+    item = ProductBuild(
         "stream_statistics",
         tile,
         OPERANDS[projection.hidden.dtype],
@@ -68,5 +68,5 @@ def exp_gemm(projection: Projection, targets: Tensor, sums: ExpSums, matrix: Ten
     assert projection.softcap is None
     assert tile.block_v == sums.block_v
     assert matrix.dtype == projection.hidden.dtype == torch.bfloat16
-    item = Build("exp_gemm", tile, "bf16", entropy=sums.entropy, bias=projection.bias is not None)
+    item = ProductBuild("exp_gemm", tile, "bf16", entropy=sums.entropy, bias=projection.bias is not None)
     return product_launch(item, projection, targets, sums.values, 1, offsets=sums.offsets[0], matrix=matrix)

@@ -36,7 +36,7 @@ def disassembler() -> str:
 
 def usage(item: Build, cache: Path | None = None) -> Usage:
     """Build (or take from the cache) and read."""
-    return Usage(cubin.inspect(build.cubin(item, cache=cache), disassembler()), item.tile.shared_bytes(item.kernel))
+    return Usage(cubin.inspect(build.cubin(item, cache=cache), disassembler()), item.shared_bytes)
 
 
 def rows() -> Iterator[str]:

@@ -67,7 +67,7 @@ def units(launch: Launch, host: ctypes.CDLL) -> list[tuple[int, ...]]:
     for index in range(host.walk_units(*walk)):
         host.walk_unit(*walk, index, out)
         found.append(tuple(out))
-    assert 1 <= launch.clusters <= len(found)
+    assert 1 <= launch.programs // launch.build.tile.cluster <= len(found)
     return found
 
 

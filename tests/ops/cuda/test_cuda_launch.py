@@ -11,13 +11,13 @@ import torch
 from cuda.bindings import driver
 
 from eapo_kernels.ops.cuda import build, configs, launch
-from eapo_kernels.ops.cuda.configs import TILES, Build
+from eapo_kernels.ops.cuda.configs import TILES, ProductBuild
 from eapo_kernels.ops.cuda.launch import Arguments, Box, Walk, product_launch
 from eapo_kernels.ops.projection import Projection
 
 pytestmark = pytest.mark.csrc
 
-ITEM = Build("exp_gemm", TILES[0], "bf16", entropy=True)
+ITEM = ProductBuild("exp_gemm", TILES[0], "bf16", entropy=True)
 
 
 def test_arguments_match_the_kernels_field_by_field(host: ctypes.CDLL) -> None:
@@ -56,8 +56,8 @@ def test_arguments_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (a.walk.row_tiles, a.walk.column_tiles, a.walk.tiles_per_split, a.walk.group) == (3, 5, 1, 8)
     assert (a.bias, a.row_inv_temperature, a.bias_stride) == (None, None, 0)
     assert [box.rows for box in one.boxes] == [128, 128, 64], "a program loads half of a weight tile for both"
-    assert one.clusters == 15, "no more clusters than units"
-    assert example(monkeypatch, slots=4).clusters == 4
+    assert one.programs == 30, "no more clusters than units"
+    assert example(monkeypatch, slots=4).programs == 8
 
 
 class FakeDriver:
