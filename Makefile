@@ -96,4 +96,4 @@ report: $(VENV)/.dev
 	$(RUN) -m benchmarks.report --docs --readme $(if $(OUT),--out $(OUT))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-verl .venv-vllm .venv-zero3 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
