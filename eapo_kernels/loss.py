@@ -22,7 +22,8 @@ from .objectives.methods import METHODS, Method, get_method
 from .objectives.policy import PolicyTerms, loss_and_sums, prepare
 from .one_pass import one_pass
 from .ops import plans
-from .ops.inputs import build_projection, check_values
+from .ops.agreement import refusals_told
+from .ops.inputs import build_projection, check_values, facts_of_call, split_over
 from .ops.nucleus import project_nucleus_entropy
 from .ops.projection import Projection
 from .ops.rows import settled
@@ -77,6 +78,9 @@ def eapo_loss(
         metrics: False: the loss and its gradients are the same, but entropies that they do not need are not computed, and
             tokens whose term is zero whatever their log-prob (weighted advantage 0; no KL, penalty, entropy bonus) do no work.
 
+    ``torch.compile(fullgraph=True)`` traces the call (the autograd schedule, no ``process_group`` but a VocabShard); rewards,
+    log-probs, ids and the positive weight are then not checked for their values.
+
     Returns:
         LossOutput. Metrics: see ``policy_loss``.
 
@@ -84,7 +88,6 @@ def eapo_loss(
         ShapeError, EapoError, BackendUnavailable: bad input; the message says what was expected and what was given.
     """
     config = EAPOConfig() if config is None else config
-    require(isinstance(config, EAPOConfig), "config", "an EAPOConfig or None", repr(config))
     method = replace(METHODS["eapo"], config=config)
     return policy_loss(
         hidden, weight, batch, method=method, positive_weight=positive_weight, bias=bias, inv_temperature=inv_temperature,
@@ -125,31 +128,39 @@ def policy_loss(
         ``eapo/entropy_ratio``, ``eapo/entropy_init`` when ``positive_weight`` is an EntropyRatio. With ``metrics=False`` those
         that need no log-probs: without entropy, clip fraction, ratio and KL.
     """
-    options = Options() if options is None else options
-    require(isinstance(options, Options), "options", "Options or None", repr(options))
-    method = get_method(method)
-    require(schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
-    check_batch(batch, method.config, debug=options.debug)
-    shaped = method.shaper is None or batch.advantages is not None
-    require(shaped, "batch.advantages", f"those of shape_batch with method {method.name!r}", None)
-    if not (isinstance(weight, Tensor) and weight.device == batch.targets.device):
-        raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
-    lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
-    whole_rows = process_group is None or method.config.entropy_top_p is None
-    require(whole_rows, "process_group", "None with entropy_top_p: a nucleus is chosen from whole rows", process_group)
-    whole = prepare(batch, method.config, lam)
-    terms = whole if metrics else whole.without_idle()
-    rows_shape = batch.targets.shape
-    projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, rows_shape, process_group)
-    targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
-    options = settled(options, targets, batch.mask is not None or method.config.drop_zero_weight or not metrics)
-
-    main = None
-    if main_grad is not None:
-        require_tensor("main_grad", main_grad, tuple(weight.shape), (projection.statistics_dtype,), projection.hidden)
-        require_number("main_grad_scale", main_grad_scale)
-        main = MainGrad(main_grad.detach(), main_grad_scale)
-    if _choose_schedule(schedule, method, backend, projection, options.plan, main is not None) == "one_pass":
+    with refusals_told(process_group, weight, hidden):
+        options = Options() if options is None else options
+        require(isinstance(options, Options), "options", "Options or None", options)
+        method = get_method(method)
+        require(isinstance(method.config, EAPOConfig), "config", "an EAPOConfig or None", method.config)
+        require(schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
+        check_batch(batch, method.config, debug=options.debug)
+        shaped = method.shaper is None or batch.advantages is not None
+        require(shaped, "batch.advantages", f"those of shape_batch with method {method.name!r}", None)
+        if not (isinstance(weight, Tensor) and weight.device == batch.targets.device):
+            raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
+        lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
+        whole_rows = process_group is None or method.config.entropy_top_p is None
+        require(whole_rows, "process_group", "None with entropy_top_p: a nucleus is chosen from whole rows", process_group)
+        whole = prepare(batch, method.config, lam)
+        terms = whole if metrics else whole.without_idle()
+        rows_shape = batch.targets.shape
+        projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, rows_shape)
+        targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
+        options = settled(options, targets, batch.mask is not None or method.config.drop_zero_weight or not metrics)
+        main = None
+        if main_grad is not None:
+            require_tensor("main_grad", main_grad, tuple(weight.shape), (projection.statistics_dtype,), projection.hidden)
+            require_number("main_grad_scale", main_grad_scale)
+            main = MainGrad(main_grad.detach(), main_grad_scale)
+        schedule = _choose_schedule(schedule, method, backend, projection, options.plan, main is not None)
+        facts = facts_of_call(
+            process_group, "policy_loss", projection, backend, schedule, options,
+            method=method.name[:80], metrics=metrics, main_grad=main is not None, old_logp=batch.old_logp is not None,
+            entropy_bonus=terms.has_entropy_bonus,
+        )  # fmt: skip
+    projection = split_over(process_group, projection, targets, facts)
+    if schedule == "one_pass":
         check_values(projection, targets, options.debug)
         loss, sums = one_pass(projection, targets, terms, backend, options, main, metrics=metrics)
     else:

@@ -11,6 +11,7 @@ from ..errors import ShapeError, require
 from ..loss import policy_loss
 from ..objectives.config import EAPOConfig
 from ..objectives.methods import Method
+from ..ops.agreement import refusals_told
 from ..ops.token_stats import token_stats
 from ..ops.vocab_parallel import VocabShard
 from ..types import IGNORE_INDEX, Options, TokenBatch
@@ -58,11 +59,12 @@ def linear_cross_entropy(
     Raises:
         ShapeError, EapoError, BackendUnavailable: bad input; the message says what was expected and what was given.
     """
-    require_choice("reduction", reduction, REDUCTIONS)
-    if not (isinstance(targets, Tensor) and targets.dtype == torch.int64):
-        raise ShapeError(f"targets: expected int64 [...], got {describe(targets)}")
-    if not (isinstance(hidden, Tensor) and hidden.shape[:-1] == targets.shape):
-        raise ShapeError(f"hidden: expected [{', '.join(map(str, targets.shape))}, D] like targets, got {describe(hidden)}")
+    with refusals_told(process_group, weight, hidden):
+        require_choice("reduction", reduction, REDUCTIONS)
+        if not (isinstance(targets, Tensor) and targets.dtype == torch.int64):
+            raise ShapeError(f"targets: expected int64 [...], got {describe(targets)}")
+        if not (isinstance(hidden, Tensor) and hidden.shape[:-1] == targets.shape):
+            raise ShapeError(f"hidden: expected [{', '.join(map(str, targets.shape))}, D] like targets, got {describe(hidden)}")
     if ignore_index != IGNORE_INDEX:
         classes = torch.where(targets == IGNORE_INDEX, _NOT_A_CLASS, targets)  # out of range like any other negative class
         targets = torch.where(targets == ignore_index, IGNORE_INDEX, classes)

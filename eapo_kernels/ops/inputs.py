@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..checks import FLOATS, describe, require_tensor
 from ..errors import EapoError, ShapeError, require
-from ..types import IGNORE_INDEX
+from ..types import IGNORE_INDEX, Options
+from . import dispatch
+from .agreement import Fact, exchange, require_group
+from .budget import of_options, workspace_bytes
 from .projection import Projection
-from .vocab_parallel import refuse_call, resolve_shard
+from .vocab_parallel import VocabShard
 
 
 def _refuse_forward_mode(**tensors: Tensor | None) -> None:
@@ -37,34 +42,15 @@ def build_projection(
     softcap: float | None,
     logit_scale: float | None,
     rows_shape: torch.Size,
-    process_group: object = None,
 ) -> Projection:
-    """Check what defines the logits and flatten it to rows: hidden [..., D] -> [N, D].
+    """Check what defines the logits and flatten it to rows: hidden [..., D] -> [N, D]. Nothing is split yet.
 
-    Under autocast it casts as ``F.linear`` would. process_group: as in ``token_stats``.
+    Under autocast it casts as ``F.linear`` would.
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.
-        EapoError: a temperature, soft-cap or scale is not a positive finite number, or the processes of the group differ.
+        EapoError: a temperature, soft-cap or scale is not a positive finite number.
     """
-    try:
-        projection = _build(hidden, weight, bias, inv_temperature, softcap, logit_scale, rows_shape)
-    except EapoError:
-        if process_group is not None:
-            refuse_call(process_group, weight)
-        raise
-    return replace(projection, shard=resolve_shard(process_group, projection.hidden, projection.weight))
-
-
-def _build(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inv_temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float | None,
-    rows_shape: torch.Size,
-) -> Projection:
     if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS and weight.numel() > 0):
         raise ShapeError(f"weight: expected a floating-point [V, D] with V, D >= 1, got {describe(weight)}")
     if torch.is_autocast_enabled(weight.device.type):
@@ -97,6 +83,65 @@ def _build(
         logit_scale=1.0 if logit_scale is None else float(logit_scale),
         softcap=None if softcap is None else float(softcap),
     )
+
+
+def facts_of_call(
+    process_group: object, call: str, projection: Projection, backend: str, schedule: str, options: Options, **others: Fact
+) -> dict[str, Fact]:
+    """What all processes of a group must bring alike: by this they decide which work to do. Empty without a group.
+
+    Raises:
+        EapoError, BackendUnavailable: the backend is unknown, or cannot run these inputs here.
+    """
+    if not isinstance(process_group, dist.ProcessGroup):
+        return {}
+    p = projection
+    device = p.hidden.device
+    split = replace(p, shard=VocabShard(process_group.group_name, 0, p.vocab, p.vocab))  # not all backends take one
+    gradients = [n for n in ("hidden", "weight") if torch.is_grad_enabled() and getattr(p, n).requires_grad]
+    facts: dict[str, Fact] = {
+        "call": call,
+        "columns of the weight": p.dim,
+        "rows of hidden": p.n_rows,
+        "dtype of the weight": str(p.weight.dtype).removeprefix("torch."),
+        "type of device": device.type,
+        "gradients wanted": " and ".join(gradients) or "none",
+        "bias": "none" if p.bias is None else "one",
+        "inv_temperature": p.inv_temperature if p.row_inv_temperature is None else "a tensor",
+        "softcap": p.softcap,
+        "logit_scale": p.logit_scale,
+        "backend": dispatch.resolve(backend, split, schedule).name,
+        "schedule": schedule,
+        "memory budget": workspace_bytes(of_options(options), device),
+        "Options.plan": options.plan,
+        "Options.compact": options.compact,
+        "Options.debug": options.debug,
+    }
+    return facts | others
+
+
+def split_over(process_group: object, projection: Projection, targets: Tensor, facts: Mapping[str, Fact]) -> Projection:
+    """The projection with the shard that ``process_group`` (None, a group or a VocabShard) says its weight is.
+
+    A group: an exchange (``agreement.exchange``) of ``facts``, of ``targets`` [N] int64 as they count, and of temperatures.
+
+    Raises:
+        EapoError: it is none of these, the processes differ, one of them refused or has no rows, or the weight is not the
+            shard's (the last for a VocabShard: on the process where it is not).
+    """
+    if process_group is None:
+        return projection
+    rows, shard = projection.vocab, process_group
+    if not isinstance(shard, VocabShard):
+        require_group(process_group)
+        assert isinstance(process_group, dist.ProcessGroup)
+        values, temperatures = {"targets": targets}, projection.row_inv_temperature
+        if temperatures is not None:
+            values["inv_temperature"] = torch.where(targets == IGNORE_INDEX, 1, temperatures)
+        shard = VocabShard.of_sizes(process_group, exchange(process_group, rows, facts, values, targets.device))
+    fits = rows <= shard.widest and shard.start + rows <= shard.total
+    require(fits, "weight", f"at most {shard.widest} rows from row {shard.start} of {shard.total}", describe(projection.weight))
+    return replace(projection, shard=shard) if rows < shard.total else projection  # no other process has rows
 
 
 def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:

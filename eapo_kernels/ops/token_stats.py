@@ -15,9 +15,10 @@ from ..checks import describe, require_tensor
 from ..errors import ShapeError, require
 from ..types import IGNORE_INDEX, Options, TokenStats
 from . import dispatch, plans
+from .agreement import Fact, refusals_told
 from .backend import Backend, LogitCotangents
 from .budget import of_options, workspace_bytes
-from .inputs import build_projection, check_values
+from .inputs import build_projection, check_values, facts_of_call, split_over
 from .projection import Projection
 from .recompute import Kept, compute_gradients, compute_statistics
 from .rows import settled
@@ -217,7 +218,6 @@ def project_stats(
     """
     leaves = (projection.hidden, projection.weight, projection.bias)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
     shard = projection.shard
     keep = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
     logp, entropies, lse, moments, *_ = _forward_op(
@@ -280,9 +280,11 @@ def token_stats(
         process_group: the processes over which the rows of ``weight`` and ``bias`` are split in the order of their ranks, into
             parts of any sizes (tensor parallelism of the head), or this process's ``VocabShard``; None: they are whole.
             ``weight`` is then this process's part; ``targets`` stay tokens of the whole vocabulary. Every process of the group
-            makes the same call with the same other arguments (their values are not compared) and the same loss from it. The
-            results are the same bits on all; d_hidden is the whole one on all (do not reduce it again), d_weight and d_bias
-            are the part's.
+            makes the same call with the same other arguments and the same loss from it. The results are the same bits on all;
+            d_hidden is the whole one on all (do not reduce it again), d_weight and d_bias are the part's. With a group, what
+            one process refuses, and arguments that differ (but for the values of ``hidden``), raise on every process, in one
+            exchange before the work; with a VocabShard nothing is exchanged. An error that no check foresees (no memory left
+            on one process, tensors on another kind of device) leaves the others in a collective until its time-out.
         backend: "auto", "torch" or "triton".
         options: memory budget and the like.
 
@@ -293,22 +295,25 @@ def token_stats(
     Raises:
         ShapeError: a shape, dtype or device does not fit.
         EapoError: a value is out of range (targets and tensor temperatures: on CUDA only with ``Options(debug=True)``, else the
-            row of such a target is NaN), or an option is unknown; the processes of a group differ in sizes, or one of them has
-            no rows.
+            row of such a target is NaN), or an option is unknown; the processes of a group differ, or one of them has no rows.
         BackendUnavailable: the backend named cannot run these inputs.
     """
-    options = Options() if options is None else options
-    require(isinstance(options, Options), "options", "Options or None", options)
-    require(entropy in ENTROPY_MODES, "entropy", f"one of {', '.join(ENTROPY_MODES)}", repr(entropy))
-    if not isinstance(targets, Tensor):
-        raise ShapeError(f"targets: expected an int64 tensor [...], got {describe(targets)}")
-    options, shape = settled(options, targets, mask is not None), targets.shape
-    projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, shape, process_group)
-    require_tensor("targets", targets, tuple(shape), (torch.int64,), projection.hidden)
-    if mask is not None:
-        require_tensor("mask", mask, tuple(shape), (torch.bool,), projection.hidden)
-        targets = torch.where(mask, targets, IGNORE_INDEX)
-    flat = project_stats(
-        projection, targets.reshape(-1), entropy=entropy, second_moments=second_moments, backend=backend, options=options
-    )
+    with refusals_told(process_group, weight, hidden):
+        options = Options() if options is None else options
+        require(isinstance(options, Options), "options", "Options or None", options)
+        require(entropy in ENTROPY_MODES, "entropy", f"one of {', '.join(ENTROPY_MODES)}", repr(entropy))
+        if not isinstance(targets, Tensor):
+            raise ShapeError(f"targets: expected an int64 tensor [...], got {describe(targets)}")
+        options, shape = settled(options, targets, mask is not None), targets.shape
+        projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, shape)
+        require_tensor("targets", targets, tuple(shape), (torch.int64,), projection.hidden)
+        if mask is not None:
+            require_tensor("mask", mask, tuple(shape), (torch.bool,), projection.hidden)
+            targets = torch.where(mask, targets, IGNORE_INDEX)
+        require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
+        targets = targets.reshape(-1)
+        wanted: dict[str, Fact] = {"entropy": entropy, "second_moments": second_moments}
+        facts = facts_of_call(process_group, "token_stats", projection, backend, "autograd", options, **wanted)
+    projection = split_over(process_group, projection, targets, facts)
+    flat = project_stats(projection, targets, entropy=entropy, second_moments=second_moments, backend=backend, options=options)
     return TokenStats._make(None if values is None else values.reshape(shape) for values in flat)

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import FLOATS, describe
 from ..errors import EapoError, require
+from .agreement import exchange, require_group, require_initialised
 
 ELSEWHERE = -1
 """Local target of a row whose target lies in another process's shard."""
@@ -23,16 +23,14 @@ ELSEWHERE = -1
 NOWHERE = -2
 """Local target of a row whose target is no token, which nobody checks on CUDA: its statistics are NaN."""
 
-_REFUSED = -1
-_SAME = ("columns of the weight", "rows of hidden", "dtype of the weight", "gradients wanted")
-
 
 @dataclass(frozen=True)
 class VocabShard:
     """The rows ``start ... start + V - 1`` of a head's weight [total, D], held by one process of a group.
 
-    May be given as ``process_group=`` wherever a group may: then no sizes are exchanged (a group alone costs one small
-    collective a call and, on CUDA, a synchronisation), and ``torch.compile`` can trace the call.
+    May be given as ``process_group=`` wherever a group may: then nothing is exchanged before the work (a group alone costs one
+    small collective a call and, on CUDA, a synchronisation), and ``torch.compile`` can trace the call; but an argument that
+    one process refuses, or that differs between them, is no error on the others: they wait for it.
 
     Attributes:
         group: name of the process group (``ProcessGroup.group_name``).
@@ -53,9 +51,9 @@ class VocabShard:
         Raises:
             EapoError: not a process group that this process belongs to, or a process without rows (on every process).
         """
-        _require_group(process_group)
-        sizes = [row[0] for row in _exchange_numbers(process_group, [weight.shape[0]], weight.device)]
-        return _from_sizes(process_group, sizes)
+        require_group(process_group)
+        sizes = exchange(process_group, weight.shape[0], {"call": "VocabShard.of"}, {}, weight.device)
+        return VocabShard.of_sizes(process_group, sizes)
 
     @staticmethod
     def chunked(process_group: dist.ProcessGroup, total: int) -> VocabShard:
@@ -66,10 +64,21 @@ class VocabShard:
         Raises:
             EapoError: not a process group that this process belongs to, or so few rows that a process has none.
         """
-        _require_group(process_group)
+        require_group(process_group)
         world = dist.get_world_size(process_group)
         widest = -(-total // world)
-        return _from_sizes(process_group, [max(0, min(widest, total - rank * widest)) for rank in range(world)])
+        return VocabShard.of_sizes(process_group, [max(0, min(widest, total - rank * widest)) for rank in range(world)])
+
+    @staticmethod
+    def of_sizes(process_group: dist.ProcessGroup, sizes: list[int]) -> VocabShard:
+        """This process's shard where the processes hold ``sizes`` rows, in the order of the ranks. No communication.
+
+        Raises:
+            EapoError: a process has no row.
+        """
+        require(min(sizes) >= 1, "weight", "at least one row on every process", f"shards of {sizes} rows")
+        rank = dist.get_rank(process_group)
+        return VocabShard(process_group.group_name, sum(sizes[:rank]), sum(sizes), max(sizes))
 
     @property
     def processes(self) -> int:
@@ -93,72 +102,16 @@ class VocabShard:
         return values
 
 
-def resolve_shard(process_group: object, hidden: Tensor, weight: Tensor) -> VocabShard | None:
-    """The shard that ``process_group`` (None, a group or a VocabShard) means for checked inputs; None: the weight is whole.
-
-    A group: exchanges the sizes, and compares what must be the same on all processes.
-
-    Raises:
-        EapoError: it is none of these, the processes differ, or the weight is not the shard's (the last for a VocabShard: on
-            the process where it is not).
-    """
-    if process_group is None:
-        return None
-    rows = weight.shape[0]
-    if isinstance(process_group, VocabShard):
-        shard = process_group
-        fits = rows <= shard.widest and shard.start + rows <= shard.total
-        require(fits, "weight", f"at most {shard.widest} rows from row {shard.start} of {shard.total}", describe(weight))
-    else:
-        _require_group(process_group)
-        assert isinstance(process_group, dist.ProcessGroup)
-        wanted = 2 * hidden.requires_grad + weight.requires_grad if torch.is_grad_enabled() else 0
-        numbers = [rows, weight.shape[1], hidden.shape[:-1].numel(), FLOATS.index(weight.dtype), wanted]
-        table = _exchange_numbers(process_group, numbers, weight.device)
-        for rank, found in enumerate(table):
-            for name, ours, theirs in zip(_SAME, table[0][1:], found[1:], strict=True):
-                require(ours == theirs, name, f"the same on all processes ({ours} on rank 0)", f"{theirs} on rank {rank}")
-        shard = _from_sizes(process_group, [row[0] for row in table])
-    return shard if rows < shard.total else None  # no other process has rows
-
-
-def refuse_call(process_group: object, weight: object) -> None:
-    """Tell the other processes of the group that this one cannot take part, so that they raise instead of waiting."""
-    if isinstance(process_group, dist.ProcessGroup) and isinstance(weight, Tensor):
-        _require_group(process_group)
-        _exchange_numbers(process_group, [_REFUSED] * (1 + len(_SAME)), weight.device)
-
-
 def _named_group(name: Any) -> dist.ProcessGroup:
-    """The group of a name: what a custom op's schema can carry."""
-    require(dist.is_available() and dist.is_initialized(), "process_group", "torch.distributed initialised", "no process group")
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    """The group of a name: what a custom op's schema can carry.
 
+    No public function of torch leads from a name to its group; DeviceMesh takes this one (looked up in 2.11 and 2.13).
+    """
+    require_initialised()
+    resolve = getattr(dist.distributed_c10d, "_resolve_process_group", None)
+    require(resolve is not None, "torch", "a release whose distributed_c10d has _resolve_process_group", torch.__version__)
+    assert resolve is not None
     try:
-        return _resolve_process_group(name)
+        return resolve(name)
     except RuntimeError as error:
         raise EapoError(f"process_group: expected the name of a process group, got {name!r}") from error
-
-
-def _require_group(process_group: object) -> None:
-    require(dist.is_available() and dist.is_initialized(), "process_group", "torch.distributed initialised", "no process group")
-    member = isinstance(process_group, dist.ProcessGroup) and process_group is not dist.GroupMember.NON_GROUP_MEMBER
-    require(member, "process_group", "a ProcessGroup of this process, a VocabShard or None", repr(process_group))
-
-
-def _exchange_numbers(process_group: dist.ProcessGroup, numbers: list[int], device: torch.device) -> list[list[int]]:
-    """What every process brings, by rank. Raises EapoError where one refused."""
-    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
-    dist.all_gather(parts, mine, group=process_group)
-    table: list[list[int]] = torch.stack(parts).tolist()
-    refused = [rank for rank, row in enumerate(table) if row[0] == _REFUSED]
-    if refused and numbers[0] != _REFUSED:
-        raise EapoError(f"process_group: expected inputs that fit on every process, got an error on rank {refused[0]}")
-    return table
-
-
-def _from_sizes(process_group: dist.ProcessGroup, sizes: list[int]) -> VocabShard:
-    require(min(sizes) >= 1, "weight", "at least one row on every process", f"shards of {sizes} rows")
-    rank = dist.get_rank(process_group)
-    return VocabShard(process_group.group_name, sum(sizes[:rank]), sum(sizes), max(sizes))
