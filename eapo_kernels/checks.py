@@ -55,6 +55,11 @@ def require_scalar(name: str, value: object, expected: str) -> None:
     require(good, name, expected, describe(value))
 
 
+def may_read(tensor: Tensor, debug: bool = False) -> bool:
+    """Whether to check the values of a tensor: on CUDA that waits for the device, and a graph that is traced has none yet."""
+    return (debug or not tensor.is_cuda) and not torch.compiler.is_compiling()
+
+
 def valid_tokens(targets: Tensor, mask: Tensor | None) -> Tensor:
     """[...] bool: the tokens that count: their target is not -100 and their mask, if there is one, is True."""
     valid = targets != IGNORE_INDEX

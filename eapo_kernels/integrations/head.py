@@ -185,7 +185,7 @@ def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(arguments) - known)
     require(not unknown, "arguments with targets", f"some of {sorted(known)}", unknown)
     options = arguments.get("options")
-    require(options is None or isinstance(options, Options), "options", "Options or None", repr(options))
+    require(options is None or isinstance(options, Options), "options", "Options or None", options)
     return arguments
 
 

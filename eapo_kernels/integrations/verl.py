@@ -43,7 +43,7 @@ _ACTIVE: list[AdvantageWeight] = []
 
 def activate(weight: AdvantageWeight) -> None:
     """Make this the weight that the estimator ``eapo`` applies in this process. The trainers of verl_trainer.py call it."""
-    require(isinstance(weight, AdvantageWeight), "weight", "an AdvantageWeight", repr(weight))
+    require(isinstance(weight, AdvantageWeight), "weight", "an AdvantageWeight", weight)
     _ACTIVE[:] = [weight]
 
 

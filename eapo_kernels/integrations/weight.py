@@ -62,7 +62,7 @@ class AdvantageWeight:
         """
         self.controller = EntropyRatio() if controller is None else controller
         ok = isinstance(self.controller, EntropyRatio)
-        require(ok, "controller", "an EntropyRatio or None", repr(controller))
+        require(ok, "controller", "an EntropyRatio or None", controller)
         self._sums: Tensor | None = None
 
     def observe(self, entropy: Tensor, mask: Tensor) -> None:

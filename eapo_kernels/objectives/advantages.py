@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ..checks import may_read
 from ..errors import EapoError
 from .grouping import Groups
 
@@ -44,9 +45,9 @@ def binary(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """+1 for a correct response (r = 1), -1 for a wrong one (r = 0): r and r - 1 of arXiv 2506.01347; no baseline.
 
     Raises:
-        EapoError: a reward is neither 0 nor 1 (CPU rewards; on CUDA the check would synchronise).
+        EapoError: a reward is neither 0 nor 1 (where it may be read: not on CUDA, not in a trace).
     """
-    if not rewards.is_cuda and not bool(((rewards == 0) | (rewards == 1)).all()):
+    if may_read(rewards) and not bool(((rewards == 0) | (rewards == 1)).all()):
         raise EapoError(
             "rewards: expected 0 or 1 with advantage 'binary' (use 'sign' for graded rewards), "
             f"got {rewards[(rewards != 0) & (rewards != 1)][0].item():g}"

@@ -1,4 +1,4 @@
-"""A ``TokenBatch``, checked: shapes, dtypes and devices always; values always on the CPU, on CUDA with ``debug``."""
+"""A ``TokenBatch``, checked: shapes, dtypes and devices always; values where they may be read (``checks.may_read``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, describe, require_scalar, require_tensor, valid_tokens
+from ..checks import FLOATS, describe, may_read, require_scalar, require_tensor, valid_tokens
 from ..errors import EapoError, ShapeError, require
 from ..types import TokenBatch
 from .config import EAPOConfig
@@ -38,7 +38,7 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
         ShapeError: a shape, dtype or device does not fit.
         EapoError: something the loss needs is missing, a reward or log-prob is not finite, a sequence id is out of range.
     """
-    require(isinstance(batch, TokenBatch), "batch", "a TokenBatch", repr(batch))
+    require(isinstance(batch, TokenBatch), "batch", "a TokenBatch", batch)
     targets = batch.targets
     if not (isinstance(targets, Tensor) and targets.dim() == 1 and targets.dtype == torch.int64):
         raise ShapeError(f"batch.targets: expected int64 [N], got {describe(targets)}")
@@ -69,7 +69,7 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
         if getattr(batch, name) is not None:
             require_tensor(f"batch.{name}", getattr(batch, name), tokens, FLOATS, targets)
     _check_log_probs(batch, config, tokens)
-    if debug or not targets.is_cuda:
+    if may_read(targets, debug):
         _check_values(batch, config, size)
 
 

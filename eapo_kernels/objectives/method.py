@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..checks import require_scalar
+from ..checks import may_read, require_scalar
 from ..errors import EapoError, require
 from .config import EAPOConfig
 from .controllers import Controller, EntropyRatio, build_controller
@@ -69,7 +69,7 @@ def resolve_positive_weight(
 ) -> Tensor:
     """The weight of the positives as a 0-dim fp32 tensor on the device: the method's own, or else the caller's.
 
-    Raises EapoError when both or neither are given, or when it is not a finite number >= 0 (CUDA tensors: with ``debug``).
+    Raises EapoError when both or neither are given, or when it is not a finite number >= 0 (tensors: see ``may_read``).
     """
     if method.positive_weight is not None:
         if given is not None:
@@ -85,7 +85,7 @@ def resolve_positive_weight(
     if not isinstance(value, Tensor):
         require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
         return torch.full((), value, dtype=torch.float32, device=device)
-    if debug or not value.is_cuda:
+    if may_read(value, debug):
         require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
     if value.device.type == "cpu" and device.type != "cpu":  # a fill, not a copy that would block and cannot be captured
         return torch.full((), float(value), dtype=torch.float32, device=device)

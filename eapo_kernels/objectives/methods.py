@@ -29,7 +29,9 @@ def get_method(method: str | Method, **changes: Any) -> Method:
     if isinstance(method, str):
         require(method in METHODS, "method", f"one of {', '.join(METHODS)}", repr(method))
         method = METHODS[method]
-    require(isinstance(method, Method), "method", "a name or a Method", repr(method))
+    require(isinstance(method, Method), "method", "a name or a Method", method)
+    if not changes:
+        return method
     parts = {
         "method": ("positive_weight",),
         "shaper": () if method.shaper is None else tuple(f.name for f in fields(method.shaper)),

@@ -196,7 +196,7 @@ def nucleus_entropy(
         EapoError: a value is out of range.
     """
     options = Options() if options is None else options
-    require(isinstance(options, Options), "options", "Options or None", repr(options))
+    require(isinstance(options, Options), "options", "Options or None", options)
     require_number("top_p", top_p)
     require(0 < top_p < 1, "top_p", "a number in (0, 1)", top_p)
     if not isinstance(hidden, Tensor) or hidden.dim() == 0:
