@@ -1,7 +1,7 @@
-"""``python -m benchmarks.tune``: search the Triton kernels' tiles on this GPU and write what was measured for ``configs.find``.
+"""``python -m benchmarks.tune``: search the Triton and CUDA kernels' tiles on this GPU and write what ``configs.find`` reads.
 
 Every tile is compiled (no spills, fits the multiprocessor), compared with the torch backend, then raced side by side with the
-L2 cache flushed. The file is written after each search. Opt-in: nothing here runs at import, in tests or in CI.
+L2 cache flushed. A file is written after each search. Opt-in: nothing here runs at import, in tests or in CI.
 """
 
 from __future__ import annotations
@@ -10,23 +10,29 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from eapo_kernels import EapoError
+from eapo_kernels import EapoError, available_backends
 from eapo_kernels.ops.triton import configs, measured
-from eapo_kernels.ops.triton.configs import PRODUCTS, Tile
+from eapo_kernels.ops.triton.configs import PRODUCTS
 
 from .clock import Clock, make_clock
 from .results import environment
-from .tuning import table
-from .tuning.candidates import SPACES, UNTUNED, Search, candidates
-from .tuning.search import Contest, Outcome, search
+from .tuning import cuda_candidates
+from .tuning.candidates import SPACES, UNTUNED, Search
+from .tuning.cuda_candidates import CudaSearch
+from .tuning.search import Contest, Job, Outcome, Tile, search
+from .tuning.table import CUDA, TRITON, Table
 
 SHAPES = ((4096, 4096, 131072), (8192, 2048, 151936), (8192, 1024, 151936))
+FEW_ROWS = (512, 4096, 131072)
+"""The CUDA kernels' tile depends on the rows too."""
+
+BACKENDS = ("cuda", "triton")
 DTYPES = ("bfloat16", "float16", "float32")
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -38,25 +44,36 @@ class Opened(Contest, Protocol):
 
 
 def searches(kernels: list[str], shapes: list[tuple[int, int, int]], dtypes: list[str], family: str) -> list[Search]:
-    """What to search, each line of the table once: the row kernels read fp32 whatever the operands are."""
+    """What to search, each line of the table once: the row kernels read fp32 whatever the operands are.
+
+    The products of all shapes come first: a search that is cut short has measured what takes the time.
+    """
     found: dict[tuple[str, str, int, int, int], Search] = {}
-    for n, d, v in shapes:
-        for kernel in kernels:
-            for dtype in dtypes:
-                typed = kernel in PRODUCTS or kernel == "row_offsets"
-                one = Search(kernel, family, _ITEMSIZE[dtype] if typed else 4, n, d, v, dtype)
-                found.setdefault(one.key, one)
+    for wanted in (True, False):
+        for n, d, v in shapes:
+            for kernel in (k for k in kernels if (k in PRODUCTS) == wanted):
+                for dtype in dtypes:
+                    typed = kernel in PRODUCTS or kernel == "row_offsets"
+                    one = Search(kernel, family, _ITEMSIZE[dtype] if typed else 4, n, d, v, dtype)
+                    found.setdefault(one.key, one)
     return list(found.values())
 
 
+def cuda_searches(kernels: list[str], shapes: list[tuple[int, int, int]]) -> list[CudaSearch]:
+    """The same for the CUDA kernels, in bfloat16."""
+    chosen = [kernel for kernel in cuda_candidates.KERNELS if kernel in kernels]
+    return [CudaSearch(kernel, *shape) for shape in shapes for kernel in chosen]
+
+
 def tune(
-    jobs: list[Search],
-    open_contest: Callable[[Search], Opened],
+    jobs: Sequence[Job],
+    open_contest: Callable[[Any], Opened],
     clock: Clock,
     seconds: float,
     path: Path,
     made: dict[str, Any],
     *,
+    table: Table = TRITON,
     workers: int = 1,
 ) -> int:
     """Search each job within an equal share of the time that is left, and write ``path`` after each. Returns lines written.
@@ -68,7 +85,7 @@ def tune(
     for number, job in enumerate(jobs):
         share = max(until - time.monotonic(), 0.0) / (len(jobs) - number)
         contest = open_contest(job)
-        outcome = search(candidates(job), contest, clock, share, workers=workers)
+        outcome = search(job.candidates(), contest, clock, share, workers=workers)
         best = next(((t, ms) for t, ms in outcome.ranking if contest.spills_with_every_switch(t) is None), None)
         print(_sentence(job, outcome, best), flush=True)
         if best is not None:
@@ -78,7 +95,7 @@ def tune(
     return written
 
 
-def _sentence(job: Search, outcome: Outcome, best: tuple[Tile, float] | None) -> str:
+def _sentence(job: Job, outcome: Outcome, best: tuple[Tile, float] | None) -> str:
     refused = ", ".join(f"{count} {reason}" for reason, count in outcome.refused.most_common(3)) or "none"
     head = f"{job.kernel} {job.dtype} N={job.n} D={job.d} V={job.v}: {outcome.tried} tried, refused: {refused}"
     wrong = "".join(f"\n  wrong: {reason}" for reason in outcome.wrong)
@@ -92,25 +109,44 @@ def _sentence(job: Search, outcome: Outcome, best: tuple[Tile, float] | None) ->
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 2 without a GPU, for bad arguments or an unreadable table, 1 when no line could be written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="default: both, cuda first")
     parser.add_argument("--kernel", nargs="+", choices=list(SPACES), default=list(SPACES), help=f"not: {', '.join(UNTUNED)}")
     parser.add_argument("--shape", nargs=3, type=int, action="append", metavar=("N", "D", "V"), help="may be repeated")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="fp16 shares the line of bf16")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="Triton's; fp16 shares bf16's line")
     parser.add_argument("--seconds", type=float, default=600.0, help="for everything, default: %(default)s")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="compile so many at once")
-    parser.add_argument("--out", type=Path, default=measured.PATH, help="default: the table that the package reads")
+    parser.add_argument(
+        "--out", type=Path, default=measured.PATH.parents[1],
+        help="folder for <backend>/measured.json, default: the one that the package reads",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.tune: expected a CUDA device to measure on, got none", file=sys.stderr)
         return 2
-    family = configs.family(torch.cuda.get_device_capability())
-    jobs = searches(options.kernel, [tuple(s) for s in options.shape or SHAPES], options.dtype, family)
-    from .tuning.problems import Problem
-
+    clock, made, until = make_clock("cuda"), environment("cuda"), time.monotonic() + options.seconds
+    shapes = [tuple(s) for s in options.shape or SHAPES]
+    written = 0
     try:
-        written = tune(
-            jobs, lambda job: Problem(job, "cuda"), make_clock("cuda"), options.seconds, options.out, environment("cuda"),
-            workers=options.workers,
-        )  # fmt: skip
+        if "cuda" in options.backend and (reason := available_backends("cuda")["cuda"]) is not None:
+            print(f"not here: the cuda backend: {reason}")
+        elif "cuda" in options.backend:
+            from .tuning.cuda_problems import CudaProblem
+
+            jobs = cuda_searches(options.kernel, shapes if options.shape else [*shapes, FEW_ROWS])
+            share = options.seconds * (0.3 if "triton" in options.backend else 1.0)
+            written += tune(
+                jobs, lambda job: CudaProblem(job, "cuda"), clock, share, options.out / "cuda" / "measured.json", made,
+                table=CUDA, workers=options.workers,
+            )  # fmt: skip
+        if "triton" in options.backend:
+            from .tuning.problems import Problem
+
+            family = configs.family(torch.cuda.get_device_capability())
+            triton_jobs = searches(options.kernel, shapes, options.dtype, family)
+            written += tune(
+                triton_jobs, lambda job: Problem(job, "cuda"), clock, until - time.monotonic(),
+                options.out / "triton" / "measured.json", made, workers=options.workers,
+            )  # fmt: skip
     except EapoError as error:
         print(f"benchmarks.tune: {error}", file=sys.stderr)
         return 2

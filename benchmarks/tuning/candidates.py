@@ -103,6 +103,10 @@ class Search:
         """The tile that is used today."""
         return configs.find(self.kernel, self.family, self.itemsize, self.d, self.v, descriptors=self.describable)
 
+    def candidates(self) -> list[Tile]:
+        """See the function of this name."""
+        return candidates(self)
+
 
 def candidates(search: Search, seed: int = 0) -> list[Tile]:
     """Every tile of the kernel's space that can fit, the current one first, then those that differ from it in fewest fields.

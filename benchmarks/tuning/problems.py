@@ -54,7 +54,7 @@ _OUTPUTS = {
     "target_rows": (),
     "exp_finalize": ("out",),
 }
-"""Arguments that a launch must write whole; they are NaN before a check, so that old results do not pass for new ones."""
+"""Arguments that a launch must write whole."""
 
 Results = Iterator[tuple[str, Tensor, Tensor]]
 """(name, result, what the torch backend says)."""
@@ -220,13 +220,18 @@ class Problem:
             return f"{type(error).__name__} of the compiler"
         return flaw(self.search, tile, usage, plain=False)
 
+    def _outputs(self, launch: Launch) -> Iterator[Tensor]:
+        """What a launch must write whole; it is NaN before a check, so that old results do not pass for new ones."""
+        for name in _OUTPUTS[self.search.kernel]:
+            output = launch.arguments[name]
+            yield output.base if isinstance(output, TensorDescriptor) else output
+
     def check(self, tile: Tile) -> str | None:
         """See ``search.Contest``. An error that leaves the device unusable is raised again by the next call to it."""
         try:
             launch, results = self.launch(tile)
-            for name in _OUTPUTS[self.search.kernel]:
-                output = launch.arguments[name]
-                (output.base if isinstance(output, TensorDescriptor) else output).fill_(torch.nan)
+            for output in self._outputs(launch):
+                output.fill_(torch.nan)
             launch()
             return next((why for result in results() if (why := difference(*result)) is not None), None)
         except FAILURES as error:

@@ -1,4 +1,7 @@
-"""The search: compile while there is time, keep what is sound and right, then race by successive halving. Knows no GPU."""
+"""The search: compile while there is time, keep what is sound and right, then race by successive halving.
+
+Knows no GPU, and of a tile only that it can be hashed and printed.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
-
-from eapo_kernels.ops.triton.configs import Tile
+from typing import Any, Protocol
 
 from ..clock import Clock, time_interleaved
 
@@ -19,6 +20,37 @@ FINALISTS = 4
 FIRST_ROUNDS, FINAL_ROUNDS = 3, 30
 COMPILE_SHARE = 0.6
 """Of the time of a search: compiling and checking."""
+
+
+Tile = Any
+"""A backend's ``configs.Tile``."""
+
+
+class Job(Protocol):
+    """A line of a table to be measured.
+
+    Attributes:
+        kernel: whose tile it is.
+        n, d, v, dtype: rows, depth and vocabulary of the operands, and the name of their dtype.
+        key: values of the fields that a line of the table is known by.
+    """
+
+    kernel: str
+    n: int
+    d: int
+    v: int
+    dtype: str
+
+    @property
+    def key(self) -> tuple[Any, ...]: ...
+
+    def current(self) -> Tile:
+        """The tile that is used today."""
+        ...
+
+    def candidates(self) -> list[Tile]:
+        """What is worth trying, the current tile first."""
+        ...
 
 
 class Contest(Protocol):

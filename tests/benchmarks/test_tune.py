@@ -18,8 +18,8 @@ import torch
 
 from benchmarks import tune
 from benchmarks.tuning import search as searching
-from benchmarks.tuning import table
 from benchmarks.tuning.candidates import SPACES, UNTUNED, Search, candidates, flaw, misfit, register_cap
+from benchmarks.tuning.table import TRITON
 from eapo_kernels import EapoError
 from eapo_kernels.ops.triton import configs, measured
 from eapo_kernels.ops.triton.configs import PRODUCTS, Tile
@@ -222,7 +222,7 @@ def test_lines_for_rows_that_no_descriptor_can_describe_stay_apart(path: Path) -
     path.write_text(json.dumps({"environment": {}, "lines": [odd]}))
     assert configs.find("stream_statistics", "sm90", 2, 4096, descriptors=True).descriptors, "the table's"
     assert configs.find("stream_statistics", "sm90", 2, 4097).stages == 2
-    table.save(path, {"environment": {}, "lines": [odd, even]})
+    TRITON.save(path, {"environment": {}, "lines": [odd, even]})
     assert configs.find("stream_statistics", "sm90", 2, 4096, descriptors=True).stages == 5, "measured without descriptors"
 
 
@@ -244,7 +244,7 @@ def test_lines_for_rows_that_no_descriptor_can_describe_stay_apart(path: Path) -
 )
 def test_a_malformed_file_is_named(path: Path, text: str, message: str) -> None:
     path.write_text(text)
-    for read in (lambda: configs.find("stream_statistics", "sm90", 2), lambda: table.read(path)):
+    for read in (lambda: configs.find("stream_statistics", "sm90", 2), lambda: TRITON.read(path)):
         with pytest.raises(EapoError, match=message) as error:
             read()
         assert str(path) in str(error.value)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.tuning.cuda_candidates import CudaSearch
 from eapo_kernels.ops.cuda import build, configs, report
 from eapo_kernels.ops.cuda.configs import TILES, ProductBuild
 
@@ -40,6 +42,22 @@ def test_compiles_well(item: ProductBuild, cache: Path) -> None:
     fused = item.kernel == "exp_gemm"
     assert count["UTMASTG"] == (t.block_v // 64 * blocks if fused else 0)
     assert count["STSM"] == 4 * count["UTMASTG"]
+
+
+RACED = {replace(tile, group_n=1): None for tile in CudaSearch("exp_gemm", 4096, 4096, 131072).candidates()}
+
+
+@pytest.mark.parametrize("kernel", ["stream_statistics", "exp_gemm"])
+def test_every_tile_that_is_raced_compiles_well(kernel: configs.ProductKernel, cache: Path) -> None:
+    """With every switch on, the shipped ones left out."""
+    assert len(RACED) == 8
+    for tile in RACED:
+        if not any(replace(tile, name="", group_n=1) == replace(shipped, name="", group_n=1) for shipped in TILES):
+            item = ProductBuild(kernel, tile, "bf16", entropy=True, second_moments=kernel == "stream_statistics", bias=True)
+            u = report.usage(item, cache)
+            assert (u.code.spills, u.code.stack) == (0, 0), item
+            assert u.shared <= configs.SHARED_LIMIT
+            assert u.code.highest <= 232
 
 
 def test_the_budget_of_registers_is_the_multiprocessors() -> None:

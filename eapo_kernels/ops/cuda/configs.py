@@ -1,4 +1,4 @@
-"""Shapes of the CUDA kernels as data. None has been measured on hardware yet.
+"""Shapes of the CUDA kernels as data. None was measured on hardware yet; lines that ``benchmarks.tune`` measured come first.
 
 Why these: csrc/README.md has the budgets of registers, shared memory and L2 that they come from. Nothing here imports triton
 or cuda, or looks at a device.
@@ -6,8 +6,9 @@ or cuda, or looks at a device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 ProductKernel = Literal["stream_statistics", "exp_gemm"]
@@ -144,7 +145,7 @@ class ProductBuild:
 
 def product_builds() -> Iterator[ProductBuild]:
     """Every product that the backend can ask for."""
-    for tile in TILES:
+    for tile in tiles():
         for bias in (False, True):
             for operand in ("bf16", "fp16"):
                 for entropy, moments in ((False, False), (True, False), (True, True)):
@@ -158,6 +159,39 @@ def builds() -> Iterator[Build]:
     yield from product_builds()
 
 
-def find(n_rows: int) -> Tile:
-    """The tile for so many rows."""
-    return TILES[1] if n_rows <= TILES[1].block_n else TILES[0]
+@dataclass(frozen=True)
+class Entry:
+    """A measured line: ``tile`` suits ``kernel`` near hidden states of [rows, dim]."""
+
+    kernel: ProductKernel
+    dim: int
+    rows: int
+    tile: Tile
+
+
+def tiles() -> list[Tile]:
+    """``TILES``, and the measured ones that compile to something else."""
+    from . import measured
+
+    compiled = {replace(tile, name="", group_n=1): tile for tile in TILES}
+    for entry in measured.entries(measured.PATH):
+        compiled.setdefault(replace(entry.tile, name="", group_n=1), entry.tile)
+    return list(compiled.values())
+
+
+def find(kernel: ProductKernel, n_rows: int, dim: int) -> Tile:
+    """The tile for so many rows of a depth: of the nearest measured line, by D and then by N; without one, of ``TILES``.
+
+    Rows that fill one program only have lines of their own: they have nobody to share the weights with.
+    """
+    from . import measured
+
+    alone = TILES[1].block_n
+
+    def distance(entry: Entry) -> tuple[float, float]:
+        return abs(math.log2(max(dim, 1) / entry.dim)), abs(math.log2(max(n_rows, 1) / entry.rows))
+
+    lines = [e for e in measured.entries(measured.PATH) if e.kernel == kernel and (e.rows <= alone) == (n_rows <= alone)]
+    if lines:
+        return min(lines, key=distance).tile
+    return TILES[1] if n_rows <= alone else TILES[0]

@@ -32,7 +32,7 @@ def stream_statistics(
     targets: [N] int64. tile, splits: instead of the table's tile and the number of ranges that fills the device. In ping-pong
     each warp group keeps sums of its own, and a range has two.
     """
-    tile = tile or configs.find(projection.n_rows)
+    tile = tile or configs.find("stream_statistics", projection.n_rows, projection.dim)
     per_range = 2 if tile.pingpong else 1
     row_tiles, column_tiles = -(-projection.n_rows // tile.cluster_rows), -(-projection.vocab // tile.block_v)
     if splits is None:
@@ -55,7 +55,7 @@ def stream_statistics(
 
 def exp_sums(projection: Projection, entropy: bool, tile: Tile | None = None) -> ExpSums:
     """Uninitialised offsets and sums for ``exp_gemm``."""
-    tile = tile or configs.find(projection.n_rows)
+    tile = tile or configs.find("exp_gemm", projection.n_rows, projection.dim)
     return ExpSums.empty(projection, entropy, tile=TritonTile(tile.block_n, tile.block_v))
 
 
@@ -64,7 +64,7 @@ def exp_gemm(projection: Projection, targets: Tensor, sums: ExpSums, matrix: Ten
 
     targets: [N] int64. matrix: contiguous rows, a multiple of 16 bytes apart. tile: instead of the table's.
     """
-    tile = tile or configs.find(projection.n_rows)
+    tile = tile or configs.find("exp_gemm", projection.n_rows, projection.dim)
     assert projection.softcap is None
     assert tile.block_v == sums.block_v
     assert matrix.dtype == projection.hidden.dtype == torch.bfloat16

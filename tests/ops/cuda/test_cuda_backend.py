@@ -87,15 +87,6 @@ def test_auto_does_not_take_it() -> None:
     assert not any(name == "cuda" for _, name, _ in plans.PROVEN)
 
 
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch, host: ctypes.CDLL) -> None:
-    """Launches run on the host, as on a device with room for three clusters; the products' operands stay half precision."""
-    monkeypatch.setattr(launch.Launch, "__call__", lambda one: emulation.run(one, host))
-    monkeypatch.setattr(launch, "slots", lambda device, tile: 3)
-    monkeypatch.setattr(products, "slots", lambda device, tile: 3)
-    monkeypatch.setattr(Projection, "operand_dtype", property(lambda p: p.hidden.dtype))
-
-
 def inputs_of(shape: tuple[int, int, int], dtype: torch.dtype, **more: bool) -> tuple[Inputs, Tensor]:
     """Inputs and a temperature per row."""
     inputs = make_inputs(*shape, dtype=dtype, **more)
@@ -149,7 +140,7 @@ def test_statistics(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_chunk(shape: tuple[int, int, int], bias: bool, off: float, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk of the E form: statistics and gradient, also where the hint is wrong and Triton's kernels redo the rows."""
-    monkeypatch.setattr(products.configs, "find", lambda n_rows: tile)
+    monkeypatch.setattr(products.configs, "find", lambda kernel, n_rows, dim: tile)
     inputs, temperature = inputs_of(shape, torch.bfloat16, bias=bias)
     detached = None if inputs.bias is None else inputs.bias.detach()
     p = Projection(inputs.hidden.detach(), inputs.weight.detach(), detached, row_inv_temperature=temperature)

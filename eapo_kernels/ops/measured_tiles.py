@@ -1,0 +1,57 @@
+"""Files of measured tiles, as ``benchmarks.tune`` writes them for every backend's kernels: reading JSON and checking it.
+
+A file: {"environment": {gpu, driver, torch, triton, commit, date}, "lines": [line, ...]}. A line names the fields of its
+backend's ``Entry``, in "tile" those of its ``Tile``; further keys say how it was measured. Nothing here imports triton or cuda.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import require
+
+Record = TypeVar("Record")
+
+_TYPES = {"int": (int,), "bool": (bool,), "str": (str,), "int | None": (int, type(None))}
+"""What an annotation of an ``Entry`` or a ``Tile`` allows in JSON; a bool is no int."""
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The file as it is, its lines not yet checked. Raises EapoError when it is no JSON or lacks a part."""
+    expected = 'JSON {"environment": {...}, "lines": [...]}'
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # also what is not UTF-8
+        content, got = None, str(error)
+    else:
+        got = f"a {type(content).__name__}" + (f" of {sorted(content)}" if isinstance(content, dict) else "")
+    good = isinstance(content, dict) and type(content.get("environment")) is dict and type(content.get("lines")) is list
+    require(good, str(path), expected, got)
+    assert isinstance(content, dict)
+    return content
+
+
+def entry(where: str, kind: Callable[..., Record], line: Any, tile: type[Any]) -> Record:
+    """One line as an ``Entry`` of ``kind`` around a ``tile``. Raises EapoError naming ``where`` it stands."""
+    require(isinstance(line, dict) and isinstance(line.get("tile"), dict), where, "a line with a tile", repr(line))
+    known = {f.name: line.get(f.name) for f in fields(kind) if f.name != "tile"}  # type: ignore[arg-type]
+    for name, value in known.items():
+        is_name = name in ("kernel", "family")
+        good = type(value) is str if is_name else type(value) is int and value > 0
+        require(good, f"{where}.{name}", "a name" if is_name else "a positive integer", repr(value))
+    return kind(**known, tile=_tile(f"{where}.tile", tile, line["tile"]))
+
+
+def _tile(where: str, kind: type[Any], values: dict[str, Any]) -> Any:
+    """The fields that ``values`` names, each of its type; none that is needed is missing."""
+    kinds = {f.name: str(f.type) for f in fields(kind)}
+    needed = {f.name for f in fields(kind) if f.default is MISSING}
+    names = set(values)
+    require(needed <= names <= set(kinds), where, f"{sorted(needed)} and perhaps more of {sorted(kinds)}", sorted(names))
+    for name, value in values.items():
+        require(type(value) in _TYPES[kinds[name]], f"{where}.{name}", kinds[name], repr(value))
+    return kind(**values)
