@@ -1,10 +1,8 @@
-"""The kernels' own epilogues, on the host, in the place of the kernels: see ``emulation``."""
+"""The compiled kernels on the emulator in the place of a GPU: see tests/emulator."""
 
 from __future__ import annotations
 
-import ctypes
-
-import emulation
+import emulated_cuda
 import pytest
 from host_library import host
 
@@ -15,9 +13,9 @@ __all__ = ["emulated", "host"]
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch, host: ctypes.CDLL) -> None:
-    """Launches run on the host, as on a device with room for three clusters; the products' operands stay half precision."""
-    monkeypatch.setattr(launch.Launch, "__call__", lambda one: emulation.run(one, host))
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches run on the CPU, as on a device with room for three clusters; the products' operands stay half precision."""
+    monkeypatch.setattr(launch.Launch, "__call__", emulated_cuda.run)
     monkeypatch.setattr(launch, "slots", lambda device, tile: 3)
     monkeypatch.setattr(products, "slots", lambda device, tile: 3)
     monkeypatch.setattr(Projection, "operand_dtype", property(lambda p: p.hidden.dtype))

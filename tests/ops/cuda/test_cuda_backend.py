@@ -1,11 +1,10 @@
-"""The backend: what it refuses; and its launches, emulated by the kernels' own epilogues, through to statistics and gradients.
+"""The backend: what it refuses; and its compiled kernels, on the emulator, through to statistics and gradients.
 
 With a Hopper GPU the kernels themselves run.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import shutil
@@ -14,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import emulation
+import emulated_cuda
 import pytest
 import torch
 from comparison import STATISTICS_FLOOR, compare, cotangents
@@ -190,7 +189,7 @@ def test_on_the_device(shape: tuple[int, int, int], dtype: torch.dtype, bias: bo
 @needs_hopper
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
 @pytest.mark.parametrize("entropy", [False, True])
-def test_every_tile_on_the_device_is_the_emulated_one(tile: Tile, entropy: bool, host: ctypes.CDLL) -> None:
+def test_every_tile_on_the_device_is_the_emulated_one(tile: Tile, entropy: bool) -> None:
     """The sums of both kernels beside those of the emulation, and the same bits from run to run."""
     inputs = make_inputs(700, 200, 3001, dtype=torch.bfloat16, device="cuda")
     p = Projection(inputs.hidden.detach(), inputs.weight.detach())
@@ -205,7 +204,7 @@ def test_every_tile_on_the_device_is_the_emulated_one(tile: Tile, entropy: bool,
     arguments = launch.Arguments.from_buffer_copy(first.arguments)
     targets = inputs.targets.cpu()
     arguments.sums, arguments.targets = expected.data_ptr(), targets.data_ptr()
-    emulation.run(replace(twin, arguments=arguments, tensors={"sums": expected}), host)
+    emulated_cuda.run(replace(twin, arguments=arguments, tensors={"sums": expected, "targets": targets}))
     torch.testing.assert_close(before.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 

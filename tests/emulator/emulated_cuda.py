@@ -1,0 +1,54 @@
+"""Launches of the kernels in csrc, compiled to PTX by NVRTC, run on the emulator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ptx_machine
+
+from eapo_kernels.ops.cuda import build
+from eapo_kernels.ops.cuda.configs import BLOCK_D, Build
+from eapo_kernels.ops.cuda.launch import Box, Launch
+
+_how: dict[str, Any] = {}
+
+
+@contextmanager
+def scheduled(**how: Any) -> Iterator[None]:
+    """``seed``, ``lateness`` of ``ptx_machine.Kernel.run`` for the launches inside."""
+    _how.update(how)
+    yield
+    _how.clear()
+
+
+@functools.cache
+def kernel(item: Build) -> ptx_machine.Kernel:
+    return ptx_machine.Kernel(build.ptx(item), item.kernel)
+
+
+def tensor_map(box: Box) -> bytes:
+    """What ``Box.parameters`` describes."""
+    m = box.matrix
+    sizes, stride = [m.shape[1], m.shape[0]], m.stride(0) * m.element_size()
+    return bytes(ptx_machine.tensor_map(m.data_ptr(), m.element_size(), sizes, [stride], [BLOCK_D, box.rows], 128))
+
+
+def run(launch: Launch, code: ptx_machine.Kernel | None = None, **how: Any) -> ptx_machine.Counts:
+    """What ``launch()`` would do on a GPU. code: instead of the build's, to see what a mistake in it does."""
+    code = code or kernel(launch.build)
+    parameters = b"".join(tensor_map(box) for box in launch.boxes) + bytes(launch.arguments)
+    last = code.syntax.parameters[-1]
+    assert len(parameters) == last.offset + last.size, "the launcher's parameters are not the kernel's"
+    outputs = [box.matrix for box in launch.boxes[2:]] + [one for one in launch.tensors.values() if one is not None]
+    tensors = [(box.matrix, False) for box in launch.boxes[:2]] + [(one, True) for one in outputs]
+    return code.run(
+        parameters,
+        tensors,
+        grid=launch.programs,
+        block=launch.build.threads,
+        shared_bytes=launch.build.shared_bytes,
+        **(_how | how),
+    )

@@ -1,0 +1,107 @@
+// Memory with its rules. Global memory is the process's own, but only the ranges that a test has named may be touched.
+#pragma once
+
+#include <map>
+#include <unordered_map>
+#include <vector>
+
+#include "values.h"
+
+namespace ptx {
+
+class Global {
+  public:
+    void allow(u64 start, u64 size, bool writable) { ranges_[start] = {start + size, writable}; }
+    void* at(u64 address, u64 size, bool write) const {
+        auto next = ranges_.upper_bound(address);
+        if (next == ranges_.begin()) throw outside(address, size, write);
+        const auto& [start, range] = *std::prev(next);
+        if (address + size > range.end || (write && !range.writable)) throw outside(address, size, write);
+        return reinterpret_cast<void*>(address);
+    }
+
+  private:
+    struct Range {
+        u64 end;
+        bool writable;
+    };
+    std::map<u64, Range> ranges_;
+    Fault outside(u64 address, u64 size, bool write) const {
+        std::string text = std::string("global memory: expected a tensor that may be ") + (write ? "written" : "read") +
+                           ", got " + std::to_string(size) + " bytes at " + std::to_string(address);
+        for (const auto& [start, range] : ranges_) {
+            const i64 behind = i64(address - range.end), before = i64(start - address);
+            if (behind >= 0 && behind < 4096) text += ", " + std::to_string(behind) + " bytes behind a tensor's end";
+            if (before > 0 && before < 4096) text += ", " + std::to_string(before) + " bytes before a tensor";
+        }
+        return Fault(text);
+    }
+};
+
+constexpr u32 GRANULE = 16;  // bytes whose state is kept together
+
+// One program's shared memory. Three things are watched in granules: whether they have been written at all; by which thread they
+// were written through the generic proxy without a fence since, which TMA and wgmma must not read; and how many asynchronous
+// readers are still to come, in whose face nobody may write.
+class Shared {
+  public:
+    Shared(u32 base, u32 size)
+        : base_(base), bytes_(size, 0xFF), written_(size / GRANULE + 1), unfenced_(size / GRANULE + 1), readers_(size / GRANULE + 1) {}
+
+    u8* read(u32 address, u32 size, bool asynchronous) {
+        check(address, size, "read");
+        for (u32 g = first(address); g <= last(address, size); ++g) {
+            if (!written_[g]) throw Fault("shared memory: expected written bytes, got a read of unwritten ones at " + hex(address));
+            if (asynchronous && unfenced_[g])
+                throw Fault("shared memory: expected fence.proxy.async between a thread's store and an asynchronous read, got none at " +
+                            hex(address) + ", written by thread " + std::to_string(unfenced_[g] - 1));
+        }
+        return &bytes_[address - base_];
+    }
+    // ``thread``: of the writer, or -1 for asynchronous ones.
+    u8* write(u32 address, u32 size, int thread) {
+        check(address, size, "write");
+        for (u32 g = first(address); g <= last(address, size); ++g) {
+            if (readers_[g] > 0)
+                throw Fault("shared memory: expected all asynchronous reads of " + hex(address) +
+                            " to be finished before it is written again, got " + std::to_string(readers_[g]) + " to come");
+            written_[g] = true;
+            unfenced_[g] = u16(thread + 1);
+            if (thread >= 0) by_thread_[thread].push_back(g);
+        }
+        return &bytes_[address - base_];
+    }
+    void reserve(u32 address, u32 size, int readers) {
+        check(address, size, "read");
+        for (u32 g = first(address); g <= last(address, size); ++g) readers_[g] = u16(readers_[g] + readers);
+    }
+    void fence(int thread) {
+        auto found = by_thread_.find(thread);
+        if (found == by_thread_.end()) return;
+        for (u32 g : found->second)
+            if (unfenced_[g] == thread + 1) unfenced_[g] = 0;
+        by_thread_.erase(found);
+    }
+
+  private:
+    u32 base_;
+    std::vector<u8> bytes_;
+    std::vector<u8> written_;
+    std::vector<u16> unfenced_, readers_;
+    std::unordered_map<int, std::vector<u32>> by_thread_;
+
+    u32 first(u32 address) const { return (address - base_) / GRANULE; }
+    u32 last(u32 address, u32 size) const { return (address - base_ + size - 1) / GRANULE; }
+    static std::string hex(u32 address) {
+        char text[16];
+        std::snprintf(text, sizeof text, "0x%x", address);
+        return text;
+    }
+    void check(u32 address, u32 size, const char* what) const {
+        if (address < base_ || address + size > base_ + bytes_.size())
+            throw Fault(std::string("shared memory: expected a ") + what + " within " + std::to_string(bytes_.size()) + " bytes, got " +
+                        std::to_string(size) + " at " + std::to_string(i64(address) - base_));
+    }
+};
+
+}  // namespace ptx
