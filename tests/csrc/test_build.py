@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cuda.bindings import nvrtc
+from cuda.pathfinder import DynamicLibNotFoundError
 
 from eapo_kernels.ops.cuda import __main__ as command
 from eapo_kernels.ops.cuda import build, configs
@@ -21,6 +25,14 @@ ROOT = Path(__file__).parents[2]
 ITEM = ProductBuild("stream_statistics", TILES[0], "bf16", entropy=True)
 
 
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def another_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda: (nvrtc.nvrtcResult.NVRTC_SUCCESS, 99, 9))
+
+
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     """A copy of the sources that a test may change."""
@@ -30,7 +42,7 @@ def sources(tmp_path: Path) -> Path:
 def test_a_second_call_reads_what_the_first_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = build.cubin(ITEM, cache=tmp_path)
     assert code.startswith(b"\x7fELF")
-    (stored,) = tmp_path.iterdir()
+    (stored,) = files(tmp_path)
     monkeypatch.setattr(build, "compile_source", lambda *_: pytest.fail("compiled again"))
     assert build.cubin(ITEM, cache=tmp_path) == code == stored.read_bytes()
 
@@ -41,27 +53,26 @@ def test_ptx_is_text_for_the_same_target_and_cached_beside_the_cubin(tmp_path: P
     assert text.count(".entry stream_statistics(") == 1
     assert "wgmma.mma_async" in text
     assert "\0" not in text
-    (stored,) = tmp_path.iterdir()
-    assert stored.suffix == ".ptx"
+    (stored,) = files(tmp_path)
     monkeypatch.setattr(build, "compile_source", lambda *_: pytest.fail("compiled again"))
     assert build.ptx(ITEM, cache=tmp_path) == text == stored.read_text()
 
 
-def test_the_hash_covers_source_headers_options_and_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = build.digest(ITEM, sources)
-    assert first == build.digest(ITEM, build.source_folder()), "the folder's place changes nothing"
+def test_the_hash_covers_source_headers_options_form_and_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build.key(ITEM, "cubin", sources)
+    assert first == build.key(ITEM, "cubin", build.source_folder()), "the folder's place changes nothing"
     items = list(configs.builds())
-    assert len({build.digest(item, sources) for item in items}) == len(items)
-    seen = [first]
+    assert len({build.key(item, "cubin", sources) for item in items}) == len(items)
+    seen = [first, build.key(ITEM, "ptx", sources)]
     for name in ("online_softmax.h", "stream_statistics.cu"):
         (sources / name).write_text((sources / name).read_text() + "\n")
-        seen.append(build.digest(ITEM, sources))
-    monkeypatch.setattr(build, "compiler_version", lambda: "99.9")
-    seen.append(build.digest(ITEM, sources))
-    assert len(set(seen)) == 4
-    before = build.digest(ITEM, sources)
+        seen.append(build.key(ITEM, "cubin", sources))
+    another_compiler(monkeypatch)
+    seen.append(build.key(ITEM, "cubin", sources))
+    assert len(set(seen)) == 5
+    before = build.key(ITEM, "cubin", sources)
     (sources / "exp_gemm.cu").write_text("")
-    assert build.digest(ITEM, sources) == before, "another kernel's source does not count"
+    assert build.key(ITEM, "cubin", sources) == before, "another kernel's source does not count"
 
 
 def test_a_failed_build_ends_with_the_compilers_last_lines(sources: Path, tmp_path: Path) -> None:
@@ -71,7 +82,16 @@ def test_a_failed_build_ends_with_the_compilers_last_lines(sources: Path, tmp_pa
         build.cubin(ITEM, sources=sources, cache=tmp_path / "cache")
     assert "nothing_of_this_name" in str(caught.value)
     assert "detected in the compilation" in str(caught.value).splitlines()[-1]
-    assert not (tmp_path / "cache").exists(), "nothing half-built is left"
+    assert files(tmp_path / "cache") == [], "nothing half-built is left"
+
+
+def test_without_the_compilers_library_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise DynamicLibNotFoundError(f"no lib{name}.so")
+
+    monkeypatch.setattr(build, "load_nvidia_dynamic_lib", missing)
+    with pytest.raises(build.BuildError, match=r"expected the library of the package nvidia-cuda-nvrtc, got none\nno libnvrtc"):
+        build.cubin(ITEM, cache=tmp_path)
 
 
 def test_processes_may_build_at_once(tmp_path: Path) -> None:
@@ -89,20 +109,19 @@ def test_processes_may_build_at_once(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(3) as pool:
         (answer,) = set(pool.map(start, range(3)))
-    (stored,) = (tmp_path / "eapo_kernels").iterdir()
-    assert stored.suffix == ".cubin", "no temporary file is left"
-    assert len(answer.strip()) == 64
+    (stored,) = files(tmp_path / "eapo_kernels")
+    assert hashlib.sha256(stored.read_bytes()).hexdigest() == answer.strip(), "and no temporary file is left"
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Path, target: Path) -> None:
+    def broken(source: Path, target: Path) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(build, "compile_source", lambda *_: b"code")
-    monkeypatch.setattr(Path, "replace", broken)
+    monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OSError, match="no space left"):
         build.cubin(ITEM, cache=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize(("value", "expected"), [("/somewhere", "/somewhere"), ("", "~/.cache"), ("relative", "~/.cache")])
@@ -139,12 +158,12 @@ def test_command_builds_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert command.main(["--build"]) == 0
     number = len(list(configs.builds()))
     assert f"{number} kernels in {tmp_path / 'eapo_kernels'}" in capsys.readouterr().out
-    assert len(list((tmp_path / "eapo_kernels").iterdir())) == number
+    assert len(files(tmp_path / "eapo_kernels")) == number
 
     def broken(item: configs.Build, folder: Path, form: build.Form) -> bytes:
         raise build.BuildError("it does not")
 
     monkeypatch.setattr(build, "compile_source", broken)
-    monkeypatch.setattr(build, "compiler_version", lambda: "another")
+    another_compiler(monkeypatch)
     assert command.main(["--build"]) == 1
     assert "it does not" in capsys.readouterr().err

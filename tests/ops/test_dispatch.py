@@ -36,7 +36,9 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
         token_stats(TENSOR, TENSOR, torch.tensor([0, 1]), backend="torch")
 
 
-@pytest.mark.parametrize(("missing", "backend"), [("triton", "triton"), ("triton", "cuda"), ("cuda", "cuda")])
+@pytest.mark.parametrize(
+    ("missing", "backend"), [("triton", "triton"), ("triton", "cuda"), ("cuda", "cuda"), ("cuda.core", "cuda")]
+)
 def test_without_a_package_the_torch_backend_works_and_the_other_says_so(missing: str, backend: str) -> None:
     code = (
         f"import sys; sys.modules['{missing}'] = None; import torch; "

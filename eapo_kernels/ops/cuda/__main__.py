@@ -18,7 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         if chosen.report:
-            print(f"{build.ARCHITECTURE}, NVRTC {build.compiler_version()}\n")
+            library = build.compiler()
+            print(f"{build.ARCHITECTURE}, NVRTC {build.compiler_version()}: {library.abs_path} ({library.found_via})\n")
             for row in report.rows():
                 print(row, flush=True)
         else:

@@ -17,6 +17,7 @@ from ..triton import backend as triton_backend
 from ..triton.finalize import finalize
 from ..triton.launch import capability, describable
 from ..triton.one_pass import ExpChunk, form
+from .build import BuildError, compiler
 from .products import OPERANDS, exp_gemm, exp_sums, stream_statistics
 
 
@@ -40,6 +41,10 @@ def supports(projection: Projection) -> str | None:
     for name, matrix in (("hidden", hidden), ("weight", weight)):
         if not describable(matrix):
             return f"{name} with rows that are not contiguous, aligned multiples of 16 bytes, as TMA needs them"
+    try:
+        compiler()
+    except BuildError as error:
+        return str(error).splitlines()[0]
     return None
 
 

@@ -1,22 +1,31 @@
-"""CUDA C++ to machine code at first use: NVRTC from NVIDIA's wheels, no nvcc, no CUDA or torch headers.
+"""CUDA C++ to machine code at first use: NVRTC through NVIDIA's ``cuda.core``, no nvcc, no CUDA or torch headers.
 
-What comes out is stored under the hash of all that it depends on (its source and the headers beside it, options, compiler
-version) in the user's cache folder, ``$XDG_CACHE_HOME/eapo_kernels`` or ``~/.cache/eapo_kernels``. A file appears there whole
-or not at all, so any number of processes may build at once.
+``cuda.core``'s program cache keeps what comes out, under the hash of all that it depends on (its source and the headers beside
+it, options, compiler version), in the user's cache folder, ``$XDG_CACHE_HOME/eapo_kernels`` or ``~/.cache/eapo_kernels``. A
+file appears there whole or not at all, so any number of processes may build at once.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cuda.bindings import nvrtc
+from cuda.core import Program, ProgramOptions
+from cuda.core.utils import FileStreamProgramCache, make_program_cache_key
+from cuda.pathfinder import DynamicLibNotFoundError, LoadedDL, load_nvidia_dynamic_lib
 
 from ...errors import EapoError
 from .configs import Build
+
+try:
+    from cuda.core import NVRTCError
+except ImportError:  # before 1.3 it is not exported
+    from cuda.core._utils.cuda_utils import NVRTCError
 
 ARCHITECTURE = "sm_90a"
 """Hopper with its own instructions (wgmma, setmaxnreg): this code runs on compute capability 9.0 only."""
@@ -41,34 +50,41 @@ def source_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where cubins are kept. A relative ``XDG_CACHE_HOME`` does not count, as its specification says."""
+    """Where results are kept. A relative ``XDG_CACHE_HOME`` does not count, as its specification says."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".cache") / "eapo_kernels"
 
 
+def compiler() -> LoadedDL:
+    """NVRTC's library, with its path and how it was found. Raises BuildError when there is none."""
+    try:
+        return load_nvidia_dynamic_lib("nvrtc")
+    except DynamicLibNotFoundError as error:
+        raise BuildError(f"NVRTC: expected the library of the package nvidia-cuda-nvrtc, got none\n{error}") from error
+
+
 def compiler_version() -> str:
     """NVRTC's, "13.0"."""
-    major, minor = _checked(nvrtc.nvrtcVersion())
+    status, major, minor = nvrtc.nvrtcVersion()
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, status
     return f"{major}.{minor}"
 
 
-def options(build: Build) -> list[str]:
+def options(build: Build) -> ProgramOptions:
     """What the compiler is told, without the folder of the headers, which changes nothing in the result."""
-    defines = [f"-D{name}={value}" for name, value in sorted(build.macros().items())]
-    return [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", *defines]
+    defines = [(name, str(value)) for name, value in sorted(build.macros().items())]
+    return ProgramOptions(name=f"{build.kernel}.cu", arch=ARCHITECTURE, std="c++17", define_macro=defines)
 
 
-def digest(build: Build, folder: Path) -> str:
-    """Hash of everything that the cubin depends on."""
-    files = [*sorted(folder.glob("*.h")), folder / f"{build.kernel}.cu"]
-    parts = [compiler_version(), *options(build)]
-    for file in files:
-        parts += [file.name, file.read_text()]
-    state = hashlib.sha256()
-    for part in parts:
-        data = part.encode()
-        state.update(len(data).to_bytes(8, "little") + data)
-    return state.hexdigest()
+def key(build: Build, form: Form, folder: Path) -> bytes:
+    """Hash of everything that the result depends on. ``cuda.core`` does not look into headers, so they are hashed here."""
+    headers = hashlib.sha256()
+    for header in sorted(folder.glob("*.h")):
+        data = header.read_bytes()
+        headers.update(f"{header.name} {len(data)} ".encode() + data)
+    return make_program_cache_key(
+        code=_source(build, folder), code_type="c++", options=options(build), target_type=form, extra_digest=headers.digest()
+    )
 
 
 def cubin(build: Build, *, sources: Path | None = None, cache: Path | None = None) -> bytes:
@@ -85,51 +101,44 @@ def ptx(build: Build, *, sources: Path | None = None, cache: Path | None = None)
 
 
 def _stored(build: Build, form: Form, sources: Path | None, cache: Path | None) -> bytes:
-    folder, cache = sources or source_folder(), cache or cache_folder()
-    path = cache / f"{build.kernel}-{digest(build, folder)[:40]}.{form}"
-    if path.exists():
-        return path.read_bytes()
-    code = compile_source(build, folder, form)
-    cache.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=cache, prefix=f".{build.kernel}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(code)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return code
+    folder = sources or source_folder()
+    compiler()  # without one the key would be another, and the error ``cuda.core``'s
+    name = key(build, form, folder)
+    with FileStreamProgramCache(cache or cache_folder()) as stored:
+        code = stored.get(name)
+        if code is None:
+            code = stored[name] = compile_source(build, folder, form)
+        return code
 
 
 def compile_source(build: Build, folder: Path, form: Form = "cubin") -> bytes:
     """Run the compiler. Raises BuildError also when it says that it had to serialise wgmma."""
-    path = folder / f"{build.kernel}.cu"
-    flags = [flag.encode() for flag in [*options(build), f"--include-path={folder}"]]
-    program = _checked(nvrtc.nvrtcCreateProgram(path.read_bytes(), path.name.encode(), 0, [], []))
+    program = Program(_source(build, folder), "c++", replace(options(build), include_path=str(folder)))
+    log = io.StringIO()
     try:
-        status = nvrtc.nvrtcCompileProgram(program, len(flags), flags)[0]
-        log = _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(errors="replace").strip("\0\n ")
-        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS or any(word in log for word in _COMPLAINTS):
-            last = "\n".join(log.splitlines()[-_LAST_LINES:])
-            raise BuildError(f"{build}: expected to compile with NVRTC {compiler_version()}, got {status.name}\n{last}")
-        if form == "ptx":
-            return _text(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX).rstrip(b"\0")
-        return _text(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+        code = program.compile("cubin", logs=log).code
+        if any(word in log.getvalue() for word in _COMPLAINTS):
+            raise _error(build, log.getvalue())
+        return _ptx(program) if form == "ptx" else code
+    except NVRTCError as error:
+        raise _error(build, str(error)) from None
     finally:
-        _checked(nvrtc.nvrtcDestroyProgram(program))
+        program.close()
 
 
-def _text(program: Any, size: Any, read: Any) -> bytes:
-    """What NVRTC writes into a buffer of a size that it tells."""
-    buffer = b"\0" * _checked(size(program))
-    _checked(read(program, buffer))
-    return buffer
+def _source(build: Build, folder: Path) -> str:
+    return (folder / f"{build.kernel}.cu").read_text()
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
-    """The values of an NVRTC call. Raises BuildError for any other status than success."""
-    status, *values = result
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise BuildError(f"NVRTC: expected success, got {status.name}")
-    return values[0] if len(values) == 1 else tuple(values)
+def _ptx(program: Program) -> bytes:
+    """Of a compiled program. ``Program.compile("ptx")`` would ask the driver for its version, and here may be none."""
+    _, size = nvrtc.nvrtcGetPTXSize(program.handle)
+    text = bytes(size)
+    (status,) = nvrtc.nvrtcGetPTX(program.handle, text)
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, status
+    return text.rstrip(b"\0")
+
+
+def _error(build: Build, log: str) -> BuildError:
+    last = "\n".join(log.strip("\0\n ").splitlines()[-_LAST_LINES:])
+    return BuildError(f"{build}: expected to compile with NVRTC {compiler_version()}, got\n{last}")

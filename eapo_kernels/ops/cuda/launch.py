@@ -1,4 +1,9 @@
-"""From tensors to a launch through NVIDIA's driver bindings: what the launchers of the CUDA kernels share."""
+"""From tensors to a launch: what the launchers of the CUDA kernels share.
+
+``cuda.core`` loads what it compiled. The rest goes to the driver through ``cuda.bindings``, because ``cuda.core`` 1.2 cannot
+express it: its ``launch`` takes no struct by value (NVIDIA/cuda-python#2343), the swizzles of its tensor maps have no public
+name, and its kernel attributes cannot be set.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from typing import Any
 
 import torch
 from cuda.bindings import driver
+from cuda.core import Kernel, ObjectCode
 from torch import Tensor
 
 from ..projection import Projection
@@ -96,7 +102,7 @@ class Launch:
     def __call__(self) -> None:
         """On the current stream of the device."""
         with torch.cuda.device(self.device):
-            function = load(self.build, torch.cuda.current_device())
+            function = driver.CUfunction(int(load(self.build, torch.cuda.current_device()).handle))
             maps = [_checked(driver.cuTensorMapEncodeTiled(*box.parameters())) for box in self.boxes]
             parameters = [*(int(one.getPtr()) for one in maps), ctypes.addressof(self.arguments)]
             pointers = (ctypes.c_void_p * len(parameters))(*parameters)
@@ -109,13 +115,12 @@ class Launch:
 
 
 @functools.cache
-def load(item: Build, device: int) -> Any:
-    """The kernel's handle, ready for a device: compiled or from the cache, loaded, allowed its shared memory."""
-    library = _checked(driver.cuLibraryLoadData(build.cubin(item), [], [], 0, [], [], 0))
-    kernel = _checked(driver.cuLibraryGetKernel(library, item.kernel.encode()))
+def load(item: Build, device: int) -> Kernel:
+    """The kernel, ready for a device: compiled or from the cache, loaded, allowed its shared memory."""
+    kernel = ObjectCode.from_cubin(build.cubin(item), name=item.kernel).get_kernel(item.kernel)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuKernelSetAttribute(attribute, item.shared_bytes, kernel, device))
-    return driver.CUfunction(int(kernel))
+    _checked(driver.cuKernelSetAttribute(attribute, item.shared_bytes, kernel.handle, device))
+    return kernel
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

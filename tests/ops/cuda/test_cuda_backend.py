@@ -17,12 +17,13 @@ import emulated_cuda
 import pytest
 import torch
 from comparison import STATISTICS_FLOOR, compare, cotangents
+from cuda.pathfinder import DynamicLibNotFoundError
 from torch import Tensor
 
 from eapo_kernels import BackendUnavailable, available_backends, reference, token_stats
 from eapo_kernels.ops import plans
 from eapo_kernels.ops.backend import LogitCotangents
-from eapo_kernels.ops.cuda import backend, launch, products
+from eapo_kernels.ops.cuda import backend, build, launch, products
 from eapo_kernels.ops.cuda.configs import TILES, Tile
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.triton import backend as triton_backend
@@ -41,6 +42,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
     monkeypatch.setattr(torch.version, "hip", None)
     for module in (backend, triton_backend):
         monkeypatch.setattr(module, "capability", lambda device: capability)
+
+
+def no_library(name: str) -> None:
+    raise DynamicLibNotFoundError(f"lib{name}.so is nowhere")
 
 
 class Elsewhere(Tensor):
@@ -69,6 +74,9 @@ def test_every_refusal_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "split over processes" in backend.supports(replace(good, shard=object()))  # type: ignore[arg-type]
     assert "hidden with rows" in backend.supports(replace(good, hidden=on_gpu(4, 7)))
     assert "weight with rows" in backend.supports(replace(good, weight=on_gpu(8, 9).t()))
+    with monkeypatch.context() as without:
+        without.setattr(build, "load_nvidia_dynamic_lib", no_library)
+        assert backend.supports(good) == "NVRTC: expected the library of the package nvidia-cuda-nvrtc, got none"
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert "AMD" in backend.supports(good)
 

@@ -68,6 +68,15 @@ class FakeDriver:
         self.status = driver.CUresult.CUDA_SUCCESS
         self.read: Arguments | None = None
 
+    def from_cubin(self, code: bytes, *, name: str) -> FakeDriver:
+        """In the place of ``ObjectCode``, whose kernels have a handle."""
+        self.calls.setdefault("from_cubin", []).append((code, name))
+        return self
+
+    def get_kernel(self, name: str) -> SimpleNamespace:
+        self.calls.setdefault("get_kernel", []).append((name,))
+        return SimpleNamespace(handle=driver.CUkernel(7))
+
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu") or not callable(getattr(driver, name)):
             return getattr(driver, name)
@@ -77,8 +86,7 @@ class FakeDriver:
             if name == "cuLaunchKernel":
                 pointers = (ctypes.c_void_p * 4).from_address(arguments[9])
                 self.read = Arguments.from_buffer_copy(ctypes.string_at(pointers[3], ctypes.sizeof(Arguments)))
-            value = {"cuTensorMapEncodeTiled": driver.CUtensorMap(), "cuLibraryGetKernel": driver.CUkernel(7)}.get(name, 5)
-            return self.status, value
+            return self.status, driver.CUtensorMap()
 
         return call
 
@@ -87,6 +95,7 @@ class FakeDriver:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     made = FakeDriver()
     monkeypatch.setattr(launch, "driver", made)
+    monkeypatch.setattr(launch, "ObjectCode", made)
     monkeypatch.setattr(build, "cubin", lambda item: b"code")
     monkeypatch.setattr(torch.cuda, "device", lambda device: __import__("contextlib").nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
@@ -99,8 +108,9 @@ def test_a_launch_calls_the_driver_once_per_kernel(fake: FakeDriver, monkeypatch
     one = example(monkeypatch)
     one()
     one()
-    assert fake.calls["cuLibraryLoadData"][0][0] == b"code"
-    assert [len(fake.calls[name]) for name in ("cuLibraryLoadData", "cuKernelSetAttribute", "cuLaunchKernel")] == [1, 1, 2]
+    assert fake.calls["from_cubin"] == [(b"code", "exp_gemm")], "loaded once"
+    assert fake.calls["get_kernel"] == [("exp_gemm",)]
+    assert [len(fake.calls[name]) for name in ("cuKernelSetAttribute", "cuLaunchKernel")] == [1, 2]
     shared = ITEM.tile.shared_bytes("exp_gemm")
     attribute, value, kernel, device = fake.calls["cuKernelSetAttribute"][0]
     assert attribute == driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
