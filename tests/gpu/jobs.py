@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eapo_kernels import EAPOConfig, Options, TokenBatch, eapo_loss, token_stats
+from eapo_kernels import EAPOConfig, Options, TokenBatch, available_backends, eapo_loss, token_stats
 from eapo_kernels.testing import Inputs, make_inputs
 
 Job = Callable[[Inputs, TokenBatch, Options], list[Tensor]]
@@ -69,8 +69,14 @@ def _redone(backend: str) -> Job:
     return spoiled
 
 
+BACKENDS = ["torch", "triton"]
+"""Those that run here; without a GPU Triton's kernels are interpreted, and the CUDA kernels emulated by their own tests."""
+
+if torch.cuda.is_available():
+    BACKENDS = [name for name, reason in available_backends("cuda").items() if reason is None]
+
 JOBS: dict[str, Job] = {}
-for _backend in ("torch", "triton"):
+for _backend in BACKENDS:
     JOBS |= {
         f"{_backend}-forward": _forward(_backend),
         f"{_backend}-op": _op(_backend),

@@ -1,6 +1,6 @@
-"""A program for compute-sanitizer: every job at a small or a tiny size, with numbers nobody looks at.
+"""A program for compute-sanitizer: every job at a small or a tiny size, or every CUDA product, with numbers nobody looks at.
 
-``python tests/gpu/sanitized.py small|tiny``; prints the names of the jobs it ran.
+``python tests/gpu/sanitized.py small|tiny|products``; prints the names of what it ran.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ def main(which: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    if which == "products":
+        from benchmarks import first_light
+
+        first_light.run_all(device)
+        return
     from jobs import JOBS, job_inputs
 
     from eapo_kernels import Options
@@ -27,6 +32,8 @@ def main(which: str) -> None:
     for dim in (d, d + 1):  # the latter without tensor descriptors
         inputs, batch = job_inputs(device, size=(n, dim, v))
         for name, job in JOBS.items():
+            if name.startswith("cuda-") and dim % 8:
+                continue  # it needs descriptors
             for options in budgets:
                 job(inputs, batch, options)
             print(name, flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from exact_rows import Exact, exact_d_hidden, exact_d_weight, exact_statistics, random_inputs
+from jobs import BACKENDS
 from torch import Tensor
 
 from eapo_kernels import Options, TokenBatch, eapo_loss, token_stats
@@ -65,9 +66,16 @@ def check_gradients(inputs: Inputs, exact: Exact, cotangents: Tensor, d_hidden: 
         assert_no_worse_than(got, truth, truth, floor=GRADIENT_FLOOR, name=name)
 
 
+def refuse_what_it_cannot_describe(backend: str, inputs: Inputs) -> None:
+    """The CUDA kernels load rows of 16-byte multiples only."""
+    if backend == "cuda" and inputs.hidden.shape[1] % 8:
+        pytest.skip("rows that no tensor descriptor can describe")
+
+
 @pytest.mark.parametrize("workspace", ["default", "whole"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_op(inputs: Inputs, backend: str, workspace: str) -> None:
+    refuse_what_it_cannot_describe(backend, inputs)
     leaves = inputs.leaves()
     options = Options(memory_budget=budget(inputs, workspace))
     stats = token_stats(*leaves, inputs.targets, backend=backend, options=options)
@@ -106,8 +114,9 @@ def typed_again(batch: TokenBatch, logp: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("workspace", ["default", "whole"])
 @pytest.mark.parametrize("schedule", ["one_pass", "autograd"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_loss(inputs: Inputs, backend: str, schedule: str, workspace: str) -> None:
+    refuse_what_it_cannot_describe(backend, inputs)
     exact = exact_statistics(inputs)
     batch = make_batch(inputs, exact)
     leaves = inputs.leaves()

@@ -6,12 +6,7 @@ With a Hopper GPU the kernels themselves run.
 from __future__ import annotations
 
 import functools
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import emulated_cuda
 import pytest
@@ -214,23 +209,3 @@ def test_every_tile_on_the_device_is_the_emulated_one(tile: Tile, entropy: bool)
     arguments.sums, arguments.targets = expected.data_ptr(), targets.data_ptr()
     emulated_cuda.run(replace(twin, arguments=arguments, tensors={"sums": expected, "targets": targets}))
     torch.testing.assert_close(before.cpu(), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-@needs_hopper
-@pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
-def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    """Over the shapes of ``test_on_the_device`` that are ragged and small."""
-    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer not found")
-    chosen = "test_on_the_device and not 50257"
-    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "97", *program],
-        capture_output=True, text=True, timeout=600, check=False, cwd=Path(__file__).parents[3], env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
-    assert " passed" in done.stdout
