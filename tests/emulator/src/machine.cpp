@@ -171,6 +171,9 @@ void Machine::run_cluster(int first) {
     std::vector<Warp*> all;
     for (const auto& cta : ctas_)
         for (const auto& warp : cta->warps) all.push_back(warp.get());
+    // Every other seed is unfair: warps further down a random order hardly go on while those above them can.
+    std::shuffle(all.begin(), all.end(), random_);
+    const bool unfair = launch_.seed % 2 == 1;
     std::vector<Warp*> ready;
     while (true) {
         ready.clear();
@@ -184,7 +187,7 @@ void Machine::run_cluster(int first) {
         const bool pick = ready.empty() || std::uniform_real_distribution<>()(random_) > 0.5 + 0.5 * launch_.lateness;
         if (pick && finish_one_asynchronous()) continue;
         if (ready.empty()) deadlock();
-        Warp& warp = *ready[random_() % ready.size()];
+        Warp& warp = *ready[unfair && random_() % 16 ? 0 : random_() % ready.size()];
         warp.blocked = false;
         for (int quantum = 1 + int(random_() % 64); quantum > 0 && warp.live; --quantum) {
             const u64 before = events_;

@@ -1,0 +1,89 @@
+"""The compiled kernels themselves, in bf16 and fp16, through the public functions: see tests/emulator/README.md.
+
+Here and not with the other tests of the backends because compiling and interpreting exclude each other in one process.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs its own process: pytest tests/aot"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run on the GPU"),
+]
+
+BACKENDS = ["triton", "cuda"]
+NARROW, WIDE = 2048, 4096
+"""Lines of the table of tiles: 128x128, two programs a multiprocessor; 128x256, persistent."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [NARROW, WIDE])
+@pytest.mark.parametrize("shape", [(70, 72, 700), (130, 136, 515)], ids=str)
+def test_statistics_and_gradients(
+    shape: tuple[int, int, int], dim: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, and the gradient by slabs, with a bias and a temperature per row."""
+    import hopper
+    from comparison import compare, cotangents
+
+    from eapo_kernels.testing import make_inputs
+
+    hopper.pretend(monkeypatch, dim=dim, seed=dim, lateness=0.7)
+    inputs = make_inputs(*shape, dtype=dtype, bias=True)
+    temperature = 0.5 + torch.rand(shape[0], generator=torch.Generator().manual_seed(3))
+    compare(inputs, cotangents(shape[0]), backend=backend, inv_temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_soft_cap_and_rows_that_no_descriptor_can_name(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D is odd: the lines of the table that load by pointer."""
+    import hopper
+    from comparison import compare, cotangents
+
+    from eapo_kernels.testing import make_inputs
+
+    hopper.pretend(monkeypatch)
+    inputs = make_inputs(70, 37, 300, dtype=dtype)
+    compare(inputs, cotangents(70), backend="triton", softcap=4.0, logit_scale=0.7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [NARROW, WIDE])
+@pytest.mark.parametrize(("config", "off_policy"), [("default", 0.3), ("asymmetric_dual", 50.0), ("entropy_bonus", 0.3)])
+def test_the_loss_in_one_pass(
+    config: str, off_policy: float, dim: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offsets, the first product, rows redone where the old log-prob is far off, finalize with its coefficients, targets' rows;
+    with an entropy bonus a chunk of logits and its row kernels. Against the same loss of the torch backend in float64."""
+    import hopper
+    from loss_cases import CONFIGS, V, make_batch, run
+
+    from eapo_kernels import Options
+    from eapo_kernels.testing import make_inputs
+
+    inputs = make_inputs(150, 72, V, dtype=dtype)
+    batch = make_batch(inputs, off_policy=off_policy)
+    # Losses of such rows are huge: a dual clip or the bounds keep their coefficients finite.
+    wide = inputs.to(torch.float64)
+    double = replace(batch, **{k: v.double() for k, v in vars(batch).items() if torch.is_tensor(v) and v.is_floating_point()})
+    settings = {"positive_weight": 0.7, "config": CONFIGS[config]}
+    exact, exact_grads = run(wide, double, schedule="autograd", backend="torch", **settings)
+    _, plain_grads = run(inputs, batch, schedule="autograd", backend="torch", **settings)
+    hopper.pretend(monkeypatch, dim=dim, seed=dim + 1, lateness=0.7)
+    options = Options(memory_budget=64 * 4 * V)  # several chunks
+    got, grads = run(inputs, batch, schedule="one_pass", backend=backend, options=options, **settings)
+    torch.testing.assert_close(got.loss.double(), exact.loss, rtol=1e-4, atol=1e-5)
+    for name, value in exact.metrics.items():
+        torch.testing.assert_close(got.metrics[name].double(), value.double(), rtol=1e-3, atol=1e-4, msg=name)
+    for name, ours, eager, right in zip(("hidden", "weight"), grads, plain_grads, exact_grads, strict=True):
+        error = (ours.double() - right).norm() / right.norm()
+        bound = max(2 * (eager.double() - right).norm() / right.norm(), torch.finfo(dtype).eps)
+        assert error <= bound, f"d_{name}: {error:.1e} beside {bound:.1e}"

@@ -1,0 +1,51 @@
+"""A Hopper GPU made of CPU tensors: both backends' launches run, as compiled for sm_90, on the emulator."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import emulated_cuda
+import emulated_triton
+import pytest
+
+from eapo_kernels.ops import cuda, triton
+from eapo_kernels.ops.projection import Projection
+
+PROGRAMS = 3
+"""Programs (or clusters) that run at once: few, so that each walks over several tiles."""
+
+
+def _modules(package: ModuleType) -> list[ModuleType]:
+    names = [one.name for one in pkgutil.iter_modules(package.__path__) if not one.name.startswith("__")]
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, dim: int | None = None, **how: Any) -> None:
+    """Send every launch of this process to the emulator. Not in a process that interprets.
+
+    dim: whose lines of the table of tiles are taken, instead of the inputs' own. how: ``seed`` and ``lateness`` of
+    ``ptx_machine.Kernel.run``.
+    """
+    instead = {"family": lambda device: "sm90", "slots": lambda device, tile: PROGRAMS, "capability": lambda device: (9, 0)}
+    for module in [*_modules(triton), *_modules(cuda)]:
+        for name, value in instead.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    for emulated, package in ((emulated_triton, triton), (emulated_cuda, cuda)):
+        launch = importlib.import_module(f"{package.__name__}.launch").Launch
+        monkeypatch.setattr(launch, "__call__", lambda one, run=emulated.run: run(one, **how))
+        backend = importlib.import_module(f"{package.__name__}.backend")
+        monkeypatch.setattr(backend, "BACKEND", replace(backend.BACKEND, supports=lambda projection: None))
+    monkeypatch.setattr(Projection, "operand_dtype", property(lambda p: p.hidden.dtype))
+    if dim is not None:
+        tiles = importlib.import_module(f"{triton.__name__}.configs")
+        find = tiles.find
+
+        def chosen(kernel: str, family: str, itemsize: int, *shape: int, **more: Any) -> Any:
+            return find(kernel, family, itemsize, *((dim, *shape[1:]) if shape else ()), **more)
+
+        monkeypatch.setattr(tiles, "find", chosen)
