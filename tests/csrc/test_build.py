@@ -85,6 +85,13 @@ def test_a_failed_build_ends_with_the_compilers_last_lines(sources: Path, tmp_pa
     assert files(tmp_path / "cache") == [], "nothing half-built is left"
 
 
+def test_headers_of_the_current_folder_do_not_count(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for header in sources.glob("*.h"):
+        (tmp_path / header.name).write_text("#error a file of the user's\n")
+    monkeypatch.chdir(tmp_path)
+    assert build.compile_source(ITEM, sources).startswith(b"\x7fELF")
+
+
 def test_without_the_compilers_library_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise DynamicLibNotFoundError(f"no lib{name}.so")

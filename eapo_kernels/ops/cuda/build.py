@@ -73,7 +73,10 @@ def compiler_version() -> str:
 def options(build: Build) -> ProgramOptions:
     """What the compiler is told, without the folder of the headers, which changes nothing in the result."""
     defines = [(name, str(value)) for name, value in sorted(build.macros().items())]
-    return ProgramOptions(name=f"{build.kernel}.cu", arch=ARCHITECTURE, std="c++17", define_macro=defines)
+    # The source is text without a folder: NVRTC would look for its headers in the user's current one first.
+    return ProgramOptions(
+        name=f"{build.kernel}.cu", arch=ARCHITECTURE, std="c++17", define_macro=defines, no_source_include=True
+    )
 
 
 def key(build: Build, form: Form, folder: Path) -> bytes:
