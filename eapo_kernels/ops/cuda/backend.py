@@ -1,6 +1,6 @@
 """The ``cuda`` backend: the first product by the Hopper kernels in ``csrc``, everything after it by the Triton kernels.
 
-Compiled for sm_90a without spills, its maths and its barrier protocol tested on the host, but not yet run on a GPU:
+Compiled for sm_90a without spills, right on an emulator (tests/emulator), but not yet run on a GPU:
 ``plans.PROVEN`` does not list it, so "auto" does not choose it. Ask for it by name.
 """
 
