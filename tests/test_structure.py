@@ -29,6 +29,11 @@ LAYERS = {
 SIBLINGS = [("eapo_kernels.ops", "eapo_kernels.objectives"), ("eapo_kernels.ops", "eapo_kernels.reference"),
             ("eapo_kernels.objectives", "eapo_kernels.reference"), ("eapo_kernels.loss", "eapo_kernels.reference"),
             ("trainer", "benchmarks")]  # fmt: skip
+# Each part of the trainer imports only those before it, not even for its types.
+TRAINER = (
+    "errors", "ranks", "records", "hooks", "config", "dataset", "models", "rewards", "learning", "runs", "rollouts",
+    "evaluation", "loop", "commands", "__main__",
+)  # fmt: skip
 # The demo's own loader fetches and unpacks the real model.
 EXCEPTIONS = {("benchmarks.real_rows", "trainer.models.embedded.resolve")}
 # Reward functions of users, kernels of peers: what they raise is a result.
@@ -82,6 +87,15 @@ def test_arrows_point_down(path: Path) -> None:
         assert LAYERS[other] <= LAYERS[own], f"{own} imports {imported}, which lies above it"
         assert (own, other) not in SIBLINGS, f"{own} imports {imported}"
         assert (other, own) not in SIBLINGS or own == "eapo_kernels.reference", f"{own} imports {imported}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trainer").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_of_the_trainer_point_down(path: Path) -> None:
+    own = _module_name(path).split(".")[1:2]
+    for imported in _imports(path):
+        top, *part = imported.split(".")[:2]
+        if top == "trainer" and part != own:
+            assert TRAINER.index(part[0]) < TRAINER.index(own[0]), f"trainer.{own[0]} imports {imported}, which lies above it"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -43,20 +43,20 @@ from .dataset import PromptSampler, encode_prompt, fingerprint, load_questions
 from .errors import Interrupted, RewardError
 from .evaluation.evaluate import evaluate
 from .evaluation.report import summary_table, write_report
+from .evaluation.step_metrics import answer_metrics, best_and_worst, call_metrics, engine_metrics, reward_metrics, sample_record
 from .learning.batching import Answers, select
 from .learning.experience import extra_evidence, per_token, weigh
 from .learning.learner import Learner
 from .learning.measure import NOTHING, Measurement, Wanted, measure, wanted_by
 from .models.policy import load_policy
 from .models.reference import Reference
+from .records import Sampling, Tick, derive_seed
 from .rewards.scoring import Rewards
-from .rollouts.engine import Sampling, Tick, derive_seed
 from .rollouts.engines import make_engine
-from .rollouts.sampled import AnswerSource
+from .rollouts.source import AnswerSource
 from .runs.checkpoint import step_of
 from .runs.console import Console
 from .runs.interrupt import StopRequest
-from .runs.metrics import answer_metrics, best_and_worst, call_metrics, engine_metrics, reward_metrics, sample_record
 from .runs.progress import Progress
 from .runs.randomness import seed_generators
 from .runs.resume import choose

@@ -15,7 +15,7 @@ from trainer.errors import ModelError
 from trainer.models import embedded
 from trainer.models.embedding import SentenceEmbedding
 from trainer.models.policy import load_policy
-from trainer.rollouts.engine import Sampling
+from trainer.records import Sampling
 from trainer.rollouts.transformers_engine import TransformersEngine
 
 real_model = pytest.mark.real_model

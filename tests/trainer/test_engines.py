@@ -13,8 +13,8 @@ from tiny import no_tick
 from trainer.config import Config, RolloutConfig, VllmConfig
 from trainer.errors import ConfigError, ModelError
 from trainer.models.policy import Policy
+from trainer.records import Sampling
 from trainer.rollouts import vllm_engine
-from trainer.rollouts.engine import Sampling
 from trainer.rollouts.engines import make_engine
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.rollouts.vllm_engine import VllmEngine

@@ -20,9 +20,7 @@ from trainer.learning.measure import Wanted, measure, wanted_by
 from trainer.loop import train
 from trainer.models.policy import Policy
 from trainer.models.reference import Reference
-from trainer.rewards.scoring import Scores
-from trainer.rollouts.engine import Rollouts, Sampling
-from trainer.rollouts.sampled import Sampled
+from trainer.records import Rollouts, Sampled, Sampling, Scores
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.runs.rundir import read
 

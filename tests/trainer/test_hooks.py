@@ -10,11 +10,11 @@ import torch
 
 from eapo_kernels import get_method
 from trainer.config import Config
+from trainer.hooks import CutRollouts, OversampledRollouts, ReplayRollouts, RolloutHook, SpreadRollouts, TargetRollouts
 from trainer.models.policy import Policy
+from trainer.records import Sampled, Sampling
 from trainer.rewards.scoring import Rewards
-from trainer.rollouts.engine import Sampling
-from trainer.rollouts.hooks import CutRollouts, OversampledRollouts, ReplayRollouts, RolloutHook, SpreadRollouts, TargetRollouts
-from trainer.rollouts.sampled import AnswerSource, Sampled
+from trainer.rollouts.source import AnswerSource
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.runs.console import Console
 from trainer.runs.interrupt import StopRequest

@@ -22,13 +22,12 @@ from judge_server import JudgeServer, judge_server
 
 from trainer.config import Config, JudgeConfig, RewardsConfig
 from trainer.errors import ConfigError, Interrupted, RewardError
+from trainer.evaluation.step_metrics import call_metrics
 from trainer.loop import train
+from trainer.records import Rollouts, Sampled, Scores
 from trainer.rewards.chat_client import _retry_after
 from trainer.rewards.judge import Judge, messages
-from trainer.rewards.scoring import Rewards, Scores
-from trainer.rollouts.engine import Rollouts
-from trainer.rollouts.sampled import Sampled
-from trainer.runs.metrics import call_metrics
+from trainer.rewards.scoring import Rewards
 from trainer.runs.rundir import read
 
 

@@ -17,7 +17,7 @@ from trainer.learning.experience import Experience, weigh
 from trainer.learning.learner import Learner
 from trainer.learning.measure import Wanted, measure
 from trainer.models.policy import Policy
-from trainer.rollouts.engine import Rollouts, Sampling
+from trainer.records import Rollouts, Sampling
 from trainer.rollouts.transformers_engine import TransformersEngine
 
 TEMPERATURE = 0.8

@@ -22,7 +22,8 @@ from trainer.config import Config
 from trainer.config.settings import parse_config, to_toml
 from trainer.errors import ConfigError, RewardError
 from trainer.loop import train
-from trainer.rollouts.sampled import AnswerSource, Sampled
+from trainer.records import Sampled
+from trainer.rollouts.source import AnswerSource
 from trainer.runs.rundir import read
 
 Change = Callable[..., Config]

@@ -15,8 +15,8 @@ from eapo_kernels import METHODS, make_controller
 from trainer.config import Config
 from trainer.config.settings import parse_config, to_toml
 from trainer.errors import ConfigError
+from trainer.hooks import HOOKS
 from trainer.loop import train
-from trainer.rollouts.hooks import HOOKS
 from trainer.runs.rundir import read
 
 Change = Callable[..., Config]

@@ -10,11 +10,10 @@ import torch
 
 from trainer.config import RewardsConfig
 from trainer.errors import ConfigError, RewardError
+from trainer.evaluation.step_metrics import reward_metrics
+from trainer.records import Rollouts, Sampled
 from trainer.rewards.builtin import Similarity, agreement, exact_match, majority, rouge
 from trainer.rewards.scoring import Rewards
-from trainer.rollouts.engine import Rollouts
-from trainer.rollouts.sampled import Sampled
-from trainer.runs.metrics import reward_metrics
 
 HERE = "reward_functions:"
 

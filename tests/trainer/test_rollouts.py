@@ -7,7 +7,7 @@ import torch
 from tiny import make_model, make_tokenizer, no_tick
 
 from trainer.models.policy import Policy
-from trainer.rollouts.engine import Rollouts, Sampling
+from trainer.records import Rollouts, Sampling
 from trainer.rollouts.transformers_engine import TransformersEngine
 
 PROMPTS = [[5, 6, 7, 12, 8], [9], [10, 11, 12]]

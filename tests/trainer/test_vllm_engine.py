@@ -21,8 +21,8 @@ from trainer.config import Config, RolloutConfig, VllmConfig
 from trainer.errors import Interrupted, ModelError
 from trainer.loop import train
 from trainer.models.policy import Policy
+from trainer.records import Rollouts, Sampling
 from trainer.rollouts import vllm_engine
-from trainer.rollouts.engine import Rollouts, Sampling
 from trainer.rollouts.vllm_engine import VllmEngine
 from trainer.runs.rundir import read
 

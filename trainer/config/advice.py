@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from ..rollouts.hooks import ReplayRollouts
+from ..hooks import ReplayRollouts
 from .tree import Config
 
 

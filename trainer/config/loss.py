@@ -10,7 +10,7 @@ import tyro
 from eapo_kernels import METHODS, EAPOConfig, EntropyRatio, Method, get_method
 from eapo_kernels.objectives.controllers import controller_fields
 
-from ..rollouts.hooks import HOOKS, RolloutHook, hook_numbers
+from ..hooks import HOOKS, RolloutHook, hook_numbers
 from .checks import check, section
 
 

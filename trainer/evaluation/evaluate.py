@@ -13,10 +13,11 @@ from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.embedding import SentenceEmbedding
 from ..models.policy import Policy
+from ..records import Sampling, derive_seed
 from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
 from ..rewards.shared import score_together
-from ..rollouts.engine import RolloutEngine, Sampling, derive_seed
+from ..rollouts.engines import RolloutEngine
 from ..runs.console import Console
 from .diversity import Estimate, bootstrap, dispersion, distinct_n, pass_at_k, self_bleu
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ranks
-from ..rollouts.engine import Rollouts
+from ..records import Rollouts
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from eapo_kernels.objectives.controllers import Controller
 from ..config import Config
 from ..dataset import encode_prompt, teacher_prompt
 from ..models.policy import Policy
-from ..rollouts.engine import Tick
-from ..rollouts.sampled import Sampled
+from ..records import Sampled, Tick
 from .batching import Answers
 from .measure import Measurement, measure
 

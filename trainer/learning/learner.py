@@ -21,7 +21,7 @@ from ..config import OptimConfig
 from ..errors import DivergenceError, Interrupted
 from ..models.policy import Policy
 from ..models.sharding import whole
-from ..rollouts.engine import Tick
+from ..records import Tick
 from .batching import MicroBatch, collate, plan_shares
 from .experience import Experience
 

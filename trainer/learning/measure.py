@@ -12,7 +12,7 @@ from eapo_kernels import Method, TokenStats, nucleus_entropy, token_stats
 
 from .. import ranks
 from ..models.policy import Policy
-from ..rollouts.engine import Tick
+from ..records import Tick
 from .batching import Answers, collate, plan_shares
 
 

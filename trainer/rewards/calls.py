@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 
 from ..errors import RewardError
-from ..rollouts.engine import Tick
+from ..records import Tick
 from .signature import Failed, RewardFunction, Score, WithMetrics
 
 Arguments = Mapping[str, Sequence[Any]]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,47 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from ..config import RewardsConfig
 from ..errors import ConfigError, RewardError
 from ..models.embedding import SentenceEmbedding
-from ..rollouts.engine import Tick
+from ..records import Failure, Scores, Tick
 from .builtin import BUILT_IN, Similarity
 from .calls import Called, call_all
-from .signature import Completion, RewardFunction, text_of
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One answer that one reward function could not score."""
-
-    function: str
-    index: int
-    prompt: Any
-    completion: Completion
-    reason: str
-
-    def __str__(self) -> str:
-        sample = f"prompt {self.prompt!r}, answer {text_of(self.completion)[:120]!r}"
-        return f"reward {self.function} failed on answer {self.index}: {self.reason}; {sample}"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of B answers.
-
-    Attributes:
-        total: [B] fp32 CPU, the weighted sum; NaN where the answer must not be trained on.
-        parts: function name -> its B scores; None where it did not score the answer or failed on it.
-        failures: one entry for each failed score.
-        measured: "<function>/<metric>" -> what was measured of the calls, as ``Called.measured``.
-    """
-
-    total: torch.Tensor
-    parts: dict[str, list[float | None]]
-    failures: list[Failure]
-    measured: dict[str, float] = field(default_factory=dict)
-
-    def complaints(self, most: int = 3) -> list[str]:
-        """The failures as lines to print: the first ones and how many more there are."""
-        more = len(self.failures) - most
-        return [str(failure) for failure in self.failures[:most]] + ([f"... and {more} more failures"] if more > 0 else [])
+from .signature import Completion, RewardFunction
 
 
 class Rewards:
@@ -104,7 +66,7 @@ class Rewards:
         scored = torch.zeros(len(completions), dtype=torch.bool)
         for (name, called), weight in zip(self._call(calls, tick).items(), self.config.weights, strict=True):
             for i, reason in called.reasons.items():
-                failures.append(Failure(name, i, prompts[i], completions[i], reason))
+                failures.append(Failure(name, i, prompts[i], texts[i], reason))
                 total[i] = math.nan
             for i, value in enumerate(called.values):
                 if value is not None:
@@ -113,7 +75,7 @@ class Rewards:
             parts[name] = called.values
             measured |= {f"{name}/{metric}": number for metric, number in called.measured.items()}
         for i in (~scored & ~total.isnan()).nonzero().flatten().tolist():
-            failures.append(Failure("(all)", i, prompts[i], completions[i], "no function scored it"))
+            failures.append(Failure("(all)", i, prompts[i], texts[i], "no function scored it"))
             total[i] = math.nan
         if failures and self.config.on_failure == "stop":
             raise RewardError(str(failures[0]))

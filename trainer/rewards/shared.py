@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .. import ranks
-from ..rollouts.engine import Tick
-from .scoring import Rewards, Scores
+from ..records import Scores, Tick
+from .scoring import Rewards
 
 
 def score_together(

@@ -1,11 +1,29 @@
-"""The engine that ``rollout.engine`` names."""
+"""What an engine that samples answers must offer, and the engine that ``rollout.engine`` names.
+
+An engine may run in this process or on another machine.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from ..config import Config
 from ..models.policy import Policy
-from .engine import RolloutEngine
+from ..records import Rollouts, Sampling, Tick
 from .transformers_engine import TransformersEngine
+
+
+class RolloutEngine(Protocol):
+    """Samples answers from the latest weights it was given."""
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts: ...
+
+    def sync_weights(self, policy: Policy) -> None:
+        """Make ``policy``'s present weights the ones that ``generate`` uses."""
+
+    def close(self) -> None:
+        """Give back what the engine holds; it generates nothing afterwards."""
 
 
 def make_engine(config: Config, policy: Policy) -> RolloutEngine:

@@ -19,7 +19,7 @@ from transformers import (
 from .. import ranks
 from ..models.policy import Policy
 from ..models.sharding import unsharded
-from .engine import Rollouts, Sampling, Tick, derive_seed
+from ..records import Rollouts, Sampling, Tick, derive_seed
 
 _TokenTick = Callable[[int], None]
 

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,10 +20,8 @@ from ..errors import ConfigError, ModelError
 from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.checkpoint_weights import checkpoint_weights
-from .engine import Rollouts, Sampling, Tick, derive_seed
-
-if TYPE_CHECKING:
-    from ..models.policy import Policy
+from ..models.policy import Policy
+from ..records import Rollouts, Sampling, Tick, derive_seed
 
 OLDEST = (0, 30)
 ENVIRONMENT = {

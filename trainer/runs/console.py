@@ -25,7 +25,7 @@ from rich.table import Column
 from rich.text import Text
 
 from .. import ranks
-from ..rollouts.engine import Tick
+from ..records import Tick
 from .interrupt import StopRequest
 
 LINE = {"reward/mean": "reward", "eapo/entropy": "entropy", "eapo/positive_weight": "weight", "grad_norm": "grad"}

@@ -1,4 +1,4 @@
-"""The answers of a step with their questions and scores, and where they come from."""
+"""The records that travel between the trainer's packages, and below all of them: what is sampled, scored and learned from."""
 
 from __future__ import annotations
 
@@ -6,20 +6,101 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from eapo_kernels import Method
-from eapo_kernels.objectives.advantages import ADVANTAGES
+Tick = Callable[[int, int], None]
+"""Called with (done, total) while work goes on; may raise ``Interrupted``."""
 
-from ..config import Config
-from ..learning.batching import select
-from ..learning.measure import measure
-from ..models.policy import Policy
-from ..rewards.scoring import Rewards, Scores
-from ..rewards.shared import score_together
-from ..runs.console import Console
-from .engine import RolloutEngine, Rollouts, Sampling
+
+def derive_seed(*parts: int) -> int:
+    """A seed for one purpose, from the run's seed and what tells the purposes apart: no generator state to keep."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. ``seed`` decides every random number, so a call is a function of its arguments and the weights."""
+
+    responses: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled answers; those to prompt ``p`` are ``p * responses`` to ``(p + 1) * responses - 1``. Ragged: no padding.
+
+    Attributes:
+        prompt_ids: B token lists, the prompt of each answer.
+        completion_ids: B non-empty token lists; the end-of-sequence token is the last one where the answer ended.
+        logp: B [length] fp32 CPU, log-prob of each token under the distribution it was drawn from (temperature and
+            top-p applied, nats), as the engine computed it.
+        truncated: B flags, True where max_new_tokens came before an end-of-sequence token.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    logp: list[Tensor]
+    truncated: list[bool]
+
+    def chosen(self, indices: Sequence[int]) -> Rollouts:
+        """Some of the answers, in the order given."""
+        return Rollouts(
+            [self.prompt_ids[i] for i in indices],
+            [self.completion_ids[i] for i in indices],
+            [self.logp[i] for i in indices],
+            [self.truncated[i] for i in indices],
+        )
+
+    def joined(self, other: Rollouts) -> Rollouts:
+        """These answers and then those."""
+        return Rollouts(
+            self.prompt_ids + other.prompt_ids,
+            self.completion_ids + other.completion_ids,
+            self.logp + other.logp,
+            self.truncated + other.truncated,
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One answer that one reward function could not score."""
+
+    function: str
+    index: int
+    prompt: Any
+    answer: str
+    reason: str
+
+    def __str__(self) -> str:
+        sample = f"prompt {self.prompt!r}, answer {self.answer[:120]!r}"
+        return f"reward {self.function} failed on answer {self.index}: {self.reason}; {sample}"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of B answers.
+
+    Attributes:
+        total: [B] fp32 CPU, the weighted sum; NaN where the answer must not be trained on.
+        parts: function name -> its B scores; None where it did not score the answer or failed on it.
+        failures: one entry for each failed score.
+        measured: "<function>/<metric>" -> what was measured of the calls, as ``Called.measured``.
+    """
+
+    total: Tensor
+    parts: dict[str, list[float | None]]
+    failures: list[Failure]
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def complaints(self, most: int = 3) -> list[str]:
+        """The failures as lines to print: the first ones and how many more there are."""
+        more = len(self.failures) - most
+        return [str(failure) for failure in self.failures[:most]] + ([f"... and {more} more failures"] if more > 0 else [])
 
 
 @dataclass(frozen=True)
@@ -108,61 +189,3 @@ class Sampled:
             marks,
             torch.cat([self.advantages, other.advantages]) if both else None,  # type: ignore[list-item]
         )
-
-
-class AnswerSource:
-    """Samples answers and scores them: the first half of a step, for the loop and for rollout hooks."""
-
-    def __init__(
-        self,
-        config: Config,
-        method: Method,
-        policy: Policy,
-        engine: RolloutEngine,
-        rewards: Rewards,
-        console: Console,
-        questions: Callable[[], tuple[list[list[int]], dict[str, list[Any]]]],
-    ) -> None:
-        """questions: the next step's, as token ids and columns."""
-        self.questions = questions
-        self.config, self.method, self.policy = config, method, policy
-        self.engine, self.rewards, self.console = engine, rewards, console
-
-    def draw(
-        self, prompts: Sequence[list[int]], columns: dict[str, list[Any]], group_ids: Sequence[int], sampling: Sampling
-    ) -> Sampled:
-        """Answer every prompt ``sampling.responses`` times. columns, group_ids: one entry for each prompt."""
-        repeats = sampling.responses
-        repeated = {name: [value for value in column for _ in range(repeats)] for name, column in columns.items()}
-        groups = [group for group in group_ids for _ in range(repeats)]
-        return self.score(self.generate(prompts, sampling), repeated, groups)
-
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Rollouts:
-        with self.console.phase("rollouts", alone=True) as tick:
-            return self.engine.generate(prompts, sampling, tick)
-
-    def score(self, rollouts: Rollouts, columns: dict[str, list[Any]], group_ids: list[int]) -> Sampled:
-        """Failed scores are reported and stay NaN. columns, group_ids: one entry for each answer."""
-        texts = self.policy.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
-        with self.console.phase("rewards", alone=True) as tick:
-            scores = score_together(self.rewards, columns, texts, rollouts.completion_ids, tick)
-        for line in scores.complaints():
-            self.console.line(f"left out: {line}")
-        return Sampled(rollouts, texts, columns, scores, group_ids)
-
-    def entropies(self, sampled: Sampled) -> list[Tensor]:
-        """[length] fp32 CPU for each answer: the policy's entropy at every token (nats)."""
-        answers = select(sampled.rollouts, range(len(sampled)))
-        rollout, budget = self.config.rollout, self.config.optim.micro_batch_tokens
-        with self.console.phase("entropies") as tick:
-            found = measure(self.policy, answers, temperature=rollout.temperature, budget=budget, tick=tick).entropy.cpu()
-        return list(found.split([len(ids) for ids in answers.completion_ids]))
-
-    def advantages(self, sampled: Sampled) -> Tensor:
-        """[B] fp32 CPU: the method's advantages of the rewards; NaN in a group with a failed reward."""
-        own = self.method.config.advantage
-        estimator = ADVANTAGES[own] if isinstance(own, str) else own
-        result, whole = torch.full((len(sampled),), torch.nan), sampled.whole()
-        groups = torch.tensor([sampled.group_ids[i] for i in whole], dtype=torch.int64)
-        result[whole] = estimator(sampled.scores.total[whole], groups).float()
-        return result

@@ -7,10 +7,10 @@ the same engine, rewards and metrics as everything else. Random choices are func
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,33 @@ from torch import Tensor
 from eapo_kernels.checks import require_number
 from eapo_kernels.errors import require
 
-if TYPE_CHECKING:
-    from .engine import Sampling
-    from .sampled import AnswerSource, Sampled
+from .records import Rollouts, Sampled, Sampling
+
+
+class Source(Protocol):
+    """What a hook may ask for: the first half of a step (``rollouts.source``).
+
+    Attributes:
+        step_questions: the configured number of questions of a step.
+        tokenizer: the policy's.
+    """
+
+    step_questions: int
+    tokenizer: Any
+
+    def questions(self) -> tuple[list[list[int]], dict[str, list[Any]]]: ...
+
+    def draw(
+        self, prompts: Sequence[list[int]], columns: dict[str, list[Any]], group_ids: Sequence[int], sampling: Sampling
+    ) -> Sampled: ...
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Rollouts: ...
+
+    def score(self, rollouts: Rollouts, columns: dict[str, list[Any]], group_ids: list[int]) -> Sampled: ...
+
+    def entropies(self, sampled: Sampled) -> list[Tensor]: ...
+
+    def advantages(self, sampled: Sampled) -> Tensor: ...
 
 
 @dataclass
@@ -36,9 +60,7 @@ class RolloutHook:
         """How the step's answers are sampled."""
         return replace(sampling, responses=self.responses(sampling.responses))
 
-    def after(
-        self, sampled: Sampled, sampling: Sampling, source: AnswerSource, state: Mapping[str, Tensor], seed: int
-    ) -> Sampled:
+    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
         """The answers that are learned from.
 
         Args:
@@ -72,10 +94,8 @@ class SpreadRollouts(RolloutHook):
     def __post_init__(self) -> None:
         require(isinstance(self.rounds, int) and self.rounds >= 0, "rounds", "an int >= 0", repr(self.rounds))
 
-    def after(
-        self, sampled: Sampled, sampling: Sampling, source: AnswerSource, state: Mapping[str, Tensor], seed: int
-    ) -> Sampled:
-        result, wanted = _with_spread(sampled, len(sampled)), source.config.rollout.prompts
+    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
+        result, wanted = _with_spread(sampled, len(sampled)), source.step_questions
         first = max(sampled.group_ids) + 1
         for number in range(self.rounds):
             missing = wanted - len(result.groups())
@@ -118,9 +138,7 @@ class TargetRollouts(RolloutHook):
         require_number("positive_above", self.positive_above)
         require_number("replaced_share", self.replaced_share, 0, 1)
 
-    def after(
-        self, sampled: Sampled, sampling: Sampling, source: AnswerSource, state: Mapping[str, Tensor], seed: int
-    ) -> Sampled:
+    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
         factor = float(state["temperature"])
         sampled = replace(sampled, advantages=source.advantages(sampled))
         random, groups = np.random.default_rng(seed), sampled.groups()
@@ -165,10 +183,8 @@ class CutRollouts(RolloutHook):
         require(wanted % each == 0, "responses", f"a multiple of {each} (1 + continuations) with method 'cure'", wanted)
         return wanted // each
 
-    def after(
-        self, sampled: Sampled, sampling: Sampling, source: AnswerSource, state: Mapping[str, Tensor], seed: int
-    ) -> Sampled:
-        random, rollouts, tokenizer = np.random.default_rng(seed), sampled.rollouts, source.policy.tokenizer
+    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
+        random, rollouts, tokenizer = np.random.default_rng(seed), sampled.rollouts, source.tokenizer
         special = set(tokenizer.all_special_ids)
         cuts = []
         for ids, entropy in zip(rollouts.completion_ids, source.entropies(sampled), strict=True):
@@ -219,9 +235,7 @@ class OversampledRollouts(RolloutHook):
     def before(self, sampling: Sampling) -> Sampling:
         return replace(super().before(sampling), temperature=sampling.temperature * self.hotter)
 
-    def after(
-        self, sampled: Sampled, sampling: Sampling, source: AnswerSource, state: Mapping[str, Tensor], seed: int
-    ) -> Sampled:
+    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
         kept: list[int] = []
         for group in sampled.groups():
             order = sorted(group, key=lambda i: (-float(sampled.scores.total[i]), i))
@@ -259,9 +273,7 @@ class ReplayRollouts(RolloutHook):
         require_number("replayed_share", self.replayed_share, 0)
         self.answers, self.rewards = deque(maxlen=self.buffer), deque(maxlen=self.recent)
 
-    def after(
-        self, sampled: Sampled, sampling: Sampling, source: AnswerSource, state: Mapping[str, Tensor], seed: int
-    ) -> Sampled:
+    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
         fresh = replace(sampled, advantages=source.advantages(sampled))
         assert fresh.advantages is not None
         count = min(len(self.answers), int(self.replayed_share * len(fresh)))
@@ -282,8 +294,6 @@ class ReplayRollouts(RolloutHook):
         return {"answers": [answer.state_dict() for answer in self.answers], "rewards": list(self.rewards)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        from .sampled import Sampled
-
         self.answers = deque((Sampled.from_state(answer) for answer in state["answers"]), self.buffer)
         self.rewards = deque(state["rewards"], self.recent)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation.diversity import distinct_n
-from ..rollouts.sampled import Sampled
+from ..records import Sampled
+from .diversity import distinct_n
 
 
 def reward_metrics(sampled: Sampled) -> dict[str, float]:
