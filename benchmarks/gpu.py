@@ -7,7 +7,6 @@ such a file ends in .red.json, and the report refuses it.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import replace
@@ -17,7 +16,7 @@ import torch
 
 from . import real_rows
 from .case import N_RESPONSES
-from .gate import run_gate
+from .gate import run_gate, side_by_side
 from .measure import DeviceLost
 from .providers import chosen
 from .results import ResultFile, environment
@@ -103,10 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
         # Half of the time at most: what does not finish is red, and says which files.
         only = options.tests or (["tests/test_structure.py"] if options.tiny else [])
         arguments = [] if options.full else ["-m", "not slow"]
-        gate = run_gate(30 * minutes, max(1, (os.cpu_count() or 2) // 2), only=only, arguments=arguments)
+        gate = run_gate(30 * minutes, side_by_side(), only=only, arguments=arguments, log=options.out / "gate.log")
         result.gate["tests"] = gate.as_json()
         result.redden(gate.red)
-        print(f"tests: {gate.passed} passed, {gate.failed} failed, {gate.skipped} skipped in {gate.seconds:.0f} s")
+        print(gate.summary())
         for sentence in gate.red:
             print(f"gate red: {sentence}", file=sys.stderr)
         if gate.red and not options.despite_red:

@@ -6,6 +6,8 @@ commands:
   eval  --config RECIPE.toml [--model.path DIR ...]      evaluate a model or a saved adapter
   compare --config RECIPE.toml [--methods ...] [--seeds ...] [--jobs N] [overrides]
                                                          EAPO against fixed positive weights; continues where it stopped
+  export RUN|RUN/checkpoints/NAME --out DIR [--dtype bfloat16]
+                                                         write the model as transformers and vLLM load it, adapters merged
   report RUN [RUN ...] [--out DIR]                       draw curves and a Markdown page from run directories, or from
                                                          the directory of a comparison, finished or not
   print-config [--config RECIPE.toml] [overrides]        print the resolved configuration as TOML

@@ -71,6 +71,18 @@ def _compare(arguments: Sequence[str]) -> int:
     return compare(config, options.methods, options.seeds, options.jobs)
 
 
+def _export(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer export", description="Write a folder that transformers loads.")
+    parser.add_argument("source", type=Path, help="directory of a run (the model it saved), or RUN/checkpoints/step-...")
+    parser.add_argument("--out", type=Path, required=True, help="a new or empty directory")
+    parser.add_argument("--dtype", default="float32", help="float32 (default, as trained) or bfloat16")
+    options = parser.parse_args(arguments)
+    from .runs.export import export
+
+    print(export(options.source, options.out, options.dtype))
+    return 0
+
+
 def _report(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer report", description="Draw curves and a Markdown page.")
     parser.add_argument("runs", nargs="+", type=Path, help="run directories, or the one directory of a comparison")
@@ -103,8 +115,11 @@ def _demo(arguments: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "train": _train, "eval": _eval, "compare": _compare, "report": _report, "print-config": _print_config, "demo": _demo,
+    "train": _train, "eval": _eval, "compare": _compare, "export": _export, "report": _report,
+    "print-config": _print_config, "demo": _demo,
 }  # fmt: skip
+ALONE = ("compare", "export", "report")
+"""Commands of one process, also for what several have trained."""
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -112,6 +127,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     try:
         if name not in COMMANDS:
             raise ConfigError(f"command: expected one of {', '.join(COMMANDS)}, got {name!r}")
+        processes = os.environ.get("WORLD_SIZE", "1")
+        check(name not in ALONE or processes == "1", name, "one process (no torchrun)", f"{processes} processes")
         return COMMANDS[name](arguments)
     except FailedElsewhere:
         return 1

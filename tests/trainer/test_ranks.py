@@ -23,6 +23,7 @@ from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimCon
 from trainer.config.settings import to_toml
 from trainer.errors import FailedElsewhere
 from trainer.loop import train
+from trainer.runs.export import export
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -151,6 +152,14 @@ def test_a_killed_pair_ends_and_goes_on_bit_for_bit(pair: Pair) -> None:
 
 def test_one_process_goes_on_from_two(pair: Pair) -> None:
     assert_close_runs(pair.straight, pair.narrowed, rel=1e-4, at=2e-5)
+
+
+def test_a_checkpoint_of_two_processes_is_exported_as_the_whole_model(pair: Pair, tmp_path: Path) -> None:
+    run = path_of(pair.straight)
+    exported = load_file(export(run / "checkpoints" / "step-000005", tmp_path / "out", "float32") / "model.safetensors")
+    saved = load_file(run / "model" / "model.safetensors")
+    assert exported.keys() == saved.keys()
+    assert all(torch.equal(exported[name], weight) for name, weight in saved.items())
 
 
 def test_the_command(base: Config) -> None:

@@ -9,10 +9,10 @@ from .. import ranks
 from ..config import Config
 from ..dataset import load_questions
 from ..errors import ConfigError, Interrupted
-from ..models.policy import Policy, load_policy
+from ..models.policy import load_policy
 from ..rewards.scoring import Rewards
 from ..rollouts.engines import make_engine
-from ..runs.checkpoint import checkpoints, read_tensors, step_of, verify
+from ..runs.checkpoint import checkpoints, read_weights, step_of, verify
 from ..runs.console import Console
 from ..runs.interrupt import StopRequest
 from ..runs.rundir import RunDirectory
@@ -73,13 +73,14 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
             ranks.on_first(lambda: run.start(replace=config.overwrite))
             with console.phase(f"loading {config.model.path}"):
                 policy = load_policy(config.model, config.lora, seed=0)
-                step = 0 if checkpoint is None else _restore(policy, checkpoint)
+                if checkpoint is not None:
+                    read_weights(checkpoint, policy)
                 rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
                 engine = make_engine(config, policy)
             for name, questions in {"held-out": held_out, "train": train_set}.items():
                 if questions:
                     result, samples = evaluate(
-                        config, policy, engine, rewards, questions, dataset=name, step=step, console=console
+                        config, policy, engine, rewards, questions, dataset=name, step=step_of(checkpoint), console=console
                     )
                     run.append("evaluations", asdict(result))
                     for sample in samples:
@@ -90,9 +91,3 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
     except Interrupted:
         return False
     return True
-
-
-def _restore(policy: Policy, checkpoint: Path) -> int:
-    """Put a checkpoint's weights into the model; returns the steps that it had been trained."""
-    read_tensors(checkpoint, {"weights": {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}})
-    return step_of(checkpoint)

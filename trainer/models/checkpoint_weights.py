@@ -26,14 +26,15 @@ def checkpoint_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     Raises:
         ModelError: adapters other than plain LoRA on linear layers.
     """
-    pairs = _merged(policy.language_model)
+    pairs = merged_weights(policy.language_model)
     if getattr(policy.language_model, "_weight_conversions", None):
         yield from revert_weight_conversion(policy.language_model, dict(pairs)).items()
     else:
         yield from pairs
 
 
-def _merged(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The same under the names that the module has without adapters."""
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) in seen or ADAPTER.search(name):

@@ -155,3 +155,12 @@ def read_tensors(path: Path, into: dict[str, Any]) -> None:
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"checkpoint {path}: expected the tensors of this run, got: {reason}") from error
+
+
+def read_weights(path: Path, model: torch.nn.Module) -> None:
+    """Put the trained weights of a run's (verified) checkpoint into a model like that run's.
+
+    Raises:
+        CheckpointError: it is another model's.
+    """
+    read_tensors(path, {"weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}})

@@ -1,0 +1,72 @@
+"""``python -m trainer export``: what a run has learned as a folder that ``from_pretrained`` and inference engines load."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..config.checks import check
+from ..config.settings import parse_config
+from ..errors import ConfigError
+from ..models.checkpoint_weights import merged_weights
+from ..models.policy import Policy, load_policy
+from .checkpoint import read_weights, verify
+
+DTYPES = ("float32", "bfloat16")
+
+
+def export(source: Path, out: Path, dtype: str) -> Path:
+    """Write configuration, generation configuration, tokenizer with its chat template and safetensors.
+
+    Adapters are merged in fp32. On one process and a CPU, whatever the run was trained on: shards are put together.
+
+    Args:
+        source: a run's directory (the model it saved), or one of its checkpoints.
+        out: a new or empty directory. It takes its name when everything is in it.
+        dtype: of the weights, "float32" as they were trained or "bfloat16".
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint, or something is in the way.
+        CheckpointError: the checkpoint is damaged.
+    """
+    check(dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", dtype)
+    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    check(free, "--out", "a new or an empty directory", str(out))
+    policy, kind = _load(source), getattr(torch, dtype)
+    model = policy.language_model
+    weights = {name: w.to(kind) if w.is_floating_point() else w for name, w in merged_weights(model)}
+    model.to(kind)  # what the configuration will say
+    scratch = out.with_name(f"{out.name}.tmp")
+    check(not scratch.exists(), "--out", f"no other export that is being written, or was cut off, at {scratch}", "one")
+    scratch.mkdir(parents=True)
+    try:
+        model.save_pretrained(scratch, state_dict=weights)
+        policy.tokenizer.save_pretrained(scratch)
+        scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
+def _load(source: Path) -> Policy:
+    """The policy of a run's saved model or of one of its checkpoints, on the CPU."""
+    source = source.resolve()
+    of_checkpoint = source.parent.name == "checkpoints" and source.is_dir()
+    run = source.parent.parent if of_checkpoint else source
+    if not ((run / "config.toml").is_file() and (of_checkpoint or (run / "model").is_dir())):
+        raise ConfigError(f"export: expected a run with a saved model, or one of its checkpoints (RUN/checkpoints/step-...), "
+                          f"got {source}")  # fmt: skip
+    config = parse_config([], recipe=run / "config.toml", prog="python -m trainer export")
+    model = replace(config.model, device="cpu", attention="eager", gradient_checkpointing=False)
+    if not of_checkpoint:
+        return load_policy(replace(model, path=str(run / "model")), replace(config.lora, rank=0), seed=0)
+    verify(source)
+    policy = load_policy(model, config.lora, seed=0)
+    read_weights(source, policy)
+    return policy
