@@ -7,7 +7,7 @@ namespace eapo {
 
 struct Arguments {
     float* sums;                       // statistics: [fields, splits, n_rows]; exponentials: [1 or 2, column tiles, n_rows]
-    const long long* targets;          // [n_rows], outside of [0, n_columns): no column is the target
+    const long long* targets;          // [n_rows], outside of [0, n_columns): no token, and statistics are NaN
     const void* bias;                  // [n_columns] operand dtype, read only by builds with EAPO_BIAS
     const float* row_inv_temperature;  // [n_rows] or null
     const float* offsets;              // [n_rows] bits; exponentials only

@@ -40,6 +40,14 @@ EAPO_SHARED float infinite() {
 #endif
 }
 
+EAPO_SHARED float not_a_number() {
+#ifdef __CUDA_ARCH__
+    return __int_as_float(0x7FC00000);
+#else
+    return NAN;
+#endif
+}
+
 EAPO_SHARED int smaller(int a, int b) { return a < b ? a : b; }
 
 EAPO_SHARED int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -28,7 +28,8 @@ struct Statistics : Consumer {
             EAPO_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int row = smaller(row_of(unit, block, half), arguments.n_rows - 1);
-                rows[block][half] = {scale(row) * LOG2E, 0.0f, target(row), Sums()};
+                const int column = target(row);  // one that is no token makes its row NaN
+                rows[block][half] = {scale(row) * LOG2E, column < 0 ? not_a_number() : 0.0f, column, Sums()};
             }
         }
     }

@@ -87,3 +87,57 @@ def test_the_loss_in_one_pass(
         error = (ours.double() - right).norm() / right.norm()
         bound = max(2 * (eager.double() - right).norm() / right.norm(), torch.finfo(dtype).eps)
         assert error <= bound, f"d_{name}: {error:.1e} beside {bound:.1e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("entropy", "second_moments"), [(False, False), (True, True)])
+def test_the_contract_of_a_custom_op(
+    entropy: bool, second_moments: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hopper
+    from comparison import check_compiles_once, check_custom_op
+
+    hopper.pretend(monkeypatch)
+    check_custom_op(backend, "cpu", entropy=entropy, second_moments=second_moments, dtype=torch.bfloat16)
+    check_compiles_once(backend, "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", [2**24, 150 * 2 * 700])
+def test_rows_kept_from_forward_to_backward(budget: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, and half: the rest is computed again."""
+    import hopper
+    from comparison import compare_kept
+
+    from eapo_kernels.testing import make_inputs
+
+    hopper.pretend(monkeypatch)
+    mask = torch.arange(300) % 7 != 0
+    compare_kept(make_inputs(300, 72, 700, dtype=torch.bfloat16), budget, backend=backend, mask=mask)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_one_row_and_targets_that_are_no_token(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody checks targets their rows become NaN, and nothing outside of the tensors is touched."""
+    import hopper
+
+    from eapo_kernels import Options, token_stats
+    from eapo_kernels.ops import token_stats as op
+    from eapo_kernels.testing import make_inputs
+
+    hopper.pretend(monkeypatch)
+    monkeypatch.setattr(op, "check_values", lambda *arguments: None)
+    inputs = make_inputs(80, 72, 700, dtype=torch.bfloat16)
+    for n in (0, 1):
+        few = token_stats(inputs.hidden[:n], inputs.weight, inputs.targets[:n], backend=backend)
+        assert few.logp.shape == (n,)
+        assert few.logp.isfinite().all()
+    targets = inputs.targets.clone()
+    wrong = torch.tensor([3, 4, 20, 21, 79])
+    targets[wrong] = torch.tensor([700, 705, -1, -7, 2**40])
+    for plan in ("auto", "recompute"):
+        hidden = inputs.hidden.detach().requires_grad_()
+        stats = token_stats(hidden, inputs.weight, targets, entropy="nograd", backend=backend, options=Options(plan=plan))
+        assert stats.logp.isnan().nonzero()[:, 0].tolist() == wrong.tolist()
+        (d_hidden,) = torch.autograd.grad(stats.logp.sum(), [hidden])
+        assert d_hidden.isnan().any(1).nonzero()[:, 0].tolist() == wrong.tolist()

@@ -90,9 +90,11 @@ def compare_kept(inputs: Inputs, budget: int, *, backend: str = "auto", mask: Te
         assert_no_worse_than(got, eager, exact, floor=GRADIENT_FLOOR[dtype], name=f"d_{name}")
 
 
-def check_custom_op(backend: str, device: str, *, entropy: bool, second_moments: bool) -> None:
+def check_custom_op(
+    backend: str, device: str, *, entropy: bool, second_moments: bool, dtype: torch.dtype = torch.float32
+) -> None:
     """The forward op keeps the contract of ``torch.library``, also where a row is left out."""
-    inputs = make_inputs(9, 8, 33, device=device)
+    inputs = make_inputs(9, 8, 33, dtype=dtype, device=device)
     hidden, weight = inputs.leaves()
     targets, rows = inputs.targets.clone(), torch.ones(9, device=device)
     targets[2] = -100
@@ -104,9 +106,9 @@ def check_custom_op(backend: str, device: str, *, entropy: bool, second_moments:
     )
 
 
-def check_compiles_once(backend: str, device: str) -> None:
+def check_compiles_once(backend: str, device: str, dtype: torch.dtype = torch.float32) -> None:
     """One graph whatever N is, with the gradients of the plain call."""
-    inputs = make_inputs(64, 16, 99, device=device)
+    inputs = make_inputs(64, 16, 99, dtype=dtype, device=device)
     weight = inputs.weight.requires_grad_()
 
     def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
