@@ -93,7 +93,7 @@ def parse(text: str, name: str | None = None) -> Kernel:
     kernel = Kernel(entry[1], _parameters(entry[2]))
     if cluster := re.search(r"\.reqnctapercluster\s+(\d+)", entry[3]):
         kernel.cluster = int(cluster[1])
-    return _Body(text, entry.end(), kernel, _shared_symbols(text[: entry.start()], kernel)).parse()
+    return _Body(text, entry.end(), kernel, _shared_symbols(text, kernel)).parse()
 
 
 def _parameters(text: str) -> list[Parameter]:
@@ -117,11 +117,14 @@ def _parameters(text: str) -> list[Parameter]:
     return found
 
 
-def _shared_symbols(head: str, kernel: Kernel) -> dict[str, int | None]:
-    """Offsets of shared variables, static ones first; None for the module's constants, which no test needs yet."""
+def _shared_symbols(text: str, kernel: Kernel) -> dict[str, int | None]:
+    """Offsets of shared variables, static ones first; None for the module's constants, which no test needs yet.
+
+    They may be the module's or the kernel's own.
+    """
     symbols: dict[str, int | None] = {}
     dynamic = []
-    for match in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", head):
+    for match in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", text):
         align, name, size = int(match[1]), match[2], match[3]
         if not size:
             dynamic.append(name)
@@ -187,7 +190,7 @@ class _Body:
             self._instruction(statement, line)
 
     def _declaration(self, statement: str, line: int) -> None:
-        if statement.startswith(".pragma"):
+        if statement.startswith((".pragma", ".shared")):  # the kernel's own shared variables count like the module's
             return
         match = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S)
         if match is None:

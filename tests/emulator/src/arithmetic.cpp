@@ -1,4 +1,6 @@
 // Instructions that work on each thread by itself: arithmetic, logic, conversion.
+#include <cfenv>
+
 #include "lanes.h"
 
 namespace ptx {
@@ -89,7 +91,16 @@ namespace {
 template <class T>
 constexpr bool is_float = std::is_floating_point_v<T>;
 
-// Rounding towards anything but the nearest even number would need the real thing.
+// The rounding of an instruction, from here to the end of the scope. Operands and results are in memory, which the compiler must
+// take the calls to read and write: no arithmetic leaves the scope.
+struct Rounding {
+    explicit Rounding(const Instruction& in) {
+        std::fesetround(in.has("rz") ? FE_TOWARDZERO : in.has("rm") ? FE_DOWNWARD : in.has("rp") ? FE_UPWARD : FE_TONEAREST);
+    }
+    ~Rounding() { std::fesetround(FE_TONEAREST); }
+};
+
+// Conversions are not emulated with another rounding.
 void nearest_only(const Instruction& in) {
     for (const char* mode : {"rz", "rm", "rp"})
         if (in.has(mode)) throw Fault("expected rounding to nearest, got " + in.mnemonic());
@@ -110,7 +121,7 @@ T maybe_flushed(const Instruction& in, T x) {
 // Arithmetic ----------------------------------------------------------------------------------------------------------------------
 
 Step Machine::do_add(Warp& warp, const Instruction& in, u32 lanes) {
-    nearest_only(in);
+    const Rounding rounding(in);
     return by_type(in, [&](auto zero) {
         using T = decltype(zero);
         return binary<T>(warp, in, lanes, [&](T a, T b) {
@@ -121,7 +132,7 @@ Step Machine::do_add(Warp& warp, const Instruction& in, u32 lanes) {
 }
 
 Step Machine::do_sub(Warp& warp, const Instruction& in, u32 lanes) {
-    nearest_only(in);
+    const Rounding rounding(in);
     return by_type(in, [&](auto zero) {
         using T = decltype(zero);
         return binary<T>(warp, in, lanes, [&](T a, T b) {
@@ -143,7 +154,7 @@ T part(const Instruction& in, T a, T b) {
 }  // namespace
 
 Step Machine::do_mul(Warp& warp, const Instruction& in, u32 lanes) {
-    nearest_only(in);
+    const Rounding rounding(in);
     if (in.has("wide")) {
         switch (in.type().bits * (in.type().letter == 's' ? -1 : 1)) {
             case 16: return binary<u16>(warp, in, lanes, [](u16 a, u16 b) { return u32(a) * b; });
@@ -181,7 +192,7 @@ Step Machine::do_mad(Warp& warp, const Instruction& in, u32 lanes) {
 }
 
 Step Machine::do_fma(Warp& warp, const Instruction& in, u32 lanes) {
-    nearest_only(in);
+    const Rounding rounding(in);
     if (in.type().bits == 64)
         return ternary<double>(warp, in, lanes, [](double a, double b, double c) { return std::fma(a, b, c); });
     if (in.type().letter != 'f') throw Fault("not emulated: " + in.mnemonic());
@@ -538,7 +549,7 @@ u64 rounded_to(const Type& type, double x) {
 
 Step Machine::do_cvt(Warp& warp, const Instruction& in, u32 lanes) {
     const Type to = in.type(0), from = in.type(1);
-    if (in.has("sat") || in.has("satfinite") || in.has("relu")) throw Fault("not emulated: " + in.mnemonic());
+    if ((in.has("sat") && !floating(to)) || in.has("satfinite") || in.has("relu")) throw Fault("not emulated: " + in.mnemonic());
     if (to.packed == 2) {  // the first source becomes the upper half
         nearest_only(in);
         const Type half = {to.letter, 16, 1};
@@ -559,6 +570,7 @@ Step Machine::do_cvt(Warp& warp, const Instruction& in, u32 lanes) {
     return unary<u64>(warp, in, lanes, [&](u64 a) {
         double x = number(from, a);
         if (in.has("ftz") && from.bits == 32) x = flushed(float(x));
+        if (in.has("sat")) x = x > 0.0 ? std::min(x, 1.0) : 0.0;  // NaN becomes 0
         if (floating(to)) {
             if (in.has("rni")) return rounded_to(to, std::nearbyint(x));
             if (in.has("rzi")) return rounded_to(to, std::trunc(x));
