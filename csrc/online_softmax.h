@@ -17,9 +17,39 @@ constexpr float LN2 = 0.6931471805599453f;
 // -inf becomes LOWEST, NaN stays.
 EAPO_SHARED float at_least_lowest(float y) { return y < LOWEST ? LOWEST : y; }
 
-// What a statistics kernel writes for a row and a vocabulary range, in nats: ops/triton/sums.py, ``PartialSums``.
+// What a statistics kernel writes for a row and a vocabulary range, in nats: ops/triton/sums.py, ``PartialSums``. Not in the hot
+// loop, so its functions are the accurate ones.
 struct RangeSums {
     float row_max, z_target, rest, x_exp, exp2, x_exp2, xx_exp;
+
+    // Of no column.
+    EAPO_SHARED static RangeSums none() { return {-infinite(), 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f}; }
+
+    // Move the sums to a maximum ``top`` >= row_max. Those of no column stay zero.
+    EAPO_SHARED void raise(float top) {
+        float d = row_max == top ? 0.0f : row_max - top;  // -inf - -inf is not a number
+        const float r = expf(d);
+        d = r == 0.0f ? 0.0f : d;
+        xx_exp = r * (xx_exp + d * (2.0f * x_exp + d * rest));
+        x_exp2 = r * r * (x_exp2 + d * exp2);
+        exp2 = r * r * exp2;
+        x_exp = r * (x_exp + d * rest);
+        rest = r * rest;
+        row_max = top;
+    }
+
+    // Sums of other columns of the same row (E14).
+    EAPO_SHARED void merge(RangeSums other) {
+        const float top = larger(row_max, other.row_max);
+        raise(top);
+        other.raise(top);
+        z_target += other.z_target;
+        rest += other.rest;
+        x_exp += other.x_exp;
+        exp2 += other.exp2;
+        x_exp2 += other.x_exp2;
+        xx_exp += other.xx_exp;
+    }
 };
 
 // Sums over the columns seen so far, with x relative to y_max.

@@ -8,10 +8,13 @@ import math
 import pytest
 import torch
 from comparison import STATISTICS_FLOOR
+from host_library import run_rows
 from torch import Tensor
 
 from eapo_kernels import reference
-from eapo_kernels.ops.statistics import RowStatistics, RowSums, finish
+from eapo_kernels.ops.cuda.rows import finalize
+from eapo_kernels.ops.statistics import RowStatistics
+from eapo_kernels.ops.triton.sums import PartialSums
 from eapo_kernels.testing import assert_no_worse_than, eager_token_stats
 
 pytestmark = pytest.mark.csrc
@@ -45,22 +48,12 @@ def range_sums(
     return torch.stack(parts, 1)
 
 
-def merged(sums: Tensor, kind: int = 2) -> RowStatistics:
-    """What ``finalize`` does with ``PartialSums``, in fp32."""
-    top, z = sums[0].amax(0), sums[1].sum(0)
-    row_max = torch.maximum(top, z)
-    d = sums[0] - row_max
-    r = d.exp()
-    d = torch.where(r > 0, d, 0)
-    rest, x_exp, exp2, x_exp2, xx_exp = sums[2:]
-    fields = [
-        (r * rest).sum(0),
-        (r * (x_exp + d * rest)).sum(0),
-        (r * r * exp2).sum(0),
-        (r * r * (x_exp2 + d * exp2)).sum(0),
-        (r * (xx_exp + d * (2 * x_exp + d * rest))).sum(0),
-    ]
-    return finish(RowSums(row_max, z - row_max, *fields[: (1, 2, 5)[kind]]))
+def merged(host: ctypes.CDLL, sums: Tensor, kind: int = 2) -> RowStatistics:
+    """What ``finalize`` makes of the sums, on the host."""
+    partial = PartialSums(sums[: (3, 4, 7)[kind]].contiguous(), entropy=kind > 0, second_moments=kind > 1)
+    launch, final = finalize(partial)
+    run_rows(launch, host)
+    return final.statistics
 
 
 def compare(actual: RowStatistics, raw: Tensor, scale: Tensor, targets: Tensor, bias: Tensor | None = None) -> None:
@@ -98,7 +91,7 @@ def test_statistics(vocab: int, block_v: int, pingpong: bool, host: ctypes.CDLL)
     raw, scale, targets = rows_of(vocab, 4.0)
     sums = range_sums(host, raw, scale, targets, block_v=block_v, per_split=3, pingpong=pingpong)
     assert not sums.isnan().any()
-    compare(merged(sums), raw, scale, targets)
+    compare(merged(host, sums), raw, scale, targets)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -108,14 +101,14 @@ def test_each_kind_computes_its_fields(kind: int, host: ctypes.CDLL) -> None:
     torch.testing.assert_close(sums[:3], whole[:3], rtol=0, atol=0)
     if kind:
         torch.testing.assert_close(sums[3], whole[3], rtol=1e-5, atol=1e-5)
-    compare(merged(sums, kind), raw, scale, targets)
+    compare(merged(host, sums, kind), raw, scale, targets)
 
 
 @pytest.mark.parametrize("per_split", [1, 2, 7])
 def test_the_cut_of_the_vocabulary_changes_little(per_split: int, host: ctypes.CDLL) -> None:
     raw, scale, targets = rows_of(1700, 5.0)
-    whole = merged(range_sums(host, raw, scale, targets, per_split=100))
-    cut = merged(range_sums(host, raw, scale, targets, per_split=per_split))
+    whole = merged(host, range_sums(host, raw, scale, targets, per_split=100))
+    cut = merged(host, range_sums(host, raw, scale, targets, per_split=per_split))
     for name in ("logp", "entropy", "p2"):
         torch.testing.assert_close(getattr(cut, name), getattr(whole, name), rtol=2e-6, atol=2e-6)
 
@@ -134,7 +127,7 @@ def test_extreme_rows(case: str, host: ctypes.CDLL) -> None:
         raw = torch.zeros_like(raw).scatter_(1, (targets[:, None] + 300) % 777, 90.0)
     else:
         raw = torch.linspace(0, 200, 777).expand(ROWS, 777).contiguous() * (-1 if case == "falling" else 1)
-    actual = merged(range_sums(host, raw, scale, targets, per_split=2))
+    actual = merged(host, range_sums(host, raw, scale, targets, per_split=2))
     truth = reference.token_stats(
         raw.double(), torch.eye(777).double(), targets, inv_temperature=scale.double(), second_moments=True
     )
@@ -146,7 +139,7 @@ def test_large_logits_lose_no_more_than_the_targets_rounding(host: ctypes.CDLL) 
     """The sums fit the rounded row_max; the target's logit is one fp32 number, half an ulp off."""
     _, scale, targets = rows_of(777, 1.0)
     raw = torch.full((ROWS, 777), -3e3)
-    logp = merged(range_sums(host, raw, scale, targets, per_split=2)).logp.double()
+    logp = merged(host, range_sums(host, raw, scale, targets, per_split=2)).logp.double()
     half_ulp = (raw[:, 0] * scale).abs().double() * 2**-24
     assert ((logp + math.log(777)).abs() <= half_ulp + 1e-6).all()
 
@@ -163,7 +156,7 @@ def test_removed_columns(host: ctypes.CDLL) -> None:
     assert (sums[2:, 1] == 0).all()
     assert not sums.isnan().any()
     kept = ~torch.isinf(bias[targets])
-    actual = merged(sums)
+    actual = merged(host, sums)
     assert (actual.logp[~kept] == -math.inf).all()
     exact = reference.token_stats(
         raw.double(), torch.eye(900).double(), targets, inv_temperature=scale.double(), bias=bias.double()
@@ -174,7 +167,7 @@ def test_removed_columns(host: ctypes.CDLL) -> None:
 
 def test_a_row_without_any_column_and_a_target_elsewhere(host: ctypes.CDLL) -> None:
     raw, scale, targets = rows_of(300, 1.0)
-    nothing = merged(range_sums(host, raw, scale, targets, bias=torch.full((300,), -math.inf)))
+    nothing = merged(host, range_sums(host, raw, scale, targets, bias=torch.full((300,), -math.inf)))
     assert nothing.logp.isnan().all()
     for elsewhere in (-1, 300, 511):  # another rank's column; also one that a ragged tile would have
         sums = range_sums(host, raw, scale, torch.full_like(targets, elsewhere if elsewhere < 0 else -1))
@@ -187,7 +180,7 @@ def test_nan_reaches_the_sums_of_its_row_only(host: ctypes.CDLL) -> None:
     raw, scale, targets = rows_of(300, 1.0)
     targets[:] = 0
     raw[5, 17] = math.nan
-    logp = merged(range_sums(host, raw, scale, targets)).logp
+    logp = merged(host, range_sums(host, raw, scale, targets)).logp
     assert logp[5].isnan()
     assert logp.isnan().sum() == 1
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.tuning.cuda_candidates import CudaSearch
 from eapo_kernels.ops.cuda import build, configs, report
-from eapo_kernels.ops.cuda.configs import TILES, ProductBuild
+from eapo_kernels.ops.cuda.configs import TILES, ProductBuild, RowBuild
 
 pytestmark = pytest.mark.csrc
 
@@ -42,6 +42,23 @@ def test_compiles_well(item: ProductBuild, cache: Path) -> None:
     fused = item.kernel == "exp_gemm"
     assert count["UTMASTG"] == (t.block_v // 64 * blocks if fused else 0)
     assert count["STSM"] == 4 * count["UTMASTG"]
+
+
+WIDE_LOADS = {"row_offsets": 8, "finalize": 7, "exp_finalize": 8}
+"""Of 16 bytes, in the loop over whole lines: four steps of two rows; a range's fields; four tiles of two fields."""
+
+
+@pytest.mark.parametrize("item", list(configs.row_builds()), ids=str)
+def test_rows_are_read_wide_and_nothing_spills(item: RowBuild, cache: Path) -> None:
+    u = report.usage(item, cache)
+    code, count = u.code, u.code.instructions
+    assert (code.spills, code.stack, u.shared) == (0, 0, 0)
+    assert code.mnemonics["LDG.E.128"] == WIDE_LOADS[item.kernel]
+    assert 2 * item.threads * (-(-code.registers // 8) * 8) <= 65536, "two programs share a multiprocessor"
+    assert count["DADD"] + count["DMUL"] + count["DFMA"] == 0
+    assert not {"HGMMA", "HMMA", "UTMALDG", "UTMASTG", "ATOMG", "ATOM", "RED"} & set(count), "no product, no atomics"
+    if item.kernel == "row_offsets":
+        assert code.registers <= 40, "48 warps share a multiprocessor, which keeps memory busy"
 
 
 RACED = {replace(tile, group_n=1): None for tile in CudaSearch("exp_gemm", 4096, 4096, 131072).candidates()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 ProductKernel = Literal["stream_statistics", "exp_gemm"]
+RowKernel = Literal["row_offsets", "finalize", "exp_finalize"]
 Operand = Literal["bf16", "fp16"]
 
 BLOCK_D = 64
@@ -154,9 +155,53 @@ def product_builds() -> Iterator[ProductBuild]:
                 yield ProductBuild("exp_gemm", tile, "bf16", entropy, bias=bias)
 
 
+@dataclass(frozen=True)
+class RowBuild:
+    """The ``Build`` of a kernel over rows, which memory binds.
+
+    There is one, or one an operand, for everything that may be asked for: branches that all threads take alike cost nothing
+    beside the loads.
+
+    Attributes:
+        kernel: see ``Build``.
+        operand: dtype of hidden, weight and bias (``row_offsets``), or None.
+        threads: see ``Build``.
+    """
+
+    kernel: RowKernel
+    operand: Operand | None = None
+    threads: int = 256
+
+    @property
+    def rows(self) -> int:
+        """Of a program: one a warp for ``row_offsets``, a line of 128 bytes of each field for the others."""
+        return self.threads // 32 if self.kernel == "row_offsets" else 32
+
+    @property
+    def shared_bytes(self) -> int:
+        return 0
+
+    def macros(self) -> dict[str, str]:
+        """See ``Build``."""
+        numbers = {"EAPO_THREADS": str(self.threads), "EAPO_ROWS": str(self.rows)}
+        return numbers | ({"EAPO_FP16": "1"} if self.operand == "fp16" else {})
+
+    def __str__(self) -> str:
+        return self.kernel if self.operand is None else f"{self.kernel} {self.operand}"
+
+
+def row_builds() -> Iterator[RowBuild]:
+    """Every kernel over rows that the backend can ask for."""
+    for operand in ("bf16", "fp16"):
+        yield RowBuild("row_offsets", operand)
+    yield RowBuild("finalize")
+    yield RowBuild("exp_finalize")
+
+
 def builds() -> Iterator[Build]:
     """Everything that the backend can ask for."""
     yield from product_builds()
+    yield from row_builds()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,11 @@ class Box:
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
+
+
+def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int | None]:
+    """Where tensors begin, for fields of arguments of the same names."""
+    return {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ def product_launch(
     }
     walk = Walk(-(-p.n_rows // tile.cluster_rows), -(-p.vocab // tile.block_v), tiles_per_split, tile.group_n)
     arguments = Arguments(
-        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
+        **addresses(tensors),
         bias_stride=0 if p.bias is None else p.bias.stride(0),
         scale=p.logit_scale * p.inv_temperature,
         n_rows=p.n_rows,

@@ -41,12 +41,16 @@ def usage(item: Build, cache: Path | None = None) -> Usage:
 
 def rows() -> Iterator[str]:
     """The table in Markdown, a line at a time."""
-    yield "| kernel | registers at launch, highest used | spills | shared | wgmma | TMA loads + stores | stmatrix | ex2 |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield (
+        "| kernel | registers at launch, highest used | spills | shared | wgmma | TMA loads + stores | stmatrix | ex2 "
+        "| 16-byte loads |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
     for item in configs.builds():
         u = usage(item)
         count = u.code.instructions
         yield (
             f"| {item} | {u.code.registers}, {u.code.highest} | {u.code.spills} ({u.code.stack} B) | {u.shared} "
-            f"| {count['HGMMA']} | {count['UTMALDG']} + {count['UTMASTG']} | {count['STSM']} | {count['MUFU']} |"
+            f"| {count['HGMMA']} | {count['UTMALDG']} + {count['UTMASTG']} | {count['STSM']} | {count['MUFU']} "
+            f"| {u.code.mnemonics['LDG.E.128']} |"
         )

@@ -89,6 +89,13 @@ def exp_finalize_kernel(
         )  # fmt: skip
 
 
+def exp_statistics(out: Tensor) -> tuple[RowStatistics, Tensor]:
+    """The rows of ``out`` [6 or 8, N] by name, and [2, N]: factor and target."""
+    logp, lse, offset, log_sum, _, _, *moments = out
+    entropy, mean = moments or (None, None)
+    return RowStatistics(logp, entropy, lse, offset, log_sum, mean), out[4:6]
+
+
 def exp_finalize(
     projection: Projection,
     sums: ExpSums,
@@ -119,8 +126,6 @@ def exp_finalize(
         "BLOCK_V": tile.block_v,
         "ENTROPY": sums.entropy,
     }
-    logp, lse, offset, log_sum, _, _, *moments = out
-    entropy, mean = moments if sums.entropy else (None, None)
-    statistics = RowStatistics(logp, entropy, lse, offset, log_sum, mean)
+    statistics, slopes = exp_statistics(out)
     final = Finalized(statistics, arguments["coefficient"], arguments["totals"])
-    return Launch(exp_finalize_kernel, programs, arguments, options(tile), device), final, out[4:6]
+    return Launch(exp_finalize_kernel, programs, arguments, options(tile), device), final, slopes

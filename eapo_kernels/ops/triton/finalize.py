@@ -209,6 +209,13 @@ def surrogate_arguments(terms: SurrogateTerms | None, like: Tensor, programs: in
     }
 
 
+def statistics_of(out: Tensor) -> RowStatistics:
+    """The rows of ``out`` [4, 6 or 9, N] by name."""
+    logp, lse, row_max, log_sum, *more = out
+    entropy, mean_shifted, *moments = more or (None, None)
+    return RowStatistics(logp, entropy, lse, row_max, log_sum, mean_shifted, *moments)
+
+
 def finalize(
     partial: PartialSums, terms: SurrogateTerms | None = None, *, tile: Tile | None = None
 ) -> tuple[Launch, Finalized]:
@@ -227,9 +234,5 @@ def finalize(
         "ENTROPY": entropy,
         "SECOND_MOMENTS": second_moments,
     }
-    logp, lse, row_max, log_sum = out[:4]
-    statistics = RowStatistics(logp, out[4] if entropy else None, lse, row_max, log_sum, out[5] if entropy else None)
-    if second_moments:
-        statistics = statistics._replace(p2=out[6], p2_logp=out[7], varentropy=out[8])
     launch = Launch(finalize_kernel, programs, arguments, options(tile), sums.device)
-    return launch, Finalized(statistics, arguments["coefficient"], arguments["totals"])
+    return launch, Finalized(statistics_of(out), arguments["coefficient"], arguments["totals"])

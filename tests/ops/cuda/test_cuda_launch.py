@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda.bindings import driver
 
-from eapo_kernels.ops.cuda import build, configs, launch
+from eapo_kernels.ops.cuda import build, configs, launch, rows
 from eapo_kernels.ops.cuda.configs import TILES, ProductBuild
 from eapo_kernels.ops.cuda.launch import Arguments, Box, Walk, product_launch
 from eapo_kernels.ops.projection import Projection
@@ -25,6 +25,18 @@ def test_arguments_match_the_kernels_field_by_field(host: ctypes.CDLL) -> None:
     offsets = [getattr(Arguments, name).offset for name in outer]
     offsets += [Arguments.walk.offset + getattr(Walk, name).offset for name, _ in Walk._fields_]
     assert [*offsets, ctypes.sizeof(Arguments)] == [host.arguments_layout(i) for i in range(len(offsets) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("number", "structure"),
+    list(enumerate([rows.Surrogate, rows.FinalizeArguments, rows.ExpFinalizeArguments, rows.OffsetArguments])),
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_arguments_over_rows_match_the_kernels_field_by_field(
+    number: int, structure: type[ctypes.Structure], host: ctypes.CDLL
+) -> None:
+    expected = [*(getattr(structure, name).offset for name, _ in structure._fields_), ctypes.sizeof(structure)]
+    assert [host.row_arguments_layout(number, i) for i in range(len(expected))] == expected
 
 
 def test_a_descriptor_counts_from_the_innermost_dimension() -> None:

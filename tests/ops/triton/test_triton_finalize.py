@@ -7,70 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from finalize_cases import exact_statistics, make_terms, partial_sums, sums_with_logp, typed_again
 from torch import Tensor
 
 from eapo_kernels.ops.backend import Coefficients, SurrogateTerms
-from eapo_kernels.ops.statistics import RowStatistics, RowSums, finish
+from eapo_kernels.ops.statistics import RowStatistics
 from eapo_kernels.ops.triton.finalize import finalize
 from eapo_kernels.ops.triton.sums import PartialSums
 from eapo_kernels.types import SUMS
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-B = 7
-
-
-def sums_with_logp(logp: Tensor, splits: int = 3) -> PartialSums:
-    """Partial sums of a two-column vocabulary in which the target has this log-prob, the other column in the last range."""
-    n = logp.numel()
-    values = logp.new_zeros(4, splits, n)
-    values[0] = -math.inf
-    values[0, -1] = torch.log(-torch.expm1(logp.double())).float()  # z of the other column
-    values[1, 0] = logp  # z of the target
-    values[2, -1] = 1.0
-    return PartialSums(values, entropy=True, second_moments=False)
-
-
-def make_terms(n: int, device: str, seed: int = 0) -> SurrogateTerms:
-    """Both signs of advantage, rewards above, below and exactly at their threshold, and an advantage of zero."""
-    g = torch.Generator().manual_seed(seed)
-    rewards = torch.tensor([1.0, 0.0, 0.5, 0.5, 2.0, -1.0, 0.25])
-    thresholds = torch.tensor([0.5, 0.5, 0.5, 0.25, 1.0, 1.0, 0.25])
-    terms = SurrogateTerms(
-        sequence_ids=torch.randint(B, (n,), generator=g),
-        old_logp=-3 * torch.rand(n, generator=g) - 0.05,
-        scale=torch.rand(n, generator=g) / n,
-        advantages=torch.tensor([1.3, -0.7, 0.0, 0.4, 1.1, -1.9, -0.3]),
-        rewards=rewards,
-        thresholds=thresholds,
-        positive_weight=torch.tensor(0.6),
-        negative_weight=1.25,
-        clip_low=0.2,
-        clip_high=0.3,
-        dual_clip=None,
-    )
-    return replace(terms, **{k: v.to(device) for k, v in vars(terms).items() if isinstance(v, Tensor)})
-
-
-def typed_again(logp: Tensor, entropy: Tensor, t: SurrogateTerms) -> tuple[Tensor, Tensor]:
-    """(sums, d loss / d logp) of E9 and E10 in float64 by autograd; PPO arXiv 1707.06347, dual clip arXiv 1912.09729."""
-    logp = logp.double().detach().requires_grad_()
-    i, old = t.sequence_ids, t.old_logp.double()
-    w = torch.where(t.rewards[i] > t.thresholds[i], t.positive_weight.double(), t.negative_weight)
-    advantage = t.advantages.double()[i]
-    log_ratio = (logp - old).clamp(-60, 60)
-    ratio = log_ratio.exp()
-    free, bounded = ratio * advantage, ratio.clamp(1 - t.clip_low, 1 + t.clip_high) * advantage
-    clipped = bounded < free
-    term = torch.where(clipped, bounded.detach(), free)
-    if t.dual_clip is not None:
-        under = (advantage < 0) & (term < t.dual_clip * advantage)
-        term, clipped = torch.where(under, t.dual_clip * advantage, term), clipped | under
-    loss = -(t.scale.double() * w * term).sum()
-    (gradient,) = torch.autograd.grad(loss, [logp])
-    gap = (old - logp.detach()).clamp(-60, 60)
-    values = [loss.detach(), entropy.double().sum(), ratio.sum(), clipped.sum(), (torch.expm1(gap) - gap).sum(), loss * 0]
-    return torch.stack([v.detach().double() for v in values]), gradient
 
 
 def run(logp: Tensor, terms: SurrogateTerms, splits: int = 3) -> tuple[RowStatistics, Coefficients]:
@@ -178,31 +124,17 @@ def test_run_to_run_bitwise_and_strided_terms(device: str) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 17])
 def test_merging_ranges_is_summing_at_once(splits: int, device: str) -> None:
-    """Random logits cut into ranges, one of them empty, against ``statistics.finish`` of the whole in float64."""
+    """Random logits cut into ranges, one of them empty, against the statistics of the whole in float64."""
     n, v = 300, 170
     g = torch.Generator().manual_seed(splits)
     z = 8 * torch.randn(n, v, generator=g, dtype=torch.float64)
     z[::5] += 1e4
     z = z.float().double()
     target = torch.randint(v, (n,), generator=g)
-    others = z.clone().scatter_(1, target.unsqueeze(1), -math.inf)
-    others[:, :10] = torch.where(torch.arange(v)[:10] == target.unsqueeze(1), others[:, :10], -math.inf)
-    z_target = z.gather(1, target.unsqueeze(1)).squeeze(1)
-
-    def sums(part: Tensor, offset: Tensor) -> list[Tensor]:
-        x = part - offset.unsqueeze(1)
-        e = x.exp()
-        x = torch.where(e > 0, x, 0.0)
-        return [e.sum(1), (x * e).sum(1), (e * e).sum(1), (x * e * e).sum(1), (x * x * e).sum(1)]
-
-    row_max = torch.maximum(others.amax(1), z_target)
-    whole = finish(RowSums(row_max, z_target - row_max, *sums(others, row_max)))
-    values = torch.zeros(7, splits, n)
-    for k, part in enumerate(others.tensor_split(splits, 1)):
-        offset = part.amax(1)
-        values[0, k] = offset
-        values[2:, k] = torch.stack(sums(part, offset.clamp_min(-1e30)))
-    values[1, splits // 2] = z_target
+    columns = torch.arange(v)
+    z[(columns < 10) & (columns != target.unsqueeze(1))] = -math.inf
+    whole = exact_statistics(z, target)
+    values = partial_sums(z, target, splits)
     launch, final = finalize(PartialSums(values.to(device), entropy=True, second_moments=True))
     launch()
     for name, got in final.statistics._asdict().items():
