@@ -1,4 +1,7 @@
-"""The ``cuda`` backend: the first product by the Hopper kernels in ``csrc``, everything after it by the Triton kernels.
+"""The ``cuda`` backend: the streamed statistics and the E form's forward by the kernels in ``csrc``.
+
+Triton's are what ``csrc/README.md`` says nothing can be won with: rows that are redone, the targets' rows of d_weight; and all
+that recomputes or keeps logits.
 
 Compiled for sm_90a without spills, right on an emulator (tests/emulator), but not yet run on a GPU:
 ``plans.PROVEN`` does not list it, so "auto" does not choose it. Ask for it by name.
@@ -14,11 +17,13 @@ from ..backend import Chunk
 from ..projection import Projection
 from ..statistics import RowStatistics
 from ..triton import backend as triton_backend
-from ..triton.finalize import finalize
 from ..triton.launch import capability, describable
-from ..triton.one_pass import ExpChunk, form
+from ..triton.one_pass import ExpChunk, ExpKernels, form
 from .build import BuildError, compiler
 from .products import OPERANDS, exp_gemm, exp_sums, stream_statistics
+from .rows import exp_finalize, finalize, row_offsets
+
+KERNELS = ExpKernels(exp_sums, row_offsets, exp_gemm, exp_finalize)
 
 
 def supports(projection: Projection) -> str | None:
@@ -28,7 +33,7 @@ def supports(projection: Projection) -> str | None:
         return f"{hidden.device.type} tensors, where it needs an NVIDIA GPU of compute capability 9.0"
     reason = triton_backend.supports(projection)
     if reason is not None:
-        return f"{reason} (its last steps are Triton kernels)"
+        return f"{reason} (some of its steps are Triton kernels)"
     if capability(hidden.device) != (9, 0):
         major, minor = capability(hidden.device)
         return f"a GPU of compute capability {major}.{minor}, where it needs 9.0"
@@ -49,7 +54,7 @@ def supports(projection: Projection) -> str | None:
 
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
-    """See ``backend.Statistics``. Two launches: the stream over the vocabulary, and Triton's ``finalize``."""
+    """See ``backend.Statistics``. Two launches: the stream over the vocabulary, and ``finalize``."""
     launch, sums = stream_statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
     launch()
     last, final = finalize(sums)
@@ -60,11 +65,10 @@ def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second
 def open_chunk(
     projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, hint: Tensor | None = None
 ) -> Chunk:
-    """See ``backend.OpenChunk``. In the E form the first product is ours; chunks of logits are Triton's."""
+    """See ``backend.OpenChunk``. The E form's chunks are ours but for rows that are redone; chunks of logits are Triton's."""
     if form(projection, entropy_gradient).name == "logits":
         return triton_backend.open_chunk(projection, targets, entropy=entropy, entropy_gradient=entropy_gradient, hint=hint)
-    sums = exp_sums(projection, entropy)
-    return ExpChunk(projection, targets, hint, entropy=entropy, sums=sums, product=exp_gemm)
+    return ExpChunk(projection, targets, hint, entropy=entropy, kernels=KERNELS)
 
 
 BACKEND = replace(triton_backend.BACKEND, name="cuda", supports=supports, statistics=statistics, open_chunk=open_chunk)

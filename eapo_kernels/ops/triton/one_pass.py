@@ -106,6 +106,20 @@ class LogitChunk(FinalizedChunk):
         return ChunkGradient(matrix, factor)
 
 
+class ExpKernels(NamedTuple):
+    """The launchers of the E form's vectors and of its first product. A backend may bring its own, with the same outputs.
+
+    Attributes:
+        sums: makes the ``ExpSums`` that suit ``product``.
+        offsets, product, finalize: see ``offsets.row_offsets``, ``exp_gemm.exp_gemm`` and ``exp_finalize.exp_finalize``.
+    """
+
+    sums: Callable[[Projection, bool], ExpSums] = ExpSums.empty
+    offsets: Callable[..., Callable[[], None]] = row_offsets
+    product: Callable[..., Callable[[], None]] = exp_gemm
+    finalize: Callable[..., tuple[Callable[[], None], Finalized, Tensor]] = exp_finalize
+
+
 class ExpChunk(FinalizedChunk):
     """See ``backend.Chunk``. No logit is kept: only a cotangent of logp may follow. ``row_max`` of its statistics is an offset.
 
@@ -120,24 +134,23 @@ class ExpChunk(FinalizedChunk):
         hint: Tensor | None,
         *,
         entropy: bool,
-        sums: ExpSums | None = None,
-        product: Callable[..., Callable[[], None]] = exp_gemm,
+        kernels: ExpKernels | None = None,
     ) -> None:
-        """sums, product: another kernel's for the first product, with the outputs of ``exp_gemm``."""
+        self._kernels = kernels or ExpKernels()
         self._projection, self._targets = projection, targets
-        self.sums = sums or ExpSums.empty(projection, entropy)
+        self.sums = self._kernels.sums(projection, entropy)
         matrix = workspace(projection, projection.operand_dtype)
-        row_offsets(projection, targets, hint, self.sums)()
+        self._kernels.offsets(projection, targets, hint, self.sums)()
         if projection.shard is not None:
             share_offsets(projection, targets, hint, self.sums)
-        product(projection, targets, self.sums, matrix)()
+        self._kernels.product(projection, targets, self.sums, matrix)()
         redo(projection, targets, self.sums, matrix)
         self._whole = self.sums if projection.shard is None else gather_sums(projection.shard, self.sums)
         self._matrix: Tensor | None = matrix
         self._slopes: Tensor | None = None
 
     def _finalize(self, terms: SurrogateTerms | None) -> Finalized:
-        launch, final, slopes = exp_finalize(self._projection, self._whole, terms)
+        launch, final, slopes = self._kernels.finalize(self._projection, self._whole, terms)
         launch()
         if self._projection.shard is not None:
             slopes = fit_slopes(slopes, self._targets, self.sums, self._whole, final.statistics)
