@@ -30,6 +30,9 @@ SHAPES = ((128, 64, 256), (130, 136, 1031), (700, 1024, 50257))
 FLOOR = {torch.float32: 4e-5, torch.bfloat16: 1.2e-2}
 """Allowed difference from float64, of the largest value: sums in fp32, and E rounded to bfloat16 (after offsets in fp32)."""
 
+HANGS = 3
+"""Exit code when a kernel hangs or crashes."""
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Results = Iterator[tuple[str, Tensor, Tensor]]
@@ -158,8 +161,13 @@ def watch(commands: dict[str, list[str]], seconds: float) -> tuple[list[str], di
     return right, wrong
 
 
+def hangs_or_crashes(wrong: dict[str, str]) -> bool:
+    """Whether something is worse than wrong: it would take what follows with it."""
+    return any(verdict == "hangs" or verdict.startswith("ended with") for verdict in wrong.values())
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 1 when something is wrong, 2 where the backend cannot run."""
+    """Exit code 1 when something is wrong, HANGS when it hangs or crashes, 2 where the backend cannot run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_light", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for first_light.json")
     parser.add_argument("--seconds", type=float, default=90.0, help="default: %(default)s")
@@ -181,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "first_light.json").write_text(json.dumps({"right": right, "wrong": wrong}, indent=1) + "\n")
-    return 1 if wrong or not right else 0
+    return HANGS if hangs_or_crashes(wrong) else 1 if wrong or not right else 0
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="leave out providers whose names begin so")
     parser.add_argument("--tests", nargs="+", default=None, metavar="PATH", help="the gate is these tests (default: all)")
     parser.add_argument("--no-tests", action="store_true", help="skip the tests; the file says so, and the report refuses it")
+    parser.add_argument("--not-slow", action="store_true", help="leave the slow tests out of --full too; the file says so")
     parser.add_argument("--despite-red", action="store_true", help="measure even when a test fails")
     options = parser.parse_args(arguments)
     if not options.tiny and not torch.cuda.is_available():
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         # Half of the time at most: what does not finish is red, and says which files.
         only = options.tests or (["tests/test_structure.py"] if options.tiny else [])
-        arguments = [] if options.full else ["-m", "not slow"]
+        arguments = [] if options.full and not options.not_slow else ["-m", "not slow"]
         gate = run_gate(30 * minutes, side_by_side(), only=only, arguments=arguments, log=options.out / "gate.log")
         result.gate["tests"] = gate.as_json()
         result.redden(gate.red)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from .clock import telemetry
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
+COMMIT = "BENCHMARK_COMMIT"
+"""Environment variable that names the commit where there is a copy of the files without their history."""
+
 _RED = ".red.json"
 """How the names of files behind a red gate end: they never replace a green one."""
 
@@ -36,7 +40,6 @@ _PEERS = (
 
 def environment(device: str) -> dict[str, Any]:
     """Where and with what the numbers are made."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
     gpu = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     return {
         "gpu": gpu,
@@ -45,10 +48,16 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         **{package: _version(package) for package in _PEERS},
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "clocks": telemetry(device),
     }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    here = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+    return here or os.environ.get(COMMIT, "unknown")
 
 
 def _driver() -> str:

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.csrc, pytest.mark.skipif(torch.cuda.is_available(), re
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_candidate_agrees_with_the_torch_backend(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    search = CudaSearch(kernel, 300, 72, 1031)
+    search = CudaSearch(kernel, 150, 72, 600)
     problem = CudaProblem(search, "cpu", budget=2**20)
     for tile in search.candidates():
         assert problem.check(tile) is None, tile

@@ -25,11 +25,20 @@ PROGRAMS = {
 }
 
 
+SOME = [
+    item
+    for item in configs.product_builds()
+    if item.operand == "bf16"
+    and item.bias == item.entropy
+    and item.second_moments == (item.entropy and item.kernel != "exp_gemm")
+]
+"""Every kernel and tile with all switches off and on; tests/ops/cuda/test_cuda_backend.py has those between."""
+
+
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("item", list(configs.product_builds()), ids=lambda item: str(item).replace(" ", "-"))
-def test_every_build_is_right_by_the_kernels_own_epilogues(item: configs.ProductBuild) -> None:
-    for shape in first_light.SHAPES[:2]:
-        assert first_light.check(item, shape, "cpu") is None
+@pytest.mark.parametrize("item", SOME, ids=lambda item: str(item).replace(" ", "-"))
+def test_the_compiled_kernels_are_right(item: configs.ProductBuild) -> None:
+    assert first_light.check(item, first_light.SHAPES[1], "cpu") is None
 
 
 @pytest.mark.usefixtures("emulated")
@@ -53,9 +62,11 @@ def test_a_wrong_or_an_unsteady_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("emulated")
-def test_what_tools_watch_is_every_build(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_tools_watch_is_every_build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(first_light, "SHAPES", ((16, 8, 64), (20, 16, 72)))
+    monkeypatch.setattr(configs, "product_builds", lambda: iter(SOME[:3]))
     first_light.run_all("cpu")
-    assert capsys.readouterr().out.split() == [str(item).replace(" ", "-") for item in configs.product_builds()]
+    assert capsys.readouterr().out.split() == [str(item).replace(" ", "-") for item in SOME[:3]]
 
 
 def test_builds_share_a_process_by_kernel_and_tile() -> None:
@@ -91,5 +102,7 @@ def test_the_command_writes_what_it_saw(
     assert first_light.main(["--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "first_light.json").read_text())["wrong"] == {}
     monkeypatch.setattr(first_light, "watch", lambda commands, seconds: ([], {"exp_gemm shared": "hangs"}))
-    assert first_light.main([]) == 1
+    assert first_light.main([]) == first_light.HANGS
     assert "exp_gemm shared: hangs" in capsys.readouterr().out
+    monkeypatch.setattr(first_light, "watch", lambda commands, seconds: ([], {"exp_gemm shared": "E: off by 1"}))
+    assert first_light.main([]) == 1
