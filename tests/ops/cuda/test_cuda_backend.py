@@ -125,7 +125,7 @@ def test_statistics(
     tile: Tile,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Launcher, walk, epilogue, partial sums, and Triton's finalize; no sum is read unwritten (scratch is NaN)."""
+    """Launcher, walk, epilogue, partial sums, finalize; no sum is read unwritten (scratch is NaN)."""
     monkeypatch.setattr(backend, "stream_statistics", functools.partial(products.stream_statistics, tile=tile))
     inputs, temperature = inputs_of(shape, dtype, bias=bias)
     detached = None if inputs.bias is None else inputs.bias.detach()
