@@ -67,6 +67,7 @@ struct OffsetArguments {
     const float* row_inv_temperature;  // [n_rows] or null
     long long hidden_stride, weight_stride, bias_stride;  // numbers
     float scale;                       // z = scale * row_inv_temperature * y
+    float hinted, bare;                // bits by which k is less, with a hint and without: where E's dtype is most precise
     int n_rows, n_columns, dim;
 };
 

@@ -59,11 +59,11 @@ struct ExpSums {
     }
 };
 
-// The offset k of a row in bits: z_y less the log-prob that is expected, if that is a number. +inf where z_y is -inf: E = 0, to
-// be redone.
-EAPO_SHARED float exp_offset(float y, float scale, float expected) {
-    const float below = fabsf(expected) < infinite() ? expected : 0.0f;
-    return y <= LOWEST ? infinite() : fma_exact(y, scale * LOG2E, -below * LOG2E);
+// The offset k of a row in bits: z_y less the log-prob that is expected (nats) and ``hinted``; where that is no number, less
+// ``bare`` alone. +inf where z_y is -inf: E = 0, to be redone.
+EAPO_SHARED float exp_offset(float y, float scale, float expected, float hinted, float bare) {
+    const float below = fabsf(expected) < infinite() ? fma_exact(expected, LOG2E, hinted) : bare;
+    return y <= LOWEST ? infinite() : fma_exact(y, scale * LOG2E, -below);
 }
 
 // A row as ``exp_finalize`` writes it. The cotangent of logp times ``factor`` is E's row factor in the gradient, times ``target``

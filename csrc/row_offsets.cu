@@ -65,7 +65,7 @@ __device__ __forceinline__ void row_offsets(const OffsetArguments& a) {
     if (a.bias) y = at_least_lowest(y + EAPO_WIDEN(static_cast<const u16*>(a.bias)[column * a.bias_stride]));
     if (outside) y = not_a_number();
     const float scale = a.row_inv_temperature ? a.scale * a.row_inv_temperature[row] : a.scale;
-    a.offsets[row] = exp_offset(y, scale, a.hint ? a.hint[row] : 0.0f);
+    a.offsets[row] = exp_offset(y, scale, a.hint ? a.hint[row] : not_a_number(), a.hinted, a.bare);
     a.offsets[i64(a.n_rows) + row] = y;
 }
 

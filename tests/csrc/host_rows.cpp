@@ -119,7 +119,7 @@ void offset_rows(const OffsetArguments* a, int fp16) {
         if (a->bias) y = at_least_lowest(y + number(a->bias, column * a->bias_stride));
         if (outside) y = not_a_number();
         const float scale = a->row_inv_temperature ? a->scale * a->row_inv_temperature[row] : a->scale;
-        a->offsets[row] = exp_offset(y, scale, a->hint ? a->hint[row] : 0.0f);
+        a->offsets[row] = exp_offset(y, scale, a->hint ? a->hint[row] : not_a_number(), a->hinted, a->bare);
         a->offsets[a->n_rows + row] = y;
     }
 }
@@ -153,7 +153,7 @@ int row_arguments_layout(int structure, int field) {
          offsetof(OffsetArguments, hidden), offsetof(OffsetArguments, weight), offsetof(OffsetArguments, bias),
          offsetof(OffsetArguments, targets), offsetof(OffsetArguments, row_inv_temperature), offsetof(OffsetArguments, hidden_stride),
          offsetof(OffsetArguments, weight_stride), offsetof(OffsetArguments, bias_stride), offsetof(OffsetArguments, scale),
-         offsetof(OffsetArguments, n_rows), offsetof(OffsetArguments, n_columns), offsetof(OffsetArguments, dim),
+         offsetof(OffsetArguments, hinted), offsetof(OffsetArguments, bare), offsetof(OffsetArguments, n_rows), offsetof(OffsetArguments, n_columns), offsetof(OffsetArguments, dim),
          sizeof(OffsetArguments)}};
     return int(at[structure][field]);
 }

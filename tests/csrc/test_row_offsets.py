@@ -84,3 +84,16 @@ def test_a_target_that_the_bias_removes_is_to_be_redone(run: Run) -> None:
     assert k[2] == math.inf
     assert y[2] == torch.tensor(-1e20)
     assert k[3].isfinite()
+
+
+def test_offsets_move_by_what_the_dtype_of_e_asks_for(run: Run) -> None:
+    """Row 1 has no hint."""
+    p, targets = problem(2, 40, torch.float16)
+    hint = torch.tensor([-3.0, math.nan])
+    plain = offsets_of(p, targets, hint, run)
+    sums = ExpSums(torch.full((2, 2), math.nan), torch.empty(1, 1, 1), 256, torch.empty(1), torch.zeros(1).int())
+    launch = rows.row_offsets(p, targets, hint, sums)
+    launch.arguments.hinted, launch.arguments.bare = 8.0, 1.0
+    run(launch)
+    torch.testing.assert_close(sums.offsets[0], plain[0] - torch.tensor([8.0, 1.0]), rtol=1e-6, atol=0)
+    assert torch.equal(sums.offsets[1], plain[1])
