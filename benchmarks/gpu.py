@@ -48,6 +48,7 @@ FULL = (
     Job(8192, 2304, 262144, modes=("fwd", "fwd_bwd")),
     Job(8192, 2048, 248320, modes=("fwd_bwd",)),
     Job(4800, 2048, 151936, modes=("fwd_bwd",)),
+    Job(1024, 2048, 151936, modes=("fwd_bwd",)),
     Job(512, 2048, 151936, modes=("fwd_bwd",)),
     Job(65536, 2048, 151936, modes=("fwd_bwd",)),
 )

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from invented_results import FACTORS, Result, cells, failed_row, tables
+from invented_results import FACTORS, Result, cells, failed_row, make_row, tables
 
 from benchmarks.reporting import blocks, plots
 from benchmarks.reporting.bars import BARS, bars_table
@@ -106,6 +106,40 @@ def test_bars_without_a_provider_or_a_case(gpu_result: Result) -> None:
     )
     gpu_result["rows"] = []
     assert {cells(line)[-1] for line in bars_table(groups(gpu_result))[2:]} == {"not measured: no such case"}
+
+
+def test_bars_of_the_cuda_kernels(gpu_result: Result) -> None:
+    gpu_result["rows"] += [make_row("eapo_cuda_op", "fwd", 4096, 4096, 131072, "peaked", 1.04, {})]
+    gpu_result["rows"] += [make_row("eapo_cuda_one_pass", "fwd_bwd", 4096, 4096, 131072, "peaked", 1.0, {})]
+    assert _bar(gpu_result, "ours in CUDA C++ / matrix products, D >= 3584", "fwd")[:2] == ["<= 1.03", "1.04"]
+    assert _bar(gpu_result, "ours in CUDA C++ / matrix products, D = 1024", "fwd")[-1] == "not measured: no such case"
+    assert _bar(gpu_result, "`liger_scaled_ce` / ours in CUDA C++", "fwd")[1] == "1.35"
+    assert _bar(gpu_result, "ours in Triton / ours in CUDA C++", "fwd")[1:3] == ["0.98", "`eapo_triton_op` / `eapo_cuda_op`"]
+    assert _bar(gpu_result, "ours in Triton / ours in CUDA C++", "fwd_bwd")[1] == "1.05"
+
+
+def test_bars_of_memory_accuracy_and_few_tokens(gpu_result: Result) -> None:
+    rows = gpu_result["rows"]
+    ours = next(r for r in rows if (r["provider"], r["mode"]) == ("eapo_triton_one_pass", "fwd_bwd"))
+    results = 2 * 4096 * (4096 + 131072)
+    ours["peak_bytes"] = results + 3 * 2**28
+    quack = ours | {"provider": "quack_base", "peak_bytes": results + 2**30}
+    rows.append(quack)
+    name = "memory without results: ours in one pass / `quack` or `quack_base`"
+    assert _bar(gpu_result, name, "fwd_bwd")[1:] == [
+        "0.75", "`eapo_triton_one_pass` / `quack_base`", "peaked N=4096 D=4096 V=131072 bfloat16", "**no**, 0 of 1",
+    ]  # fmt: skip
+    # The smallest error of everyone who computes the same objective.
+    assert _bar(gpu_result, "logp error: 16-bit logits / ours, peaked or steep", "fwd")[1] == "1.96"
+    ours["errors"]["d_hidden"] = 1e-3
+    worst = _bar(gpu_result, "d_hidden error: ours in one pass / 16-bit logits, peaked or steep", "fwd_bwd")
+    assert (worst[1], worst[-1]) == ("1.00", "**no**, 1 of 5")
+    few = "time a token: ours in one pass / own time at N = 8192, N = 1024"
+    assert _bar(gpu_result, few, "fwd_bwd")[-1] == "not measured: no such case"
+    rows.append(make_row("eapo_triton_one_pass", "fwd_bwd", 1024, 4096, 128256, "peaked", 1.26, {}))
+    assert _bar(gpu_result, few, "fwd_bwd")[:2] == ["<= 1.18", "1.20"]
+    rows[:] = [row for row in rows if row["shape"]["N"] != 8192]
+    assert _bar(gpu_result, few, "fwd_bwd")[-1] == "not measured: no time at N = 8192"
 
 
 def test_plots_are_drawn_where_there_are_two_points(gpu_result: Result, cpu_result: Result, tmp_path: Path) -> None:
