@@ -18,52 +18,56 @@ pytestmark = [
 ]
 
 BACKENDS = ["triton", "cuda"]
+KINDS = [("triton", "sm90"), ("cuda", "sm90"), ("triton", "sm80")]
 NARROW, WIDE = 2048, 4096
 """Lines of the table of tiles: 128x128, two programs a multiprocessor; 128x256, persistent."""
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "family"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [NARROW, WIDE])
 @pytest.mark.parametrize("shape", [(70, 72, 700), (130, 136, 515)], ids=str)
 def test_statistics_and_gradients(
-    shape: tuple[int, int, int], dim: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], dim: int, dtype: torch.dtype, backend: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward, and the gradient by slabs, with a bias and a temperature per row."""
-    import hopper
+    import emulated_gpu
     from comparison import compare, cotangents
 
     from eapo_kernels.testing import make_inputs
 
-    hopper.pretend(monkeypatch, dim=dim, seed=dim, lateness=0.7)
+    emulated_gpu.pretend(monkeypatch, family=family, dim=dim, seed=dim, lateness=0.7)
     inputs = make_inputs(*shape, dtype=dtype, bias=True)
     temperature = 0.5 + torch.rand(shape[0], generator=torch.Generator().manual_seed(3))
     compare(inputs, cotangents(shape[0]), backend=backend, inv_temperature=temperature)
 
 
+@pytest.mark.parametrize("family", ["sm90", "sm80"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_soft_cap_and_rows_that_no_descriptor_can_name(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_soft_cap_and_rows_that_no_descriptor_can_name(
+    dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """D is odd: the lines of the table that load by pointer."""
-    import hopper
+    import emulated_gpu
     from comparison import compare, cotangents
 
     from eapo_kernels.testing import make_inputs
 
-    hopper.pretend(monkeypatch)
+    emulated_gpu.pretend(monkeypatch, family=family)
     inputs = make_inputs(70, 37, 300, dtype=dtype)
     compare(inputs, cotangents(70), backend="triton", softcap=4.0, logit_scale=0.7)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "family"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [NARROW, WIDE])
 @pytest.mark.parametrize(("config", "off_policy"), [("default", 0.3), ("asymmetric_dual", 50.0), ("entropy_bonus", 0.3)])
 def test_the_loss_in_one_pass(
-    config: str, off_policy: float, dim: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+    config: str, off_policy: float, dim: int, dtype: torch.dtype, backend: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Offsets, the first product, rows redone where the old log-prob is far off, finalize with its coefficients, targets' rows;
     with an entropy bonus a chunk of logits and its row kernels. Against the same loss of the torch backend in float64."""
-    import hopper
+    import emulated_gpu
     from loss_cases import CONFIGS, V, make_batch, run
 
     from eapo_kernels import Options
@@ -77,7 +81,7 @@ def test_the_loss_in_one_pass(
     settings = {"positive_weight": 0.7, "config": CONFIGS[config]}
     exact, exact_grads = run(wide, double, schedule="autograd", backend="torch", **settings)
     _, plain_grads = run(inputs, batch, schedule="autograd", backend="torch", **settings)
-    hopper.pretend(monkeypatch, dim=dim, seed=dim + 1, lateness=0.7)
+    emulated_gpu.pretend(monkeypatch, family=family, dim=dim, seed=dim + 1, lateness=0.7)
     options = Options(memory_budget=64 * 4 * V)  # several chunks
     got, grads = run(inputs, batch, schedule="one_pass", backend=backend, options=options, **settings)
     torch.testing.assert_close(got.loss.double(), exact.loss, rtol=1e-4, atol=1e-5)
@@ -94,10 +98,10 @@ def test_the_loss_in_one_pass(
 def test_the_contract_of_a_custom_op(
     entropy: bool, second_moments: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hopper
+    import emulated_gpu
     from comparison import check_compiles_once, check_custom_op
 
-    hopper.pretend(monkeypatch)
+    emulated_gpu.pretend(monkeypatch)
     check_custom_op(backend, "cpu", entropy=entropy, second_moments=second_moments, dtype=torch.bfloat16)
     check_compiles_once(backend, "cpu", torch.bfloat16)
 
@@ -106,12 +110,12 @@ def test_the_contract_of_a_custom_op(
 @pytest.mark.parametrize("budget", [2**24, 150 * 2 * 700])
 def test_rows_kept_from_forward_to_backward(budget: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them, and half: the rest is computed again."""
-    import hopper
+    import emulated_gpu
     from comparison import compare_kept
 
     from eapo_kernels.testing import make_inputs
 
-    hopper.pretend(monkeypatch)
+    emulated_gpu.pretend(monkeypatch)
     mask = torch.arange(300) % 7 != 0
     compare_kept(make_inputs(300, 72, 700, dtype=torch.bfloat16), budget, backend=backend, mask=mask)
 
@@ -119,13 +123,13 @@ def test_rows_kept_from_forward_to_backward(budget: int, backend: str, monkeypat
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows_one_row_and_targets_that_are_no_token(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody checks targets their rows become NaN, and nothing outside of the tensors is touched."""
-    import hopper
+    import emulated_gpu
 
     from eapo_kernels import Options, token_stats
     from eapo_kernels.ops import token_stats as op
     from eapo_kernels.testing import make_inputs
 
-    hopper.pretend(monkeypatch)
+    emulated_gpu.pretend(monkeypatch)
     monkeypatch.setattr(op, "check_values", lambda *arguments: None)
     inputs = make_inputs(80, 72, 700, dtype=torch.bfloat16)
     for n in (0, 1):
@@ -148,7 +152,7 @@ def test_no_rows_one_row_and_targets_that_are_no_token(backend: str, monkeypatch
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_real_model(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2-135M reads a paragraph in bf16: 80 rows, the whole vocabulary. Ten times as exact as logits rounded to bf16."""
-    import hopper
+    import emulated_gpu
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from eapo_kernels import token_stats
@@ -177,7 +181,7 @@ def test_a_real_model(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     h, w = leaves(torch.bfloat16)
     rounded = (h @ w.T).float().log_softmax(1).gather(1, targets[:, None])[:, 0]
     plain = gradients(rounded, h, w)
-    hopper.pretend(monkeypatch, seed=1, lateness=0.9)
+    emulated_gpu.pretend(monkeypatch, seed=1, lateness=0.9)
     h, w = leaves(torch.bfloat16)
     stats = token_stats(h, w, targets, entropy="nograd", backend=backend)
     ours = gradients(stats.logp, h, w)

@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels, compiled for Hopper by triton itself, run on the emulator."""
+"""Launches of the Triton kernels, compiled by triton itself, run on the emulator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from eapo_kernels.ops.triton import report
 from eapo_kernels.ops.triton.launch import Launch
 
-ARCHITECTURE = 90
 SWIZZLES = (0, 32, 64, 128)
 
 
@@ -31,9 +30,9 @@ def descriptor(value: TensorDescriptor, meta: dict[str, Any]) -> bytes:
     return bytes(made)
 
 
-def run(launch: Launch, **how: Any) -> ptx_machine.Counts:
-    """What ``launch()`` would do on a GPU. how: ``seed``, ``lateness`` of ``ptx_machine.Kernel.run``."""
-    compiled = report.compile_launch(launch, ARCHITECTURE)
+def run(launch: Launch, family: str = "sm90", **how: Any) -> ptx_machine.Counts:
+    """What ``launch()`` would do on a GPU of a family. how: ``seed``, ``lateness`` of ``ptx_machine.Kernel.run``."""
+    compiled = report.compile_launch(launch, report.ARCHITECTURES[family])
     kernel = _kernel(compiled.asm["ptx"])
     metas = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     values: list[tuple[str, Any]] = []

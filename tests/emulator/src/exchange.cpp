@@ -583,6 +583,33 @@ void Machine::multiply(Warp& warp, const Product& product) {
     }
 }
 
+// The product of one warp, m16n8k16, all operands in registers.
+Step Machine::do_mma(Warp& warp, const Instruction& in, u32) {
+    if (!in.has("m16n8k16") || in.types.size() != 4 || in.type(0).letter != 'f' || in.type(1).bits != 16)
+        throw Fault("not emulated: " + in.mnemonic());
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < LANES; ++lane) {
+        const int group = lane / 4, pair = lane % 4 * 2;
+        for (int c = 0; c < 2; ++c) {
+            for (int i = 0; i < 4; ++i)
+                a[group + 8 * (i & 1)][pair + c + 8 * (i >> 1)] =
+                    operand_number(in.type(1), u16(read_one(warp, in.at(4 + i), lane) >> (16 * c)));
+            for (int i = 0; i < 2; ++i)
+                b[pair + c + 8 * i][group] = operand_number(in.type(1), u16(read_one(warp, in.at(8 + i), lane) >> (16 * c)));
+        }
+    }
+    std::array<std::array<u64, LANES>, 4> out;
+    for (int lane = 0; lane < LANES; ++lane)
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+            double total = as<float>(read_one(warp, in.at(10 + i), lane));
+            for (int k = 0; k < 16; ++k) total += double(a[row][k]) * b[k][column];
+            out[i][lane] = bits_of(float(total));
+        }
+    for (int i = 0; i < 4; ++i) std::copy(out[i].begin(), out[i].end(), write(warp, in.at(i)));
+    return Step::NEXT;
+}
+
 Step Machine::do_stmatrix(Warp& warp, const Instruction& in, u32) {
     if (in.has("trans")) throw Fault("not emulated: " + in.mnemonic());
     const int matrices = in.has("x4") ? 4 : in.has("x2") ? 2 : 1;

@@ -17,7 +17,7 @@ const std::vector<std::pair<const char*, Machine::Handler>>& Machine::handlers()
         {"bra", &M::do_bra}, {"ret", &M::do_ret}, {"exit", &M::do_ret}, {"trap", &M::do_trap}, {"shfl", &M::do_shfl},
         {"vote", &M::do_vote}, {"elect", &M::do_elect}, {"redux", &M::do_redux}, {"bar", &M::do_bar}, {"barrier", &M::do_barrier},
         {"mbarrier", &M::do_mbarrier}, {"mapa", &M::do_mapa}, {"fence", &M::do_fence}, {"membar", &M::do_nothing},
-        {"cp", &M::do_cp}, {"wgmma", &M::do_wgmma}, {"stmatrix", &M::do_stmatrix}, {"ldmatrix", &M::do_ldmatrix},
+        {"cp", &M::do_cp}, {"wgmma", &M::do_wgmma}, {"mma", &M::do_mma}, {"stmatrix", &M::do_stmatrix}, {"ldmatrix", &M::do_ldmatrix},
         {"setmaxnreg", &M::do_setmaxnreg}, {"prefetch", &M::do_nothing}, {"griddepcontrol", &M::do_nothing},
         {"nanosleep", &M::do_nothing},
     };

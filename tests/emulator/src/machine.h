@@ -231,6 +231,7 @@ class Machine {
     Step do_fence(Warp&, const Instruction&, u32);
     Step do_cp(Warp&, const Instruction&, u32);
     Step do_wgmma(Warp&, const Instruction&, u32);
+    Step do_mma(Warp&, const Instruction&, u32);
     Step do_stmatrix(Warp&, const Instruction&, u32);
     Step do_ldmatrix(Warp&, const Instruction&, u32);
     Step do_setmaxnreg(Warp&, const Instruction&, u32);

@@ -1,10 +1,11 @@
-"""A Hopper GPU made of CPU tensors: both backends' launches run, as compiled for sm_90, on the emulator."""
+"""A GPU made of CPU tensors: both backends' launches run, as compiled for it, on the emulator."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from eapo_kernels.ops import cuda, triton
 from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.triton import report
 
 PROGRAMS = 3
 """Programs (or clusters) that run at once: few, so that each walks over several tiles."""
@@ -24,20 +26,22 @@ def _modules(package: ModuleType) -> list[ModuleType]:
     return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, *, dim: int | None = None, **how: Any) -> None:
+def pretend(monkeypatch: pytest.MonkeyPatch, *, family: str = "sm90", dim: int | None = None, **how: Any) -> None:
     """Send every launch of this process to the emulator. Not in a process that interprets.
 
-    dim: whose lines of the table of tiles are taken, instead of the inputs' own. how: ``seed`` and ``lateness`` of
-    ``ptx_machine.Kernel.run``.
+    family: the table's, sm90 or sm80; the backend ``cuda`` is for sm90 alone. dim: whose lines of the table of tiles are taken,
+    instead of the inputs' own. how: ``seed`` and ``lateness`` of ``ptx_machine.Kernel.run``.
     """
-    instead = {"family": lambda device: "sm90", "slots": lambda device, tile: PROGRAMS, "capability": lambda device: (9, 0)}
+    major = report.ARCHITECTURES[family] // 10
+    instead = {"family": lambda device: family, "slots": lambda device, tile: PROGRAMS, "capability": lambda device: (major, 0)}
     for module in [*_modules(triton), *_modules(cuda)]:
         for name, value in instead.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
-    for emulated, package in ((emulated_triton, triton), (emulated_cuda, cuda)):
+    runs = ((triton, partial(emulated_triton.run, family=family)), (cuda, emulated_cuda.run))
+    for package, run in runs[: 2 if family == "sm90" else 1]:
         launch = importlib.import_module(f"{package.__name__}.launch").Launch
-        monkeypatch.setattr(launch, "__call__", lambda one, run=emulated.run: run(one, **how))
+        monkeypatch.setattr(launch, "__call__", lambda one, run=run: run(one, **how))
         backend = importlib.import_module(f"{package.__name__}.backend")
         monkeypatch.setattr(backend, "BACKEND", replace(backend.BACKEND, supports=lambda projection: None))
     monkeypatch.setattr(Projection, "operand_dtype", property(lambda p: p.hidden.dtype))
