@@ -69,6 +69,32 @@ def test_rounding_to_half_precision(type: str, dtype: torch.dtype) -> None:
     assert torch.equal(low, reversed_.to(dtype).view(torch.int16))
 
 
+@pytest.mark.parametrize("instruction", ["add", "mul", "fma"])
+def test_rounding_in_every_direction(instruction: str) -> None:
+    """rm and rp enclose what is exact in float64, a number apart at most; rz is the one nearer to zero, rn the nearer one."""
+    g = torch.Generator().manual_seed(1)
+    a, b, c = (torch.randn(32, generator=g) * 10.0 ** torch.randint(-3, 4, (32,), generator=g) for _ in range(3))
+    operands = "%a0, %a1, %a2" if instruction == "fma" else "%a0, %a1"
+    down, up, zero, near = (
+        apply(f"{instruction}.{mode}.f32 %d, {operands};", a, b, c).view(torch.float32) for mode in ("rm", "rp", "rz", "rn")
+    )
+    x, y, z = a.double(), b.double(), c.double()
+    exact = {"add": x + y, "mul": x * y, "fma": x * y + z}[instruction]
+    assert (down.double() <= exact).all()
+    assert (exact <= up.double()).all()
+    assert (down != up).sum() > 20
+    assert (torch.nextafter(down, up) == up).all()
+    assert torch.equal(zero, torch.where(exact < 0, up, down))
+    assert ((near == down) | (near == up)).all()
+    assert ((near.double() - exact).abs() <= torch.minimum(exact - down.double(), up.double() - exact) * (1 + 1e-6)).all()
+
+
+def test_saturation() -> None:
+    x = torch.tensor([-1.0, -0.0, 0.25, 1.0, 1.5, float("inf"), -float("inf"), float("nan")]).repeat(4)
+    got = apply("cvt.sat.f32.f32 %d, %a0;", x).view(torch.float32)
+    assert torch.equal(got, torch.tensor([0.0, 0.0, 0.25, 1.0, 1.0, 1.0, 0.0, 0.0]).repeat(4))
+
+
 @pytest.mark.parametrize(("type", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
 def test_widening_from_half_precision(type: str, dtype: torch.dtype) -> None:
     every = torch.arange(0, 2**16, 61).int()[: 32 * 33]
