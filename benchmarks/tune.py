@@ -33,6 +33,9 @@ FEW_ROWS = (512, 4096, 131072)
 """The CUDA kernels' tile depends on the rows too."""
 
 BACKENDS = ("cuda", "triton")
+_CUDA_SHARE = 0.4
+"""Of the time, where both are searched: few tiles, but all of them are raced."""
+
 DTYPES = ("bfloat16", "float16", "float32")
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -133,10 +136,11 @@ def main(arguments: list[str] | None = None) -> int:
             from .tuning.cuda_problems import CudaProblem
 
             jobs = cuda_searches(options.kernel, shapes if options.shape else [*shapes, FEW_ROWS])
-            share = options.seconds * (0.3 if "triton" in options.backend else 1.0)
+            at_once = -(-len(jobs[0].candidates()) // 2) if jobs else 1  # every tile in the first batch
+            share = options.seconds * (_CUDA_SHARE if "triton" in options.backend else 1.0)
             written += tune(
                 jobs, lambda job: CudaProblem(job, "cuda"), clock, share, options.out / "cuda" / "measured.json", made,
-                table=CUDA, workers=options.workers,
+                table=CUDA, workers=max(options.workers, at_once),
             )  # fmt: skip
         if "triton" in options.backend:
             from .tuning.problems import Problem

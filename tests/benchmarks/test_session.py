@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import first_light, session
+from benchmarks import first_light, measure, session
+from benchmarks.measure import DeviceLost
 from benchmarks.session import CALLS, Step
 
 OUT = Path("somewhere")
@@ -84,6 +85,24 @@ def test_what_follows_a_kernel_that_hangs_does_without_the_backend(
     programs |= {"benchmarks.first_light": f"import sys; sys.exit({code})", "next": "import sys; print(sys.argv[1:])"}
     session.run(1, tmp_path, 300)
     assert ("['--without', 'eapo_cuda']" in (tmp_path / "session-1.log").read_text()) == without
+
+
+@pytest.mark.parametrize("seconds", [300, 40])
+def test_a_provider_that_breaks_the_gpu_is_left_out_in_a_second_try(
+    seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, programs: dict[str, str]
+) -> None:
+    """With its words as ``benchmarks.measure`` has them, if there is time for it."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: (_ for _ in ()).throw(RuntimeError("lost")))
+    with pytest.raises(DeviceLost) as lost:
+        measure._check_device("eapo_cuda_op", RuntimeError("illegal address"))
+    step = Step("quick", ("quick", "{out}"), None, without=("--without", "eapo_cuda"))
+    monkeypatch.setattr(session, "CALLS", {1: (session._LIGHT, step)})
+    programs["benchmarks.first_light"] = f"import sys; sys.exit({first_light.HANGS})"
+    programs["quick"] = f"import sys; print(sys.argv[1:]); sys.exit(len(sys.argv) < 6 and print({str(lost.value)!r}) or 3)"
+    codes = session.run(1, tmp_path, seconds)
+    again = f"['{tmp_path}/again', '--without', 'eapo_cuda', '--no-tests', '--without', 'eapo_cuda_op', 'eapo_cuda']"
+    assert (again in (tmp_path / "session-1.log").read_text()) == (seconds == 300)
+    assert list(codes)[1:] == (["quick", "quick again"] if seconds == 300 else ["quick"])
 
 
 @pytest.mark.slow

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import tune
 from benchmarks.tuning.cuda_candidates import CLUSTERS, GROUPS, KERNELS, STAGGERS, CudaSearch
@@ -42,7 +45,7 @@ class FakeContest:
         return lambda: None
 
     def check(self, tile: Tile) -> str | None:
-        return "logp: off by 1" if tile.group_n == 16 else None
+        return "logp: off by 1" if isinstance(tile, Tile) and tile.group_n == 16 else None
 
     def runner(self, tile: Tile) -> Callable[[], float]:
         return lambda: self.cost(tile)
@@ -97,3 +100,28 @@ def test_what_was_measured_is_what_is_used(path: Path, capsys: pytest.CaptureFix
     assert tune.tune(jobs[:1], lambda job: again, FakeClock(), 2.0, path, MADE | {"commit": "def"}, table=CUDA) == 1
     assert configs.find("exp_gemm", 3000, 1024) == Tile(**asdict(TILES[2]) | {"name": "pingpong_alone", "cluster": 1})
     assert [line["commit"] for line in json.loads(path.read_text())["lines"]] == ["def", "abc"]
+
+
+def test_the_command_races_both_backends_into_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a pretended Hopper GPU; every tile of a CUDA kernel is tried however little time there is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tune, "available_backends", lambda device: {"cuda": None})
+    monkeypatch.setattr(tune, "environment", lambda device: MADE)
+    monkeypatch.setattr(tune, "make_clock", lambda device: FakeClock())
+    for module, name in (("cuda_problems", "CudaProblem"), ("problems", "Problem")):
+        fake = SimpleNamespace(**{name: lambda job, device: FakeContest(lambda tile: 1.0 + tile.block_v)})
+        monkeypatch.setitem(sys.modules, f"benchmarks.tuning.{module}", fake)
+    shape = ["--kernel", "exp_gemm", "row_offsets", "--shape", "4096", "4096", "131072", "--seconds", "0", "--workers", "2"]
+    assert tune.main([*shape, "--out", str(tmp_path / "out")]) == 0
+    written = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/measured.json")}
+    assert [line["kernel"] for line in written["cuda"]["lines"]] == ["exp_gemm"]
+    assert [line["kernel"] for line in written["triton"]["lines"]] == ["exp_gemm", "row_offsets"]
+    out = capsys.readouterr().out
+    assert "24 tried" in out.splitlines()[0]
+    assert f"wrote 3 lines to {tmp_path / 'out'}" in out
+    monkeypatch.setattr(tune, "available_backends", lambda device: {"cuda": "no bindings"})
+    assert tune.main([*shape, "--backend", "cuda", "--out", str(tmp_path / "other")]) == 1
+    assert "not here: the cuda backend: no bindings" in capsys.readouterr().out
