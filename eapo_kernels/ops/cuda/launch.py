@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from cuda.bindings import driver
-from cuda.core import Kernel, ObjectCode
+from cuda.core import Device, Kernel, ObjectCode
 from torch import Tensor
 
 from ..projection import Projection
@@ -108,7 +108,9 @@ class Launch:
     def __call__(self) -> None:
         """On the current stream of the device."""
         with torch.cuda.device(self.device):
-            function = driver.CUfunction(int(load(self.build, torch.cuda.current_device()).handle))
+            device = torch.cuda.current_device()
+            ensure_context(device)
+            function = driver.CUfunction(int(load(self.build, device).handle))
             maps = [_checked(driver.cuTensorMapEncodeTiled(*box.parameters())) for box in self.boxes]
             parameters = [*(int(one.getPtr()) for one in maps), ctypes.addressof(self.arguments)]
             pointers = (ctypes.c_void_p * len(parameters))(*parameters)
@@ -127,6 +129,16 @@ def load(item: Build, device: int) -> Kernel:
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuKernelSetAttribute(attribute, item.shared_bytes, kernel.handle, device))
     return kernel
+
+
+def ensure_context(device: int) -> None:
+    """Give this thread the device's primary context where it has none.
+
+    PyTorch selects a device without entering its context, and a backward pass runs in a thread of its own: a launch of ours may
+    be the first thing that reaches the driver there (pytorch/pytorch#124565).
+    """
+    if not int(_checked(driver.cuCtxGetCurrent())):
+        Device(device).set_current()
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

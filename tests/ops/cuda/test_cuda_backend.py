@@ -6,6 +6,7 @@ With a Hopper GPU the kernels themselves run.
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import emulated_cuda
@@ -186,6 +187,18 @@ def test_on_the_device(shape: tuple[int, int, int], dtype: torch.dtype, bias: bo
     inputs = make_inputs(*shape, dtype=dtype, bias=bias, device="cuda")
     compare(inputs, cotangents(shape[0], device="cuda"), backend="cuda")
     compare(inputs, cotangents(shape[0], "logp", device="cuda"), backend="cuda")
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_thread_that_nothing_was_launched_in_before() -> None:
+    inputs = make_inputs(300, 64, 2050, dtype=torch.bfloat16, device="cuda")
+    p = Projection(inputs.hidden.detach(), inputs.weight.detach())
+    run = functools.partial(backend.statistics, p, inputs.targets, entropy=True, second_moments=False, budget=2**30)
+    here = run().logp
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(run).result().logp, here)
 
 
 @pytest.mark.gpu

@@ -78,6 +78,7 @@ class FakeDriver:
     def __init__(self) -> None:
         self.calls: dict[str, list[tuple[Any, ...]]] = {}
         self.status = driver.CUresult.CUDA_SUCCESS
+        self.context = driver.CUcontext(5)
         self.read: Arguments | None = None
 
     def from_cubin(self, code: bytes, *, name: str) -> FakeDriver:
@@ -98,7 +99,7 @@ class FakeDriver:
             if name == "cuLaunchKernel":
                 pointers = (ctypes.c_void_p * 4).from_address(arguments[9])
                 self.read = Arguments.from_buffer_copy(ctypes.string_at(pointers[3], ctypes.sizeof(Arguments)))
-            return self.status, driver.CUtensorMap()
+            return self.status, self.context if name == "cuCtxGetCurrent" else driver.CUtensorMap()
 
         return call
 
@@ -133,6 +134,23 @@ def test_a_launch_calls_the_driver_once_per_kernel(fake: FakeDriver, monkeypatch
     assert fake.read is not None
     assert fake.read.sums == one.tensors["sums"].data_ptr()
     assert fake.read.walk.column_tiles == 5
+
+
+def test_a_thread_without_a_context_gets_the_devices(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the thread of a backward pass, when nothing of PyTorch's was launched there before."""
+    entered = []
+
+    def enter(device: int) -> None:
+        assert "cuLaunchKernel" not in fake.calls
+        entered.append(device)
+        fake.context = driver.CUcontext(5)
+
+    monkeypatch.setattr(launch, "Device", lambda device: SimpleNamespace(set_current=lambda: enter(device)))
+    one = example(monkeypatch)
+    fake.context = driver.CUcontext(0)
+    one()
+    one()
+    assert entered == [3], "where there is a context it stays"
 
 
 def test_the_drivers_errors_are_raised(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
