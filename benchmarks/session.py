@@ -70,6 +70,10 @@ class Step:
 _PRODUCTS = ("stream_statistics", "exp_gemm", "logit_gradient")
 """Kernels of which there is time to race tiles."""
 
+_FOLDERS = ("tests/gpu", "tests/ops", "tests/csrc", "tests/objectives", "tests/integrations")
+_TESTS = (*_FOLDERS, *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_*.py")))
+"""What a GPU can change: not the trainer, the emulator and compiling for other GPUs. Results say what was run."""
+
 _NOT_CUDA = ("-k", "not cuda- and not on_the_device")
 _LIGHT = Step("first light", ("benchmarks.first_light", "--out", "{out}"), 1.5, tiny=("benchmarks.first_light",))
 _BENCHMARK = ("benchmarks.gpu", "--out", "{out}", "--minutes", "{minutes}")
@@ -82,7 +86,7 @@ CALLS: dict[int, tuple[Step, ...]] = {
         Step("build", ("eapo_kernels.ops.cuda", "--build"), 1.5, tiny=("eapo_kernels.ops.cuda", "--help")),
         _LIGHT,
         Step(
-            "tests", ("benchmarks.gate", "--out", "{out}", "--minutes", "{minutes}"), None, without=_NOT_CUDA,
+            "tests", ("benchmarks.gate", *_TESTS, "--out", "{out}", "--minutes", "{minutes}"), None, without=_NOT_CUDA,
             tiny=("benchmarks.gate", "tests/test_structure.py", "--out", "{out}", "--minutes", "{minutes}"),
         ),
     ),
@@ -105,8 +109,8 @@ CALLS: dict[int, tuple[Step, ...]] = {
     3: (
         _LIGHT,
         Step(
-            "full benchmark", (*_BENCHMARK, "--full", "--not-slow", "--despite-red"), None, without=("--without", "eapo_cuda"),
-            tiny=_TINY_BENCHMARK,
+            "full benchmark", (*_BENCHMARK, "--full", "--not-slow", "--despite-red", "--tests", *_TESTS), None,
+            without=("--without", "eapo_cuda"), tiny=_TINY_BENCHMARK,
         ),
     ),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import first_light, measure, session
+from benchmarks import first_light, gate, measure, session
 from benchmarks.measure import DeviceLost
 from benchmarks.session import CALLS, Step
 
@@ -122,6 +122,14 @@ def test_tiny_calls_from_end_to_end(call: int, tmp_path: Path, monkeypatch: pyte
     else:
         (path,) = tmp_path.glob("cpu-*.red.json")
         assert "the tests were not run" in path.read_text()
+
+
+def test_the_tests_of_a_call_are_there() -> None:
+    dealt = [name for shard in gate.shards(session.ROOT, 8, session._TESTS) for name in shard]
+    assert {"tests/ops/cuda/test_cuda_backend.py", "tests/gpu/test_cuda_graphs.py", "tests/test_no_waits.py"} <= set(dealt)
+    assert not [name for name in dealt if name.startswith(("tests/trainer", "tests/aot", "tests/emulator"))]
+    for name in session._TESTS:
+        assert (session.ROOT / name).exists()
 
 
 def test_three_calls_and_their_starts_are_half_an_hour() -> None:
