@@ -27,7 +27,8 @@ __device__ __forceinline__ void read_ranges(const FinalizeArguments& a, int begi
         for (int i = 0; i < 7; ++i) runs[i] = load_run<ALIGNED>(line + i * field, begin, a.n_rows, i < a.fields);
         EAPO_UNROLL
         for (int i = 0; i < RUN; ++i) {
-            parts[i].merge({runs[0].of[i], runs[1].of[i], runs[2].of[i], runs[3].of[i], runs[4].of[i], runs[5].of[i], runs[6].of[i]});
+            parts[i].merge({runs[0].of[i], runs[1].of[i], runs[2].of[i], runs[3].of[i], runs[4].of[i], runs[5].of[i],
+                            runs[6].of[i]});
         }
     }
 }

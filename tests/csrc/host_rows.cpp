@@ -78,7 +78,8 @@ void finalize_rows(const FinalizeArguments* a) {
         }
         const RowStatistics s = finish(merge_parts(parts));
         const float values[9] = {s.logp, s.lse, s.row_max, s.log_sum, s.entropy, s.mean_shifted, s.p2, s.p2_logp, s.varentropy};
-        for (int i = 0; i < (a->fields == 7 ? 9 : a->fields == 4 ? 6 : 4); ++i) a->out[std::size_t(i) * a->n_rows + row] = values[i];
+        const int n = a->fields == 7 ? 9 : a->fields == 4 ? 6 : 4;
+        for (int i = 0; i < n; ++i) a->out[std::size_t(i) * a->n_rows + row] = values[i];
     }
     surrogates(a->surrogate, a->n_rows, a->out, a->fields > 3 ? a->out + std::size_t(4) * a->n_rows : nullptr);
 }
@@ -111,7 +112,8 @@ void offset_rows(const OffsetArguments* a, int fp16) {
                 const bool whole = d < a->dim / 8 * 8;
                 if ((whole ? d / 8 : d % 8) % WARP != lane) continue;
                 float& sum = sums[whole ? d % 8 : 0];
-                sum = fma_exact(number(a->hidden, row * a->hidden_stride + d), number(a->weight, column * a->weight_stride + d), sum);
+                const float h = number(a->hidden, row * a->hidden_stride + d);
+                sum = fma_exact(h, number(a->weight, column * a->weight_stride + d), sum);
             }
             lanes[lane] = (sums[0] + sums[4] + (sums[2] + sums[6])) + (sums[1] + sums[5] + (sums[3] + sums[7]));
         }
@@ -137,24 +139,27 @@ void coefficients(int n, const float* logp, const float* old_logp, const float* 
 // Of the structures of arguments.h that rows.py mirrors: where field ``field`` lies, then the size.
 int row_arguments_layout(int structure, int field) {
     const std::vector<std::size_t> at[] = {
-        {offsetof(SurrogateArguments, coefficient), offsetof(SurrogateArguments, totals), offsetof(SurrogateArguments, sequence_ids),
-         offsetof(SurrogateArguments, valid), offsetof(SurrogateArguments, old_logp), offsetof(SurrogateArguments, scale),
-         offsetof(SurrogateArguments, advantages), offsetof(SurrogateArguments, rewards), offsetof(SurrogateArguments, thresholds),
-         offsetof(SurrogateArguments, positive_weight), offsetof(SurrogateArguments, negative_weight),
-         offsetof(SurrogateArguments, ratio_low), offsetof(SurrogateArguments, ratio_high), offsetof(SurrogateArguments, dual_clip),
-         sizeof(SurrogateArguments)},
+        {offsetof(SurrogateArguments, coefficient), offsetof(SurrogateArguments, totals),
+         offsetof(SurrogateArguments, sequence_ids), offsetof(SurrogateArguments, valid),
+         offsetof(SurrogateArguments, old_logp), offsetof(SurrogateArguments, scale),
+         offsetof(SurrogateArguments, advantages), offsetof(SurrogateArguments, rewards),
+         offsetof(SurrogateArguments, thresholds), offsetof(SurrogateArguments, positive_weight),
+         offsetof(SurrogateArguments, negative_weight), offsetof(SurrogateArguments, ratio_low),
+         offsetof(SurrogateArguments, ratio_high), offsetof(SurrogateArguments, dual_clip), sizeof(SurrogateArguments)},
         {offsetof(FinalizeArguments, out), offsetof(FinalizeArguments, sums), offsetof(FinalizeArguments, n_rows),
-         offsetof(FinalizeArguments, splits), offsetof(FinalizeArguments, fields), offsetof(FinalizeArguments, surrogate), sizeof(FinalizeArguments)},
+         offsetof(FinalizeArguments, splits), offsetof(FinalizeArguments, fields), offsetof(FinalizeArguments, surrogate),
+         sizeof(FinalizeArguments)},
         {offsetof(ExpFinalizeArguments, out), offsetof(ExpFinalizeArguments, sums), offsetof(ExpFinalizeArguments, offsets),
          offsetof(ExpFinalizeArguments, row_inv_temperature), offsetof(ExpFinalizeArguments, scale),
-         offsetof(ExpFinalizeArguments, n_rows), offsetof(ExpFinalizeArguments, tiles), offsetof(ExpFinalizeArguments, fields),
-         offsetof(ExpFinalizeArguments, surrogate), sizeof(ExpFinalizeArguments)},
+         offsetof(ExpFinalizeArguments, n_rows), offsetof(ExpFinalizeArguments, tiles),
+         offsetof(ExpFinalizeArguments, fields), offsetof(ExpFinalizeArguments, surrogate), sizeof(ExpFinalizeArguments)},
         {offsetof(OffsetArguments, offsets), offsetof(OffsetArguments, n_listed), offsetof(OffsetArguments, hint),
          offsetof(OffsetArguments, hidden), offsetof(OffsetArguments, weight), offsetof(OffsetArguments, bias),
-         offsetof(OffsetArguments, targets), offsetof(OffsetArguments, row_inv_temperature), offsetof(OffsetArguments, hidden_stride),
-         offsetof(OffsetArguments, weight_stride), offsetof(OffsetArguments, bias_stride), offsetof(OffsetArguments, scale),
-         offsetof(OffsetArguments, hinted), offsetof(OffsetArguments, bare), offsetof(OffsetArguments, n_rows), offsetof(OffsetArguments, n_columns), offsetof(OffsetArguments, dim),
-         sizeof(OffsetArguments)}};
+         offsetof(OffsetArguments, targets), offsetof(OffsetArguments, row_inv_temperature),
+         offsetof(OffsetArguments, hidden_stride), offsetof(OffsetArguments, weight_stride),
+         offsetof(OffsetArguments, bias_stride), offsetof(OffsetArguments, scale), offsetof(OffsetArguments, hinted),
+         offsetof(OffsetArguments, bare), offsetof(OffsetArguments, n_rows), offsetof(OffsetArguments, n_columns),
+         offsetof(OffsetArguments, dim), sizeof(OffsetArguments)}};
     return int(at[structure][field]);
 }
 }
