@@ -1,4 +1,4 @@
-"""``python -m benchmarks.first_light --out DIR``: every CUDA product once, before anything else relies on one.
+"""``python -m benchmarks.first_light --out DIR``: every CUDA kernel once, before anything else relies on one.
 
 A kernel and tile have a process of their own, in which they go from one tile without a ragged edge to many waves: one that
 hangs, crashes or is wrong is named and takes nobody with it. Writes DIR/first_light.json.
@@ -8,115 +8,47 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from eapo_kernels import available_backends, reference
+from eapo_kernels import available_backends
 from eapo_kernels.ops.cuda import configs
-from eapo_kernels.ops.cuda.configs import ProductBuild
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.testing import make_inputs
+from eapo_kernels.ops.cuda.configs import Build, ProductBuild
 
 SHAPES = ((128, 64, 256), (130, 136, 1031), (700, 1024, 50257))
 """[N, D] x [V, D]: a tile with nothing to cut off; ragged in every direction; many units for every program."""
 
-FLOOR = {torch.float32: 4e-5, torch.bfloat16: 1.2e-2}
-"""Allowed difference from float64, of the largest value: sums in fp32, and E rounded to bfloat16 (after offsets in fp32)."""
-
 HANGS = 3
 """Exit code when a kernel hangs or crashes."""
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-Results = Iterator[tuple[str, Tensor, Tensor]]
-"""(name, result, truth)."""
+def builds() -> list[Build]:
+    """All of them, those whose mistakes are easiest to find first."""
+    return [*configs.row_builds(), *configs.product_builds()]
 
 
-def names(builds: Sequence[ProductBuild]) -> dict[str, list[ProductBuild]]:
-    """By the kernel and the number of its tile: what shares a process."""
+def names() -> dict[str, list[Build]]:
+    """Builds by what shares a process: a kernel, and of a product the number of its tile."""
     tiles = configs.tiles()
-    found: dict[str, list[ProductBuild]] = {}
-    for item in builds:
-        found.setdefault(f"{item.kernel}-{item.tile.name}-{tiles.index(item.tile)}", []).append(item)
+    found: dict[str, list[Build]] = {}
+    for item in builds():
+        tile = f"-{item.tile.name}-{tiles.index(item.tile)}" if isinstance(item, ProductBuild) else ""
+        found.setdefault(f"{item.kernel}{tile}", []).append(item)
     return found
-
-
-@torch.no_grad()
-def check(item: ProductBuild, shape: tuple[int, int, int], device: str) -> str | None:
-    """How the results are wrong, or None. NaN is wrong, and so is a single bit between two runs."""
-    for name, got, truth in launches(item, shape, device):
-        error = float(torch.where(got == truth, 0.0, (got.double() - truth).abs()).max())  # a range may have the maximum -inf
-        allowed = 0.0 if name.startswith("output") else FLOOR[got.dtype] * float(truth.abs().max())
-        if not error <= allowed:
-            return f"{name}: off by {error:.2e}, allowed {allowed:.2e}"
-    return None
-
-
-def launches(item: ProductBuild, shape: tuple[int, int, int], device: str) -> Results:
-    """Run the kernel twice, finish its sums as the backend does, and yield what came out beside the truth."""
-    from eapo_kernels.ops.cuda import products
-    from eapo_kernels.ops.triton.exp_finalize import exp_finalize
-    from eapo_kernels.ops.triton.finalize import finalize
-    from eapo_kernels.ops.triton.offsets import row_offsets
-    from eapo_kernels.ops.triton.one_pass import workspace
-
-    inputs = make_inputs(*shape, dtype=_DTYPES[item.operand], bias=item.bias, device=device)
-    g = torch.Generator().manual_seed(3)
-    temperature = (0.5 + torch.rand(shape[0], generator=g)).to(device)
-    p = Projection(
-        inputs.hidden.detach(), inputs.weight.detach(), None if inputs.bias is None else inputs.bias.detach(),
-        row_inv_temperature=temperature,
-    )  # fmt: skip
-    exact = inputs.to(torch.float64)
-    scaled = {"bias": exact.bias, "inv_temperature": temperature.double()}
-    truth = reference.token_stats(exact.hidden, exact.weight, exact.targets, second_moments=item.second_moments, **scaled)
-    if item.kernel == "stream_statistics":
-        launch, sums = products.stream_statistics(
-            p, inputs.targets, entropy=item.entropy, second_moments=item.second_moments, budget=2**30, tile=item.tile
-        )
-        written = [sums.values]
-    else:
-        exp = products.exp_sums(p, item.entropy, item.tile)
-        row_offsets(p, inputs.targets, truth.logp.float() + 0.3, exp)()
-        matrix = workspace(p, torch.bfloat16)
-        launch = products.exp_gemm(p, inputs.targets, exp, matrix, tile=item.tile)
-        written = [exp.values, matrix]
-    assert launch.build == item
-    first = None
-    for _ in range(2):
-        for tensor in written:
-            tensor.fill_(torch.nan)
-        launch()
-        again, first = first, [tensor.clone() for tensor in written]
-    assert again is not None
-    for number, (a, b) in enumerate(zip(again, first, strict=True)):
-        yield f"output {number} of the second run", b, a.double()
-    if item.kernel == "stream_statistics":
-        last, final = finalize(sums)
-    else:
-        bits = reference.logits(exact.hidden, exact.weight, **scaled) / math.log(2) - exp.offsets[0].double().unsqueeze(1)
-        yield "E", matrix, bits.exp2_().scatter_(1, inputs.targets.unsqueeze(1), 0.0)
-        last, final, _ = exp_finalize(p, exp)
-    last()
-    for name in ("logp", "entropy", "lse", "p2", "p2_logp", "varentropy"):
-        value = getattr(final.statistics, name)
-        if value is not None:
-            yield name, value, getattr(truth, name)
 
 
 @torch.no_grad()
 def run_all(device: str) -> None:
     """Every build on the first two shapes, its results not looked at: what tools watch."""
-    for item in configs.product_builds():
+    from .launches import results
+
+    for item in builds():
         for shape in SHAPES[:2]:
-            for _ in launches(item, shape, device):
+            for _ in results(item, shape, device):
                 pass
         print(str(item).replace(" ", "-"), flush=True)
     if device == "cuda":
@@ -125,7 +57,9 @@ def run_all(device: str) -> None:
 
 def child(name: str, device: str) -> None:
     """Print each case, and behind it what came of it; the first one that raises ends the process."""
-    for item in names(list(configs.product_builds()))[name]:
+    from .launches import check
+
+    for item in names()[name]:
         for shape in SHAPES:
             print(f"{item}, {'x'.join(map(str, shape))}: ", end="", flush=True)
             print(check(item, shape, device) or "right", flush=True)
@@ -180,8 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child is not None:
         child(options.child, "cuda")
         return 0
-    found = names(list(configs.product_builds()))
-    commands = {name: [sys.executable, "-m", "benchmarks.first_light", "--child", name] for name in found}
+    commands = {name: [sys.executable, "-m", "benchmarks.first_light", "--child", name] for name in names()}
     right, wrong = watch(commands, options.seconds)
     for case, verdict in wrong.items():
         print(f"{case}: {verdict}")

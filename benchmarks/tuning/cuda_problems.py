@@ -20,7 +20,7 @@ from .problems import Problem, Results
 
 
 class CudaProblem(Problem):
-    """See ``Problem``. The offsets and the last step are Triton's, as in the backend."""
+    """See ``Problem``. The offsets and the last step are Triton's."""
 
     search: CudaSearch
 

@@ -48,6 +48,27 @@ def test_gpu_without_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "left_out"),
+    [(["--quick"], ["-m", "not slow"]), (["--full"], []), (["--full", "--not-slow"], ["-m", "not slow"])],
+)
+def test_gpu_runs_slow_tests_when_asked_to(
+    flags: list[str], left_out: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def run_gate(*args: object, **options: object) -> Gate:
+        asked.append((options["only"], options["arguments"], options["log"]))
+        return Gate(failed=1, failures=["stop here"])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda device: {"gpu": "a GPU", "date": "2026-01-01", "commit": "abc"})
+    monkeypatch.setattr(gpu, "print_missing", lambda providers, device: None)
+    monkeypatch.setattr(gpu, "run_gate", run_gate)
+    assert gpu.main([*flags, "--tests", "tests/ops", "tests/gpu", "--out", str(tmp_path)]) == 1
+    assert asked == [(["tests/ops", "tests/gpu"], left_out, tmp_path / "gate.log")]
+
+
 def test_gpu_measures_nothing_behind_a_red_gate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import results
 from benchmarks.case import MODES, Case, make_case
 from benchmarks.clock import CpuClock, parse_telemetry, time_interleaved
 from benchmarks.measure import gate, label, measure
@@ -201,6 +202,14 @@ def test_result_files_accumulate_and_are_written_whole(
         result.save(path.parent)
     assert load(path) == first
     assert list(path.parent.glob("*.json")) == [path]
+
+
+def test_the_commit_of_a_copy_without_history_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(results.COMMIT, "abc1234")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert results.environment("cpu")["commit"] == "abc1234"
+    monkeypatch.delenv(results.COMMIT)
+    assert results.environment("cpu")["commit"] == "unknown"
 
 
 def test_result_files_turn_red_for_good_and_are_refused(tmp_path: Path) -> None:

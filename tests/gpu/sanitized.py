@@ -1,6 +1,6 @@
-"""A program for compute-sanitizer: every job at a small or a tiny size, or every CUDA product, with numbers nobody looks at.
+"""A program for compute-sanitizer: every job at a small or a tiny size, or every CUDA kernel, with numbers nobody looks at.
 
-``python tests/gpu/sanitized.py small|tiny|products``; prints the names of what it ran.
+``python tests/gpu/sanitized.py small|tiny|kernels``; prints the names of what it ran.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main(which: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    if which == "products":
+    if which == "kernels":
         from benchmarks import first_light
 
         first_light.run_all(device)

@@ -17,6 +17,10 @@ BARRIERS = 16
 """At least as many as a program has (two a stage): the tool counts those that a compiler announces, ours are plain PTX."""
 
 
+KERNELS = ("stream_statistics", "exp_gemm", "row_offsets", "finalize")
+"""Parts of the CUDA kernels' names."""
+
+
 def find_sanitizer() -> str | None:
     """The program: of the wheel where one is installed, else on PATH, else of a toolkit; None without any."""
     for folder in sys.path:
@@ -30,8 +34,9 @@ def find_sanitizer() -> str | None:
 def arguments(tool: str, which: str, number: int) -> list[str]:
     """Options for ``sanitized.py which``; ``number`` tells runs apart that go on at once.
 
-    For "products" only our kernels are watched, not those that make their inputs and the truth.
+    For "kernels" only our kernels are watched, not those that make their inputs and the truth.
     """
-    watched = ["--kernel-name", "kns=stream_statistics", "--kernel-name", "kns=exp_gemm"] if which == "products" else []
-    counted = ["--num-cuda-barriers", str(BARRIERS)] if which == "products" and tool != "memcheck" else []
+    names = [word for kernel in KERNELS for word in ("--kernel-name", f"kns={kernel}")]
+    watched = names if which == "kernels" else []
+    counted = ["--num-cuda-barriers", str(BARRIERS)] if which == "kernels" and tool != "memcheck" else []
     return ["--tool", tool, "--error-exitcode", str(FOUND), "--port", str(49152 + 16 * number), *watched, *counted]

@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import BACKENDS, JOBS
-from sanitizers import arguments, find_sanitizer
+from sanitizers import KERNELS, arguments, find_sanitizer
+
+from benchmarks import first_light
 
 SCRIPT = Path(__file__).with_name("sanitized.py")
 ROOT = SCRIPT.parents[2]
@@ -27,9 +29,9 @@ RUNS = [
     (tool, which)
     for tool, which in (
         ("memcheck", "small"), ("racecheck", "tiny"), ("synccheck", "tiny"),
-        ("memcheck", "products"), ("racecheck", "products"), ("synccheck", "products"),
+        ("memcheck", "kernels"), ("racecheck", "kernels"), ("synccheck", "kernels"),
     )
-    if which != "products" or "cuda" in BACKENDS
+    if which != "kernels" or "cuda" in BACKENDS
 ]  # fmt: skip
 
 
@@ -62,10 +64,15 @@ def test_the_program_of_the_wheel_comes_first(tmp_path: Path, monkeypatch: pytes
 def test_the_tools_are_told_apart() -> None:
     told = arguments("memcheck", "small", 0)
     assert told == ["--tool", "memcheck", "--error-exitcode", "97", "--port", "49152"]
-    told = arguments("racecheck", "products", 1)
+    told = arguments("racecheck", "kernels", 1)
     assert told[2:6] == ["--error-exitcode", "97", "--port", "49168"]
-    watched = ["--kernel-name", "kns=stream_statistics", "--kernel-name", "kns=exp_gemm"]
-    assert told[6:] == [*watched, "--num-cuda-barriers", "16"]
+    assert told[6:8] == ["--kernel-name", "kns=stream_statistics"]
+    assert told[-2:] == ["--num-cuda-barriers", "16"]
+
+
+def test_every_kernel_is_watched() -> None:
+    for item in first_light.builds():
+        assert any(part in item.kernel for part in KERNELS)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +109,6 @@ def test_compute_sanitizer_finds_nothing(
         pytest.fail(f"not finished in time:\n{output.read_text(errors='replace')[-4000:]}")
     text = output.read_text(errors="replace")
     assert process.returncode == 0, text[-6000:]
-    from eapo_kernels.ops.cuda.configs import product_builds
-
-    ran = [str(item).replace(" ", "-") for item in product_builds()] if run[1] == "products" else list(JOBS)
+    ran = [str(item).replace(" ", "-") for item in first_light.builds()] if run[1] == "kernels" else list(JOBS)
     assert set(ran) <= set(text.split())
     assert "Detected overflow of tracked cuda::barrier" not in text

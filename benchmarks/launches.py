@@ -1,0 +1,147 @@
+"""Every CUDA kernel once on inputs of any shape, and what comes out beside the truth in float64. Nothing is timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from eapo_kernels import reference
+from eapo_kernels.ops.cuda import products, rows
+from eapo_kernels.ops.cuda.configs import Build, ProductBuild, RowBuild
+from eapo_kernels.ops.cuda.launch import Launch
+from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.statistics import RowStatistics
+from eapo_kernels.ops.triton import exp_gemm as triton_exp_gemm
+from eapo_kernels.ops.triton import forward as triton_forward
+from eapo_kernels.ops.triton.exp_finalize import exp_finalize
+from eapo_kernels.ops.triton.finalize import finalize
+from eapo_kernels.ops.triton.offsets import ExpSums, row_offsets
+from eapo_kernels.ops.triton.one_pass import workspace
+from eapo_kernels.testing import make_inputs
+
+FLOOR = {torch.float32: 4e-5, torch.bfloat16: 1.2e-2}
+"""Allowed difference from float64, of the largest value: sums in fp32, and E rounded to bfloat16 (after offsets in fp32)."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.bfloat16}
+
+Results = Iterator[tuple[str, Tensor, Tensor]]
+"""(name, result, truth)."""
+
+
+class Inputs:
+    """Operands [N, D] x [V, D] with a temperature a row, and the truth in float64."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str, *, bias: bool) -> None:
+        made = make_inputs(*shape, dtype=dtype, bias=bias, device=device)
+        g = torch.Generator().manual_seed(3)
+        temperature = (0.5 + torch.rand(shape[0], generator=g)).to(device)
+        self.targets, self.exact = made.targets, made.to(torch.float64)
+        self.projection = Projection(
+            made.hidden.detach(), made.weight.detach(), None if made.bias is None else made.bias.detach(),
+            row_inv_temperature=temperature,
+        )  # fmt: skip
+        self._scaled = {"bias": self.exact.bias, "inv_temperature": temperature.double()}
+
+    @cached_property
+    def truth(self) -> reference.TokenStats:
+        return reference.token_stats(self.exact.hidden, self.exact.weight, self.targets, second_moments=True, **self._scaled)
+
+    @property
+    def hint(self) -> Tensor:
+        """[N] fp32, log-probs of an old policy."""
+        return self.truth.logp.float() + 0.3
+
+    def exponentials(self, sums: ExpSums) -> Tensor:
+        """[N, V] float64: E with these offsets, 0 at the targets."""
+        z = reference.logits(self.exact.hidden, self.exact.weight, **self._scaled)
+        bits = z / math.log(2) - sums.offsets[0].double().unsqueeze(1)
+        return bits.exp2_().scatter_(1, self.targets.unsqueeze(1), 0.0)
+
+    def statistics(self, got: RowStatistics) -> Results:
+        for name in ("logp", "entropy", "lse", "p2", "p2_logp", "varentropy"):
+            value = getattr(got, name)
+            if value is not None:
+                yield name, value, getattr(self.truth, name)
+
+
+@torch.no_grad()
+def check(item: Build, shape: tuple[int, int, int], device: str) -> str | None:
+    """How the results are wrong, or None. NaN is wrong, and so is a single bit between two runs."""
+    for name, got, truth in results(item, shape, device):
+        error = float(torch.where(got == truth, 0.0, (got.double() - truth).abs()).max())  # a range may have the maximum -inf
+        allowed = 0.0 if name.startswith("output") else FLOOR[got.dtype] * float(truth.abs().max())
+        if not error <= allowed:
+            return f"{name}: off by {error:.2e}, allowed {allowed:.2e}"
+    return None
+
+
+def results(item: Build, shape: tuple[int, int, int], device: str) -> Results:
+    """Run a kernel twice and yield what comes out; the kernels before and after it are Triton's."""
+    if isinstance(item, ProductBuild):
+        return _product(item, Inputs(shape, _DTYPES[item.operand], device, bias=item.bias))
+    assert isinstance(item, RowBuild)
+    return _rows(item, Inputs(shape, _DTYPES[item.operand], device, bias=True))
+
+
+def _product(item: ProductBuild, case: Inputs) -> Results:
+    p, targets = case.projection, case.targets
+    if item.kernel == "stream_statistics":
+        launch, sums = products.stream_statistics(
+            p, targets, entropy=item.entropy, second_moments=item.second_moments, budget=2**30, tile=item.tile
+        )
+        assert launch.build == item
+        yield from _twice(launch, sums.values)
+        last, final = finalize(sums)
+        last()
+    else:
+        exp = products.exp_sums(p, item.entropy, item.tile)
+        row_offsets(p, targets, case.hint, exp)()
+        matrix = workspace(p, torch.bfloat16)
+        launch = products.exp_gemm(p, targets, exp, matrix, tile=item.tile)
+        assert launch.build == item
+        yield from _twice(launch, exp.values, matrix)
+        yield "E", matrix, case.exponentials(exp)
+        last, final, _ = exp_finalize(p, exp)
+        last()
+    yield from case.statistics(final.statistics)
+
+
+def _rows(item: RowBuild, case: Inputs) -> Results:
+    p, targets = case.projection, case.targets
+    if item.kernel == "finalize":
+        first, sums = triton_forward.stream_statistics(p, targets, entropy=True, second_moments=True, budget=2**30)
+        first()
+        launch, final = rows.finalize(sums)
+        yield from _twice(launch, launch.tensors["out"])
+        yield from case.statistics(final.statistics)
+        return
+    exp = ExpSums.empty(p, True)
+    if item.kernel == "row_offsets":
+        launch = rows.row_offsets(p, targets, case.hint, exp)
+        assert launch.build == item
+        yield from _twice(launch, exp.offsets)
+        target = case.truth.logp + case.truth.lse
+        yield "offsets", exp.offsets[0], (target - case.hint.double()) / math.log(2)
+        return
+    row_offsets(p, targets, case.hint, exp)()
+    triton_exp_gemm.exp_gemm(p, targets, exp, workspace(p, torch.bfloat16))()
+    launch, final, _ = rows.exp_finalize(p, exp)
+    yield from _twice(launch, launch.tensors["out"])
+    yield from case.statistics(final.statistics)
+
+
+def _twice(launch: Launch, *written: Tensor | None) -> Results:
+    """The second run's outputs beside the first one's; they are NaN before each."""
+    runs = []
+    for _ in range(2):
+        for tensor in written:
+            assert tensor is not None
+            tensor.fill_(torch.nan)
+        launch()
+        runs.append([tensor.clone() for tensor in written if tensor is not None])
+    for number, (a, b) in enumerate(zip(*runs, strict=True)):
+        yield f"output {number} of the second run", b, a.double()
