@@ -165,7 +165,7 @@ def test_clipped_rows_cost_no_gradient_product(far: float, options: Options, mon
     assert alive <= sum(multiplied) <= alive + 0.02 * N + 1
 
 
-@pytest.mark.parametrize("scale", [1.0, 65536.0])
+@pytest.mark.parametrize("scale", [1.0, 1e4, 65536.0])
 def test_fp16_operands_hold_a_scaled_loss(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, where the products multiply fp16: neither a mean's small coefficients nor a scaled loss's large ones fit."""
     monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: self.hidden.dtype))

@@ -82,15 +82,6 @@ class ChunkGradient(NamedTuple):
         target = None if self.target is None else self.target[rows]
         return ChunkGradient(self.matrix[: len(rows)], self.row_factor[rows], target)
 
-    def whole(self, targets: Tensor) -> Tensor:
-        """The matrix with the targets' entries rounded into it, in place, where they are columns of it. targets: [C] int64."""
-        if self.target is not None:
-            entries = torch.where(self.row_factor == 0, 0.0, self.target / self.row_factor).to(self.matrix.dtype).unsqueeze(1)
-            index = targets.clamp(0, self.matrix.shape[1] - 1).unsqueeze(1)
-            inside = targets.unsqueeze(1) == index
-            self.matrix.scatter_(1, index, torch.where(inside, entries, self.matrix.gather(1, index)))
-        return self.matrix
-
 
 class TargetRows(NamedTuple):
     """Rows to be added to the rows of d_weight that belong to their targets.

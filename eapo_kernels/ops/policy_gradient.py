@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..types import SUMS, Options
 from . import plans, products
-from .backend import Backend, Chunk, Coefficients, LogitCotangents
+from .backend import Backend, Chunk, Coefficients, LogitCotangents, TargetRows
 from .budget import workspace_bytes
 from .projection import Projection
 from .rows import fill_holes_, scatter_rows
@@ -116,7 +116,11 @@ def policy_gradient(
         if d_weight is not None:
             d_weight.add(gradient, part_hidden, part_targets)
         if d_bias is not None:
-            products.add_weighted_rows_(d_bias, gradient.whole(part_targets), gradient.row_factor)
+            products.add_weighted_rows_(d_bias, gradient.matrix, gradient.row_factor)
+            if gradient.target is not None:
+                assert backend.add_target_rows is not None
+                ones = gradient.target.new_ones(len(part_targets), 1)
+                backend.add_target_rows(d_bias.unsqueeze(1), 0, TargetRows.sort(part_targets, ones, gradient.target))
         del chunk, gradient
     if d_hidden is not None:
         d_hidden = scatter_rows(d_hidden, index, n_rows)

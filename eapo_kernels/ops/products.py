@@ -7,6 +7,8 @@ CPU product of bf16 matrices rounds its result to bf16.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,21 @@ def _add_widened_(out: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
         for start in range(0, j, _WIDEN_ROWS):
             piece = slice(start, start + _WIDEN_ROWS)
             out.addmm_(a[:, piece].to(out.dtype), b[piece].to(out.dtype))
+
+
+def scale_rows(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(factor[:, None] * matrix rounded to ``dtype``, the power of two that this lacks, 0-dim; None: none).
+
+    Only fp16 needs one: it holds neither a mean's coefficients nor a scaled loss's, and the factors of a chunk may differ by
+    2^25 (``ops/triton/offsets.py``, the sums S). So the largest number is brought to 2^14 or more, and takes most of the range.
+
+    matrix: [N, D] dtype or wider; factor: [N] fp32/fp64.
+    """
+    if dtype != torch.float16 or len(matrix) == 0:
+        return (matrix * factor.unsqueeze(1)).to(dtype), None
+    largest = (torch.linalg.vector_norm(matrix, math.inf, dim=1).to(factor.dtype) * factor.abs()).amax()
+    unit = torch.where(largest > 0, torch.exp2(largest.log2().floor() - 14), 1.0)
+    return (matrix * (factor / unit).unsqueeze(1)).to(dtype), unit
 
 
 def add_gathered_rows_(out: Tensor, matrix: Tensor, index: Tensor, factor: Tensor) -> Tensor:

@@ -184,8 +184,8 @@ def _add_slab_gradients(
     """The slab loop of ``compute_gradients``. d_hidden is the statistics-dtype accumulator, d_bias too, d_weight final."""
     hidden, weight = projection.hidden, projection.weight
     dtype = projection.statistics_dtype
-    gain = _underflow_gain(projection.operand_dtype, cotangents)
     first = 0 if kept is None else kept.factors.shape[1]
+    gain = _underflow_gain(projection.operand_dtype, cotangents) if first < projection.n_rows else None
     apart = None
     if kept is not None:
         budget -= kept.matrix.untyped_storage().nbytes()
@@ -193,7 +193,7 @@ def _add_slab_gradients(
         factor, *entries = cotangents.logp[:first] * kept.factors
         if entries:
             apart = TargetRows.sort(targets[:first], hidden[:first], entries[0])
-        scaled = (hidden[:first] * (factor if gain is None else factor * gain).unsqueeze(1)).to(projection.operand_dtype)
+        scaled, unit = products.scale_rows(hidden[:first], factor, projection.operand_dtype)
     if first < projection.n_rows:
         rows, columns = plans.slab(projection.n_rows - first, projection.vocab, backend.slab_bytes(projection), budget)
     else:
@@ -216,6 +216,8 @@ def _add_slab_gradients(
                 products.add_product_(d_hidden[:first], matrix, weight[here])
             if slab_weight is not None:
                 products.add_product_(slab_weight, matrix.t(), scaled)
+                if unit is not None:
+                    slab_weight.mul_(unit)
             if d_bias is not None:
                 products.add_weighted_rows_(d_bias[here], matrix, factor)
             if apart is not None:
@@ -225,6 +227,8 @@ def _add_slab_gradients(
                 if d_bias is not None:
                     ones = apart.factor.new_ones(first, 1)
                     backend.add_target_rows(d_bias[here].unsqueeze(1), start, apart._replace(hidden=ones))
+            if slab_weight is not None and gain is not None:
+                slab_weight.mul_(gain)
         for part in row_slices:
             gradient = workspace[: part.stop - part.start, :width]
             backend.logit_gradient(

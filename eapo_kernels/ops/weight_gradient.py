@@ -31,8 +31,7 @@ class WeightGradient:
     Several chunks: an fp32 accumulator, rounded once at the end. One chunk: products of slabs of the vocabulary, each rounded
     into place, so that there is no fp32 copy. ``main_grad``: added to it in fp32, whatever the number of chunks.
 
-    fp16 operands could hold neither a mean's coefficients nor a scaled loss's, so the power of two nearest below the chunk's
-    largest row factor, and the scale, are multiplied in after the product.
+    With fp16 operands a power of two a chunk (``products.scale_rows``) and the scale are multiplied in after the product.
     """
 
     def __init__(
@@ -69,14 +68,9 @@ class WeightGradient:
         matrix, row_factor, target = gradient
         if row_factor.numel() == 0:
             return
-        unit = None
-        if self._half:
-            largest = row_factor.abs().amax()
-            unit = torch.where(largest > 0, torch.exp2(largest.log2().floor()), 1.0)
-            scaled = (hidden * (row_factor / unit).unsqueeze(1)).to(matrix.dtype)
+        scaled, unit = products.scale_rows(hidden, row_factor if self._half else row_factor * self._scale, matrix.dtype)
+        if unit is not None:
             unit = unit * self._scale
-        else:
-            scaled = (hidden * (row_factor * self._scale).unsqueeze(1)).to(matrix.dtype)
         apart = None if target is None else TargetRows.sort(targets, hidden, target * self._scale)
         if self._whole_products:
             products.add_product_(self._sum, matrix.t(), scaled)

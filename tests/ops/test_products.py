@@ -38,3 +38,26 @@ def test_project_takes_the_weight_as_it_is(device: str) -> None:
     hidden, weight = torch.randn(5, 8, device=device), torch.randn(9, 8, device=device)
     out = torch.empty(5, 9, device=device)
     torch.testing.assert_close(products.project_(out, hidden, weight), hidden @ weight.T)
+
+
+def test_scaled_rows_take_the_range_of_fp16(device: str) -> None:
+    """Every size of factor, outliers, rows and factors of zero, and no rows at all."""
+    rows = torch.randn(50, 33, generator=torch.Generator().manual_seed(6)).half().to(device)
+    rows[3] = 0.0
+    rows[4, 7] = 65504.0
+    for size in (1e-30, 1e-8, 1.0, 1e8, 1e20):
+        factor = size * torch.randn(50, generator=torch.Generator().manual_seed(7)).to(device)
+        factor[5] = 0.0
+        scaled, unit = products.scale_rows(rows, factor, torch.float16)
+        assert unit is not None
+        assert 2**14 <= float(scaled.abs().max()) < 2**15
+        exact = rows.double() * factor.double()[:, None]
+        assert float((scaled.double() * unit.double() - exact).abs().max()) <= 2**-11 * float(exact.abs().max())
+        assert (scaled[5] == 0).all()
+    zeros, unit = products.scale_rows(rows, torch.zeros(50, device=device), torch.float16)
+    assert unit == 1.0
+    assert (zeros == 0).all()
+    assert products.scale_rows(rows[:0], factor[:0], torch.float16)[0].shape == (0, 33)
+    plain, unit = products.scale_rows(rows, factor, torch.float32)
+    assert unit is None
+    assert torch.equal(plain, rows * factor[:, None])
