@@ -1,11 +1,14 @@
-// The E form's first product (E11): hidden @ weight.T whose epilogue stores E = 2^(scale2 * y - k) in bf16 and sums it in fp32.
-// k is known before the product, so no maximum is tracked. A row's own target is stored as 0 and enters no sum. A tile leaves in
-// slices of 64 x 64 numbers: registers -> shared memory (stmatrix, swizzled) -> TMA, which cuts off the last row and column.
+// The E form's first product (E11): hidden @ weight.T whose epilogue stores E = 2^(scale2 * y - k) in the operands' dtype and sums
+// it in fp32. k is known before the product, so no maximum is tracked; where E is more than fp16 holds, the sums tell, and the row
+// is redone. A row's own target is stored as 0 and enters no sum. A tile leaves in slices of 64 x 64 numbers: registers -> shared
+// memory (stmatrix, swizzled) -> TMA, which cuts off the last row and column.
 #include "consumer.h"
 #include "epilogue.h"
 
 #ifdef EAPO_FP16
-#error "fp16 cannot hold e^(z - k): its range is 40 nats, and k may be off by 33"
+#define EAPO_PACK pack_fp16
+#else
+#define EAPO_PACK pack_bf16
 #endif
 
 namespace eapo {
@@ -80,7 +83,7 @@ struct Exponentials : Consumer {
         for (int j = 0; j < SLICE_FRAGMENTS; j += 2) {
             const float* f = d + 4 * j;
             matrices_store(to + swizzled(stored_row(thread / WARP, thread % WARP), stored_chunk(j, thread % WARP)),
-                           pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]), pack_bf16(f[4], f[5]), pack_bf16(f[6], f[7]));
+                           EAPO_PACK(f[0], f[1]), EAPO_PACK(f[2], f[3]), EAPO_PACK(f[4], f[5]), EAPO_PACK(f[6], f[7]));
         }
         written_for_tma();
         named_sync(GROUP_BARRIER + group, WARP_GROUP);

@@ -137,6 +137,13 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     return packed;
 }
 
+// The same in fp16, whose largest number is 65504.
+__device__ __forceinline__ u32 pack_fp16(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
 __device__ __forceinline__ float from_bf16(u16 bits) { return __uint_as_float(u32(bits) << 16); }
 
 __device__ __forceinline__ float from_fp16(u16 bits) {

@@ -6,6 +6,7 @@ Compiling and interpreting exclude each other in one process: run as ``pytest te
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -77,22 +78,58 @@ def test_rows_are_redone_without_spills_whatever_the_columns(family: str, itemsi
     assert u.shared <= SHARED_LIMIT[family]
 
 
-def test_half_precision_and_bfloat16_compile_alike() -> None:
-    """The table has one line for both: fp16 operands change neither registers nor instructions."""
+def in_fp16(launch: Any) -> Any:
+    """The launch with fp16 tensors in the place of bf16 ones."""
     from dataclasses import replace
 
     import torch
 
+    def half(value: Any) -> Any:
+        if hasattr(value, "base"):
+            return replace(value, base=half(value.base))
+        narrow = isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
+        return torch.empty_strided(value.shape, value.stride(), dtype=torch.float16, device="meta") if narrow else value
+
+    return replace(launch, arguments={name: half(value) for name, value in launch.arguments.items()})
+
+
+def test_half_precision_and_bfloat16_compile_alike() -> None:
+    """The table has one line for both: fp16 operands change neither registers nor instructions."""
     from eapo_kernels.ops.triton import report
 
     (entry, *_) = (e for e in configs.TABLE if e.family == "sm90" and e.tile.descriptors and not e.tile.stores)
     launch = report.example(entry, "plain")
-    arguments = dict(launch.arguments)
-    for name in ("hidden", "weight"):
-        base = torch.empty_like(arguments[name].base, dtype=torch.float16)
-        arguments[name] = replace(arguments[name], base=base)
-    half = report.usage(replace(launch, arguments=arguments), 90)
-    assert half == report.usage(launch, 90)
+    assert report.usage(in_fp16(launch), 90) == report.usage(launch, 90)
+
+
+@pytest.mark.parametrize("kernel", ["exp_gemm", "exp_redo"])
+def test_exponentials_in_fp16_compile_as_in_bfloat16(kernel: str) -> None:
+    """Another instruction packs them: spills and memory are as with bf16, in every tile for Hopper."""
+    from eapo_kernels.ops.triton import report
+
+    for entry in SHIPPED:
+        if (entry.family, entry.kernel, entry.itemsize) == ("sm90", kernel, 2):
+            launch = report.example(entry, "full")
+            half, other = report.usage(in_fp16(launch), 90), report.usage(launch, 90)
+            assert (half.spills, half.stack, half.doubles) == (0, 0, 0)
+            assert (half.shared, half.tensor, half.tma, half.tma_stores) == (
+                other.shared, other.tensor, other.tma, other.tma_stores
+            )  # fmt: skip
+            assert half.registers <= (entry.tile.max_registers or 255)
+
+
+@pytest.mark.parametrize("family", TENSOR_CORES)
+def test_rows_are_judged_by_tile_and_by_all_processes_without_spills(family: str) -> None:
+    """What only fp16 asks ``list_unsound`` for."""
+    from dataclasses import replace
+
+    from eapo_kernels.ops.triton import report
+
+    (entry,) = (e for e in configs.TABLE if (e.family, e.kernel) == (family, "list_unsound"))
+    launch = report.example(entry, "full")
+    given = {"largest": 65504.0, "everywhere": launch.arguments["row_inv_temperature"]}
+    u = report.usage(replace(launch, arguments=launch.arguments | given), report.ARCHITECTURES[family])
+    assert (u.spills, u.stack, u.doubles) == (0, 0, 0)
 
 
 def test_numbers_are_passed_as_fp32_and_never_specialised() -> None:

@@ -107,8 +107,11 @@ def test_the_contract_of_a_custom_op(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("budget", [2**24, 150 * 2 * 700])
-def test_rows_kept_from_forward_to_backward(budget: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_kept_from_forward_to_backward(
+    budget: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of them, and half: the rest is computed again."""
     import emulated_gpu
     from comparison import compare_kept
@@ -117,7 +120,7 @@ def test_rows_kept_from_forward_to_backward(budget: int, backend: str, monkeypat
 
     emulated_gpu.pretend(monkeypatch)
     mask = torch.arange(300) % 7 != 0
-    compare_kept(make_inputs(300, 72, 700, dtype=torch.bfloat16), budget, backend=backend, mask=mask)
+    compare_kept(make_inputs(300, 72, 700, dtype=dtype), budget, backend=backend, mask=mask)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

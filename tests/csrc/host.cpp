@@ -125,10 +125,23 @@ static std::uint16_t to_bf16(float x) {  // round to nearest even
     return std::uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+static std::uint16_t to_fp16(float x) {  // round to nearest even; beyond 65504 and half an ulp infinite
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const std::uint16_t sign = std::uint16_t(bits >> 16 & 0x8000);
+    if (x != x) return sign | 0x7E00;
+    const double magnitude = x < 0 ? -double(x) : double(x);
+    if (magnitude >= 65520.0) return sign | 0x7C00;
+    int exponent = -14;  // of the leading bit; below it numbers are 2^-24 apart
+    for (double limit = 0x1p-13; magnitude >= limit; limit *= 2) ++exponent;
+    const double ulps = std::nearbyint(std::ldexp(magnitude, 10 - exponent));
+    return std::uint16_t(sign + (std::uint32_t(exponent + 14) << 10) + std::uint32_t(ulps));
+}
+
 // One tile of 64 x BLOCK_V: the slices as they lie in shared memory (8192 bytes each), and the sums of each row.
 template <int BLOCK_V>
-static void exponentials(const float* raw, int stride, int n_columns, const float* scale, const float* offset, const int* targets,
-                         int tile, unsigned char* slices, float* rest, float* x_exp) {
+static void exponentials(int fp16, const float* raw, int stride, int n_columns, const float* scale, const float* offset,
+                         const int* targets, int tile, unsigned char* slices, float* rest, float* x_exp) {
     constexpr int FRAGMENT = BLOCK_V / 2, FRAGMENTS = 8;
     std::vector<float> d(WARP_GROUP * FRAGMENT);
     std::memset(rest, 0, 64 * sizeof(float));
@@ -161,7 +174,7 @@ static void exponentials(const float* raw, int stride, int n_columns, const floa
                         unsigned char* to = slices + slice * 8192 + swizzled(stored_row(warp, pointer), stored_chunk(j, pointer));
                         const float* f = &d[(warp * WARP + lane) * FRAGMENT] + 4 * (8 * slice + j);
                         for (int c = 0; c < 2; ++c) {
-                            const std::uint16_t value = to_bf16(f[2 * m + c]);
+                            const std::uint16_t value = (fp16 ? to_fp16 : to_bf16)(f[2 * m + c]);
                             std::memcpy(to + 2 * (2 * (lane % 4) + c), &value, 2);
                         }
                     }
@@ -171,7 +184,12 @@ static void exponentials(const float* raw, int stride, int n_columns, const floa
     }
 }
 
-extern "C" void exp_tile(int block_v, const float* raw, int stride, int n_columns, const float* scale, const float* offset,
+extern "C" void exp_tile(int block_v, int fp16, const float* raw, int stride, int n_columns, const float* scale, const float* offset,
                          const int* targets, int tile, unsigned char* slices, float* rest, float* x_exp) {
-    (block_v == 256 ? exponentials<256> : exponentials<128>)(raw, stride, n_columns, scale, offset, targets, tile, slices, rest, x_exp);
+    const auto run = block_v == 256 ? exponentials<256> : exponentials<128>;
+    run(fp16, raw, stride, n_columns, scale, offset, targets, tile, slices, rest, x_exp);
+}
+
+extern "C" void fp16_of(const float* from, std::uint16_t* to, int count) {
+    for (int i = 0; i < count; ++i) to[i] = to_fp16(from[i]);
 }

@@ -185,9 +185,23 @@ def test_nan_reaches_the_sums_of_its_row_only(host: ctypes.CDLL) -> None:
     assert logp.isnan().sum() == 1
 
 
+def test_fp16_of_the_host_is_torchs(host: ctypes.CDLL) -> None:
+    """Every fp16 number, the numbers half-way between two and next to them, subnormal and beyond the range."""
+    numbers = torch.arange(2**15, dtype=torch.int16).view(torch.float16).float()
+    numbers = numbers[numbers.isfinite()]
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    edges = torch.tensor([65519.99, 65520.0, 1e30, math.inf, 2.0**-25, 2.0**-25 * 1.0001, 1e-30])
+    values = torch.cat([numbers, middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1), edges])
+    values = torch.cat([values, -values])
+    found = torch.empty(len(values), dtype=torch.float16)
+    host.fp16_of(pointer(values), pointer(found), len(values))
+    assert torch.equal(found.view(torch.int16), values.to(torch.float16).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block_v", [128, 256])
 @pytest.mark.parametrize("vocab", [256, 300, 1031])
-def test_exponentials(block_v: int, vocab: int, host: ctypes.CDLL) -> None:
+def test_exponentials(block_v: int, vocab: int, dtype: torch.dtype, host: ctypes.CDLL) -> None:
     """E and its sums, read back from shared memory by TMA's rule: what a box store would write to the matrix."""
     raw, scale, targets = rows_of(vocab, 4.0)
     truth = raw.double() * scale.double()[:, None]
@@ -197,17 +211,18 @@ def test_exponentials(block_v: int, vocab: int, host: ctypes.CDLL) -> None:
         slices = torch.zeros(block_v // 64, 8192, dtype=torch.uint8)
         rest, x_exp = torch.full((ROWS,), math.nan), torch.full((ROWS,), math.nan)
         host.exp_tile(
-            block_v, pointer(raw), vocab, vocab, pointer(scale), pointer(offset), pointer(targets), tile, pointer(slices),
-            pointer(rest), pointer(x_exp),
+            block_v, dtype == torch.float16, pointer(raw), vocab, vocab, pointer(scale), pointer(offset), pointer(targets),
+            tile, pointer(slices), pointer(rest), pointer(x_exp),
         )  # fmt: skip
         address = torch.arange(8192)
         plain = slices[:, address ^ (address >> 7 & 7) << 4]
-        e = plain.view(torch.bfloat16).view(-1, ROWS, 64).transpose(0, 1).reshape(ROWS, block_v).double()
+        e = plain.view(dtype).view(-1, ROWS, 64).transpose(0, 1).reshape(ROWS, block_v).double()
         columns = torch.arange(tile * block_v, (tile + 1) * block_v)
         counts = (columns < vocab) & (columns != targets[:, None])
         x = truth[:, columns.clamp_max(vocab - 1)] * LOG2E - offset.double()[:, None]
         exact = torch.where(counts, torch.exp2(x), 0.0)
         assert (e[~counts] == 0).all()
-        torch.testing.assert_close(e, exact, rtol=2**-8, atol=1e-30)
+        least = 2**-25 if dtype == torch.float16 else 1e-30  # subnormal
+        torch.testing.assert_close(e, exact, rtol=torch.finfo(dtype).eps, atol=least)
         torch.testing.assert_close(rest.double(), exact.sum(1), rtol=3e-6, atol=1e-30)
         assert ((x_exp - (x * exact).sum(1)).abs() <= 5e-6 * ((x.abs() + 1) * exact).sum(1) + 1e-30).all()

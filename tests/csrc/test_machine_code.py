@@ -42,6 +42,8 @@ def test_compiles_well(item: ProductBuild, cache: Path) -> None:
     fused = item.kernel == "exp_gemm"
     assert count["UTMASTG"] == (t.block_v // 64 * blocks if fused else 0)
     assert count["STSM"] == 4 * count["UTMASTG"]
+    pack = {"bf16": "F2FP.BF16.F32.PACK_AB", "fp16": "F2FP.F16.F32.PACK_AB"}[item.operand]
+    assert code.mnemonics[pack] == 4 * count["STSM"]
 
 
 WIDE_LOADS = {"row_offsets": 8, "finalize": 7, "exp_finalize": 8}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +19,14 @@ GRADIENT_FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3
 """The last rounding to the dtype (statistics are fp32 for every dtype)."""
 
 STATISTICS_FLOOR = 1e-6
+
+
+def keep_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 operands stay fp16, as on CUDA, where the products multiply them: the CPU would widen them."""
+    plain = Projection.operand_dtype.fget
+    assert plain is not None
+    kept = property(lambda p: torch.float16 if p.hidden.dtype == torch.float16 else plain(p))
+    monkeypatch.setattr(Projection, "operand_dtype", kept)
 
 
 def cotangents(n: int, which: str = "all", device: str = "cpu") -> Tensor:

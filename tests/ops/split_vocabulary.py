@@ -107,7 +107,10 @@ CASES = {
     "bfloat16_removed": Case("eapo", _EAPO | {"inv_temperature": _ROWS}, torch.bfloat16, _removed, exponentials=True),
     "bfloat16_bad_hint": Case("eapo", _EAPO | {"old": _BAD_HINT}, torch.bfloat16, exponentials=True),
     "bfloat16_removed_bad_hint": Case("eapo", _EAPO | {"old": _BAD_HINT}, torch.bfloat16, _removed, exponentials=True),
-    "float16_one_pass": Case("eapo", _EAPO, torch.float16),
+    "float16_one_pass": Case("eapo", _EAPO, torch.float16, exponentials=True),
+    "float16_kept": Case("logp", {"entropy": "nograd"}, torch.float16, exponentials=True),
+    "float16_far_apart": Case("logp", {"entropy": "nograd"}, torch.float16, _far_apart, exponentials=True),
+    "float16_removed_bad_hint": Case("eapo", _EAPO | {"old": _BAD_HINT / 10}, torch.float16, _removed, exponentials=True),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from comparison import GRADIENT_FLOOR, STATISTICS_FLOOR
+from comparison import GRADIENT_FLOOR, STATISTICS_FLOOR, keep_fp16
 from ranks import run_ranks
 from split_vocabulary import CASES, SIZES, Case, V, counted, rows_of, run
 
@@ -20,10 +20,11 @@ from eapo_kernels.testing import assert_no_worse_than, make_inputs
 
 WHOLE = slice(0, V)
 TRITON = {
-    2: ("slabs", "chunks", "bfloat16_one_pass"),
+    2: ("slabs", "chunks", "bfloat16_one_pass", "float16_kept"),
     3: (
         "statistics", "kept", "partly_kept", "bonus_softcap", "far_apart_statistics", "removed_statistics", "nothing_counts",
         "bfloat16_far_apart", "bfloat16_bad_hint", "bfloat16_removed_bad_hint", "float16_one_pass",
+        "float16_far_apart", "float16_removed_bad_hint",
     ),
 }  # fmt: skip
 """Interpreted, which takes its time: each is the only one of its kind."""
@@ -39,11 +40,15 @@ def _work(rank: int, world: int, directory: str) -> None:
     found = {}
     for name, backend in CALLS[world]:
         case = CASES[name]
-        with counted() as counts:
+        with counted() as counts, pytest.MonkeyPatch.context() as patch:
+            if backend == "triton":
+                keep_fp16(patch)
             results = run(case, case.inputs(), rows_of(rank, world), backend, shard)
         reductions = case.reductions
         if backend == "triton" and case.exponentials:
             reductions += case.gathers  # the targets' logits, once a chunk
+            if case.dtype == torch.float16:
+                reductions += case.gathers  # the sums of E by which rows are judged
         assert dict(counts) == {k: n for k, n in (("all_gather", case.gathers), ("all_reduce", reductions)) if n}, name
         assert all(value.isfinite().all() for value in results.values()), name
         if backend == "torch" or name == "bfloat16_bad_hint":

@@ -151,8 +151,8 @@ def product_builds() -> Iterator[ProductBuild]:
             for operand in ("bf16", "fp16"):
                 for entropy, moments in ((False, False), (True, False), (True, True)):
                     yield ProductBuild("stream_statistics", tile, operand, entropy, moments, bias)
-            for entropy in (False, True):
-                yield ProductBuild("exp_gemm", tile, "bf16", entropy, bias=bias)
+                for entropy in (False, True):
+                    yield ProductBuild("exp_gemm", tile, operand, entropy, bias=bias)
 
 
 @dataclass(frozen=True)

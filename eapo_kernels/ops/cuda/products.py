@@ -60,13 +60,13 @@ def exp_sums(projection: Projection, entropy: bool, tile: Tile | None = None) ->
 
 
 def exp_gemm(projection: Projection, targets: Tensor, sums: ExpSums, matrix: Tensor, *, tile: Tile | None = None) -> Launch:
-    """The launch that fills ``matrix`` [N, V] bf16 with E and ``sums.values``, from ``sums.offsets``.
+    """The launch that fills ``matrix`` [N, V] with E and ``sums.values``, from ``sums.offsets``.
 
-    targets: [N] int64. matrix: contiguous rows, a multiple of 16 bytes apart. tile: instead of the table's.
+    targets: [N] int64. matrix: in hidden's dtype, contiguous rows, a multiple of 16 bytes apart. tile: instead of the table's.
     """
     tile = tile or configs.find("exp_gemm", projection.n_rows, projection.dim)
     assert projection.softcap is None
     assert tile.block_v == sums.block_v
-    assert matrix.dtype == projection.hidden.dtype == torch.bfloat16
-    item = ProductBuild("exp_gemm", tile, "bf16", entropy=sums.entropy, bias=projection.bias is not None)
+    assert matrix.dtype == projection.hidden.dtype
+    item = ProductBuild("exp_gemm", tile, OPERANDS[matrix.dtype], entropy=sums.entropy, bias=projection.bias is not None)
     return product_launch(item, projection, targets, sums.values, 1, offsets=sums.offsets[0], matrix=matrix)

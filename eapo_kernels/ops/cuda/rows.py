@@ -12,7 +12,7 @@ from ..backend import SurrogateTerms
 from ..projection import Projection
 from ..triton.exp_finalize import exp_statistics
 from ..triton.finalize import Finalized, statistics_of, surrogate_arguments
-from ..triton.offsets import ExpSums
+from ..triton.offsets import ExpSums, window
 from ..triton.sums import PartialSums
 from .configs import RowBuild
 from .launch import Launch, addresses
@@ -118,7 +118,7 @@ def row_offsets(projection: Projection, targets: Tensor, hint: Tensor | None, su
 
     Rows of hidden and weight are contiguous, aligned multiples of 16 bytes apart.
     """
-    p = projection
+    p, limits = projection, window(projection.operand_dtype)
     assert p.softcap is None
     tensors = {
         "offsets": sums.offsets,
@@ -136,8 +136,8 @@ def row_offsets(projection: Projection, targets: Tensor, hint: Tensor | None, su
         weight_stride=p.weight.stride(0),
         bias_stride=0 if p.bias is None else p.bias.stride(0),
         scale=p.logit_scale * p.inv_temperature,
-        hinted=0.0,
-        bare=0.0,
+        hinted=limits.hinted,
+        bare=limits.bare,
         n_rows=p.n_rows,
         n_columns=p.vocab,
         dim=p.dim,

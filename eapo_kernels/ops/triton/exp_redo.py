@@ -14,15 +14,11 @@ from ..projection import Projection
 from . import configs
 from .configs import Tile
 from .exp_gemm import exp_gemm
-from .exp_split import mark_empty
+from .exp_split import mark_empty, sum_everywhere
 from .launch import Launch, family, options, product_arguments, product_tile, slots, transform_arguments
 from .math import LOG2E, LOWEST, NEG_INF, row_scale, shape_logits
-from .offsets import ExpSums
+from .offsets import ExpSums, window
 from .product import group_order, raw_logits
-
-MAX_BITS = tl.constexpr(48.0)
-"""|log2 S| of a sound row is less (33 nats). E would stay a normal number up to 88 bits and more, but sum x E has terms of the
-size of the offset's error, which cost the entropy 1e-5 nats at 60 nats; and no honest hint is off by e^33."""
 
 
 @triton.jit
@@ -44,23 +40,42 @@ def merge_tiles(sums, rows, n_rows, n_tiles, BLOCK_N: tl.constexpr, BLOCK_V: tl.
     return tl.sum(total, 0)
 
 
+@triton.jit
+def largest_tile(sums, rows, n_rows, n_tiles, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The largest sum E of a column tile, [BLOCK_N]: no E but the target's is larger. Arguments as in ``merge_tiles``."""
+    largest = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
+    for first in range(0, n_tiles, BLOCK_V):
+        tiles = first + tl.arange(0, BLOCK_V)
+        at = sums + tiles[:, None].to(tl.int64) * n_rows + rows[None, :]
+        largest = tl.maximum(largest, tl.load(at, mask=(tiles < n_tiles)[:, None], other=0.0))  # [BLOCK_V, BLOCK_N]
+    return tl.max(largest, 0)
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def list_unsound_kernel(
-    listed, n_listed, offsets, sums, row_inv_temperature, scale, n_rows, n_tiles,
+    listed, n_listed, offsets, sums, everywhere, row_inv_temperature, scale, least, most, largest, n_rows, n_tiles,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Append the rows whose sum of E is NaN or beyond 2^(+-MAX_BITS) to ``listed``, and set their offset to -inf.
+    """Append the rows that are not sound to ``listed``, and set their offset to -inf.
 
-    Their order depends on the hardware, their results do not. Arguments: see ``offsets.ExpSums``.
+    Not sound: the sum of E, with the target, is NaN or not between ``least`` and ``most``, or a column tile's sum is above
+    ``largest`` (None: any may be); see ``offsets.Window``. everywhere: [n_rows] fp32, sum E over the columns of all processes
+    instead of those in ``sums``, or None.
+    The rows' order depends on the hardware, their results do not. The others: see ``offsets.ExpSums``.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < n_rows
     safe_rows = tl.minimum(rows, n_rows - 1).to(tl.int64)
-    rest = merge_tiles(sums, safe_rows, n_rows, n_tiles, BLOCK_N, BLOCK_V)
+    if everywhere is None:
+        rest = merge_tiles(sums, safe_rows, n_rows, n_tiles, BLOCK_N, BLOCK_V)
+    else:
+        rest = tl.load(everywhere + safe_rows)  # [BLOCK_N]
     k = tl.load(offsets + safe_rows)  # [BLOCK_N]
     y = tl.load(offsets + n_rows + safe_rows)  # [BLOCK_N]
     total = rest + tl.exp2(tl.fma(y, row_scale(row_inv_temperature, scale, safe_rows) * LOG2E, -k))
-    sound = (total > tl.exp2(-MAX_BITS)) & (total < tl.exp2(MAX_BITS))
+    sound = (total > least) & (total < most)
+    if largest is not None:
+        sound = sound & (largest_tile(sums, safe_rows, n_rows, n_tiles, BLOCK_N, BLOCK_V) <= largest)
     unsound = (mask & (sound == 0)).to(tl.int32)
     count = tl.sum(unsound, 0)
     if count > 0:
@@ -72,12 +87,12 @@ def list_unsound_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def row_maxima_kernel(
-    offsets, listed, n_listed, hidden, weight, bias, row_inv_temperature, scale, n_rows, n_columns, dim,
+    offsets, listed, n_listed, peak, hidden, weight, bias, row_inv_temperature, scale, n_rows, n_columns, dim,
     hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """offsets[row] = max_v z_v in bits for every listed row, the target included; -inf where every logit is.
+    """offsets[row] = max_v z_v in bits, less ``peak``, for every listed row, the target included; -inf where every logit is.
 
     Arguments and order of the tiles as in ``exp_gemm.exp_gemm_kernel``. A maximum is exact, so atomics do not make it random.
     """
@@ -95,13 +110,15 @@ def row_maxima_kernel(
         top = tl.max(tl.where((columns < n_columns)[None, :], y, LOWEST), 1)
         places = first_row + tl.arange(0, BLOCK_N)
         rows = tl.load(listed + tl.minimum(places, todo - 1)).to(tl.int64)  # [BLOCK_N]
-        k = tl.where(top <= LOWEST, NEG_INF, top * (row_scale(row_inv_temperature, scale, rows) * LOG2E))
+        k = tl.where(top <= LOWEST, NEG_INF, top * (row_scale(row_inv_temperature, scale, rows) * LOG2E) - peak)
         tl.atomic_max(offsets + rows, k, mask=places < todo)
 
 
-def list_unsound(projection: Projection, sums: ExpSums, *, tile: Tile | None = None) -> Launch:
-    """The launch that lists the rows to be redone in ``sums``."""
-    device = projection.hidden.device
+def list_unsound(
+    projection: Projection, sums: ExpSums, *, everywhere: Tensor | None = None, tile: Tile | None = None
+) -> Launch:
+    """The launch that lists the rows to be redone in ``sums``. everywhere: [N] fp32, see ``exp_split.sum_everywhere``."""
+    device, limits = projection.hidden.device, window(projection.operand_dtype)
     tile = tile or configs.find("list_unsound", family(device), 4)
     transform = transform_arguments(projection)
     arguments = {
@@ -109,8 +126,12 @@ def list_unsound(projection: Projection, sums: ExpSums, *, tile: Tile | None = N
         "n_listed": sums.n_listed,
         "offsets": sums.offsets,
         "sums": sums.values,
+        "everywhere": everywhere,
         "row_inv_temperature": transform["row_inv_temperature"],
         "scale": transform["scale"],
+        "least": limits.least,
+        "most": limits.most,
+        "largest": limits.largest,
         "n_rows": projection.n_rows,
         "n_tiles": sums.values.shape[1],
         "BLOCK_N": tile.block_n,
@@ -120,13 +141,14 @@ def list_unsound(projection: Projection, sums: ExpSums, *, tile: Tile | None = N
 
 
 def row_maxima(projection: Projection, sums: ExpSums, *, tile: Tile | None = None) -> Launch:
-    """The launch that replaces the offsets of the listed rows by their maxima."""
+    """The launch that replaces the offsets of the listed rows by their maxima, less the window's ``peak``."""
     device = projection.hidden.device
     tile = tile or product_tile("row_maxima", projection)
     arguments = product_arguments(projection, tile) | transform_arguments(projection) | {
         "offsets": sums.offsets,
         "listed": sums.listed,
         "n_listed": sums.n_listed,
+        "peak": window(projection.operand_dtype).peak,
     }  # fmt: skip
     del arguments["cap"]
     tiles = triton.cdiv(projection.n_rows, tile.block_n) * triton.cdiv(projection.vocab, tile.block_v)
@@ -135,7 +157,7 @@ def row_maxima(projection: Projection, sums: ExpSums, *, tile: Tile | None = Non
 
 def redo(projection: Projection, targets: Tensor, sums: ExpSums, matrix: Tensor) -> None:
     """Rewrite E and the sums of the rows whose offset was wrong. Three launches."""
-    list_unsound(projection, sums)()
+    list_unsound(projection, sums, everywhere=sum_everywhere(projection, sums))()
     row_maxima(projection, sums)()
     if projection.shard is not None:
         mark_empty(sums)

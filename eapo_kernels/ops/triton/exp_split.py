@@ -1,8 +1,8 @@
 """The E form with the vocabulary split over processes: what is exchanged, and what changes in a chunk (docs/math.md E14).
 
-z_y is shared before the product, so that all processes start from the same offset. Each process then judges its own rows, and
-redoes those that are not sound with its own maximum; its offset travels with its sums. Rows whose offset is everybody's, which
-is all but a few, have the same E as without a split.
+z_y is shared before the product, so that all processes start from the same offset. Each process then judges the rows by its own
+sums, in fp16 by everybody's (``sum_everywhere``), and redoes those that are not sound with its own maximum; its offset travels
+with its sums. Rows whose offset is everybody's, which is all but a few, have the same E as without a split.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ..projection import Projection
 from ..statistics import RowStatistics
 from ..vocab_parallel import ELSEWHERE, VocabShard
 from .math import LOG2E, LOWEST
-from .offsets import ExpSums
+from .offsets import ExpSums, window
 
 NO_COLUMN = 1e38
 """Offset of a row that has lost all columns of this shard: E is 0, and sum x E too."""
 
 NEGLIGIBLE_BITS = 60.0
 """Probabilities of a shard are given as if its offset lay at most this far below the row's lse: all less than 2^-60, and E's
-row factor stays a normal number, by which ``backend.ChunkGradient.whole`` divides."""
+row factor stays a normal number."""
 
 
 def share_offsets(projection: Projection, targets: Tensor, hint: Tensor | None, sums: ExpSums) -> None:
@@ -35,10 +35,23 @@ def share_offsets(projection: Projection, targets: Tensor, hint: Tensor | None, 
     k, y = sums.offsets
     y.masked_fill_(targets == ELSEWHERE, 0.0)  # NaN where the target is nobody's
     projection.shard.add_(y)
-    z = y * projection.row_scale()
+    limits = window(projection.operand_dtype)
+    below = torch.full_like(y, limits.bare)
     if hint is not None:
-        z -= torch.where(hint.isfinite(), hint, 0.0)
-    k.copy_(torch.where(y <= LOWEST.value, torch.inf, z * LOG2E.value))
+        below = torch.where(hint.isfinite(), hint * LOG2E.value + limits.hinted, below)
+    k.copy_(torch.where(y <= LOWEST.value, torch.inf, y * projection.row_scale() * LOG2E.value - below))
+
+
+def sum_everywhere(projection: Projection, sums: ExpSums) -> Tensor | None:
+    """[N] sum E over the columns of all processes without the target, or None where a process can judge its rows alone.
+
+    In fp32's range a row is sound wherever the shard's own sum is, which is never less than the target's E. fp16 is so narrow
+    that an unlikely target's E is below it, and a shard without much of the row's mass would be redone for nothing. One
+    exchange of [N].
+    """
+    if projection.shard is None or window(projection.operand_dtype).largest is None:
+        return None
+    return projection.shard.add_(sums.values[0].sum(0))
 
 
 def mark_empty(sums: ExpSums) -> None:

@@ -1,12 +1,14 @@
 """The offset k of every row of the E form (E11), before its product: one row dot product with the target's weight.
 
-With a hint (the old policy's log-prob) k = z_y - hint, which is near log sum e^z; without, k = z_y. Either will do that is not
-off by ``exp_redo.MAX_BITS``; ``exp_redo`` finds the rows where it is.
+With a hint (the old policy's log-prob) k = z_y - hint, which is near log sum e^z; without, k = z_y; both less a constant that
+moves E to where its dtype is most precise. Any k will do that leaves the row in the dtype's ``Window``; ``exp_redo`` finds the
+rows where it does not.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +20,43 @@ from . import configs
 from .configs import Tile
 from .launch import Launch, family, operand_arguments, options, product_tile, transform_arguments
 from .math import LOG2E, LOWEST, row_scale
+
+
+class Window(NamedTuple):
+    """Where the numbers E = 2^x of a row stand in the range of their dtype, and which rows' are sound.
+
+    Attributes:
+        hinted: log2 S that a perfect hint leads to, S the row's sum of E with the target.
+        bare: log2 E of the target itself, where there is no hint.
+        peak: log2 of the largest E of a row that is redone.
+        least, most: bounds of S between which a row is sound.
+        largest: what a column tile of a sound row may sum to, so that none of its E is larger; None: nothing to watch.
+    """
+
+    hinted: float
+    bare: float
+    peak: float
+    least: float
+    most: float
+    largest: float | None
+
+
+_MOST_BITS = 48.0
+"""|log2 S| of a sound row is less (33 nats). In fp32's range E would stay a normal number up to 88 bits and more, but sum x E
+has terms of the size of the offset's error, which cost the entropy 1e-5 nats at 60 nats; and no honest hint is off by e^33."""
+
+_WIDE = Window(hinted=0.0, bare=0.0, peak=0.0, least=2.0**-_MOST_BITS, most=2.0**_MOST_BITS, largest=None)
+
+_FP16 = Window(hinted=8.0, bare=1.0, peak=8.0, least=1.0, most=2.0**_MOST_BITS, largest=65504.0)
+"""fp16 ends at 65504, and rounds to multiples of 2^-24 below 2^-14 (docs/math.md, "In fp16"). So S stands 8 bits above 1, with
+8 bits of room for the policy's drift, 5.5 nats either way; S > 1 keeps every p_v = E_v / S as fine as a logit gradient rounded
+to fp16. Without a hint S = 2 / p_y, and rows are redone where a token is 2^15 times more likely than the target: 0.9 % of the
+tokens that a model sampled itself."""
+
+
+def window(dtype: torch.dtype) -> Window:
+    """The window of E stored in ``dtype``."""
+    return _FP16 if dtype == torch.float16 else _WIDE
 
 
 @dataclass(frozen=True)
@@ -60,12 +99,13 @@ class ExpSums:
 
 @triton.jit(do_not_specialize=["n_rows"])
 def row_offsets_kernel(
-    offsets, n_listed, hint, hidden, weight, bias, targets, row_inv_temperature, scale, n_rows, n_columns, dim,
+    offsets, n_listed, hint, hinted, bare, hidden, weight, bias, targets, row_inv_temperature, scale, n_rows, n_columns, dim,
     hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """offsets [2, n_rows]: see ``ExpSums``; n_listed becomes 0. hint: [n_rows] fp32 or None; one that is not finite is none.
 
+    hinted, bare: see ``Window``, subtracted from the offset of a row with or without a hint.
     hidden [n_rows, dim], weight [*, dim] with strides; targets: [n_rows] int64. Products and sums in fp32.
     """
     if tl.program_id(0) == 0:
@@ -92,11 +132,11 @@ def row_offsets_kernel(
         y += tl.load(bias + target * bias_stride).to(tl.float32)  # [BLOCK_N]
         y = tl.where(y < LOWEST, LOWEST, y)
     y = tl.where(outside, float("nan"), y)
-    below = tl.zeros([BLOCK_N], tl.float32)
+    below = tl.zeros([BLOCK_N], tl.float32) + bare
     if hint is not None:
-        below = tl.load(hint + rows)  # [BLOCK_N]
-        below = tl.where(tl.abs(below) < float("inf"), below, 0.0)
-    k = tl.fma(y, row_scale(row_inv_temperature, scale, rows) * LOG2E, -below * LOG2E)
+        given = tl.load(hint + rows)  # [BLOCK_N]
+        below = tl.where(tl.abs(given) < float("inf"), given * LOG2E + hinted, below)
+    k = tl.fma(y, row_scale(row_inv_temperature, scale, rows) * LOG2E, -below)
     k = tl.where(y <= LOWEST, float("inf"), k)  # E = 0: to be redone
     tl.store(offsets + rows, k, mask=mask)  # [BLOCK_N]
     tl.store(offsets + n_rows + rows, y, mask=mask)  # [BLOCK_N]
@@ -106,12 +146,14 @@ def row_offsets(
     projection: Projection, targets: Tensor, hint: Tensor | None, sums: ExpSums, *, tile: Tile | None = None
 ) -> Launch:
     """The launch that fills ``sums.offsets``. targets: [N] int64 in [0, V). hint: [N] fp32 or None."""
-    hidden = projection.hidden
+    hidden, limits = projection.hidden, window(projection.operand_dtype)
     tile = tile or configs.find("row_offsets", family(hidden.device), hidden.element_size())
     arguments = operand_arguments(projection) | transform_arguments(projection) | {
         "offsets": sums.offsets,
         "n_listed": sums.n_listed,
         "hint": None if hint is None else hint.contiguous(),
+        "hinted": limits.hinted,
+        "bare": limits.bare,
         "targets": targets.contiguous(),
         "BLOCK_N": tile.block_n,
         "BLOCK_D": tile.block_d,

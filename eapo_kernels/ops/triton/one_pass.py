@@ -42,8 +42,6 @@ def form(projection: Projection, entropy_gradient: bool) -> Form:
         return Form("logits", "the entropy's gradient needs each logit, not only its exponential")
     if projection.softcap is not None:
         return Form("logits", "a soft-cap's slope needs each logit")
-    if projection.hidden.dtype == torch.float16:
-        return Form("logits", "fp16 cannot hold e^(z - k)")
     if projection.hidden.dtype == torch.float32:
         return Form("logits", "fp32 logits become the gradient in place, and the library multiplies fp32 better")
     return Form("exponentials", "half the memory, no pass over the chunk, statistics from fp32 accumulators")

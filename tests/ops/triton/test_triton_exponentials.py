@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from comparison import dense, projection
-from torch import Tensor
+from exponential_rows import check, floor, oracle, run, unsound
 
-from eapo_kernels import reference
 from eapo_kernels.ops.backend import ChunkGradient, LogitCotangents
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.triton import exp_finalize, exp_gemm, exp_redo, offsets, one_pass
@@ -20,64 +19,12 @@ from eapo_kernels.ops.triton.one_pass import ExpChunk
 from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats, make_inputs
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.usefixtures("poisoned", "narrow_fp16"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, about overflow and infinities
 ]
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 8, 1), (1, 72, 257), (63, 7, 1031), (200, 64, 257), (5, 72, 50257)]
-
-
-def transform_of(p: Projection) -> dict[str, Any]:
-    temperature = p.inv_temperature if p.row_inv_temperature is None else p.row_inv_temperature * p.inv_temperature
-    return {"inv_temperature": temperature, "logit_scale": p.logit_scale}
-
-
-def oracle(p: Projection, targets: Tensor) -> tuple[Any, Tensor]:
-    """Statistics and d logp / d(raw logits) [N, V] in float64 (E2, E5)."""
-    transform = {k: v.double() if isinstance(v, Tensor) else v for k, v in transform_of(p).items()}
-    bias = None if p.bias is None else p.bias.double()
-    hidden, weight = p.hidden.double(), p.weight.double()
-    stats = reference.token_stats(hidden, weight, targets, bias=bias, **transform)
-    raw = hidden @ weight.T
-    raw = raw if bias is None else raw + bias
-    scale = p.row_scale()
-    scale = scale.double().unsqueeze(1) if isinstance(scale, Tensor) else scale
-    one_hot = torch.nn.functional.one_hot(targets, p.vocab)
-    return stats, (one_hot - torch.softmax(raw * scale, 1)) * scale
-
-
-def run(p: Projection, targets: Tensor, hint: Tensor | None, **options: Any) -> tuple[Any, Tensor, int]:
-    """Statistics, d logp / d(raw logits), and the number of rows that were redone."""
-    chunk = ExpChunk(p, targets, hint, entropy=True, **options)
-    stats = chunk.statistics()
-    gradient = chunk.gradient(LogitCotangents(torch.ones_like(stats.logp)))
-    assert gradient.matrix.dtype == p.operand_dtype
-    assert (gradient.matrix.gather(1, targets.unsqueeze(1)) == 0).all()
-    return stats, dense(gradient, targets), int(chunk.sums.n_listed)
-
-
-def floor(p: Projection) -> float:
-    return 1e-5 if p.operand_dtype == torch.float32 else torch.finfo(p.operand_dtype).eps
-
-
-def check(p: Projection, targets: Tensor, hint: Tensor | None) -> int:
-    """No worse than twice eager PyTorch in the inputs' dtype; the gradient is judged row by row. Returns the rows redone."""
-    truth, gradient = oracle(p, targets)
-    eager = eager_token_stats(p.hidden, p.weight, targets, bias=p.bias, **transform_of(p))
-    stats, got, redone = run(p, targets, hint)
-    for name in ("logp", "entropy", "lse"):
-        value = getattr(stats, name)
-        assert value.dtype == torch.float32
-        assert_no_worse_than(value, getattr(eager, name), getattr(truth, name), floor=2e-6, name=name)
-        if p.hidden.dtype == torch.bfloat16:
-            assert float((value.double() - getattr(truth, name)).abs().max()) <= 1e-5, name
-    assert (stats.logp <= 0).all()
-    torch.testing.assert_close(stats.row_max + stats.log_sum, stats.lse, rtol=1e-6, atol=4e-6)
-    torch.testing.assert_close(stats.log_sum - stats.mean_shifted, stats.entropy, rtol=1e-6, atol=1e-6)
-    error = (got - gradient).norm(dim=1)
-    assert (error <= floor(p) * gradient.norm(dim=1) + 1e-30).all(), (error / gradient.norm(dim=1)).max()
-    return redone
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,26 +39,29 @@ def test_matches_the_oracle(
     p = projection(inputs)
     noise = 0.3 * torch.randn(shape[0], generator=torch.Generator().manual_seed(5)).to(device)
     hint = oracle(p, inputs.targets)[0].logp.float() + noise if hinted else None
-    assert check(p, inputs.targets, hint) == 0
+    redone = check(p, inputs.targets, hint)
+    assert redone == int(unsound(p, inputs.targets, hint).sum())
+    assert redone == 0 or (dtype == torch.float16 and not hinted), "targets are drawn at random, some 2^15 times less likely"
 
 
 @pytest.mark.parametrize("off", [0.0, 5.0, -5.0, 30.0, -30.0, 60.0, -60.0, 200.0, -200.0, 3e38, -3e38])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_wrong_hint_changes_nothing(off: float, dtype: torch.dtype, device: str) -> None:
-    """Beyond 33 nats the rows are redone with their maximum; the statistics' bars are those of a perfect hint."""
+    """Beyond 33 nats, in fp16 5.5, the rows are redone with their maximum; the statistics' bars are those of a perfect hint."""
     inputs = make_inputs(63, 72, 1031, dtype=dtype, bias=True, device=device)
     p = projection(inputs)
     hint = oracle(p, inputs.targets)[0].logp.float() + off
-    assert check(p, inputs.targets, hint) == (0 if abs(off) < 33 else 63)
+    assert check(p, inputs.targets, hint) == (0 if abs(off) < (5.5 if dtype == torch.float16 else 33) else 63)
 
 
-def test_a_hint_that_is_not_finite_is_none(device: str) -> None:
-    inputs = make_inputs(63, 72, 1031, dtype=torch.bfloat16, device=device)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_hint_that_is_not_finite_is_none(dtype: torch.dtype, device: str) -> None:
+    inputs = make_inputs(63, 72, 1031, dtype=dtype, device=device)
     p = projection(inputs)
     expected = run(p, inputs.targets, None)
     for value in (math.nan, math.inf, -math.inf):
         stats, matrix, redone = run(p, inputs.targets, torch.full((63,), value, device=device))
-        assert redone == 0
+        assert redone == expected[2]
         assert torch.equal(stats.logp, expected[0].logp)
         assert torch.equal(stats.entropy, expected[0].entropy)
         assert torch.equal(matrix, expected[1])
@@ -244,7 +194,7 @@ TILES = [
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("off", [0.0, 100.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dtype, device: str) -> None:
     """Also tiles that stick out on every side, targets at tile borders, and E in the operands' own dtype."""
     inputs = make_inputs(40, 40, 259, dtype=dtype, bias=True, device=device)
@@ -264,15 +214,17 @@ def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dty
     launch()
     torch.testing.assert_close(final.statistics.logp.double(), truth.logp, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(final.statistics.entropy.double(), truth.entropy, rtol=1e-6, atol=1e-5)
-    unit = 1e-5 if dtype == torch.float32 else 2**-8
+    unit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    least = 2**-25 * slopes[0].double().abs()[:, None] if dtype == torch.float16 else 0.0
     got = dense(ChunkGradient(matrix, *slopes), targets)
-    assert ((got - exact).abs() <= unit * 1.02 * exact.abs() + 1e-12).all(), "E is rounded to nearest, once"
+    assert ((got - exact).abs() <= (unit * exact.abs() + least) * 1.02 + 1e-12).all(), "E is rounded to nearest, once"
 
 
 @pytest.mark.parametrize("off", [0.0, 100.0])
-def test_bitwise_reproducible(off: float, device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_bitwise_reproducible(off: float, dtype: torch.dtype, device: str) -> None:
     """Also where rows are redone, whose order in the list is not defined."""
-    inputs = make_inputs(150, 24, 1301, dtype=torch.bfloat16, device=device)
+    inputs = make_inputs(150, 24, 1301, dtype=dtype, device=device)
     p = projection(inputs)
     hint = oracle(p, inputs.targets)[0].logp.float()
     hint = torch.where(torch.arange(150, device=device) % 3 == 0, hint + off, hint)

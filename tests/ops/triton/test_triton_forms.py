@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from comparison import policy_batch, projection
+from exponential_rows import unsound
 from torch import Tensor
 
 from eapo_kernels import EAPOConfig, Options, TokenBatch, eapo_loss
+from eapo_kernels.ops import products
 from eapo_kernels.ops.backend import Coefficients, LogitCotangents
 from eapo_kernels.ops.policy_gradient import policy_gradient
 from eapo_kernels.ops.projection import Projection
@@ -20,7 +23,7 @@ from eapo_kernels.ops.triton.one_pass import ExpChunk, Form, form
 from eapo_kernels.testing import Inputs, assert_no_worse_than, make_inputs, peak_memory
 from eapo_kernels.types import SUMS
 
-pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+pytestmark = [pytest.mark.usefixtures("poisoned", "narrow_fp16"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 FORMS = ("exponentials", "logits")
 
@@ -50,7 +53,7 @@ def assert_agree(a: tuple[Any, tuple[Tensor, ...]], b: tuple[Any, tuple[Tensor, 
 def test_the_choice_and_its_reason(dtype: torch.dtype, softcap: float | None, entropy_gradient: bool) -> None:
     p = Projection(torch.zeros(2, 8, dtype=dtype), torch.zeros(3, 8, dtype=dtype), softcap=softcap)
     chosen = form(p, entropy_gradient)
-    exponentials = dtype == torch.bfloat16 and softcap is None and not entropy_gradient
+    exponentials = dtype != torch.float32 and softcap is None and not entropy_gradient
     assert chosen.name == FORMS[not exponentials]
     assert len(chosen.reason) > 20
 
@@ -65,7 +68,7 @@ def test_the_choice_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch, dev
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("compact", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("config", "transform"),
     [
@@ -94,7 +97,10 @@ def test_loss_agrees_with_the_torch_backend(
 
 
 @pytest.mark.parametrize("off", [None, 0.0, 25.0, -25.0, 50.0, -200.0])
-def test_old_log_probs_may_be_anything(off: float | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_old_log_probs_may_be_anything(
+    dtype: torch.dtype, off: float | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are the hint and the ratio's denominator: far off, every row is redone and the loss is still the same."""
     redone = []
 
@@ -104,14 +110,18 @@ def test_old_log_probs_may_be_anything(off: float | None, device: str, monkeypat
             return super().gradient(cotangents)
 
     monkeypatch.setattr(one_pass, "ExpChunk", Counting)
-    inputs = make_inputs(150, 24, 301, dtype=torch.bfloat16, bias=True, device=device)
+    inputs = make_inputs(150, 24, 301, dtype=dtype, bias=True, device=device)
     batch = policy_batch(inputs, device)
     old = None if off is None else batch.old_logp + off
-    batch = replace(batch, old_logp=old, mask=None)
+    largest_ratio = math.exp(min(max(-(off or 0.0), 0.0), 60.0))  # out of the gradients, which fp16 must hold
+    batch = replace(batch, old_logp=old, mask=None, denominator=150 * largest_ratio)
     options = {"config": EAPOConfig(clip_high=1e30), "options": Options(memory_budget=301 * 4 * 64)}
     results = [loss_and_gradients(inputs, batch, backend, **options) for backend in ("triton", "torch")]
-    assert_agree(*results, torch.bfloat16)
-    assert sum(redone) == (150 if off is not None and abs(off) > 40 else 0)
+    assert_agree(*results, dtype)
+    if off is not None:
+        assert sum(redone) == (150 if abs(off) > (5.5 if dtype == torch.float16 else 33) else 0)
+    else:
+        assert sum(redone) == int(unsound(projection(inputs), inputs.targets, None).sum())
     assert len(redone) > 1
 
 
@@ -152,17 +162,18 @@ def test_a_chunk_stays_within_its_bytes(name: str, device: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("off", [None, 0.0, 30.0, -30.0, 100.0])
 @pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "uniform"])
-def test_gradients_round_like_one_bf16_product(
-    off: float | None, peaked: bool, device: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_round_like_one_product_of_halves(
+    dtype: torch.dtype, off: float | None, peaked: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Relative errors at most 0.4 (hidden) and 0.6 (weight) of those of exact dlogits rounded once to bf16.
+    """Relative errors at most 0.4 (hidden) and 0.6 (weight) of those of exact dlogits rounded once to the dtype.
 
-    The largest entry of a row, the target's, is apart and not rounded; E is stored in bf16. All products are exact, so that
-    what is compared is the rounding of E and of factor * hidden. Hints are off by 0.3 nats more or less.
+    The largest entry of a row, the target's, is apart and not rounded; E is stored in the dtype. All products are exact, so
+    that what is compared is the rounding of E and of factor * hidden. Hints are off by 0.3 nats more or less.
     """
-    monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: torch.bfloat16))  # as on CUDA
+    monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: dtype))  # as on CUDA
     n, d, v = 256, 64, 2049
-    inputs = make_inputs(n, d, v, dtype=torch.bfloat16, peaked=peaked, device=device)
+    inputs = make_inputs(n, d, v, dtype=dtype, peaked=peaked, device=device)
     p = projection(inputs)
     g = torch.Generator().manual_seed(2)
     targets = torch.multinomial(torch.softmax((p.hidden.double() @ p.weight.double().T).cpu(), 1), 1, generator=g).squeeze(1)
@@ -172,7 +183,8 @@ def test_gradients_round_like_one_bf16_product(
     log_p = torch.log_softmax(hidden @ weight.T, 1)
     dlogits = a.double()[:, None] * (torch.nn.functional.one_hot(targets, v) - log_p.exp())
     exact = dlogits @ weight, dlogits.T @ hidden
-    rounded = dlogits.to(torch.bfloat16).double()
+    unit = LogitCotangents(a).power_of_two().double()[:, None] if dtype == torch.float16 else 1.0
+    rounded = (dlogits / unit).to(dtype).double() * unit
     ideal = rounded @ weight, rounded.T @ hidden
     noise = off if off is None else off + 0.3 * torch.randn(n, generator=g).to(device)
     hint = None if noise is None else log_p.gather(1, targets[:, None]).squeeze(1).float() + noise
@@ -181,8 +193,9 @@ def test_gradients_round_like_one_bf16_product(
     def coefficients(chunk: Any, rows: slice) -> Coefficients:
         chunk.statistics()
         matrix, factor, target = chunk.gradient(LogitCotangents(a[rows]))
-        assert matrix.dtype == torch.bfloat16
-        scaled = (p.hidden[rows] * factor[:, None]).to(torch.bfloat16).double()
+        assert matrix.dtype == dtype
+        scaled, unit = products.scale_rows(p.hidden[rows], factor, dtype)
+        scaled = scaled.double() * (1.0 if unit is None else unit.double())
         targets_part = torch.zeros_like(dlogits).scatter_(1, targets[rows, None], target.double()[:, None])
         matrices.append(
             (

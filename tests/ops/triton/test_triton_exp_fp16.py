@@ -1,0 +1,199 @@
+"""The E form in fp16, which ends at 65504: where rows are redone, how it rounds, and what becomes of scaled losses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from comparison import dense, policy_batch, projection
+from exponential_rows import oracle, run, unsound
+from torch import Tensor
+
+from eapo_kernels import Options, TokenBatch, eapo_loss, token_stats
+from eapo_kernels.ops import products
+from eapo_kernels.ops.backend import LogitCotangents
+from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.triton.offsets import window
+from eapo_kernels.ops.triton.one_pass import ExpChunk
+from eapo_kernels.testing import Inputs, make_inputs
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned", "narrow_fp16"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, about overflow before rows are redone
+]
+
+SCALES = (1.0, 1e4, 65536.0)
+LIMITS = window(torch.float16)
+
+
+def rows_of_logits(z: Tensor, device: str) -> Projection:
+    """Logits [N, V] fp16 as they are."""
+    return Projection(z.half().to(device), torch.eye(z.shape[1], dtype=torch.float16, device=device))
+
+
+def gap(e: float) -> float:
+    """Nats by which a logit is above the target's where its E is ``e`` without a hint."""
+    return math.log(e) - LIMITS.bare * math.log(2)
+
+
+@pytest.mark.parametrize("others", [1, 7])
+def test_the_upper_edge_is_the_largest_fp16_number(others: int, device: str) -> None:
+    """A tile's sum up to 65504 stays, above it the row is redone; E is finite on both sides of it and far beyond."""
+    edge = gap(65504 / others)
+    above = torch.cat([edge + torch.linspace(-0.05, 0.05, 24), torch.tensor([11.5, 20.0, 80.0, 1000.0, 3e4])])
+    z = torch.zeros(len(above), 1 + others)
+    z[:, 1:] = above[:, None]
+    p = rows_of_logits(z, device)
+    targets = torch.zeros(len(z), dtype=torch.int64, device=device)
+    expected = unsound(p, targets, None)
+    assert 5 < int(expected.sum()) < len(z) - 5
+    chunk = ExpChunk(p, targets, None, entropy=True)
+    listed = chunk.sums.listed[: int(chunk.sums.n_listed)]
+    assert sorted(listed.tolist()) == expected.nonzero().squeeze(1).tolist()
+    truth, exact = oracle(p, targets)
+    stats = chunk.statistics()
+    torch.testing.assert_close(stats.logp.double(), truth.logp, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(stats.entropy.double(), truth.entropy, rtol=2e-6, atol=2e-6)
+    gradient = chunk.gradient(LogitCotangents(torch.ones_like(stats.logp)))
+    assert gradient.matrix.isfinite().all()
+    torch.testing.assert_close(dense(gradient, targets), exact, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("off", [-6.0, -5.0, 5.0, 6.0])
+def test_a_hint_may_be_off_by_the_window(off: float, device: str) -> None:
+    """5.5 nats either way; rows that are redone are not judged again, whatever they sum to."""
+    inputs = make_inputs(64, 24, 2000, dtype=torch.float16, peaked=False, device=device)
+    p = projection(inputs)
+    truth, exact = oracle(p, inputs.targets)
+    stats, got, redone = run(p, inputs.targets, truth.logp.float() + off)
+    assert redone == (64 if abs(off) > 5.5 else 0)
+    torch.testing.assert_close(stats.logp.double(), truth.logp, rtol=1e-6, atol=4e-6)
+    error = (got - exact).norm(dim=1) / exact.norm(dim=1)
+    assert (error < 2e-5).all()  # near uniform: the target's entry, which is not rounded, outweighs the rest
+
+
+def test_flat_rows_are_not_redone(device: str) -> None:
+    """Sums far beyond 65504 are no harm where no tile's is: an untrained model's rows without a hint."""
+    inputs = make_inputs(5, 16, 50_257, dtype=torch.float16, peaked=False, device=device)
+    stats, got, redone = run(projection(inputs), inputs.targets, None)
+    assert redone == 0
+    exact = oracle(projection(inputs), inputs.targets)[1]
+    assert ((got - exact).norm(dim=1) < 2e-5 * exact.norm(dim=1)).all()
+    assert stats.logp.isfinite().all()
+
+
+@pytest.mark.parametrize("hinted", [True, False], ids=["hint", "no_hint"])
+@pytest.mark.parametrize("probability", [1 - 1e-4, 0.9, 0.5, 1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "flat"])
+def test_rounding_whatever_the_targets_probability(probability: float, peaked: bool, hinted: bool, device: str) -> None:
+    """Errors within 1.3 of exact logit gradients rounded once to fp16; in each row at least within fp16's unit of itself."""
+    n, v = 24, 4096
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(n, v, generator=generator) * (3.0 if peaked else 0.1)
+    z[:, 0] = z[:, 1:].double().logsumexp(1).float() + math.log(probability / (1 - probability))
+    p = rows_of_logits(z, device)
+    targets = torch.zeros(n, dtype=torch.int64, device=device)
+    truth, exact = oracle(p, targets)
+    hint = truth.logp.float() if hinted else None
+    _, got, redone = run(p, targets, hint)
+    assert redone == int(unsound(p, targets, hint).sum())
+    assert redone == 0 or (not hinted and probability == 1e-6)
+    ideal = (exact.half().double() - exact).norm(dim=1)
+    error = (got - exact).norm(dim=1)
+    assert (error <= torch.maximum(1.3 * ideal, 2**-11 * exact.norm(dim=1))).all(), (error / ideal).max()
+    assert error.norm() <= 1.3 * ideal.norm(), error.norm() / ideal.norm()
+
+
+def test_sums_of_one_chunk_may_differ_by_many_bits(device: str) -> None:
+    """Without a hint S = 2 / p_y: the factors a / S of confident and of surprised rows go into one fp16 operand of d_weight."""
+    n, d, v = 64, 32, 4096
+    g = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(n, d, generator=g).half(), (torch.randn(v, d, generator=g) / 8).half()
+    z = hidden.double() @ weight.double().T
+    order = z.argsort(1)
+    targets = torch.where(torch.arange(n) % 2 == 0, order[:, -1], order[:, 0])
+    bias = torch.zeros(v)
+    bias[order[::2, -1]] = 12.0  # p_y near 1 in every other row
+    p = Projection(hidden.to(device), weight.to(device), bias.half().to(device))
+    targets = targets.to(device)
+    chunk = ExpChunk(p, targets, None, entropy=False)
+    a = torch.randn(n, generator=g).to(device)
+    gradient = chunk.gradient(LogitCotangents(a))
+    assert float(gradient.row_factor.abs().max() / gradient.row_factor.abs().min()) > 2**10
+    scaled, unit = products.scale_rows(p.hidden, gradient.row_factor, torch.float16)
+    assert unit is not None
+    exact = p.hidden.double() * gradient.row_factor.double()[:, None]
+    error = (scaled.double() * unit.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert (error < 2**-11).all(), "as if no number were subnormal"
+
+
+def scaled_case(device: str) -> tuple[Inputs, TokenBatch, tuple[Tensor, ...]]:
+    """fp16 inputs, a batch, and the exact gradients of its loss."""
+    inputs = make_inputs(96, 24, 700, dtype=torch.float16, bias=True, device=device)
+    batch = replace(policy_batch(inputs, device), mask=None)
+    wide = inputs.to(torch.float64)
+    leaves = [t.detach().requires_grad_() for t in (wide.hidden, wide.weight, wide.bias)]
+    loss = eapo_loss(*leaves[:2], batch, bias=leaves[2], positive_weight=0.7, backend="torch").loss
+    return inputs, batch, torch.autograd.grad(loss, leaves)
+
+
+def relative(got: Tensor, exact: Tensor) -> float:
+    assert got.isfinite().all()
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("options", [Options(), Options(plan="chunks")], ids=["one_chunk", "chunks"])
+def test_one_pass_holds_a_scaled_loss(options: Options, scale: float, device: str) -> None:
+    """By ``main_grad_scale``, by a GradScaler's ``(scale * loss).backward()``, and by a loss that is a sum."""
+    inputs, batch, exact = scaled_case(device)
+    main = torch.zeros(700, 24, device=device)
+    given: dict[str, Any] = {"positive_weight": 0.7, "schedule": "one_pass", "backend": "triton", "options": options}
+    leaves = [t.detach().clone().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias)]
+    eapo_loss(leaves[0], leaves[1].detach(), batch, bias=leaves[2].detach(), main_grad=main, main_grad_scale=scale, **given)
+    assert relative(main / scale, exact[1]) < 5e-4
+    (scale * eapo_loss(*leaves[:2], batch, bias=leaves[2], **given).loss).backward()
+    for leaf, truth, bound in zip(leaves, exact, (1e-3, 1e-3, 1e-3), strict=True):
+        assert relative(leaf.grad.double() / scale, truth) < bound
+    batch = replace(batch, denominator=96.0 / scale)
+    gradients = torch.autograd.grad(eapo_loss(*leaves[:2], batch, bias=leaves[2], **given).loss, leaves)
+    for got, truth in zip(gradients, exact, strict=True):
+        assert relative(got.double() / scale, truth) < 1e-3
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("kept", [96, 50, 0])
+def test_autograd_holds_a_scaled_loss(kept: int, scale: float, device: str) -> None:
+    """Rows that are kept as E beside rows that are recomputed, each with a power of two of its own."""
+    inputs, batch, exact = scaled_case(device)
+    budget = {96: 2**24, 50: 2 * 64 * (704 * 2 + 8), 0: 2**14}[kept]
+    leaves = [t.detach().clone().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias)]
+    given: dict[str, Any] = {"schedule": "autograd", "backend": "triton", "options": Options(memory_budget=budget)}
+    loss = eapo_loss(*leaves[:2], batch, bias=leaves[2], positive_weight=0.7, **given).loss
+    for got, truth in zip(torch.autograd.grad(scale * loss, leaves), exact, strict=True):
+        assert relative(got.double() / scale, truth) < 1e-3
+
+
+@pytest.mark.parametrize("size", [1e4, 1e-4])
+def test_extreme_logits_stay_finite(size: float, device: str) -> None:
+    """Logits near +-1e4, and all but equal; with a hint, without one, and with a wrong one."""
+    inputs = make_inputs(40, 16, 99, device=device)
+    inputs = Inputs(inputs.hidden * size / 10, inputs.weight, inputs.targets).to(torch.float16)
+    p = projection(inputs)
+    truth, exact = oracle(p, inputs.targets)
+    for hint in (None, truth.logp.float(), truth.logp.float() + 100.0, torch.full((40,), -3.0, device=device)):
+        stats, got, _ = run(p, inputs.targets, hint)
+        torch.testing.assert_close(stats.logp.double(), truth.logp, rtol=1e-6, atol=2e-3 if size > 1 else 1e-5)
+        assert got.isfinite().all()
+        assert ((got - exact).norm(dim=1) <= 1e-3 * exact.norm(dim=1) + 2e-3 * (size > 1)).all()
+
+
+def test_statistics_are_as_good_as_from_fp32_operands(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(63, 72, 1031, dtype=torch.float16, device=device)
+    narrow = token_stats(inputs.hidden, inputs.weight, inputs.targets, entropy="nograd", backend="triton")
+    wide = token_stats(inputs.hidden.float(), inputs.weight.float(), inputs.targets, entropy="nograd", backend="triton")
+    torch.testing.assert_close(narrow.logp, wide.logp, rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(narrow.entropy, wide.entropy, rtol=1e-6, atol=4e-6)
