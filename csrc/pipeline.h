@@ -8,8 +8,8 @@ namespace eapo {
 
 // The shape of a kernel. BLOCK_V columns a tile and BLOCK_N rows a CTA; STAGES tiles of operands in flight; CLUSTER CTAs (1 or 2)
 // share each weight tile. Two consumer warp groups:
-// PINGPONG: each takes every other tile whole. Otherwise each takes half of the rows of every tile, and the second starts
-// STAGGER steps late and stays late, so that one's epilogue falls into the other's products.
+// PINGPONG: each takes every other tile whole. Otherwise each takes half of the rows of every tile, and the second stops before
+// its last STAGGER steps until the first has finished the tile, so that one's epilogue falls into the other's products.
 template <int BLOCK_N_, int BLOCK_V_, int STAGES_, int CLUSTER_, bool PINGPONG_, int STAGGER_>
 struct Shape {
     static constexpr int BLOCK_N = BLOCK_N_, BLOCK_V = BLOCK_V_, STAGES = STAGES_, CLUSTER = CLUSTER_, STAGGER = STAGGER_;
@@ -29,7 +29,8 @@ struct Shape {
     static_assert(GROUP_ROWS % MMA_ROWS == 0 && M_BLOCKS >= 1, "a warp group multiplies 64 rows at a time");
     static_assert(BLOCK_V % 64 == 0 && BLOCK_V <= 256, "columns of one wgmma, in slices of 64");
     static_assert(CLUSTER == 1 || CLUSTER == 2, "a cluster is one or two CTAs");
-    static_assert(STAGGER >= 0 && STAGGER <= STAGES, "the first group cannot run further ahead than there are stages");
+    static_assert(STAGGER >= 0 && STAGGER < STAGES, "the second group stops with a stage that it has not released yet");
+    static_assert(!PINGPONG || STAGGER == 0, "in ping-pong the turns are those of whole tiles");
     static_assert(M_BLOCKS * FRAGMENT <= 128, "accumulators beyond 128 leave too few registers for the epilogue");
 };
 
@@ -62,12 +63,13 @@ EAPO_SHARED void produce(Machine& m, const Walk& walk, int steps, int cluster, i
 //
 // In ping-pong a tile starts with a turn from the group that has seen the whole tile before arrive. That is for correctness: a
 // barrier tells phases apart by parity only, and a group that skips a tile would take a stage's filling for a later one.
+// The turn before the last STAGGER steps is for speed: without it the ring lets the second group be hardly a step late (README).
+// Tiles no longer than the ring have none: the first group could then give a second turn before the second has taken the first.
 template <class S, class Machine>
 EAPO_SHARED void consume(Machine& m, const Walk& walk, int steps, int group, int cluster, int clusters) {
     unsigned p = 0;
     int number = 0;
-    int turn = !S::PINGPONG && group == 0 ? smaller(S::STAGGER, steps) : 0;  // steps until the other group's turn
-    if (!S::PINGPONG && S::STAGGER > 0 && group == 1) m.await_turn();
+    const bool staggered = S::STAGGER > 0 && steps > S::STAGES;
     const int units = walk.units();
     for (int index = cluster; index < units; index += clusters) {
         const Unit unit = walk.unit(index);
@@ -77,23 +79,22 @@ EAPO_SHARED void consume(Machine& m, const Walk& walk, int steps, int group, int
                 p += steps;
                 continue;
             }
-            if (S::PINGPONG) {
-                turn = steps;
-                if (number > 0) m.await_turn();
-            }
+            if (S::PINGPONG && number > 0) m.await_turn();
             m.open(unit, tile);
             EAPO_ROLLED
             for (int step = 0; step < steps; ++step, ++p) {
+                if (staggered && group == 1 && step == steps - S::STAGGER) m.await_turn();
                 m.wait_full(stage_of<S>(p), parity_of<S>(p));
                 m.multiply(stage_of<S>(p), step == 0);
                 if (step > 0) {
                     m.template settle<1>();
                     m.release(stage_of<S>(p - 1));
                 }
-                if (turn > 0 && --turn == 0) m.give_turn();
             }
+            if (S::PINGPONG) m.give_turn();
             m.template settle<0>();
             m.release(stage_of<S>(p - 1));
+            if (staggered && group == 0) m.give_turn();
             m.epilogue(unit, tile);
         }
         m.end(unit);

@@ -10,8 +10,9 @@ from eapo_kernels.ops.cuda.configs import TILES, ProductKernel, Tile
 
 KERNELS: tuple[ProductKernel, ...] = ("stream_statistics", "exp_gemm")
 
-STAGGERS, GROUPS, CLUSTERS = (2, 3, 4), (4, 8, 16), (2, 1)
-"""Steps by which the second warp group starts late, row tiles that sweep the vocabulary together, programs of a cluster."""
+STAGGERS, GROUPS, CLUSTERS = (0, 2, 3), (4, 8, 16), (2, 1)
+"""Steps before a tile's end at which the second warp group waits (1 is behind 2 in csrc/README.md's prediction), row tiles that
+sweep the vocabulary together, programs of a cluster."""
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,8 @@ extern "C" const char* interleavings(int shape, int row_tiles, int column_tiles,
         case 2: return search<Shape<128, 256, 2, 2, false, 1>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
         case 3: return search<Shape<128, 128, 2, 2, true, 0>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
         case 4: return search<Shape<128, 128, 3, 1, true, 0>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
-        case 5: return search<Shape<128, 256, 2, 1, false, 2>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
+        case 5: return search<Shape<128, 256, 2, 1, false, 1>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
         case 6: return search<Shape<128, 256, 4, 1, false, 3>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
-        case 7: return search<Shape<128, 256, 2, 2, false, 2>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
     }
     return "no such shape";
 }

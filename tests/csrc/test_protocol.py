@@ -17,11 +17,10 @@ SHAPES = {  # as in host.cpp: stages, programs of a cluster, ping-pong, stagger
     "2 stages, cluster, stagger 1": 2,
     "2 stages, cluster, ping-pong": 3,
     "3 stages, ping-pong": 4,
-    "2 stages, stagger 2": 5,
+    "2 stages, stagger 1": 5,
     "4 stages, stagger 3": 6,
-    "2 stages, cluster, stagger 2": 7,
 }
-CLUSTERS, PINGPONG = (2, 3, 7), (3, 4)
+CLUSTERS, PINGPONG = (2, 3), (3, 4)
 FAULTS = {"none": 0, "no remote release": 1, "half the arrivals": 2, "early release": 3, "no turns": 4}
 WORK = {  # row tiles, column tiles, tiles of a unit, steps of a tile
     "a tile of one step": (1, 1, 1, 1),

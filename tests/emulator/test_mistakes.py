@@ -81,9 +81,10 @@ MISTAKES = {
     "a column fragment's place": Mistake(
         "layout.h", "i / 4 * 8 + thread % 4 * 2 + i % 2", "i / 4 * 8 + thread % 4 + i % 2 * 4", WRONG
     ),
-    "a turn too few": Mistake("pipeline.h", "if (turn > 0 && --turn == 0) m.give_turn();", "", "deadlock"),
+    "a turn too few": Mistake("pipeline.h", "if (staggered && group == 0) m.give_turn();", "", "deadlock"),
     "ping-pong without turns": Mistake(
-        "pipeline.h", "if (number > 0) m.await_turn();", "", f"{WRONG}|deadlock|left over|unwritten|written again", "pingpong"
+        "pipeline.h", "if (S::PINGPONG && number > 0) m.await_turn();", "",
+        f"{WRONG}|deadlock|left over|unwritten|written again", "pingpong",
     ),
 }  # fmt: skip
 

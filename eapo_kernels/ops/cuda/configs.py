@@ -58,7 +58,8 @@ class Tile:
         stages: steps of the product (``BLOCK_D`` deep) in flight.
         cluster: programs (1 or 2) of neighbouring row tiles that load each weight tile once for all of them.
         pingpong: each consumer warp group takes every other tile whole; else both share every tile, half of the rows each.
-        stagger: steps by which the second group starts late when they share, so that their epilogues do not coincide.
+        stagger: steps of a shared tile before whose end the second group waits for the first, so that their epilogues do not
+            coincide; fewer than ``stages``.
         group_n: row tiles of clusters that sweep the vocabulary together, so that hidden and weight panels stay in L2.
     """
 
@@ -85,8 +86,8 @@ class Tile:
 TILES = (
     # 80 bytes of shared memory and 32 bytes of L2 a clock: what cuBLAS asks for too. 128 accumulators a thread.
     Tile("shared", 128, 256, stages=4, cluster=2, pingpong=False, stagger=3),
-    # For rows that fill one program only: nobody to share the weights with.
-    Tile("shared_alone", 128, 256, stages=4, cluster=1, pingpong=False, stagger=3),
+    # For rows that fill one program only: nobody to share the weights with. Loads set the pace, so more stages stay for them.
+    Tile("shared_alone", 128, 256, stages=4, cluster=1, pingpong=False, stagger=2),
     # Epilogues as long as a whole product are hidden, for 96 and 48 bytes a clock. To be measured where D is small.
     Tile("pingpong", 128, 128, stages=6, cluster=2, pingpong=True, stagger=0),
 )

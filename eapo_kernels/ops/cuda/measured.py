@@ -42,6 +42,7 @@ def _check(where: str, entry: Entry) -> None:
     require(tile.cluster in (1, 2), f"{where}.tile.cluster", "1 or 2", tile.cluster)
     require(tile.group_n > 0, f"{where}.tile.group_n", "a positive integer", tile.group_n)
     require(tile.stages > 1, f"{where}.tile.stages", "at least 2", tile.stages)
-    require(0 <= tile.stagger <= tile.stages, f"{where}.tile.stagger", f"0 to {tile.stages}, the stages", tile.stagger)
+    most = 0 if tile.pingpong else tile.stages - 1
+    require(0 <= tile.stagger <= most, f"{where}.tile.stagger", f"0 to {most}", tile.stagger)
     size = tile.shared_bytes(entry.kernel)
     require(size <= SHARED_LIMIT, f"{where}.tile", f"at most {SHARED_LIMIT} bytes of shared memory", size)
