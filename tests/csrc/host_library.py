@@ -14,17 +14,21 @@ from eapo_kernels.ops.cuda import build
 from eapo_kernels.ops.cuda.launch import Launch
 
 
+def compiled(library: Path, *sources: str) -> ctypes.CDLL:
+    """Sources of this folder as a library."""
+    compiler = shutil.which("g++")
+    assert compiler is not None, "the tests of the CUDA sources need g++"
+    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{build.source_folder()}"]
+    paths = [str(Path(__file__).with_name(name)) for name in sources]
+    done = subprocess.run([*command, *paths, "-o", str(library)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return ctypes.CDLL(str(library))
+
+
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """``host.cpp`` and ``host_rows.cpp`` as a library."""
-    compiler = shutil.which("g++")
-    assert compiler is not None, "the tests of the CUDA sources need g++"
-    library = tmp_path_factory.mktemp("host") / "host.so"
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{build.source_folder()}"]
-    sources = [str(Path(__file__).with_name(name)) for name in ("host.cpp", "host_rows.cpp")]
-    done = subprocess.run([*command, *sources, "-o", str(library)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return ctypes.CDLL(str(library))
+    return compiled(tmp_path_factory.mktemp("host") / "host.so", "host.cpp", "host_rows.cpp")
 
 
 def run_rows(launch: Launch, host: ctypes.CDLL) -> None:
