@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 BACKENDS = ["triton", "cuda"]
-KINDS = [("triton", "sm90"), ("cuda", "sm90"), ("triton", "sm80")]
+KINDS = [("triton", "sm90"), ("cuda", "sm90"), ("triton", "sm80"), ("triton", "sm100")]
 NARROW, WIDE = 2048, 4096
 """Lines of the table of tiles: 128x128, two programs a multiprocessor; 128x256, persistent."""
 
@@ -42,7 +42,7 @@ def test_statistics_and_gradients(
     compare(inputs, cotangents(shape[0]), backend=backend, inv_temperature=temperature)
 
 
-@pytest.mark.parametrize("family", ["sm90", "sm80"])
+@pytest.mark.parametrize("family", ["sm80", "sm90", "sm100"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_soft_cap_and_rows_that_no_descriptor_can_name(
     dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,6 @@
 """The ``triton`` backend: streaming statistics, recomputed slabs, one-pass chunks and a fused surrogate, as Triton kernels.
 
-Correct in the interpreter, compiled for sm_80, sm_90 and sm_100 without spills, sm_80's and sm_90's code right on an emulator
+Correct in the interpreter, compiled for sm_80, sm_90 and sm_100 without spills, their code right on an emulator
 (tests/emulator), but not yet run on a GPU: ``plans.PROVEN`` does not list it, so "auto" does not choose it. Ask for it by name.
 """
 

@@ -118,10 +118,26 @@ T maybe_flushed(const Instruction& in, T x) {
 
 }  // namespace
 
+namespace {
+
+// f32x2: the same function of the lower and of the upper halves.
+template <class F>
+u64 halves(F f, u64 a, u64 b, u64 c = 0) {
+    const auto half = [](u64 x, int i) { return as<float>(x >> (32 * i) & 0xFFFFFFFF); };
+    return bits_of(f(half(a, 0), half(b, 0), half(c, 0))) | bits_of(f(half(a, 1), half(b, 1), half(c, 1))) << 32;
+}
+bool paired(const Instruction& in) { return in.type().packed == 2 && in.type().letter == 'f'; }
+
+}  // namespace
+
 // Arithmetic ----------------------------------------------------------------------------------------------------------------------
 
 Step Machine::do_add(Warp& warp, const Instruction& in, u32 lanes) {
     const Rounding rounding(in);
+    if (paired(in))
+        return binary<u64>(warp, in, lanes, [&](u64 a, u64 b) {
+            return halves([&](float x, float y, float) { return maybe_flushed(in, x + y); }, a, b);
+        });
     return by_type(in, [&](auto zero) {
         using T = decltype(zero);
         return binary<T>(warp, in, lanes, [&](T a, T b) {
@@ -133,6 +149,10 @@ Step Machine::do_add(Warp& warp, const Instruction& in, u32 lanes) {
 
 Step Machine::do_sub(Warp& warp, const Instruction& in, u32 lanes) {
     const Rounding rounding(in);
+    if (paired(in))
+        return binary<u64>(warp, in, lanes, [&](u64 a, u64 b) {
+            return halves([&](float x, float y, float) { return maybe_flushed(in, x - y); }, a, b);
+        });
     return by_type(in, [&](auto zero) {
         using T = decltype(zero);
         return binary<T>(warp, in, lanes, [&](T a, T b) {
@@ -155,6 +175,10 @@ T part(const Instruction& in, T a, T b) {
 
 Step Machine::do_mul(Warp& warp, const Instruction& in, u32 lanes) {
     const Rounding rounding(in);
+    if (paired(in))
+        return binary<u64>(warp, in, lanes, [&](u64 a, u64 b) {
+            return halves([&](float x, float y, float) { return maybe_flushed(in, x * y); }, a, b);
+        });
     if (in.has("wide")) {
         switch (in.type().bits * (in.type().letter == 's' ? -1 : 1)) {
             case 16: return binary<u16>(warp, in, lanes, [](u16 a, u16 b) { return u32(a) * b; });
@@ -196,6 +220,10 @@ Step Machine::do_fma(Warp& warp, const Instruction& in, u32 lanes) {
     if (in.type().bits == 64)
         return ternary<double>(warp, in, lanes, [](double a, double b, double c) { return std::fma(a, b, c); });
     if (in.type().letter != 'f') throw Fault("not emulated: " + in.mnemonic());
+    if (paired(in))
+        return ternary<u64>(warp, in, lanes, [&](u64 a, u64 b, u64 c) {
+            return halves([&](float x, float y, float z) { return maybe_flushed(in, std::fma(x, y, z)); }, a, b, c);
+        });
     const bool ftz = in.has("ftz");
     return ternary<float>(warp, in, lanes, [ftz](float a, float b, float c) {
         const float d = std::fma(a, b, c);

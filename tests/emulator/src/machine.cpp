@@ -17,7 +17,7 @@ const std::vector<std::pair<const char*, Machine::Handler>>& Machine::handlers()
         {"bra", &M::do_bra}, {"ret", &M::do_ret}, {"exit", &M::do_ret}, {"trap", &M::do_trap}, {"shfl", &M::do_shfl},
         {"vote", &M::do_vote}, {"elect", &M::do_elect}, {"redux", &M::do_redux}, {"bar", &M::do_bar}, {"barrier", &M::do_barrier},
         {"mbarrier", &M::do_mbarrier}, {"mapa", &M::do_mapa}, {"fence", &M::do_fence}, {"membar", &M::do_nothing},
-        {"cp", &M::do_cp}, {"wgmma", &M::do_wgmma}, {"mma", &M::do_mma}, {"stmatrix", &M::do_stmatrix}, {"ldmatrix", &M::do_ldmatrix},
+        {"cp", &M::do_cp}, {"wgmma", &M::do_wgmma}, {"mma", &M::do_mma}, {"tcgen05", &M::do_tcgen05}, {"stmatrix", &M::do_stmatrix}, {"ldmatrix", &M::do_ldmatrix},
         {"setmaxnreg", &M::do_setmaxnreg}, {"prefetch", &M::do_nothing}, {"griddepcontrol", &M::do_nothing},
         {"nanosleep", &M::do_nothing},
     };
@@ -104,7 +104,10 @@ bool Machine::finish_one_asynchronous() {
         for (const auto& warp : cta->warps)
             for (int lane = 0; lane < LANES; ++lane)
                 if (!warp->copies[lane].empty()) copying.emplace_back(warp.get(), lane);
-    const size_t choices = pending_.size() + multiplying.size() + copying.size();
+    std::vector<Cta*> tensor;
+    for (const auto& cta : ctas_)
+        if (!cta->tensor_products.empty()) tensor.push_back(cta.get());
+    const size_t choices = pending_.size() + multiplying.size() + copying.size() + tensor.size();
     if (choices == 0) return false;
     size_t chosen = random_() % choices;
     if (chosen < pending_.size()) {
@@ -117,8 +120,13 @@ bool Machine::finish_one_asynchronous() {
     }
     chosen -= pending_.size();
     where = "an asynchronous product";
-    if (chosen < multiplying.size()) finish_product(*multiplying[chosen]);
-    else finish_copy(*copying[chosen - multiplying.size()].first, copying[chosen - multiplying.size()].second);
+    if (chosen < multiplying.size()) {
+        finish_product(*multiplying[chosen]);
+        return true;
+    }
+    chosen -= multiplying.size();
+    if (chosen < copying.size()) finish_copy(*copying[chosen].first, copying[chosen].second);
+    else finish_tensor_product(*tensor[chosen - copying.size()]);
     return true;
 }
 
@@ -140,6 +148,9 @@ void Machine::check_the_end() {
     where = "the end of the kernel";
     if (!pending_.empty()) throw Fault("TMA: expected every copy to be waited for, got " + std::to_string(pending_.size()) + " left");
     for (const auto& cta : ctas_)
+        if (!cta->tensor_products.empty() || cta->tensor_columns)
+            throw Fault("tcgen05: expected products to be waited for and tensor memory to be given back");
+    for (const auto& cta : ctas_)
         for (const auto& barrier : cta->named)
             if (barrier.arrived) throw Fault("bar: expected every barrier to be complete, got one with arrivals left over");
     if (cluster_barrier_.arrived) throw Fault("barrier.cluster: expected it to be complete, got arrivals left over");
@@ -153,7 +164,7 @@ void Machine::run_cluster(int first) {
     for (int rank = 0; rank < launch_.cluster; ++rank) {
         const int index = first + rank;
         ctas_.push_back(std::make_unique<Cta>(
-            Cta{rank, {index % nx, index / nx % ny, index / (nx * ny)}, Shared(launch_.shared_base, launch_.shared_bytes), {}, {}, {}}));
+            Cta{rank, {index % nx, index / nx % ny, index / (nx * ny)}, Shared(launch_.shared_base, launch_.shared_bytes), {}, {}, {}, {}, {}}));
         for (int w = 0; w < warps; ++w) {
             auto warp = std::make_unique<Warp>();
             warp->cta = ctas_.back().get();

@@ -77,6 +77,13 @@ struct Barrier {  // mbarrier
     u64 phase = 0;
 };
 
+// A product into tensor memory, or, in their queue, the arrival that says that all before it are finished.
+struct TensorProduct {
+    bool commits, accumulate;
+    u32 to, shape, barrier;
+    u64 a, b;
+};
+
 struct NamedBarrier {
     int arrived = 0, expected = 0;
     u64 generation = 0;
@@ -89,6 +96,9 @@ struct Cta {
     std::vector<std::unique_ptr<Warp>> warps;
     std::map<u32, Barrier> barriers;
     std::array<NamedBarrier, 16> named;
+    std::vector<u32> tensor_memory;  // [128, 512]
+    std::deque<TensorProduct> tensor_products;
+    int tensor_columns = 0;  // allotted
     bool exited() const {
         for (const auto& warp : warps)
             if (warp->live) return false;
@@ -162,6 +172,7 @@ class Machine {
     void multiply(Warp& warp, const Product& product);
     void finish_product(Warp& warp);
     void finish_copy(Warp& warp, int lane);
+    void finish_tensor_product(Cta& cta);
     void later(Asynchronous operation);
     void load_box(Cta* cta, u32 to, const TensorMap& map, std::array<i64, 5> origin, u32 barrier);
 
@@ -232,6 +243,7 @@ class Machine {
     Step do_cp(Warp&, const Instruction&, u32);
     Step do_wgmma(Warp&, const Instruction&, u32);
     Step do_mma(Warp&, const Instruction&, u32);
+    Step do_tcgen05(Warp&, const Instruction&, u32);
     Step do_stmatrix(Warp&, const Instruction&, u32);
     Step do_ldmatrix(Warp&, const Instruction&, u32);
     Step do_setmaxnreg(Warp&, const Instruction&, u32);

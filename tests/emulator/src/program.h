@@ -35,6 +35,7 @@ inline bool parse_type(const std::string& word, Type& type) {
     if (word == "pred") return type = {'p', 1, 1}, true;
     if (word == "f16") return type = {'h', 16, 1}, true;
     if (word == "bf16") return type = {'g', 16, 1}, true;
+    if (word == "f32x2") return type = {'f', 32, 2}, true;
     if (word == "f16x2") return type = {'h', 16, 2}, true;
     if (word == "bf16x2") return type = {'g', 16, 2}, true;
     if (!known.count(word)) return false;
