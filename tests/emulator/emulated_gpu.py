@@ -29,8 +29,8 @@ def _modules(package: ModuleType) -> list[ModuleType]:
 def pretend(monkeypatch: pytest.MonkeyPatch, *, family: str = "sm90", dim: int | None = None, **how: Any) -> None:
     """Send every launch of this process to the emulator. Not in a process that interprets.
 
-    family: the table's, sm80, sm90 or sm100; the backend ``cuda`` is for sm90 alone. dim: whose lines of the table of tiles are taken,
-    instead of the inputs' own. how: ``seed`` and ``lateness`` of ``ptx_machine.Kernel.run``.
+    family: the table's, sm80, sm90 or sm100; the backend ``cuda`` is for sm90 alone. dim: whose lines of the table of tiles
+    are taken, instead of the inputs' own. how: ``seed`` and ``lateness`` of ``ptx_machine.Kernel.run``.
     """
     major = report.ARCHITECTURES[family] // 10
     instead = {"family": lambda device: family, "slots": lambda device, tile: PROGRAMS, "capability": lambda device: (major, 0)}

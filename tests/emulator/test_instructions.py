@@ -140,10 +140,12 @@ def test_shuffles(how: str, expected: Tensor) -> None:
         ("setp.ne.f32 %p0, %a0, %a0; selp.b32 %d, 1, 0, %p0;", 0x7FC00000, 0, 0),
         ("setp.neu.f32 %p0, %a0, %a0; selp.b32 %d, 1, 0, %p0;", 0x7FC00000, 0, 1),
         ("max.f32 %d, %a0, %a1;", 0x7FC00000, 0x3F800000, 0x3F800000),
+        ("max.f32 %d, %a0, %a1, 0f40000000;", 0xBF800000, 0x3F800000, 0x40000000),
         ("add.ftz.f32 %d, %a0, %a1;", 0x00000001, 0x00000001, 0),
         ("ex2.approx.ftz.f32 %d, %a0;", 0xC2FE0000, 0, 0),
         ("cvt.rzi.s32.f32 %d, %a0;", 0xC0200000, 0, 0xFFFFFFFE),
         ("redux.sync.add.s32 %d, %a0, 0xffffffff;", 3, 0, 96),
+        ("redux.sync.max.f32 %d, %a0, 0xffffffff;", 0xBF800000, 0, 0xBF800000),
         ("setp.eq.u32 %p0, %tid, 7; vote.sync.ballot.b32 %d, %p0, 0xffffffff;", 0, 0, 128),
     ],
 )
@@ -178,6 +180,7 @@ def test_threads_that_part_meet_again() -> None:
         ("setp.lt.u32 %p0, %tid, 16; @%p0 bra skip; mov.b32 %d, 0; bar.sync 0; skip: mov.b32 %d, 1; bar.sync 0;", "deadlock"),
         ("trap; mov.b32 %d, 0;", "trap"),
         ("tanh.approx.f32 %d, %a0;", "tanh.approx.f32 is not emulated"),
+        ("min.s32 %d, %a0, %a0, %a0;", "not emulated with 4 operands: min.s32"),
     ],
 )
 def test_rules(body: str, complaint: str) -> None:

@@ -264,6 +264,10 @@ Step Machine::do_abs(Warp& warp, const Instruction& in, u32 lanes) {
 
 Step Machine::do_min(Warp& warp, const Instruction& in, u32 lanes) {
     const bool nan = in.has("NaN");
+    if (in.operands.size() == 4 && in.type().letter == 'f')
+        return ternary<float>(warp, in, lanes, [nan](float a, float b, float c) {
+            return nan && (a != a || b != b || c != c) ? NAN : std::fmin(std::fmin(a, b), c);
+        });
     return by_type(in, [&](auto zero) {
         using T = decltype(zero);
         return binary<T>(warp, in, lanes, [nan](T a, T b) {
@@ -275,6 +279,10 @@ Step Machine::do_min(Warp& warp, const Instruction& in, u32 lanes) {
 
 Step Machine::do_max(Warp& warp, const Instruction& in, u32 lanes) {
     const bool nan = in.has("NaN");
+    if (in.operands.size() == 4 && in.type().letter == 'f')
+        return ternary<float>(warp, in, lanes, [nan](float a, float b, float c) {
+            return nan && (a != a || b != b || c != c) ? NAN : std::fmax(std::fmax(a, b), c);
+        });
     return by_type(in, [&](auto zero) {
         using T = decltype(zero);
         return binary<T>(warp, in, lanes, [nan](T a, T b) {
@@ -343,8 +351,11 @@ Step Machine::do_not(Warp& warp, const Instruction& in, u32 lanes) {
 }
 
 Step Machine::do_lop3(Warp& warp, const Instruction& in, u32 lanes) {
+    expect(in, 5);
     const u32 table = u32(read_one(warp, in.at(4), 0));
-    return ternary<u32>(warp, in, lanes, [table](u32 a, u32 b, u32 c) {
+    Instruction three = in;
+    three.operands.pop_back();
+    return ternary<u32>(warp, three, lanes, [table](u32 a, u32 b, u32 c) {
         u32 d = 0;
         for (int i = 0; i < 8; ++i)
             if (table >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);

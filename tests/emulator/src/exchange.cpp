@@ -90,11 +90,14 @@ template <class T>
 T combined(const Instruction& in, T old, T b, T c) {
     if (in.has("exch")) return b;
     if (in.has("cas")) return old == b ? c : old;
-    if (in.has("min")) return std::min(old, b);
-    if (in.has("max")) return std::max(old, b);
     if constexpr (std::is_floating_point_v<T>) {
+        if (in.has("NaN") || in.has("abs")) throw Fault("not emulated: " + in.mnemonic());
+        if (in.has("min")) return std::fmin(old, b);
+        if (in.has("max")) return std::fmax(old, b);
         if (in.has("add")) return old + b;
     } else {
+        if (in.has("min")) return std::min(old, b);
+        if (in.has("max")) return std::max(old, b);
         if (in.has("add")) return T(u64(old) + u64(b));
         if (in.has("and")) return T(old & b);
         if (in.has("or")) return T(old | b);
@@ -191,7 +194,7 @@ Step Machine::do_elect(Warp& warp, const Instruction& in, u32 lanes) {
 Step Machine::do_redux(Warp& warp, const Instruction& in, u32 lanes) {
     const u32 members = u32(read_one(warp, in.at(2), __builtin_ctz(lanes))) & warp.live;
     if (members & ~lanes) return Step::STAY;
-    return by_integer(in, [&](auto zero) {
+    return by_type(in, [&](auto zero) {
         using T = decltype(zero);
         T total{};
         bool first = true;

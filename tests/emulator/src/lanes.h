@@ -5,8 +5,14 @@
 
 namespace ptx {
 
+// A form of an instruction with other operands than the function below would read is another instruction.
+inline void expect(const Instruction& in, size_t operands) {
+    if (in.operands.size() != operands) throw Fault("not emulated with " + std::to_string(in.operands.size()) + " operands: " + in.mnemonic());
+}
+
 template <class T, class F>
 Step Machine::unary(Warp& warp, const Instruction& in, u32 lanes, F f) {
+    expect(in, 2);
     u64 sa[LANES];
     const u64* a = read(warp, in.at(1), sa);
     u64* d = write(warp, in.at(0));
@@ -17,6 +23,7 @@ Step Machine::unary(Warp& warp, const Instruction& in, u32 lanes, F f) {
 
 template <class T, class F>
 Step Machine::binary(Warp& warp, const Instruction& in, u32 lanes, F f) {
+    expect(in, 3);
     u64 sa[LANES], sb[LANES];
     const u64 *a = read(warp, in.at(1), sa), *b = read(warp, in.at(2), sb);
     u64* d = write(warp, in.at(0));
@@ -31,6 +38,7 @@ Step Machine::binary(Warp& warp, const Instruction& in, u32 lanes, F f) {
 
 template <class T, class F>
 Step Machine::ternary(Warp& warp, const Instruction& in, u32 lanes, F f) {
+    expect(in, 4);
     u64 sa[LANES], sb[LANES], sc[LANES];
     const u64 *a = read(warp, in.at(1), sa), *b = read(warp, in.at(2), sb), *c = read(warp, in.at(3), sc);
     u64* d = write(warp, in.at(0));
@@ -42,6 +50,7 @@ Step Machine::ternary(Warp& warp, const Instruction& in, u32 lanes, F f) {
 template <class F>
 Step Machine::by_integer(const Instruction& in, F f) {
     const Type& type = in.type();
+    if (type.letter != 'b' && type.letter != 'u' && type.letter != 's') throw Fault("expected an integer type in " + in.mnemonic());
     const bool is_signed = type.letter == 's';
     switch (type.bits) {
         case 8: return is_signed ? f(i8()) : f(u8());
