@@ -18,7 +18,7 @@ import torch
 
 from eapo_kernels import EapoError, available_backends
 from eapo_kernels.ops.triton import configs, measured
-from eapo_kernels.ops.triton.configs import PRODUCTS
+from eapo_kernels.ops.triton.tile import PRODUCTS
 
 from .clock import Clock, make_clock
 from .results import environment

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from eapo_kernels.ops.triton import configs
-from eapo_kernels.ops.triton.configs import PRODUCTS, Entry, Tile
+from eapo_kernels.ops.triton.tile import PRODUCTS, Entry, Tile
 
 if TYPE_CHECKING:
     from eapo_kernels.ops.triton.report import Usage

@@ -18,7 +18,6 @@ from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.statistics import RowStatistics
 from eapo_kernels.ops.triton import report
 from eapo_kernels.ops.triton.backward import logit_gradient
-from eapo_kernels.ops.triton.configs import PRODUCTS, Tile
 from eapo_kernels.ops.triton.exp_finalize import exp_finalize
 from eapo_kernels.ops.triton.exp_gemm import exp_gemm
 from eapo_kernels.ops.triton.exp_redo import list_unsound
@@ -30,6 +29,7 @@ from eapo_kernels.ops.triton.offsets import ExpSums, row_offsets
 from eapo_kernels.ops.triton.one_pass import workspace
 from eapo_kernels.ops.triton.rows import row_gradient, row_statistics
 from eapo_kernels.ops.triton.target_rows import add_target_rows
+from eapo_kernels.ops.triton.tile import PRODUCTS, Tile
 
 from .candidates import Search, flaw
 

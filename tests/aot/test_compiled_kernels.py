@@ -12,6 +12,7 @@ import pytest
 
 from eapo_kernels.ops.triton import configs, measured
 from eapo_kernels.ops.triton.configs import Entry
+from eapo_kernels.ops.triton.tile import PRODUCTS
 
 pytestmark = [
     pytest.mark.aot,
@@ -43,7 +44,7 @@ def test_compiles_well(entry: Entry, variant: str) -> None:
     assert u.doubles == 0, "a Python float has become fp64 arithmetic"
     assert u.shared <= SHARED_LIMIT[entry.family]
     assert u.threads == 32 * entry.tile.warps
-    product = entry.kernel in configs.PRODUCTS
+    product = entry.kernel in PRODUCTS
     assert set(u.tensor) == ({TENSOR_CORES[entry.family]} if product and entry.itemsize == 2 else set())
     assert (u.tma > 0) == entry.tile.descriptors
     assert (u.tma_stores > 0) == entry.tile.stores

@@ -22,7 +22,7 @@ from benchmarks.tuning.candidates import SPACES, UNTUNED, Search, candidates, fl
 from benchmarks.tuning.table import TRITON
 from eapo_kernels import EapoError
 from eapo_kernels.ops.triton import configs, measured
-from eapo_kernels.ops.triton.configs import PRODUCTS, Tile
+from eapo_kernels.ops.triton.tile import PRODUCTS, Tile
 
 ROOT = Path(__file__).parents[2]
 MADE = {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "date": "today", "clocks": {}}

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.tuning.cuda_candidates import CudaSearch
 from eapo_kernels.ops.cuda import build, configs, report
 from eapo_kernels.ops.cuda.configs import TILES, ProductBuild, RowBuild
+from eapo_kernels.ops.cuda.tile import SHARED_LIMIT
 
 pytestmark = pytest.mark.csrc
 
@@ -26,7 +27,7 @@ def test_compiles_well(item: ProductBuild, cache: Path) -> None:
     code, count = u.code, u.code.instructions
     assert code.spills == 0
     assert code.stack == 0
-    assert u.shared <= configs.SHARED_LIMIT
+    assert u.shared <= SHARED_LIMIT
     assert configs.THREADS * code.registers <= 65536, "a program must start"
     assert code.highest <= 232, "what a consumer has after the trade"
     assert count["DADD"] + count["DMUL"] + count["DFMA"] == 0
@@ -75,7 +76,7 @@ def test_every_tile_that_is_raced_compiles_well(kernel: configs.ProductKernel, c
             item = ProductBuild(kernel, tile, "bf16", entropy=True, second_moments=kernel == "stream_statistics", bias=True)
             u = report.usage(item, cache)
             assert (u.code.spills, u.code.stack) == (0, 0), item
-            assert u.shared <= configs.SHARED_LIMIT
+            assert u.shared <= SHARED_LIMIT
             assert u.code.highest <= 232
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import ptx_machine
 
 from eapo_kernels.ops.cuda import build
-from eapo_kernels.ops.cuda.configs import BLOCK_D, Build
+from eapo_kernels.ops.cuda.configs import Build
 from eapo_kernels.ops.cuda.launch import Box, Launch
+from eapo_kernels.ops.cuda.tile import BLOCK_D
 
 _how: dict[str, Any] = {}
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..projection import Projection
 from . import build
-from .configs import BLOCK_D, Build, ProductBuild, Tile
+from .configs import Build, ProductBuild
+from .tile import BLOCK_D, Tile
 
 _TYPES = {
     torch.bfloat16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,

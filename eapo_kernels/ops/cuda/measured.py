@@ -11,7 +11,7 @@ from typing import get_args
 
 from ...errors import require
 from .. import measured_tiles
-from .configs import SHARED_LIMIT, TILES, Entry, ProductKernel, Tile
+from .tile import SHARED_LIMIT, TILES, Entry, ProductKernel, Tile
 
 PATH = Path(__file__).with_name("measured.json")
 

@@ -9,58 +9,11 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from dataclasses import dataclass
+
+from . import measured
+from .tile import Entry, Tile
 
 logger = logging.getLogger("eapo_kernels")
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel cuts its work.
-
-    Attributes:
-        block_n, block_v, block_d: tokens and columns of a program's tile, and the depth of one step of its product.
-        group_n: row tiles that sweep the vocabulary together, so that hidden and weight panels stay in L2.
-        warps, stages: warps of a program; steps of the product in flight.
-        max_registers: cap on registers per thread, or None.
-        descriptors: load operands by tensor descriptor (TMA); needs rows of 16-byte multiples, see ``launch.describable``.
-        resident: programs that share one multiprocessor.
-        slices: pieces of its columns in which a tile leaves the product: more of them need fewer registers.
-        stores: write by tensor descriptor too, where the output can be described.
-        persistent: only as many programs as run at once, each of which walks over tiles; else a program a tile.
-    """
-
-    block_n: int
-    block_v: int
-    block_d: int = 0
-    group_n: int = 16
-    warps: int = 4
-    stages: int = 3
-    max_registers: int | None = None
-    descriptors: bool = False
-    resident: int = 1
-    slices: int = 1
-    persistent: bool = False
-    stores: bool = False
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A line of the table: ``tile`` suits ``kernel`` on ``family`` near [*, dim] x [vocab, dim] operands of ``itemsize`` bytes.
-
-    Kernels without a product have one line a family, of itemsize 4.
-    """
-
-    kernel: str
-    family: str
-    itemsize: int
-    dim: int
-    vocab: int
-    tile: Tile
-
-
-PRODUCTS = ("stream_statistics", "logit_gradient", "exp_gemm", "exp_redo", "row_maxima")
-"""Kernels that multiply hidden and weight. "exp_redo" and "row_maxima" gather their rows and so have no descriptors."""
 
 
 def _lines(kernels: tuple[str, ...], family: str, itemsize: int, dim: int, *tiles: Tile) -> tuple[Entry, ...]:
@@ -152,8 +105,6 @@ def find(kernel: str, family: str, itemsize: int, dim: int = 4096, vocab: int = 
     Measured lines come before those of ``TABLE``. descriptors: whether the operands can be loaded by descriptor; such lines
     are preferred then, and excluded otherwise.
     """
-    from . import measured
-
     known = measured.candidates(kernel, family, itemsize, descriptors=descriptors)
 
     def distance(entry: Entry) -> tuple[bool, float]:

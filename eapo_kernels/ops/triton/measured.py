@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...errors import require
 from .. import measured_tiles
-from .configs import PRODUCTS, Entry, Tile
+from .tile import PRODUCTS, Entry, Tile
 
 PATH = Path(__file__).with_name("measured.json")
 

@@ -10,10 +10,11 @@ import pytest
 
 from eapo_kernels.ops.triton import configs, measured
 from eapo_kernels.ops.triton.configs import family, find, tiles_per_split
+from eapo_kernels.ops.triton.tile import PRODUCTS
 
 FAMILIES = ("interpreter", "sm80", "sm90", "sm100")
 KERNELS = (
-    *configs.PRODUCTS,
+    *PRODUCTS,
     "row_statistics",
     "row_gradient",
     "finalize",
@@ -37,7 +38,7 @@ def _nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("descriptors", [True, False])
 def test_every_kernel_has_a_tile_everywhere(kernel: str, name: str, descriptors: bool) -> None:
-    for itemsize in (2, 4) if kernel in (*configs.PRODUCTS, "row_offsets") else (4,):
+    for itemsize in (2, 4) if kernel in (*PRODUCTS, "row_offsets") else (4,):
         for dim in (1, 576, 4096, 20_000):
             tile = find(kernel, name, itemsize, dim, 1 if dim == 1 else 151_936, descriptors=descriptors)
             assert descriptors or not tile.descriptors
@@ -55,7 +56,7 @@ def test_tiles_are_legal() -> None:
         t = entry.tile
         sizes = [t.block_n, *([t.block_v] if t.block_v else []), *([t.block_d] if t.block_d else [])]
         assert all(size & (size - 1) == 0 for size in sizes), entry
-        if entry.kernel in configs.PRODUCTS:
+        if entry.kernel in PRODUCTS:
             assert min(sizes) >= 16, entry
             assert not t.descriptors or max(t.block_n, t.block_v) <= 256 or entry.family == "interpreter", entry
         assert t.block_v % max(t.slices, 1) == 0, entry
