@@ -117,7 +117,10 @@ struct RunningSums {
     // so that they fit the row_max that is written.
     EAPO_SHARED RangeSums close(float y_target, float scale) const {
         RangeSums out = {-infinite(), y_target <= LOWEST ? -infinite() : y_target * scale, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-        if (y_max <= LOWEST) return out;
+        if (y_max <= LOWEST) {
+            if (rest != rest) out.rest = rest;  // a maximum ignores NaN: here every logit may have been one
+            return out;
+        }
         const float row_max = y_max * scale;
         RunningSums fitted = *this;
         fitted.shift(fma_exact(y_max, scale, -row_max) * LOG2E);

@@ -5,6 +5,8 @@ Here and not with the other tests of the backends because compiling and interpre
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 from dataclasses import replace
 
@@ -40,6 +42,26 @@ def test_statistics_and_gradients(
     inputs = make_inputs(*shape, dtype=dtype, bias=True)
     temperature = 0.5 + torch.rand(shape[0], generator=torch.Generator().manual_seed(3))
     compare(inputs, cotangents(shape[0]), backend=backend, inv_temperature=temperature)
+
+
+@pytest.mark.parametrize(("backend", "family"), KINDS)
+def test_a_range_of_nothing_but_nan_spoils_every_row(backend: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process's whole part of the head may be. The hardware's maximum ignores NaN, an interpreter's does not."""
+    import emulated_gpu
+
+    from eapo_kernels.ops.projection import Projection
+    from eapo_kernels.testing import make_inputs
+
+    emulated_gpu.pretend(monkeypatch, family=family)
+    inputs = make_inputs(4, 72, 1024, dtype=torch.bfloat16)
+    p = Projection(inputs.hidden.detach(), inputs.weight.detach().clone())
+    p.weight[512:] = float("nan")
+    used = importlib.import_module(f"eapo_kernels.ops.{backend}.backend")
+    monkeypatch.setattr(used, "stream_statistics", functools.partial(used.stream_statistics, splits=2))
+    targets = torch.tensor([0, 7, 300, 511])
+    found = used.BACKEND.statistics(p, targets, entropy=True, second_moments=False, budget=2**20)
+    assert found.logp.isnan().all()
+    assert found.entropy.isnan().all()
 
 
 @pytest.mark.parametrize("family", ["sm80", "sm90", "sm100"])

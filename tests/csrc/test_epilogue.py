@@ -198,6 +198,19 @@ def test_fp16_of_the_host_is_torchs(host: ctypes.CDLL) -> None:
     assert torch.equal(found.view(torch.int16), values.to(torch.float16).view(torch.int16))
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_range_of_nothing_but_nan_spoils_its_row(kind: int, host: ctypes.CDLL) -> None:
+    """Its maximum stays at LOWEST, as that of a range whose columns all have a bias of -inf."""
+    raw, scale, targets = rows_of(800, 1.0)
+    targets[:] = 3
+    raw[7, 256:512] = math.nan
+    got = merged(host, range_sums(host, raw, scale, targets, kind=kind), kind)
+    for name in ("logp", "lse", "entropy", "p2", "p2_logp", "varentropy"):
+        value = getattr(got, name)
+        if value is not None:
+            assert value.isnan().nonzero().flatten().tolist() == [7], name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block_v", [128, 256])
 @pytest.mark.parametrize("vocab", [256, 300, 1031])

@@ -81,7 +81,8 @@ def store_sums(
     field = tl.cast(n_splits, tl.int64) * n_rows
     tl.store(at, tl.where(empty, NEG_INF, row_max), mask=mask)  # [BLOCK_N]
     tl.store(at + field, tl.where(y_target <= LOWEST, NEG_INF, y_target * scale), mask=mask)  # [BLOCK_N]
-    tl.store(at + 2 * field, tl.where(empty, 0.0, rest), mask=mask)  # [BLOCK_N]
+    # Where there is no maximum every logit may have been NaN, which a maximum ignores.
+    tl.store(at + 2 * field, tl.where(empty & (rest == rest), 0.0, rest), mask=mask)  # [BLOCK_N]
     if ENTROPY or SECOND_MOMENTS:
         tl.store(at + 3 * field, tl.where(empty, 0.0, x_exp * LN2), mask=mask)  # [BLOCK_N]
     if SECOND_MOMENTS:
