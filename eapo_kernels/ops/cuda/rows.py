@@ -159,7 +159,7 @@ def finalize(partial: PartialSums, terms: SurrogateTerms | None = None) -> tuple
     tensors: dict[str, Tensor | None] = {"out": out, "sums": sums}
     arguments = FinalizeArguments(**addresses(tensors), n_rows=n_rows, splits=splits, fields=fields, surrogate=surrogate)
     launch = Launch(item, (), arguments, tensors | outputs, programs, sums.device)
-    return launch, Finalized(statistics_of(out), outputs.get("coefficient"), outputs.get("totals"))
+    return launch, Finalized(statistics_of(out, entropy=partial.entropy), outputs.get("coefficient"), outputs.get("totals"))
 
 
 def exp_finalize(

@@ -209,11 +209,11 @@ def surrogate_arguments(terms: SurrogateTerms | None, like: Tensor, programs: in
     }
 
 
-def statistics_of(out: Tensor) -> RowStatistics:
-    """The rows of ``out`` [4, 6 or 9, N] by name."""
+def statistics_of(out: Tensor, *, entropy: bool) -> RowStatistics:
+    """The rows of ``out`` [4, 6 or 9, N] by name. entropy: whether its two are wanted; with moments they have places anyway."""
     logp, lse, row_max, log_sum, *more = out
-    entropy, mean_shifted, *moments = more or (None, None)
-    return RowStatistics(logp, entropy, lse, row_max, log_sum, mean_shifted, *moments)
+    two, moments = more[:2] if entropy else (None, None), more[2:]
+    return RowStatistics(logp, two[0], lse, row_max, log_sum, two[1], *moments)
 
 
 def finalize(
@@ -235,4 +235,4 @@ def finalize(
         "SECOND_MOMENTS": second_moments,
     }
     launch = Launch(finalize_kernel, programs, arguments, options(tile), sums.device)
-    return launch, Finalized(statistics_of(out), arguments["coefficient"], arguments["totals"])
+    return launch, Finalized(statistics_of(out, entropy=entropy), arguments["coefficient"], arguments["totals"])
