@@ -44,6 +44,8 @@ def tensor_map(base: int, item: int, sizes: list[int], strides: list[int], box: 
     assert len(sizes) == len(box) == len(strides) + 1
     assert base % 16 == 0, "TMA wants 16-byte aligned matrices"
     assert all(stride % 16 == 0 for stride in strides), "and rows a multiple of 16 bytes apart"
+    assert all(stride < 2**40 for stride in strides)
+    assert all(1 <= one <= 2**32 for one in sizes)
     assert all(1 <= one <= 256 for one in box)
     made = TensorMap(magic=MAGIC, rank=len(sizes), item=item, swizzle=swizzle, base=base)
     made.size[: len(sizes)] = sizes

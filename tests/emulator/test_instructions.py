@@ -179,6 +179,13 @@ def test_threads_that_part_meet_again() -> None:
         ("mov.u32 %t0, memory; mbarrier.arrive.shared::cta.b64 _, [%t0]; mov.b32 %d, 0;", "expected an initialised barrier"),
         ("setp.lt.u32 %p0, %tid, 16; @%p0 bra skip; mov.b32 %d, 0; bar.sync 0; skip: mov.b32 %d, 1; bar.sync 0;", "deadlock"),
         ("trap; mov.b32 %d, 0;", "trap"),
+        ("setmaxnreg.dec.sync.aligned.u32 40; setmaxnreg.dec.sync.aligned.u32 48; mov.b32 %d, 0;", "go down from 40, got 48"),
+        ("mov.u32 %t0, memory; mbarrier.init.shared::cta.b64 [%t0], 1048576; mov.b32 %d, 0;", "1 to 2.20 - 1 arrivals"),
+        (
+            "mov.u32 %t0, memory; mbarrier.init.shared::cta.b64 [%t0], 32;"
+            "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%t0], 65536; mov.b32 %d, 0;",
+            "fewer than 2.20 bytes",
+        ),
         ("tanh.approx.f32 %d, %a0;", "tanh.approx.f32 is not emulated"),
         ("min.s32 %d, %a0, %a0, %a0;", "not emulated with 4 operands: min.s32"),
     ],

@@ -81,6 +81,23 @@ MISTAKES = {
     "a column fragment's place": Mistake(
         "layout.h", "i / 4 * 8 + thread % 4 * 2 + i % 2", "i / 4 * 8 + thread % 4 + i % 2 * 4", WRONG
     ),
+    "barriers are not fenced": Mistake("consumer.h", "barrier_init_fence();", "", "expected fence.mbarrier_init"),
+    "a program starts before its peer's barriers exist": Mistake(
+        "consumer.h", "cluster_sync();\n    }\n    if (role == 0)", "__syncthreads();\n    }\n    if (role == 0)",
+        "expected an initialised barrier|expected a cluster barrier between",
+    ),
+    "an arrival at a peer as if it were at home": Mistake(
+        "ptx.h", "mbarrier.arrive.shared::cluster.b64 _, [remote]", "mbarrier.arrive.shared::cta.b64 _, [remote]",
+        "expected the program's own",
+    ),
+    "the warps of a group multiply different rows": Mistake(
+        "consumer.h", "operand_descriptor(shared.hidden(stage) + part)",
+        "operand_descriptor(shared.hidden(stage) + part + thread / WARP * 2048)", "the same product in all four warps",
+    ),
+    "the producer keeps its registers": Mistake("consumer.h", "give_registers<PRODUCER_REGISTERS>();", "", "deadlock"),
+    "consumers take more registers than there are": Mistake(
+        "consumer.h", "CONSUMER_REGISTERS = 232", "CONSUMER_REGISTERS = 240", "deadlock"
+    ),
     "a turn too few": Mistake("pipeline.h", "if (staggered && group == 0) m.give_turn();", "", "deadlock"),
     "ping-pong without turns": Mistake(
         "pipeline.h", "if (S::PINGPONG && number > 0) m.await_turn();", "",

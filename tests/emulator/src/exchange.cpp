@@ -37,10 +37,18 @@ std::pair<Cta*, u32> Machine::locate(Warp& warp, u32 address) {
     return {cta, offset};
 }
 
+// The offset of an address that must not be a peer's: ``shared::cta``, which is also what ``shared`` means.
+u32 Machine::own(Warp& warp, const Instruction& in, u32 address) {
+    const auto [cta, offset] = locate(warp, address);
+    if (cta != warp.cta) throw Fault("shared memory: expected the program's own in " + in.mnemonic() + ", got another's");
+    return offset;
+}
+
 u8* Machine::generic(Warp& warp, const Instruction& in, u64 address, u32 size, bool write, int lane) {
     if (address % size) throw Fault("expected an address aligned to " + std::to_string(size) + " bytes, got " + std::to_string(address));
     const bool window = address >= WINDOW && address < WINDOW + (1ull << 32);
     if (in_shared(in) || window) {
+        if (in_shared(in) && !in.has("shared::cluster")) own(warp, in, u32(address));
         auto [cta, offset] = locate(warp, u32(address));
         return write ? cta->shared.write(offset, size, warp.thread(lane)) : cta->shared.read(offset, size, false);
     }
@@ -273,7 +281,19 @@ Barrier& Machine::barrier(Cta& cta, u32 address) {
     return found->second;
 }
 
+// Triton's kernels, which have no clusters, do without the fence.
+Barrier& Machine::known_to_others(Barrier& barrier) const {
+    if (launch_.cluster > 1 && barrier.unfenced_by >= 0)
+        throw Fault("mbarrier: expected fence.mbarrier_init after thread " + std::to_string(barrier.unfenced_by) +
+                    " had initialised it, before another program or a copy arrives");
+    if (launch_.cluster > 1 && barrier.made_in == cluster_barrier_.generation)
+        throw Fault("mbarrier: expected a cluster barrier between its initialisation and the first arrival from elsewhere");
+    return barrier;
+}
+
 void Machine::settle(Barrier& barrier) {
+    if (std::abs(barrier.bytes) >= 1 << 20)
+        throw Fault("mbarrier: expected fewer than 2^20 bytes on their way, got " + std::to_string(barrier.bytes));
     if (barrier.pending == 0 && barrier.bytes == 0) {
         ++barrier.phase;
         barrier.pending = barrier.expected;
@@ -291,7 +311,7 @@ void Machine::arrive(Cta& cta, u32 address, i64 arrivals, i64 bytes) {
 }
 
 void Machine::complete(Cta& cta, u32 address, i64 bytes) {
-    Barrier& b = barrier(cta, address);
+    Barrier& b = known_to_others(barrier(cta, address));
     b.bytes -= bytes;
     settle(b);
 }
@@ -307,8 +327,8 @@ Step Machine::do_mbarrier(Warp& warp, const Instruction& in, u32 lanes) {
         u32 done = 0;
         for (int lane = 0; lane < LANES; ++lane) {
             if (!(lanes >> lane & 1)) continue;
-            auto [cta, address] = locate(warp, u32(read_one(warp, in.at(at), lane)));
-            if ((barrier(*cta, address).phase & 1) != u64(value(lane, 0) & 1)) done |= 1u << lane;
+            const u32 address = own(warp, in, u32(read_one(warp, in.at(at), lane)));
+            if ((barrier(*warp.cta, address).phase & 1) != u64(value(lane, 0) & 1)) done |= 1u << lane;
         }
         if (done == 0 && in.has("try_wait")) return Step::STAY;
         set_predicate(warp, in.at(0), done, lanes);
@@ -316,13 +336,16 @@ Step Machine::do_mbarrier(Warp& warp, const Instruction& in, u32 lanes) {
     }
     for (int lane = 0; lane < LANES; ++lane) {
         if (!(lanes >> lane & 1)) continue;
+        if (!in.has("shared::cluster")) own(warp, in, u32(read_one(warp, in.at(at), lane)));
         auto [cta, address] = locate(warp, u32(read_one(warp, in.at(at), lane)));
+        if (cta != warp.cta) known_to_others(barrier(*cta, address));
         if (in.has("init")) {
             if (address % 8) throw Fault("mbarrier: expected an address that is a multiple of 8");
+            if (value(lane, 1) < 1 || value(lane, 1) >= 1 << 20) throw Fault("mbarrier: expected 1 to 2^20 - 1 arrivals");
             cta->shared.write(address, 8, warp.thread(lane));
             cta->shared.fence(warp.thread(lane));
             const i64 expected = value(lane, 1);
-            cta->barriers[address] = {expected, expected, 0, 0};
+            cta->barriers[address] = {expected, expected, 0, 0, cluster_barrier_.generation, warp.thread(lane)};
         } else if (in.has("inval")) {
             barrier(*cta, address);
             cta->barriers.erase(address);
@@ -352,7 +375,12 @@ Step Machine::do_fence(Warp& warp, const Instruction& in, u32 lanes) {
     if (in.has("proxy") && (in.has("async") || in.has("async::generic"))) {
         for (int lane = 0; lane < LANES; ++lane)
             if (lanes >> lane & 1) warp.cta->shared.fence(warp.thread(lane));
+    } else if (!in.has("mbarrier_init")) {
+        return Step::NEXT;
     }
+    for (auto& [address, barrier] : warp.cta->barriers)
+        for (int lane = 0; lane < LANES; ++lane)
+            if (lanes >> lane & 1 && barrier.unfenced_by == warp.thread(lane)) barrier.unfenced_by = -1;
     return Step::NEXT;
 }
 
@@ -365,6 +393,13 @@ void Machine::later(Asynchronous operation) {
     } else {
         pending_.push_back(std::move(operation));
     }
+}
+
+const TensorMap& Machine::descriptor(u64 address) const {
+    const u64 parameters = u64(reinterpret_cast<uintptr_t>(launch_.parameters.data()));
+    const bool one = address >= parameters && address < parameters + launch_.parameters.size();
+    if ((one ? address - parameters : address) % 64) throw Fault("TMA: expected a descriptor at a multiple of 64 bytes");
+    return tensor_map(address);
 }
 
 void Machine::load_box(Cta* cta, u32 to, const TensorMap& map, std::array<i64, 5> origin, u32 barrier_at) {
@@ -425,7 +460,7 @@ Step Machine::do_cp(Warp& warp, const Instruction& in, u32 lanes) {
         std::array<i64, 5> origin{};
         if (load) {  // [to], [map, {coordinates}], [barrier] {, ranks}
             const auto [own, to] = locate(warp, u32(read_one(warp, in.at(0), lane)));
-            const TensorMap& map = tensor_map(read_one(warp, in.at(1), lane));
+            const TensorMap& map = descriptor(read_one(warp, in.at(1), lane));
             check_box(map, to, rank);
             for (int i = 0; i < rank; ++i) origin[i] = i32(read_one(warp, in.at(2 + i), lane));
             const auto [owner, barrier_at] = locate(warp, u32(read_one(warp, in.at(2 + rank), lane)));
@@ -441,14 +476,14 @@ Step Machine::do_cp(Warp& warp, const Instruction& in, u32 lanes) {
                 load_box(own, to, map, origin, barrier_at);
             }
         } else {  // [map, {coordinates}], [from]
-            const TensorMap& map = tensor_map(read_one(warp, in.at(0), lane));
+            const TensorMap& map = descriptor(read_one(warp, in.at(0), lane));
             for (int i = 0; i < rank; ++i) origin[i] = i32(read_one(warp, in.at(1 + i), lane));
-            const auto [cta, from] = locate(warp, u32(read_one(warp, in.at(1 + rank), lane)));
+            const u32 from = own(warp, in, u32(read_one(warp, in.at(1 + rank), lane)));
             check_box(map, from, rank);
             ++counts.stores;
-            Cta* owner = cta;
+            Cta* owner = warp.cta;
             walk_box(map, from, origin.data(), [&](u32 shared, u64, u32) { owner->shared.reserve(shared, 16, 1); });
-            later({[this, owner, from = from, &map, origin] {
+            later({[this, owner, from, &map, origin] {
                        if (owner->exited()) throw Fault("TMA: expected a program that waits for its stores, got one that has left");
                        walk_box(map, from, origin.data(), [&](u32 shared, u64 global, u32 inside) {
                            const u8* piece = owner->shared.read(shared, 16, true);
@@ -486,6 +521,29 @@ int columns_of(const Instruction& in) {
 
 float operand_number(const Type& type, u16 bits) { return type.letter == 'h' ? from_fp16(bits) : from_bf16(bits); }
 
+// c + a . b over 16 numbers as published tests say of Hopper's tensor cores (Khattak and Mikaitis, arXiv 2512.07004): everything is
+// aligned to the largest and cut off two bits below its last place, then added up exactly, then cut off to fp32. So sums of one
+// sign come out too small: a logit of 40 by about 2e-4 over 4096 numbers.
+float accumulated(float c, const float* a, const float* b) {
+    constexpr int EXTRA = 2, PLACES = 23;
+    double products[17], top = std::fabs(c);
+    for (int k = 0; k < 16; ++k) {
+        products[k] = double(a[k]) * b[k];
+        top = std::max(top, std::fabs(products[k]));
+    }
+    products[16] = c;
+    double plain = c;
+    for (int k = 0; k < 16; ++k) plain += products[k];
+    // Zeros, numbers near the ends of the range, infinity and NaN.
+    if (!(top > 1e-30 && top < 1e37) || !(std::fabs(plain) < 1e38)) return float(plain);
+    const double unit = as<double>((bits_of(top) & 0x7FF0000000000000ull) - (u64(PLACES + EXTRA) << 52)), inverse = 1.0 / unit;
+    i32 sum = 0;
+    for (int k = 0; k < 17; ++k) sum += i32(products[k] * inverse);  // 17 numbers below 2^26
+    const int digits = sum ? 32 - __builtin_clz(u32(std::abs(sum))) : 0, behind = std::max(0, digits - (PLACES + 1));
+    const i32 kept = std::abs(sum) >> behind << behind;
+    return float((sum < 0 ? -kept : kept) * unit);
+}
+
 template <class Visit>
 void operand_pieces(const SharedOperand& operand, int first_row, int rows, Visit visit) {
     for (int row = 0; row < rows; ++row)
@@ -493,6 +551,18 @@ void operand_pieces(const SharedOperand& operand, int first_row, int rows, Visit
 }
 
 }  // namespace
+
+// The four warps of a warp group issue the same products in the same order, each in its own time.
+void Machine::issue_together(Warp& warp, const Product& product) {
+    const std::pair<int, u64> key{warp.index / 4, warp.product_number++};
+    const u32 all = 15, self = 1u << warp.index % 4;
+    auto [found, first] = warp.cta->issued.try_emplace(key, Issued{product.instruction, product.a, product.b, product.accumulate, 0});
+    Issued& one = found->second;
+    if (one.instruction != product.instruction || one.a != product.a || one.b != product.b || one.accumulate != product.accumulate)
+        throw Fault("wgmma: expected the same product in all four warps of the warp group");
+    one.warps |= self;
+    if (one.warps == all) warp.cta->issued.erase(found);
+}
 
 Step Machine::do_wgmma(Warp& warp, const Instruction& in, u32 lanes) {
     if (lanes != ALL) throw Fault("wgmma: expected whole warps");
@@ -532,6 +602,11 @@ Step Machine::do_wgmma(Warp& warp, const Instruction& in, u32 lanes) {
         for (int lane = 1; lane < LANES; ++lane)
             if (read_one(warp, in.at(at), lane) != product.a) throw Fault("wgmma: expected one descriptor in all threads");
     }
+    for (int lane = 1; lane < LANES; ++lane)
+        if (read_one(warp, in.at(b_at), lane) != product.b) throw Fault("wgmma: expected one descriptor in all threads");
+    if (const u32 every = predicate(warp, in.at(b_at + 1)); every != 0 && every != ALL)
+        throw Fault("wgmma: expected all threads to accumulate, or none");
+    issue_together(warp, product);
     if (!launch_.eager_products)
         for (int i = 0; i < n / 2; ++i)
             if (warp.written[in.at(i).index] > warp.product_fence && (product.accumulate || warp.written[in.at(i).index]))
@@ -579,9 +654,8 @@ void Machine::multiply(Warp& warp, const Product& product) {
         --warp.in_flight[index];
         for (int lane = 0; lane < LANES; ++lane) {
             const int row = lane / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            double total = product.accumulate ? double(as<float>(warp.registers[index][lane])) : 0.0;
-            for (int k = 0; k < 16; ++k) total += double(a[row * 16 + k]) * b[column * 16 + k];
-            warp.registers[index][lane] = bits_of(float(total));
+            const float before = product.accumulate ? as<float>(warp.registers[index][lane]) : 0.0f;
+            warp.registers[index][lane] = bits_of(accumulated(before, &a[row * 16], &b[column * 16]));
         }
     }
 }
@@ -618,7 +692,7 @@ Step Machine::do_stmatrix(Warp& warp, const Instruction& in, u32) {
     const int matrices = in.has("x4") ? 4 : in.has("x2") ? 2 : 1;
     for (int m = 0; m < matrices; ++m)
         for (int row = 0; row < 8; ++row) {
-            const u32 address = u32(read_one(warp, in.at(0), 8 * m + row));
+            const u32 address = own(warp, in, u32(read_one(warp, in.at(0), 8 * m + row)));
             if (address % 16) throw Fault("stmatrix: expected rows at multiples of 16 bytes");
             for (int pair = 0; pair < 4; ++pair) {
                 const int lane = row * 4 + pair;
@@ -646,9 +720,17 @@ Step Machine::do_ldmatrix(Warp& warp, const Instruction& in, u32) {
     return Step::NEXT;
 }
 
-Step Machine::do_setmaxnreg(Warp&, const Instruction& in, u32) {
-    const i64 registers = in.at(0).value;
+// Warps trade with what the program has to spare: nothing, until some have given.
+Step Machine::do_setmaxnreg(Warp& warp, const Instruction& in, u32) {
+    const int registers = int(in.at(0).value), gained = (registers - warp.registers_held) * LANES;
     if (registers < 24 || registers > 256 || registers % 8) throw Fault("setmaxnreg: expected a multiple of 8 from 24 to 256");
+    if (in.has("inc") ? gained < 0 : gained > 0)
+        throw Fault("setmaxnreg: expected to go " + std::string(in.has("inc") ? "up" : "down") + " from " +
+                    std::to_string(warp.registers_held) + ", got " + std::to_string(registers));
+    if (gained > warp.cta->free_registers) return Step::STAY;
+    warp.cta->free_registers -= gained;
+    warp.registers_held = registers;
+    ++events_;
     return Step::NEXT;
 }
 

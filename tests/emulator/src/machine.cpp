@@ -146,6 +146,8 @@ void Machine::deadlock() {
 
 void Machine::check_the_end() {
     where = "the end of the kernel";
+    for (const auto& cta : ctas_)
+        if (!cta->issued.empty()) throw Fault("wgmma: expected every product from all four warps of a warp group");
     if (!pending_.empty()) throw Fault("TMA: expected every copy to be waited for, got " + std::to_string(pending_.size()) + " left");
     for (const auto& cta : ctas_)
         if (!cta->tensor_products.empty() || cta->tensor_columns)
@@ -164,12 +166,14 @@ void Machine::run_cluster(int first) {
     for (int rank = 0; rank < launch_.cluster; ++rank) {
         const int index = first + rank;
         ctas_.push_back(std::make_unique<Cta>(
-            Cta{rank, {index % nx, index / nx % ny, index / (nx * ny)}, Shared(launch_.shared_base, launch_.shared_bytes), {}, {}, {}, {}, {}}));
+            Cta{rank, {index % nx, index / nx % ny, index / (nx * ny)}, Shared(launch_.shared_base, launch_.shared_bytes), {}, {}, {}, {}, {}, {}, {}}));
         for (int w = 0; w < warps; ++w) {
             auto warp = std::make_unique<Warp>();
             warp->cta = ctas_.back().get();
             warp->index = w;
             const int lanes = std::min(LANES, threads() - w * LANES);
+            // What a kernel that trades registers is launched with: one program a multiprocessor, all of its 65536 in eights.
+            warp->registers_held = std::min(65536 / (warps * LANES) / 8 * 8, 256);
             warp->live = lanes == LANES ? ALL : (1u << lanes) - 1;
             warp->registers.resize(launch_.program->registers);
             warp->predicates.resize(launch_.program->predicates);

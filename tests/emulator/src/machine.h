@@ -62,6 +62,7 @@ struct Warp {
     // Tensor cores.
     std::deque<Product> products;
     int product_group = 0, finished_groups = 0;
+    u64 product_number = 0;  // of products issued
     std::vector<u8> in_flight;        // by register
     std::vector<u64> written;         // by register: the warp's clock at its last write
     u64 clock = 0, product_fence = 0;
@@ -69,12 +70,23 @@ struct Warp {
     std::vector<std::deque<Copy>> copies;  // by lane
     std::array<int, LANES> copy_group{};
     std::array<int, LANES> store_group{};  // TMA stores: the open group
+    int registers_held = 0;  // of a thread: setmaxnreg
     int thread(int lane) const { return index * LANES + lane; }
 };
 
 struct Barrier {  // mbarrier
     i64 expected = 0, pending = 0, bytes = 0;
     u64 phase = 0;
+    u64 made_in = 0;       // the cluster barrier's generation
+    int unfenced_by = -1;  // the thread that has initialised it without a fence for others than its own program's threads since
+};
+
+// A product as all four warps of a warp group have to issue it.
+struct Issued {
+    const Instruction* instruction;
+    u64 a, b;
+    bool accumulate;
+    u32 warps;  // of the four, bits
 };
 
 // A product into tensor memory, or, in their queue, the arrival that says that all before it are finished.
@@ -99,6 +111,8 @@ struct Cta {
     std::vector<u32> tensor_memory;  // [128, 512]
     std::deque<TensorProduct> tensor_products;
     int tensor_columns = 0;  // allotted
+    std::map<std::pair<int, u64>, Issued> issued;  // by warp group and number: products that not all four warps have issued yet
+    int free_registers = 0;                        // given up by setmaxnreg
     bool exited() const {
         for (const auto& warp : warps)
             if (warp->live) return false;
@@ -163,6 +177,8 @@ class Machine {
 
     // Shared memory by the addresses of the shared::cluster window.
     std::pair<Cta*, u32> locate(Warp& warp, u32 address);
+    u32 own(Warp& warp, const Instruction& in, u32 address);
+    Barrier& known_to_others(Barrier& barrier) const;
     u8* generic(Warp& warp, const Instruction& in, u64 address, u32 size, bool write, int lane);
     Barrier& barrier(Cta& cta, u32 address);
     void arrive(Cta& cta, u32 address, i64 arrivals, i64 bytes);
@@ -170,10 +186,12 @@ class Machine {
     void settle(Barrier& barrier);
 
     void multiply(Warp& warp, const Product& product);
+    void issue_together(Warp& warp, const Product& product);
     void finish_product(Warp& warp);
     void finish_copy(Warp& warp, int lane);
     void finish_tensor_product(Cta& cta);
     void later(Asynchronous operation);
+    const TensorMap& descriptor(u64 address) const;
     void load_box(Cta* cta, u32 to, const TensorMap& map, std::array<i64, 5> origin, u32 barrier);
 
     template <class T, class F>
