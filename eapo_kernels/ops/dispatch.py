@@ -21,13 +21,18 @@ _MODULES = MappingProxyType({"cuda": ".cuda.backend", "triton": ".triton.backend
 
 NAMES = ("auto", *_MODULES)
 
+_NEEDS = MappingProxyType(
+    {"cuda": "triton and the packages of eapo-kernels[cuda]", "triton": "triton (eapo-kernels[triton])", "torch": "torch"}
+)
+"""name -> what its module imports."""
+
 
 def _load(name: str) -> Backend:
     """Import a backend; raises BackendUnavailable when a package it needs is missing."""
     try:
         return importlib.import_module(_MODULES[name], __package__).BACKEND
     except ImportError as error:
-        raise BackendUnavailable(f"backend {name!r}: {error}") from error
+        raise BackendUnavailable(f"backend {name!r}: it needs {_NEEDS[name]}: {error}") from error
 
 
 def resolve(name: str, projection: Projection, schedule: str) -> Backend:

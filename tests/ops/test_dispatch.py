@@ -47,5 +47,6 @@ def test_without_a_package_the_torch_backend_works_and_the_other_says_so(missing
     )
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert out.stdout.startswith(f"backend '{backend}': ")
-    assert missing in out.stdout.removeprefix(f"backend '{backend}': ")
+    assert out.stdout.startswith(f"backend '{backend}': it needs ")
+    assert f"eapo-kernels[{backend}]" in out.stdout
+    assert missing in out.stdout.split(": ", 2)[2], "and what the import said"

@@ -45,7 +45,8 @@ def supports(projection: Projection) -> str | None:
         return "a soft-cap, which its epilogue does not compute"
     for name, matrix in (("hidden", hidden), ("weight", weight)):
         if not describable(matrix):
-            return f"{name} with rows that are not contiguous, aligned multiples of 16 bytes, as TMA needs them"
+            got = f"{name} {list(matrix.shape)} with strides {matrix.stride()}"
+            return f"{got}, where TMA needs contiguous, aligned rows a multiple of 8 elements apart"
     try:
         compiler()
     except BuildError as error:

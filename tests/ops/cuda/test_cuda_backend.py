@@ -69,8 +69,9 @@ def test_every_refusal_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float32 inputs" in backend.supports(Projection(on_gpu(4, 8, dtype=torch.float32), good.weight))
     assert "soft-cap" in backend.supports(replace(good, softcap=30.0))
     assert "split over processes" in backend.supports(replace(good, shard=object()))  # type: ignore[arg-type]
-    assert "hidden with rows" in backend.supports(replace(good, hidden=on_gpu(4, 7)))
-    assert "weight with rows" in backend.supports(replace(good, weight=on_gpu(8, 9).t()))
+    rows = "where TMA needs contiguous, aligned rows a multiple of 8 elements apart"
+    assert backend.supports(replace(good, hidden=on_gpu(4, 7))) == f"hidden [4, 7] with strides (7, 1), {rows}"
+    assert backend.supports(replace(good, weight=on_gpu(8, 9).t())) == f"weight [9, 8] with strides (1, 9), {rows}"
     with monkeypatch.context() as without:
         without.setattr(build, "load_nvidia_dynamic_lib", no_library)
         assert backend.supports(good) == "NVRTC: expected the library of the package nvidia-cuda-nvrtc, got none"
