@@ -174,3 +174,28 @@ def test_command_builds_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     another_compiler(monkeypatch)
     assert command.main(["--build"]) == 1
     assert "it does not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("action", "missing"), [("--build", "cuda.core"), ("--report", "cuda"), ("--report", "triton")])
+def test_command_says_what_to_install(action: str, missing: str, tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.modules['{missing}'] = None; "
+        f"from eapo_kernels.ops.cuda.__main__ import main; sys.exit(main(['{action}']))"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    (message,) = done.stderr.splitlines()
+    assert message.startswith("expected the packages of eapo-kernels[cuda], for --report also triton, got: ")
+    assert missing in message.partition(", got: ")[2]
+
+
+def test_command_says_that_the_cache_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert command.main(["--build"]) == 1
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("expected a cache folder (in XDG_CACHE_HOME) that can be written, got: ")
+    assert str(tmp_path / "file" / "eapo_kernels") in message
