@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import shutil
 import subprocess
 import tempfile
 import weakref
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,18 +69,21 @@ class Counts:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The emulator, compiled once per state of its sources and machine."""
+    """The emulator, compiled once a process, its files side by side."""
     compiler = shutil.which("g++")
     assert compiler is not None, "the emulator needs g++"
-    files = sorted(SOURCES.iterdir())
-    options = ["-std=c++17", "-O2", "-march=native", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    folder = Path(tempfile.mkdtemp(prefix="ptx-emulator-"))
-    path = folder / "emulator.so"
-    command = [compiler, *options, *(str(file) for file in files if file.suffix == ".cpp"), "-o", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    loaded = ctypes.CDLL(str(path))
-    shutil.rmtree(folder)
+    options = ["-std=c++17", "-O2", "-march=native", "-Wall", "-Wextra", "-Werror", "-fPIC"]
+
+    def build(*arguments: str) -> None:
+        done = subprocess.run([compiler, *options, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    with tempfile.TemporaryDirectory(prefix="ptx-emulator-") as folder:
+        objects = {str(source): f"{folder}/{source.stem}.o" for source in SOURCES.glob("*.cpp")}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda source: build("-c", source, "-o", objects[source]), objects))
+        build("-shared", *objects.values(), "-o", f"{folder}/emulator.so")
+        loaded = ctypes.CDLL(f"{folder}/emulator.so")
     loaded.create_program.restype = ctypes.c_void_p
     loaded.last_error.restype = ctypes.c_char_p
     return loaded

@@ -69,4 +69,37 @@ Step Machine::by_type(const Instruction& in, F f) {
     return by_integer(in, f);
 }
 
+enum class Logic { AND, OR, XOR };
+inline u64 logic(Logic which, u64 a, u64 b) { return which == Logic::AND ? a & b : which == Logic::OR ? a | b : a ^ b; }
+
+constexpr u64 WINDOW = 0x7F0000000000ull << 8;  // generic addresses of shared memory
+constexpr u32 RANK_SHIFT = 24;                  // shared::cluster: (rank + 1) above the offset; 0 is the own program
+
+inline size_t address_of(const Instruction& in) {
+    for (size_t i = 0; i < in.operands.size(); ++i)
+        if (in.operands[i].kind == Kind::ADDRESS || in.operands[i].kind == Kind::PARAMETER) return i;
+    throw Fault("expected an address in " + in.mnemonic());
+}
+
+// What an atomic or a reduction makes of two numbers.
+template <class T>
+T combined(const Instruction& in, T old, T b, T c) {
+    if (in.has("exch")) return b;
+    if (in.has("cas")) return old == b ? c : old;
+    if constexpr (std::is_floating_point_v<T>) {
+        if (in.has("NaN") || in.has("abs")) throw Fault("not emulated: " + in.mnemonic());
+        if (in.has("min")) return std::fmin(old, b);
+        if (in.has("max")) return std::fmax(old, b);
+        if (in.has("add")) return old + b;
+    } else {
+        if (in.has("min")) return std::min(old, b);
+        if (in.has("max")) return std::max(old, b);
+        if (in.has("add")) return T(u64(old) + u64(b));
+        if (in.has("and")) return T(old & b);
+        if (in.has("or")) return T(old | b);
+        if (in.has("xor")) return T(old ^ b);
+    }
+    throw Fault("not emulated: " + in.mnemonic());
+}
+
 }  // namespace ptx
