@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ptx_machine
@@ -13,16 +11,6 @@ from eapo_kernels.ops.cuda import build
 from eapo_kernels.ops.cuda.configs import Build
 from eapo_kernels.ops.cuda.launch import Box, Launch
 from eapo_kernels.ops.cuda.tile import BLOCK_D
-
-_how: dict[str, Any] = {}
-
-
-@contextmanager
-def scheduled(**how: Any) -> Iterator[None]:
-    """``seed``, ``lateness`` of ``ptx_machine.Kernel.run`` for the launches inside."""
-    _how.update(how)
-    yield
-    _how.clear()
 
 
 @functools.cache
@@ -51,5 +39,5 @@ def run(launch: Launch, code: ptx_machine.Kernel | None = None, **how: Any) -> p
         grid=launch.programs,
         block=launch.build.threads,
         shared_bytes=launch.build.shared_bytes,
-        **(_how | how),
+        **how,
     )
