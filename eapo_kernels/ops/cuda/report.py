@@ -20,11 +20,15 @@ class Usage:
 
     Attributes:
         code: its machine code, counted.
-        shared: bytes of shared memory per program.
+        shared: bytes of shared memory per program, dynamic and static, without what the system keeps.
     """
 
     code: cubin.Code
     shared: int
+
+
+RESERVED = 1024
+"""Bytes of shared memory that the system keeps of a program that uses any."""
 
 
 def disassembler() -> str:
@@ -36,13 +40,14 @@ def disassembler() -> str:
 
 def usage(item: Build, cache: Path | None = None) -> Usage:
     """Build (or take from the cache) and read."""
-    return Usage(cubin.inspect(build.cubin(item, cache=cache), disassembler()), item.shared_bytes)
+    code = cubin.inspect(build.cubin(item, cache=cache), disassembler())
+    return Usage(code, item.shared_bytes + max(0, code.static_shared - RESERVED))
 
 
 def rows() -> Iterator[str]:
     """The table in Markdown, a line at a time."""
     yield (
-        "| kernel | registers at launch, highest used | spills | shared | wgmma | TMA loads + stores | stmatrix | ex2 "
+        "| kernel | registers at launch, highest used | spills | shared | wgmma | TMA loads + stores | stmatrix | MUFU "
         "| 16-byte loads |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
