@@ -35,6 +35,18 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+def entries(
+    path: Path, kind: Callable[..., Record], tile: type[Any], check: Callable[[str, Record], None]
+) -> tuple[Record, ...]:
+    """The file's lines in its order, none without a file, each read by ``entry`` and then by ``check(where, line)``."""
+    found = []
+    for number, line in enumerate(load(path)["lines"] if path.exists() else ()):
+        where = f"{path}: lines[{number}]"
+        found.append(entry(where, kind, line, tile))
+        check(where, found[-1])
+    return tuple(found)
+
+
 def entry(where: str, kind: Callable[..., Record], line: Any, tile: type[Any]) -> Record:
     """One line as an ``Entry`` of ``kind`` around a ``tile``. Raises EapoError naming ``where`` it stands."""
     require(isinstance(line, dict) and isinstance(line.get("tile"), dict), where, "a line with a tile", repr(line))

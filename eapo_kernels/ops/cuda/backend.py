@@ -19,6 +19,7 @@ from ..statistics import RowStatistics
 from ..triton import backend as triton_backend
 from ..triton.launch import capability, describable
 from ..triton.one_pass import ExpChunk, ExpKernels, form
+from . import launch
 from .build import BuildError, compiler
 from .products import OPERANDS, exp_gemm, exp_sums, stream_statistics
 from .rows import exp_finalize, finalize, row_offsets
@@ -51,13 +52,13 @@ def supports(projection: Projection) -> str | None:
         compiler()
     except BuildError as error:
         return str(error).splitlines()[0]
-    return None
+    return launch.refusal()
 
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
     """See ``backend.Statistics``. Two launches: the stream over the vocabulary, and ``finalize``."""
-    launch, sums = stream_statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
-    launch()
+    first, sums = stream_statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
+    first()
     last, final = finalize(sums)
     last()
     return final.statistics

@@ -132,6 +132,16 @@ def load(item: Build, device: int) -> Kernel:
     return kernel
 
 
+@functools.cache
+def refusal() -> str | None:
+    """Why the driver cannot load what the compiler makes, or None: a driver runs code of its own major version of CUDA."""
+    version, compiler = int(_checked(driver.cuDriverGetVersion())), build.compiler_version()
+    major, needed = version // 1000, int(compiler.split(".")[0])
+    if major >= needed:
+        return None
+    return f"a driver for CUDA {major}.{version % 1000 // 10}, where the code of NVRTC {compiler} needs one for CUDA {needed}"
+
+
 def ensure_context(device: int) -> None:
     """Give this thread the device's primary context where it has none.
 

@@ -22,14 +22,7 @@ def entries(path: Path = PATH) -> tuple[Entry, ...]:
 
     Raises EapoError naming the file when it is not what ``benchmarks.tune`` writes, or names a tile that no kernel can have.
     """
-    if not path.exists():
-        return ()
-    found = []
-    for number, line in enumerate(measured_tiles.load(path)["lines"]):
-        where = f"{path}: lines[{number}]"
-        found.append(measured_tiles.entry(where, Entry, line, Tile))
-        _check(where, found[-1])
-    return tuple(found)
+    return measured_tiles.entries(path, Entry, Tile, _check)
 
 
 def _check(where: str, entry: Entry) -> None:

@@ -21,14 +21,7 @@ def entries(path: Path = PATH) -> tuple[Entry, ...]:
 
     Raises EapoError naming the file when it is not what ``benchmarks.tune`` writes.
     """
-    if not path.exists():
-        return ()
-    found = []
-    for number, line in enumerate(measured_tiles.load(path)["lines"]):
-        where = f"{path}: lines[{number}]"
-        found.append(measured_tiles.entry(where, Entry, line, Tile))
-        _check(f"{where}.tile", found[-1].tile)
-    return tuple(found)
+    return measured_tiles.entries(path, Entry, Tile, _check)
 
 
 def candidates(kernel: str, family: str, itemsize: int, *, descriptors: bool) -> list[Entry]:
@@ -43,7 +36,8 @@ def candidates(kernel: str, family: str, itemsize: int, *, descriptors: bool) ->
     return [e for e in lines if not e.tile.descriptors]
 
 
-def _check(where: str, tile: Tile) -> None:
+def _check(line: str, entry: Entry) -> None:
+    where, tile = f"{line}.tile", entry.tile
     sizes = {name: getattr(tile, name) for name in ("block_n", "block_v", "block_d", "warps", "slices")}
     for name, size in sizes.items():
         optional = name in ("block_v", "block_d") and size == 0

@@ -39,6 +39,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
     monkeypatch.setattr(torch.version, "hip", None)
     for module in (backend, triton_backend):
         monkeypatch.setattr(module, "capability", lambda device: capability)
+    monkeypatch.setattr(launch, "refusal", lambda: None)
 
 
 def no_library(name: str) -> None:

@@ -167,3 +167,15 @@ def test_shared_memory_as_the_kernel_cuts_it() -> None:
     assert TILES[0].shared_bytes("exp_gemm") == TILES[0].shared_bytes("stream_statistics") + 4 * 8192
     assert all(one.shared_bytes("exp_gemm") <= SHARED_LIMIT for one in TILES)
     assert all(tile.stagger < tile.stages for tile in TILES)
+
+
+@pytest.mark.parametrize(("version", "refused"), [(12080, True), (13000, False), (14010, False)])
+def test_a_driver_older_than_the_compiler_is_refused(version: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = driver.CUresult
+    told = SimpleNamespace(CUresult=status, cuDriverGetVersion=lambda: (status.CUDA_SUCCESS, version))
+    monkeypatch.setattr(launch, "driver", told)
+    monkeypatch.setattr(build, "compiler_version", lambda: "13.5")
+    launch.refusal.cache_clear()
+    said = "a driver for CUDA 12.8, where the code of NVRTC 13.5 needs one for CUDA 13"
+    assert launch.refusal() == (said if refused else None)
+    launch.refusal.cache_clear()
