@@ -48,18 +48,16 @@ EAPO_SHARED void absorb(const float* d, int half, float scale2, RunningSums<ENTR
 }
 
 // Overwrite fragments j ... j + COUNT - 1 of a row by E = 2^(scale2 * y - offset) and add their sums (E11). One fused
-// multiply-add a logit: the offset is given, so only the result is rounded.
+// multiply-add a logit: the offset is given, so only the result is rounded. One partial sum: additions that wait for one another go
+// between the exponentials, which are slower; ptxas puts those of two partial sums behind them.
 template <int COUNT, bool ENTROPY>
 EAPO_SHARED void exponentiate(float* d, int j, int half, float scale2, float offset, RunningSums<ENTROPY, false>& sums) {
-    RunningSums<ENTROPY, false> a, b;
     EAPO_UNROLL
     for (int n = 0; n < COUNT; ++n) {
         float* pair = d + 4 * (j + n) + 2 * half;
-        pair[0] = a.add(fma_exact(pair[0], scale2, -offset));
-        pair[1] = b.add(fma_exact(pair[1], scale2, -offset));
+        pair[0] = sums.add(fma_exact(pair[0], scale2, -offset));
+        pair[1] = sums.add(fma_exact(pair[1], scale2, -offset));
     }
-    a.add(b);
-    sums.add(a);
 }
 
 }  // namespace eapo

@@ -1,7 +1,7 @@
 // The E form's first product (E11): hidden @ weight.T whose epilogue stores E = 2^(scale2 * y - k) in the operands' dtype and sums
 // it in fp32. k is known before the product, so no maximum is tracked; where E is more than fp16 holds, the sums tell, and the row
-// is redone. A row's own target is stored as 0 and enters no sum. A tile leaves in slices of 64 x 64 numbers: registers -> shared
-// memory (stmatrix, swizzled) -> TMA, which cuts off the last row and column.
+// is redone. A row's own target is stored as 0 and enters no sum. A tile leaves in slices of 64 x 64 numbers, two a pass:
+// registers -> shared memory (stmatrix, swizzled) -> TMA, which cuts off the last row and column.
 #include "consumer.h"
 #include "epilogue.h"
 
@@ -18,7 +18,7 @@ using Sums = RunningSums<EAPO_ENTROPY, false>;
 constexpr int SLICE = 64;
 constexpr int SLICE_FRAGMENTS = SLICE / 8;
 constexpr int SLICE_BYTES = MMA_ROWS * SLICE * ITEM;
-constexpr int BUFFERS = 2;  // slices of a group in shared memory: one is written while the other is read
+constexpr int BUFFERS = 2;  // slices of a group in shared memory: written and read together, in one pass
 constexpr int STAGING_BYTES = Kernel::CONSUMERS * BUFFERS * SLICE_BYTES;
 
 struct Row {
@@ -30,7 +30,6 @@ struct Exponentials : Consumer {
     const TensorMap* matrix;
     Row rows[Kernel::M_BLOCKS][2];
     u32 staging;
-    int buffer = 0;
 
     __device__ __forceinline__ Exponentials(
         const SharedMemory& shared, const Arguments& arguments, int rank, int group, int thread, const TensorMap* matrix)
@@ -63,42 +62,51 @@ struct Exponentials : Consumer {
             }
             Sums sums[2];
             EAPO_UNROLL
-            for (int j = 0; j < Kernel::FRAGMENT / 4; j += SLICE_FRAGMENTS) {
+            for (int j = 0; j < Kernel::FRAGMENT / 4; j += BUFFERS * SLICE_FRAGMENTS) {
                 EAPO_UNROLL
                 for (int half = 0; half < 2; ++half) {
                     const Row& row = rows[block][half];
-                    exponentiate<SLICE_FRAGMENTS>(d[block], j, half, row.scale2, row.offset, sums[half]);
+                    Sums part;
+                    exponentiate<BUFFERS * SLICE_FRAGMENTS>(d[block], j, half, row.scale2, row.offset, part);
+                    add_up(part, 1);
+                    sums[half].add(part);
                 }
-                store_slice(d[block] + 4 * j, first + 8 * j, first_row(unit, block));
+                store_slices(d[block] + 4 * j, first + 8 * j, first_row(unit, block));
             }
             store_sums(sums, unit, block, tile);
         }
     }
-    // One slice of this group's rows: fragments from d on, to the matrix at (column, row).
-    __device__ __forceinline__ void store_slice(const float* d, int column, int row) {
-        const u32 to = staging + buffer * SLICE_BYTES;
-        if (thread == 0) box_store_wait<BUFFERS - 1>();  // the store before the last has read its buffer
+    // Sums of this thread's and of the columns ``distance`` lanes away. A shuffle stays where it is: without one a pass, ptxas moves
+    // the additions of the whole tile behind the last exponential.
+    __device__ __forceinline__ static void add_up(Sums& sums, int distance) {
+        sums.rest += __shfl_xor_sync(0xFFFFFFFF, sums.rest, distance);
+        if (EAPO_ENTROPY) sums.x_exp += __shfl_xor_sync(0xFFFFFFFF, sums.x_exp, distance);
+    }
+    // Slices of this group's rows, as many as there are buffers: fragments from d on, to the matrix at (column, row).
+    __device__ __forceinline__ void store_slices(const float* d, int column, int row) {
+        box_store_wait<0>();  // the stores before have read the buffers; only thread 0 has any, but a branch would cost more
         named_sync(GROUP_BARRIER + group, WARP_GROUP);
         EAPO_UNROLL
-        for (int j = 0; j < SLICE_FRAGMENTS; j += 2) {
+        for (int j = 0; j < BUFFERS * SLICE_FRAGMENTS; j += 2) {
+            const u32 to = staging + j / SLICE_FRAGMENTS * SLICE_BYTES;
+            const int chunk = stored_chunk(j % SLICE_FRAGMENTS, thread % WARP);
             const float* f = d + 4 * j;
-            matrices_store(to + swizzled(stored_row(thread / WARP, thread % WARP), stored_chunk(j, thread % WARP)),
+            matrices_store(to + swizzled(stored_row(thread / WARP, thread % WARP), chunk),
                            EAPO_PACK(f[0], f[1]), EAPO_PACK(f[2], f[3]), EAPO_PACK(f[4], f[5]), EAPO_PACK(f[6], f[7]));
         }
         written_for_tma();
         named_sync(GROUP_BARRIER + group, WARP_GROUP);
-        if (thread == 0) box_store(matrix, to, column, row);
-        buffer ^= 1;
+        if (thread == 0) {
+            EAPO_UNROLL
+            for (int i = 0; i < BUFFERS; ++i) box_store(matrix, staging + i * SLICE_BYTES, column + i * SLICE, row);
+        }
     }
     // sums [1 or 2, column tiles, n_rows]: sum E, then sum x E with x in bits.
     __device__ __forceinline__ void store_sums(Sums (&sums)[2], const Unit& unit, int block, int tile) {
         const i64 field = i64(arguments.walk.column_tiles) * arguments.n_rows;
         EAPO_UNROLL
         for (int half = 0; half < 2; ++half) {
-            for (int distance = 1; distance < 4; distance *= 2) {
-                sums[half].rest += __shfl_xor_sync(0xFFFFFFFF, sums[half].rest, distance);
-                if (EAPO_ENTROPY) sums[half].x_exp += __shfl_xor_sync(0xFFFFFFFF, sums[half].x_exp, distance);
-            }
+            add_up(sums[half], 2);
             const int index = row_of(unit, block, half);
             if (thread % 4 != 0 || index >= arguments.n_rows) continue;
             float* at = arguments.sums + i64(tile) * arguments.n_rows + index;

@@ -156,8 +156,10 @@ static void exponentials(int fp16, const float* raw, int stride, int n_columns, 
             float unused = 0.0f;
             exclude<FRAGMENT>(mine, half, thread, targets[row], tile * BLOCK_V, n_columns, unused);
             RunningSums<true, false> sums;
-            for (int j = 0; j < FRAGMENT / 4; j += FRAGMENTS) {
-                exponentiate<FRAGMENTS>(mine, j, half, scale[row] * LOG2E, offset[row], sums);
+            for (int j = 0; j < FRAGMENT / 4; j += 2 * FRAGMENTS) {
+                RunningSums<true, false> part;
+                exponentiate<2 * FRAGMENTS>(mine, j, half, scale[row] * LOG2E, offset[row], part);
+                sums.add(part);
             }
             rest[row] += sums.rest;
             x_exp[row] += sums.x_exp;

@@ -25,19 +25,19 @@ struct Numbers {
     double start, drain;                // from a wgmma's issue to its first clock; from its last to the end of a wait for it
     double produce;                     // the producer's instructions a step
     double alone, together;             // the epilogue of a group and tile; those of both groups at once
-    double store, read;                 // stmatrix and barriers of a slice; until TMA has read it
+    double store, read;                 // stmatrix and barriers of a pass; until TMA has read what it wrote
     double pause;                       // disturbance: group ``paused`` stops for so long in tile ``at``
-    int slices;                         // in which the epilogue's result leaves; 0: none does
+    int passes;                         // in which the epilogue's result leaves, 128 columns each; 0: none does
     int arbiter;                        // tensor cores: 0 groups in turn, 1 in order of issue, 2 stay with a group while they can
     int paused, at;
 };
 
 struct Timed : Recorder {
-    int slices = 0;
+    int passes = 0;
     void epilogue(const eapo::Unit&, int number) {
-        for (int slice = 0; slice < std::max(slices, 1); ++slice) {
-            trace.push_back({Kind(COMPUTE), slice, 0, number});
-            if (slices > 0) trace.push_back({Kind(STORE)});
+        for (int pass = 0; pass < std::max(passes, 1); ++pass) {
+            trace.push_back({Kind(COMPUTE), pass, 0, number});
+            if (passes > 0) trace.push_back({Kind(STORE)});
         }
     }
 };
@@ -58,7 +58,8 @@ struct Program {
     };
     struct Group {
         std::queue<double> issued;                // times of wgmma that have not begun
-        std::vector<double> finish, read;         // of tiles; of slices, by TMA
+        std::vector<double> finish;               // of tiles
+        double read = 0;                          // of the last pass, by TMA
         int committed = 0, done = 0, steps = 0;   // wgmma; steps that were released
         double work = 0;                          // clocks of the epilogue's part that are left; -1: it has ended
         bool turn = false;
@@ -79,7 +80,7 @@ struct Program {
     Program(const Numbers& numbers, int tiles, int steps) : n(numbers) {
         for (int a = 0; a < 3; ++a) {
             Timed recorder;
-            recorder.slices = n.slices;
+            recorder.passes = n.passes;
             const eapo::Walk walk = {1, tiles, tiles, 1};
             if (a == 0) {
                 eapo::produce<S>(recorder, walk, steps, 0, 1);
@@ -140,20 +141,20 @@ struct Program {
             case GIVE_TURN: return groups[a == 1].turn = true;
             case COMPUTE:
                 if (g.work == 0) {
-                    g.work = n.alone / std::max(n.slices, 1);
+                    g.work = n.alone / std::max(n.passes, 1);
                     if (op.stage == 0 && a == 1) lag.push_back(groups[0].steps - groups[1].steps);
                     if (op.stage == 0 && op.tag == n.at && a == 1 + n.paused) free[a] = now + n.pause;
                     return false;
                 }
                 if (g.work > 0) return false;
                 g.work = 0;
-                if (op.stage == std::max(n.slices, 1) - 1) g.finish.push_back(now);
+                if (op.stage == std::max(n.passes, 1) - 1) g.finish.push_back(now);
                 return true;
             case STORE: {
-                if (g.read.size() >= 2 && g.read[g.read.size() - 2] > now) return false;
+                if (g.read > now) return false;
                 free[a] = now + n.store;
-                to_l2 = std::max(to_l2, free[a]) + eapo::MMA_ROWS * 64 * eapo::ITEM / n.bandwidth;
-                g.read.push_back(to_l2 + n.read);
+                to_l2 = std::max(to_l2, free[a]) + eapo::MMA_ROWS * 128 * eapo::ITEM / n.bandwidth;
+                g.read = to_l2 + n.read;
                 return true;
             }
         }

@@ -64,7 +64,7 @@ MISTAKES = {
     ),
     "stores for TMA are not fenced": Mistake("exp_gemm.cu", "written_for_tma();", "", "expected fence.proxy.async"),
     "a buffer is written before TMA has read it": Mistake(
-        "exp_gemm.cu", "if (thread == 0) box_store_wait<BUFFERS - 1>();", "", "before it is written again"
+        "exp_gemm.cu", "box_store_wait<0>();  // the stores before", "// the stores before", "before it is written again"
     ),
     "TMA stores before all warps have written": Mistake(
         "exp_gemm.cu", "written_for_tma();\n        named_sync(GROUP_BARRIER + group, WARP_GROUP);", "written_for_tma();",
