@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-INTERPRETING = ("csrc", "emulator", "gpu", "ops")
-"""Folders that import triton or whose tests launch its kernels, interpreted where there is no GPU."""
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Whether Triton kernels are interpreted has to be settled before the first test file imports triton.
-
-    tests/aot compiles instead, in a process of its own.
-    """
-    here = Path(__file__).parent
-    given = [(config.invocation_params.dir / argument.split("::")[0]).resolve() for argument in config.args]
-    whole = any(path in (here, *here.parents) for path in given)
-    part = any(here / name in (path, *path.parents) for path in given for name in INTERPRETING)
-    if (whole or part) and not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 
+import interpreted  # noqa: F401
 import emulated_cuda
 import pytest
 import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 
+import interpreted  # noqa: F401
 import pytest
 import torch
 

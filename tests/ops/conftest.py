@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import interpreted  # noqa: F401
 import pytest
 
 
