@@ -25,7 +25,7 @@ def tensor_map(box: Box) -> bytes:
     return bytes(ptx_machine.tensor_map(m.data_ptr(), m.element_size(), sizes, [stride], [BLOCK_D, box.rows], 128))
 
 
-def run(launch: Launch, code: ptx_machine.Kernel | None = None, **how: Any) -> ptx_machine.Counts:
+def run(launch: Launch, code: ptx_machine.Kernel | None = None, **how: Any) -> None:
     """What ``launch()`` would do on a GPU. code: instead of the build's, to see what a mistake in it does."""
     code = code or kernel(launch.build)
     parameters = b"".join(tensor_map(box) for box in launch.boxes) + bytes(launch.arguments)
@@ -33,7 +33,7 @@ def run(launch: Launch, code: ptx_machine.Kernel | None = None, **how: Any) -> p
     assert len(parameters) == last.offset + last.size, "the launcher's parameters are not the kernel's"
     outputs = [box.matrix for box in launch.boxes[2:]] + [one for one in launch.tensors.values() if one is not None]
     tensors = [(box.matrix, False) for box in launch.boxes[:2]] + [(one, True) for one in outputs]
-    return code.run(
+    code.run(
         parameters,
         tensors,
         grid=launch.programs,

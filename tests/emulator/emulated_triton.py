@@ -30,7 +30,7 @@ def descriptor(value: TensorDescriptor, meta: dict[str, Any]) -> bytes:
     return bytes(made)
 
 
-def run(launch: Launch, family: str = "sm90", **how: Any) -> ptx_machine.Counts:
+def run(launch: Launch, family: str = "sm90", **how: Any) -> None:
     """What ``launch()`` would do on a GPU of a family. how: ``seed``, ``lateness`` of ``ptx_machine.Kernel.run``."""
     compiled = report.compile_launch(launch, report.ARCHITECTURES[family])
     kernel = _kernel(compiled.asm["ptx"])
@@ -60,7 +60,7 @@ def run(launch: Launch, family: str = "sm90", **how: Any) -> ptx_machine.Counts:
         packed = value if kind == "map" else struct.pack("<" + kind, value)
         assert len(packed) == place.size, f"{place}: {len(packed)} bytes"
         parameters[place.offset : place.offset + place.size] = packed
-    return kernel.run(
+    kernel.run(
         bytes(parameters),
         tensors,
         grid=launch.grid,

@@ -11,7 +11,6 @@ import tempfile
 import weakref
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import ptx_syntax
@@ -37,7 +36,7 @@ class TensorMap(ctypes.Structure):
         ("size", ctypes.c_uint64 * 5),
         ("stride", ctypes.c_uint64 * 5),
         ("box", ctypes.c_uint32 * 5),
-        ("fill_nan", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
     ]
 
 
@@ -54,17 +53,6 @@ def tensor_map(base: int, item: int, sizes: list[int], strides: list[int], box: 
     made.stride[: len(sizes)] = [item, *strides]
     made.box[: len(box)] = box
     return made
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a run has executed: instructions of warps, wgmma of warps, TMA loads (by destination) and stores, barrier steps."""
-
-    instructions: int
-    products: int
-    loads: int
-    stores: int
-    barriers: int
 
 
 @functools.cache
@@ -118,30 +106,25 @@ class Kernel:
         shared_bytes: int,
         seed: int = 0,
         lateness: float = 0.5,
-        eager_products: bool = False,
-    ) -> Counts:
+    ) -> None:
         """Execute ``grid`` programs of ``block`` threads, one cluster after the other.
 
         tensors: what may be read, with whether it may be written too. shared_bytes: dynamic shared memory. seed: of the
         order in which warps and asynchronous operations take turns; lateness: 0 when these finish at once, near 1 as late as
-        they may.
-        eager_products: wgmma finishes when issued. Raises Fault.
+        they may. Raises Fault.
         """
         ranges = []
         for tensor, writable in tensors:
             storage = tensor.untyped_storage()
             if storage.nbytes():
                 ranges += [storage.data_ptr(), storage.nbytes(), int(writable)]
-        counts = (ctypes.c_uint64 * 5)()
         failed = library().run(
             self._program, (ctypes.c_uint64 * len(ranges))(*ranges), len(ranges) // 3, parameters, len(parameters), grid, block,
             self.syntax.cluster, ctypes.c_uint32(ptx_syntax.SHARED_BASE),
             ctypes.c_uint32(self.syntax.static_shared + shared_bytes), ctypes.c_uint64(seed), ctypes.c_double(lateness),
-            int(eager_products), counts,
         )  # fmt: skip
         if failed:
             raise Fault(self._explain(library().last_error().decode()))
-        return Counts(*counts)
 
     def _explain(self, error: str) -> str:
         """With the text of the line that the message begins with."""

@@ -170,34 +170,19 @@ Step Machine::do_abs(Warp& warp, const Instruction& in, u32 lanes) {
     });
 }
 
-Step Machine::do_min(Warp& warp, const Instruction& in, u32 lanes) {
-    const bool nan = in.has("NaN");
+Step Machine::do_min_max(Warp& warp, const Instruction& in, u32 lanes) {
+    const bool nan = in.has("NaN"), largest = in.name == "max";
+    const auto pick = [nan, largest](auto a, auto b) -> decltype(a) {
+        if constexpr (is_float<decltype(a)>) {
+            if (nan && (a != a || b != b)) return NAN;
+            return largest ? std::fmax(a, b) : std::fmin(a, b);
+        } else {
+            return largest ? std::max(a, b) : std::min(a, b);
+        }
+    };
     if (in.operands.size() == 4 && in.type().letter == 'f')
-        return ternary<float>(warp, in, lanes, [nan](float a, float b, float c) {
-            return nan && (a != a || b != b || c != c) ? NAN : std::fmin(std::fmin(a, b), c);
-        });
-    return by_type(in, [&](auto zero) {
-        using T = decltype(zero);
-        return binary<T>(warp, in, lanes, [nan](T a, T b) {
-            if constexpr (is_float<T>) return nan && (a != a || b != b) ? T(NAN) : std::fmin(a, b);
-            else return std::min(a, b);
-        });
-    });
-}
-
-Step Machine::do_max(Warp& warp, const Instruction& in, u32 lanes) {
-    const bool nan = in.has("NaN");
-    if (in.operands.size() == 4 && in.type().letter == 'f')
-        return ternary<float>(warp, in, lanes, [nan](float a, float b, float c) {
-            return nan && (a != a || b != b || c != c) ? NAN : std::fmax(std::fmax(a, b), c);
-        });
-    return by_type(in, [&](auto zero) {
-        using T = decltype(zero);
-        return binary<T>(warp, in, lanes, [nan](T a, T b) {
-            if constexpr (is_float<T>) return nan && (a != a || b != b) ? T(NAN) : std::fmax(a, b);
-            else return std::max(a, b);
-        });
-    });
+        return ternary<float>(warp, in, lanes, [&](float a, float b, float c) { return pick(pick(a, b), c); });
+    return by_type(in, [&](auto zero) { return binary<decltype(zero)>(warp, in, lanes, pick); });
 }
 
 Step Machine::do_copysign(Warp& warp, const Instruction& in, u32 lanes) {

@@ -20,7 +20,6 @@ Step Machine::do_bar(Warp& warp, const Instruction& in, u32 lanes) {
     if (!in.has("sync") && !in.has("arrive")) throw Fault("not emulated: " + in.mnemonic());
     if (barrier.arrived == 0) barrier.expected = expected;
     if (barrier.expected != expected) throw Fault("bar: expected all warps to name the same number of threads");
-    ++counts.barriers;
     ++events_;
     const u64 generation = barrier.generation;
     barrier.arrived += LANES;
@@ -44,7 +43,6 @@ Step Machine::do_barrier(Warp& warp, const Instruction& in, u32 lanes) {
         for (int lane = 0; lane < LANES; ++lane)
             if (lanes >> lane & 1) warp.cluster_generation[lane] = cluster_barrier_.generation;
         cluster_barrier_.arrived += __builtin_popcount(lanes);
-        ++counts.barriers;
         ++events_;
         if (cluster_barrier_.arrived == live) {
             cluster_barrier_.arrived = 0;
@@ -103,7 +101,6 @@ Step Machine::do_mbarrier(Warp& warp, const Instruction& in, u32 lanes) {
     const auto value = [&](int lane, i64 otherwise) {
         return at + 1 < in.operands.size() ? i64(u32(read_one(warp, in.at(at + 1), lane))) : otherwise;
     };
-    ++counts.barriers;
     if (in.has("try_wait") || in.has("test_wait")) {
         if (!in.has("parity")) throw Fault("not emulated: " + in.mnemonic());
         u32 done = 0;

@@ -20,7 +20,6 @@ const TensorMap& Machine::descriptor(u64 address) const {
 }
 
 void Machine::load_box(Cta* cta, u32 to, const TensorMap& map, std::array<i64, 5> origin, u32 barrier_at) {
-    ++counts.loads;
     later({[this, cta, to, &map, origin, barrier_at] {
         if (cta->exited()) throw Fault("TMA: expected a program that still runs, got a copy into one that has left");
         i64 bytes = 0;
@@ -97,7 +96,6 @@ Step Machine::do_cp(Warp& warp, const Instruction& in, u32 lanes) {
             for (int i = 0; i < rank; ++i) origin[i] = i32(read_one(warp, in.at(1 + i), lane));
             const u32 from = own(warp, in, u32(read_one(warp, in.at(1 + rank), lane)));
             check_box(map, from, rank);
-            ++counts.stores;
             Cta* owner = warp.cta;
             walk_box(map, from, origin.data(), [&](u32 shared, u64, u32) { owner->shared.reserve(shared, 16, 1); });
             later({[this, owner, from, &map, origin] {

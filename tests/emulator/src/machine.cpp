@@ -7,8 +7,8 @@ const std::vector<std::pair<const char*, Machine::Handler>>& Machine::handlers()
     using M = Machine;
     static const std::vector<std::pair<const char*, Handler>> table = {
         {"add", &M::do_add}, {"sub", &M::do_sub}, {"mul", &M::do_mul}, {"mad", &M::do_mad}, {"fma", &M::do_fma},
-        {"div", &M::do_div}, {"rem", &M::do_rem}, {"neg", &M::do_neg}, {"abs", &M::do_abs}, {"min", &M::do_min},
-        {"max", &M::do_max}, {"and", &M::do_and}, {"or", &M::do_or}, {"xor", &M::do_xor}, {"not", &M::do_not},
+        {"div", &M::do_div}, {"rem", &M::do_rem}, {"neg", &M::do_neg}, {"abs", &M::do_abs}, {"min", &M::do_min_max},
+        {"max", &M::do_min_max}, {"and", &M::do_and}, {"or", &M::do_or}, {"xor", &M::do_xor}, {"not", &M::do_not},
         {"lop3", &M::do_lop3}, {"shl", &M::do_shl}, {"shr", &M::do_shr}, {"shf", &M::do_shf}, {"bfe", &M::do_bfe},
         {"bfi", &M::do_bfi}, {"prmt", &M::do_prmt}, {"popc", &M::do_popc}, {"clz", &M::do_clz}, {"ex2", &M::do_ex2},
         {"lg2", &M::do_lg2}, {"rcp", &M::do_rcp}, {"sqrt", &M::do_sqrt}, {"rsqrt", &M::do_sqrt}, {"copysign", &M::do_copysign},
@@ -67,7 +67,7 @@ bool Machine::step_group(Warp& warp, i32 pc) {
         step = (this->*handlers()[in.code].second)(warp, in, active);
     }
     if (step == Step::STAY) return false;
-    ++counts.instructions;
+    ++instructions_;
     const u32 next = step == Step::JUMPED ? lanes & ~active : lanes;
     for (int lane = 0; lane < LANES; ++lane)
         if (next >> lane & 1) ++warp.pc[lane];
@@ -260,14 +260,13 @@ int add(void* program, const char* mnemonic, int guard, int negated, int line, i
     return 0;
 }
 
-// Runs the grid. ranges: (start, bytes, writable) of global memory. Returns 0, or 1 with ``last_error``. counts: of instructions of
-// warps, products, loads, stores, barrier steps.
+// Runs the grid. ranges: (start, bytes, writable) of global memory. Returns 0, or 1 with ``last_error``.
 int run(const void* program, const u64* ranges, int n_ranges, const u8* parameters, int n_parameters, int grid, int block, int cluster,
-        u32 shared_base, u32 shared_bytes, u64 seed, double lateness, int eager_products, u64* counts) {
+        u32 shared_base, u32 shared_bytes, u64 seed, double lateness) {
     Global global;
     for (int i = 0; i < n_ranges; ++i) global.allow(ranges[3 * i], ranges[3 * i + 1], ranges[3 * i + 2] != 0);
     const Launch launch{static_cast<const Program*>(program), std::vector<u8>(parameters, parameters + n_parameters), {grid, 1, 1},
-                        {block, 1, 1}, cluster, shared_base, shared_bytes, seed, lateness, eager_products != 0};
+                        {block, 1, 1}, cluster, shared_base, shared_bytes, seed, lateness};
     Machine machine(launch, global);
     try {
         machine.run();
@@ -275,9 +274,6 @@ int run(const void* program, const u64* ranges, int n_ranges, const u8* paramete
         message = machine.where + ": " + fault.what();
         return 1;
     }
-    const Counts& c = machine.counts;
-    const u64 all[] = {c.instructions, c.products, c.loads, c.stores, c.barriers};
-    std::copy(std::begin(all), std::end(all), counts);
     return 0;
 }
 }

@@ -24,7 +24,6 @@ struct Launch {
     u32 shared_base = 1024, shared_bytes = 0;
     u64 seed = 0;
     double lateness = 0.5;  // 0: asynchronous operations finish at once; near 1: as late as anything allows
-    bool eager_products = false;  // wgmma finishes when it is issued: for code whose registers are only renamed later
 };
 
 struct Product {
@@ -32,7 +31,6 @@ struct Product {
     u64 a, b;
     bool accumulate;
     int group;  // number of the committed group it belongs to
-    std::vector<float> from_registers;  // A, 16 x 16, when it is not in shared memory
 };
 
 struct Copy {  // cp.async of a thread
@@ -127,17 +125,12 @@ struct Asynchronous {
     int lane = 0, group = 0;
 };
 
-struct Counts {
-    u64 instructions = 0, products = 0, loads = 0, stores = 0, barriers = 0;
-};
-
 enum class Step { NEXT, STAY, JUMPED };
 
 class Machine {
   public:
     Machine(const Launch& launch, const Global& global) : launch_(launch), global_(global), random_(launch.seed) {}
     void run();
-    Counts counts;
     std::string where;  // the last instruction, for messages
 
     using Handler = Step (Machine::*)(Warp&, const Instruction&, u32);
@@ -149,7 +142,7 @@ class Machine {
     std::mt19937_64 random_;
     std::vector<std::unique_ptr<Cta>> ctas_;
     std::vector<Asynchronous> pending_;
-    u64 events_ = 1;
+    u64 events_ = 1, instructions_ = 0;
     struct {
         int arrived = 0;
         u64 generation = 1;
@@ -216,8 +209,7 @@ class Machine {
     Step do_rem(Warp&, const Instruction&, u32);
     Step do_neg(Warp&, const Instruction&, u32);
     Step do_abs(Warp&, const Instruction&, u32);
-    Step do_min(Warp&, const Instruction&, u32);
-    Step do_max(Warp&, const Instruction&, u32);
+    Step do_min_max(Warp&, const Instruction&, u32);
     Step do_and(Warp&, const Instruction&, u32);
     Step do_or(Warp&, const Instruction&, u32);
     Step do_xor(Warp&, const Instruction&, u32);

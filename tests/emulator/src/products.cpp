@@ -76,49 +76,31 @@ Step Machine::do_wgmma(Warp& warp, const Instruction& in, u32 lanes) {
     }
     const int n = columns_of(in), rest = int(in.operands.size()) - n / 2;
     if (in.type(0).letter != 'f' || in.type(1).bits != 16) throw Fault("not emulated: " + in.mnemonic());
-    const bool from_registers = rest == 9;
-    if (rest != 7 && rest != 9) throw Fault("wgmma: unexpected operands");
-    const size_t at = n / 2, b_at = at + (from_registers ? 4 : 1);
-    for (size_t i = b_at + 2; i < in.operands.size(); ++i)
-        if (in.at(i).value != (i < b_at + 4 ? 1 : 0)) throw Fault("wgmma: signs and transposed operands are not emulated");
-    Product product{&in, 0, read_one(warp, in.at(b_at), 0), (predicate(warp, in.at(b_at + 1)) & 1) != 0, warp.product_group, {}};
-    if (from_registers) {
-        product.from_registers.resize(256);
-        for (int lane = 0; lane < LANES; ++lane)
-            for (int i = 0; i < 4; ++i) {
-                const u32 pair = u32(read_one(warp, in.at(at + i), lane));
-                for (int c = 0; c < 2; ++c) {
-                    const int row = lane / 4 + 8 * (i & 1), k = lane % 4 * 2 + (i >> 1) * 8 + c;
-                    product.from_registers[row * 16 + k] = operand_number(in.type(1), u16(pair >> (16 * c)));
-                }
-            }
-    } else {
-        product.a = read_one(warp, in.at(at), 0);
-        for (int lane = 1; lane < LANES; ++lane)
-            if (read_one(warp, in.at(at), lane) != product.a) throw Fault("wgmma: expected one descriptor in all threads");
-    }
+    if (rest != 7) throw Fault("wgmma: operands in registers are not emulated");
+    const size_t at = n / 2;
+    for (size_t i = at + 3; i < in.operands.size(); ++i)
+        if (in.at(i).value != (i < at + 5 ? 1 : 0)) throw Fault("wgmma: signs and transposed operands are not emulated");
+    const Product product{&in, read_one(warp, in.at(at), 0), read_one(warp, in.at(at + 1), 0),
+                          (predicate(warp, in.at(at + 2)) & 1) != 0, warp.product_group};
     for (int lane = 1; lane < LANES; ++lane)
-        if (read_one(warp, in.at(b_at), lane) != product.b) throw Fault("wgmma: expected one descriptor in all threads");
-    if (const u32 every = predicate(warp, in.at(b_at + 1)); every != 0 && every != ALL)
+        if (read_one(warp, in.at(at), lane) != product.a || read_one(warp, in.at(at + 1), lane) != product.b)
+            throw Fault("wgmma: expected one descriptor in all threads");
+    if (const u32 every = predicate(warp, in.at(at + 2)); every != 0 && every != ALL)
         throw Fault("wgmma: expected all threads to accumulate, or none");
     issue_together(warp, product);
-    if (!launch_.eager_products)
-        for (int i = 0; i < n / 2; ++i)
-            if (warp.written[in.at(i).index] > warp.product_fence && (product.accumulate || warp.written[in.at(i).index]))
-                throw Fault("wgmma: expected wgmma.fence after accumulators are written by other instructions");
-    ++counts.products;
+    for (int i = 0; i < n / 2; ++i)
+        if (warp.written[in.at(i).index] > warp.product_fence)
+            throw Fault("wgmma: expected wgmma.fence after accumulators are written by other instructions");
     Shared& shared = warp.cta->shared;
-    if (!from_registers)
-        operand_pieces(SharedOperand(product.a), warp.index % 4 * 16, 16, [&](int, int, u32 address) { shared.reserve(address, 16, 1); });
+    operand_pieces(SharedOperand(product.a), warp.index % 4 * 16, 16, [&](int, int, u32 address) { shared.reserve(address, 16, 1); });
     operand_pieces(SharedOperand(product.b), 0, n, [&](int, int, u32 address) { shared.reserve(address, 16, 1); });
     for (int i = 0; i < n / 2; ++i) ++warp.in_flight[in.at(i).index];
-    warp.products.push_back(std::move(product));
-    if (launch_.eager_products) finish_product(warp);
+    warp.products.push_back(product);
     return Step::NEXT;
 }
 
 void Machine::finish_product(Warp& warp) {
-    const Product product = std::move(warp.products.front());
+    const Product product = warp.products.front();
     warp.products.pop_front();
     multiply(warp, product);
 }
@@ -127,7 +109,7 @@ void Machine::multiply(Warp& warp, const Product& product) {
     const Instruction& in = *product.instruction;
     const int n = columns_of(in);
     Shared& shared = warp.cta->shared;
-    std::vector<float> a(product.from_registers), b(n * 16);
+    std::vector<float> a(256), b(n * 16);
     const auto fetch = [&](const SharedOperand& operand, int first_row, int rows, std::vector<float>& to) {
         operand_pieces(operand, first_row, rows, [&](int row, int half, u32 address) {
             const u8* piece = shared.read(address, 16, true);
@@ -139,10 +121,7 @@ void Machine::multiply(Warp& warp, const Product& product) {
             shared.reserve(address, 16, -1);
         });
     };
-    if (a.empty()) {
-        a.resize(256);
-        fetch(SharedOperand(product.a), warp.index % 4 * 16, 16, a);
-    }
+    fetch(SharedOperand(product.a), warp.index % 4 * 16, 16, a);
     fetch(SharedOperand(product.b), 0, n, b);
     for (int i = 0; i < n / 2; ++i) {
         const int index = in.at(i).index;

@@ -30,7 +30,7 @@ u64 Machine::special(const Warp& warp, Special which, int lane) const {
         case Special::CLUSTER_NCTARANK: return launch_.cluster;
         case Special::CLUSTERID_X: return warp.cta->position[0] / launch_.cluster;
         case Special::NCLUSTERID_X: return launch_.grid[0] / launch_.cluster;
-        case Special::CLOCK: return counts.instructions;
+        case Special::CLOCK: return instructions_;
     }
     throw Fault("unknown special register");
 }

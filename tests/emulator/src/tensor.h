@@ -16,7 +16,7 @@ struct TensorMap {
     u64 base;
     u64 size[5], stride[5];  // numbers and bytes, from the innermost dimension; stride[0] is the item's
     u32 box[5];
-    u32 fill_nan;
+    u32 unused;
 };
 static_assert(sizeof(TensorMap) == 128 || sizeof(TensorMap) < 136, "as large as CUtensorMap");
 

@@ -116,7 +116,6 @@ Step Machine::do_tcgen05(Warp& warp, const Instruction& in, u32 lanes) {
             product.b = read_one(warp, in.at(2), first);
             product.shape = u32(read_one(warp, in.at(3), first));
             product.accumulate = read_one(warp, in.at(4), first) != 0;
-            ++counts.products;
             pieces(product, [&](int, int, int, u32 address) { cta.shared.reserve(address, 16, 1); });
         }
         cta.tensor_products.push_back(product);
