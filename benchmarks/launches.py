@@ -15,12 +15,12 @@ from eapo_kernels.ops.cuda.configs import Build, ProductBuild, RowBuild
 from eapo_kernels.ops.cuda.launch import Launch
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.statistics import RowStatistics
-from eapo_kernels.ops.triton import exp_gemm as triton_exp_gemm
 from eapo_kernels.ops.triton import forward as triton_forward
-from eapo_kernels.ops.triton.exp_finalize import exp_finalize
+from eapo_kernels.ops.triton import scaled_exp_gemm as triton_scaled_exp_gemm
 from eapo_kernels.ops.triton.finalize import finalize
-from eapo_kernels.ops.triton.offsets import ExpSums, row_offsets, window
+from eapo_kernels.ops.triton.offsets import ScaledExpSums, row_offsets, window
 from eapo_kernels.ops.triton.one_pass import workspace
+from eapo_kernels.ops.triton.scaled_exp_finalize import scaled_exp_finalize
 from eapo_kernels.testing import make_inputs
 
 FLOOR = {torch.float32: 4e-5, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
@@ -51,11 +51,11 @@ class Inputs:
         return reference.token_stats(self.exact.hidden, self.exact.weight, self.targets, second_moments=True, **self._scaled)
 
     @property
-    def hint(self) -> Tensor:
+    def logp_guess(self) -> Tensor:
         """[N] fp32, log-probs of an old policy."""
         return self.truth.logp.float() + 0.3
 
-    def exponentials(self, sums: ExpSums) -> Tensor:
+    def exponentials(self, sums: ScaledExpSums) -> Tensor:
         """[N, V] float64: E with these offsets, 0 at the targets."""
         z = reference.logits(self.exact.hidden, self.exact.weight, **self._scaled)
         bits = z / math.log(2) - sums.offsets[0].double().unsqueeze(1)
@@ -99,13 +99,13 @@ def _product(item: ProductBuild, case: Inputs) -> Results:
         last()
     else:
         exp = products.exp_sums(p, item.entropy, item.tile)
-        row_offsets(p, targets, case.hint, exp)()
+        row_offsets(p, targets, case.logp_guess, exp)()
         matrix = workspace(p, p.hidden.dtype)
-        launch = products.exp_gemm(p, targets, exp, matrix, tile=item.tile)
+        launch = products.scaled_exp_gemm(p, targets, exp, matrix, tile=item.tile)
         assert launch.build == item
         yield from _twice(launch, exp.values, matrix)
         yield "E", matrix, case.exponentials(exp)
-        last, final, _ = exp_finalize(p, exp)
+        last, final, _ = scaled_exp_finalize(p, exp)
         last()
     yield from case.statistics(final.statistics)
 
@@ -119,17 +119,17 @@ def _rows(item: RowBuild, case: Inputs) -> Results:
         yield from _twice(launch, launch.tensors["out"])
         yield from case.statistics(final.statistics)
         return
-    exp = ExpSums.empty(p, True)
+    exp = ScaledExpSums.empty(p, True)
     if item.kernel == "row_offsets":
-        launch = rows.row_offsets(p, targets, case.hint, exp)
+        launch = rows.row_offsets(p, targets, case.logp_guess, exp)
         assert launch.build == item
         yield from _twice(launch, exp.offsets)
         target = case.truth.logp + case.truth.lse
-        yield "offsets", exp.offsets[0], (target - case.hint.double()) / math.log(2) - window(p.operand_dtype).hinted
+        yield "offsets", exp.offsets[0], (target - case.logp_guess.double()) / math.log(2) - window(p.operand_dtype).with_guess
         return
-    row_offsets(p, targets, case.hint, exp)()
-    triton_exp_gemm.exp_gemm(p, targets, exp, workspace(p, torch.bfloat16))()
-    launch, final, _ = rows.exp_finalize(p, exp)
+    row_offsets(p, targets, case.logp_guess, exp)()
+    triton_scaled_exp_gemm.scaled_exp_gemm(p, targets, exp, workspace(p, torch.bfloat16))()
+    launch, final, _ = rows.scaled_exp_finalize(p, exp)
     yield from _twice(launch, launch.tensors["out"])
     yield from case.statistics(final.statistics)
 

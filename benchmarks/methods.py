@@ -1,6 +1,6 @@
 """``python -m benchmarks.methods``: what every method of ``METHODS`` costs over plain GRPO, at one shape, interleaved.
 
-Two numbers a method: its loss, forward and backward, over GRPO's in the same round; and weighing the tokens (``shape_batch``),
+Two numbers a method: its loss, forward and backward, over GRPO's in the same round; and weighing the tokens (``weight_tokens``),
 which happens once a step, over one such GRPO pass of all the step's tokens. What a method asks the old policy for beyond
 log-prob and entropy (second moments, another temperature, the nucleus) is named, not timed.
 """
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eapo_kernels import METHODS, Method, TokenStats, get_method, make_controller, policy_loss, shape_batch
-from eapo_kernels.objectives.shaping.shaper import MARKS, STATISTICS
+from eapo_kernels import METHODS, Method, TokenStats, get_method, make_controller, policy_loss, weight_tokens
+from eapo_kernels.objectives.shaping.token_weighting import MARKS, STATISTICS
 
 from .case import POSITIVE_WEIGHT, Case, make_case
 from .clock import make_clock, time_interleaved
@@ -65,7 +65,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
         {
             "method": name,
             "scope": method.scope,
-            "needs": sorted(method.shaper.needs) if method.shaper else [],
+            "needs": sorted(method.token_weighting.needs) if method.token_weighting else [],
             "shape": case.shape(),
             "rounds": len(base),
             "ms": statistics.median(times[f"loss {name}"]),
@@ -90,7 +90,7 @@ def _jobs(method: Method, case: Case) -> tuple[Callable[[], object], Callable[[]
     extras = _extras(case, stats)
 
     def weigh() -> Any:
-        return shape_batch(method, batch, stats, state=state, extras=extras, progress=0.5)
+        return weight_tokens(method, batch, stats, state=state, extras=extras, progress=0.5)
 
     shaped = weigh()
     weight = POSITIVE_WEIGHT if method.positive_weight is None else None
@@ -100,7 +100,7 @@ def _jobs(method: Method, case: Case) -> tuple[Callable[[], object], Callable[[]
         value = policy_loss(hidden, head, shaped, method=method, positive_weight=weight).loss
         return torch.autograd.grad(value, [hidden, head])
 
-    return loss, weigh if method.shaper else None
+    return loss, weigh if method.token_weighting else None
 
 
 def _statistics(case: Case) -> TokenStats:
@@ -110,7 +110,7 @@ def _statistics(case: Case) -> TokenStats:
 
 
 def _extras(case: Case, stats: TokenStats) -> dict[str, Tensor]:
-    """Everything a shaper may read, in plausible numbers."""
+    """Everything a token_weighting may read, in plausible numbers."""
     assert stats.entropy is not None
     n, device = case.n, case.hidden.device
     position = torch.arange(n, device=device)

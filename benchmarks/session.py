@@ -67,7 +67,7 @@ class Step:
         return [word.format(out=out, minutes=f"{own / 60:.2f}", seconds=f"{own:.0f}") for word in words]
 
 
-_PRODUCTS = ("stream_statistics", "exp_gemm", "logit_gradient")
+_PRODUCTS = ("stream_statistics", "scaled_exp_gemm", "logit_gradient")
 """Kernels of which there is time to race tiles."""
 
 _FOLDERS = ("tests/gpu", "tests/ops", "tests/csrc", "tests/objectives", "tests/integrations")

@@ -58,8 +58,8 @@ struct ExpFinalizeArguments {
 
 struct OffsetArguments {
     float* offsets;                    // [2, n_rows]: k in bits, y of the target
-    int* n_listed;                     // one number, set to 0
-    const float* hint;                 // [n_rows] expected log-probs, or null
+    int* n_rescue;                     // one number, set to 0
+    const float* logp_guess;                 // [n_rows] expected log-probs, or null
     const void* hidden;                // [n_rows, dim], rows of multiples of 16 bytes
     const void* weight;                // [n_columns, dim], likewise
     const void* bias;                  // [n_columns] or null
@@ -67,7 +67,7 @@ struct OffsetArguments {
     const float* row_inv_temperature;  // [n_rows] or null
     long long hidden_stride, weight_stride, bias_stride;  // numbers
     float scale;                       // z = scale * row_inv_temperature * y
-    float hinted, bare;                // bits by which k is less, with a hint and without: where E's dtype is most precise
+    float with_guess, without_guess;                // bits by which k is less, with a logp_guess and without: where E's dtype is most precise
     int n_rows, n_columns, dim;
 };
 

@@ -1,5 +1,5 @@
 // From sums to statistics, once a row (docs/math.md E2-E4, E11, E13): the accurate functions of the compiler, not the fast ones
-// of the hot loops. Formulas and names are those of ops/triton/finalize.py, offsets.py and exp_finalize.py.
+// of the hot loops. Formulas and names are those of ops/triton/finalize.py, offsets.py and scaled_exp_finalize.py.
 #pragma once
 
 #include "online_softmax.h"
@@ -48,32 +48,32 @@ struct Compensated {
     }
 };
 
-// Sums of the E form over a row's columns but the target: E, and x E with x in bits.
-struct ExpSums {
+// Sums of the scaled-exponential form over a row's columns but the target: E, and x E with x in bits.
+struct ScaledExpSums {
     Compensated rest, x_exp;
 
-    EAPO_SHARED static ExpSums none() { return {{0.0f, 0.0f}, {0.0f, 0.0f}}; }
-    EAPO_SHARED void merge(const ExpSums& other) {
+    EAPO_SHARED static ScaledExpSums none() { return {{0.0f, 0.0f}, {0.0f, 0.0f}}; }
+    EAPO_SHARED void merge(const ScaledExpSums& other) {
         rest.add(other.rest);
         x_exp.add(other.x_exp);
     }
 };
 
-// The offset k of a row in bits: z_y less the log-prob that is expected (nats) and ``hinted``; where that is no number, less
-// ``bare`` alone. +inf where z_y is -inf: E = 0, to be redone.
-EAPO_SHARED float exp_offset(float y, float scale, float expected, float hinted, float bare) {
-    const float below = fabsf(expected) < infinite() ? fma_exact(expected, LOG2E, hinted) : bare;
+// The offset k of a row in bits: z_y less the log-prob that is expected (nats) and ``with_guess``; where that is no number, less
+// ``without_guess`` alone. +inf where z_y is -inf: E = 0, to be redone.
+EAPO_SHARED float exp_offset(float y, float scale, float expected, float with_guess, float without_guess) {
+    const float below = fabsf(expected) < infinite() ? fma_exact(expected, LOG2E, with_guess) : without_guess;
     return y <= LOWEST ? infinite() : fma_exact(y, scale * LOG2E, -below);
 }
 
-// A row as ``exp_finalize`` writes it. The cotangent of logp times ``factor`` is E's row factor in the gradient, times ``target``
+// A row as ``scaled_exp_finalize`` writes it. The cotangent of logp times ``factor`` is E's row factor in the gradient, times ``target``
 // the target's entry (E12).
 struct ExpStatistics {
     float logp, lse, offset, log_sum, factor, target, entropy, mean_shifted;
 };
 
 // k: the offset; y: the target's, scale * y = z_y.
-EAPO_SHARED ExpStatistics exp_finish(const ExpSums& sums, float k, float y, float scale) {
+EAPO_SHARED ExpStatistics exp_finish(const ScaledExpSums& sums, float k, float y, float scale) {
     const float rest = sums.rest.sum + sums.rest.lost;
     const float bits = y <= LOWEST ? -infinite() - k : fma_exact(y, scale * LOG2E, -k);  // NaN if every logit is -inf
     const float e = exp2f(bits), total = rest + e;

@@ -1,4 +1,4 @@
-// The offset of every row of the E form (E11): hidden times the target's weight, a warp a row, 16 bytes of each a lane. What
+// The offset of every row of the scaled-exponential form (E11): hidden times the target's weight, a warp a row, 16 bytes of each a lane. What
 // ops/triton/offsets.py computes, with its outputs.
 #include "arguments.h"
 #include "finish.h"
@@ -53,7 +53,7 @@ __device__ __forceinline__ float dot(const u16* a, const u16* b, int dim, int la
 }
 
 __device__ __forceinline__ void row_offsets(const OffsetArguments& a) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) *a.n_listed = 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *a.n_rescue = 0;
     const int row = blockIdx.x * EAPO_ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (row >= a.n_rows) return;
     const i64 target = a.targets[row];
@@ -65,7 +65,7 @@ __device__ __forceinline__ void row_offsets(const OffsetArguments& a) {
     if (a.bias) y = at_least_lowest(y + EAPO_WIDEN(static_cast<const u16*>(a.bias)[column * a.bias_stride]));
     if (outside) y = not_a_number();
     const float scale = a.row_inv_temperature ? a.scale * a.row_inv_temperature[row] : a.scale;
-    a.offsets[row] = exp_offset(y, scale, a.hint ? a.hint[row] : not_a_number(), a.hinted, a.bare);
+    a.offsets[row] = exp_offset(y, scale, a.logp_guess ? a.logp_guess[row] : not_a_number(), a.with_guess, a.without_guess);
     a.offsets[i64(a.n_rows) + row] = y;
 }
 

@@ -8,7 +8,7 @@ from .objectives.controllers import EntropyRatio
 from .objectives.methods import METHODS, Method, get_method, make_controller
 from .objectives.semantic import majority_rewards, semantic_rewards
 from .objectives.shaping.gather import GatheredStep, gather_step
-from .objectives.shaping.shape import observed_entropy, shape_batch
+from .objectives.shaping.shape import observed_entropy, weight_tokens
 from .ops.dispatch import available_backends
 from .ops.nucleus import nucleus_entropy
 from .ops.token_stats import token_stats
@@ -44,6 +44,6 @@ __all__ = [
     "observed_entropy",
     "policy_loss",
     "semantic_rewards",
-    "shape_batch",
     "token_stats",
+    "weight_tokens",
 ]

@@ -22,11 +22,11 @@ from .objectives.methods import METHODS, Method, get_method
 from .objectives.policy import PolicyTerms, loss_and_sums, prepare
 from .one_pass import one_pass
 from .ops import plans
-from .ops.agreement import refusals_told
-from .ops.inputs import build_projection, check_values, facts_of_call, split_over
+from .ops.collective_checks import propagate_errors
+from .ops.inputs import build_projection, call_signature, check_values, split_over
 from .ops.nucleus import project_nucleus_entropy
 from .ops.projection import Projection
-from .ops.rows import settled
+from .ops.rows import resolve_compaction
 from .ops.token_stats import project_stats
 from .ops.vocab_parallel import VocabShard
 from .ops.weight_gradient import MainGrad
@@ -118,7 +118,7 @@ def policy_loss(
     """The loss of any method: ``METHODS``'s by name, or a ``Method`` of your own. Arguments as in ``eapo_loss``.
 
     Args:
-        method: name or Method. One that weighs tokens (``method.shaper``) wants a batch that went through ``shape_batch``.
+        method: name or Method. One that weighs tokens (``method.token_weighting``) wants a batch that went through ``weight_tokens``.
         positive_weight: required where the method has none of its own (``method.positive_weight is None``), else refused.
 
     Returns:
@@ -128,15 +128,15 @@ def policy_loss(
         ``eapo/entropy_ratio``, ``eapo/entropy_init`` when ``positive_weight`` is an EntropyRatio. With ``metrics=False`` those
         that need no log-probs: without entropy, clip fraction, ratio and KL.
     """
-    with refusals_told(process_group, weight, hidden):
+    with propagate_errors(process_group, weight, hidden):
         options = Options() if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         method = get_method(method)
         require(isinstance(method.config, EAPOConfig), "config", "an EAPOConfig or None", method.config)
         require(schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
         check_batch(batch, method.config, debug=options.debug)
-        shaped = method.shaper is None or batch.advantages is not None
-        require(shaped, "batch.advantages", f"those of shape_batch with method {method.name!r}", None)
+        shaped = method.token_weighting is None or batch.advantages is not None
+        require(shaped, "batch.advantages", f"those of weight_tokens with method {method.name!r}", None)
         if not (isinstance(weight, Tensor) and weight.device == batch.targets.device):
             raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
         lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
@@ -147,14 +147,14 @@ def policy_loss(
         rows_shape = batch.targets.shape
         projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, rows_shape)
         targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
-        options = settled(options, targets, batch.mask is not None or method.config.drop_zero_weight or not metrics)
+        options = resolve_compaction(options, targets, batch.mask is not None or method.config.drop_zero_weight or not metrics)
         main = None
         if main_grad is not None:
             require_tensor("main_grad", main_grad, tuple(weight.shape), (projection.statistics_dtype,), projection.hidden)
             require_number("main_grad_scale", main_grad_scale)
             main = MainGrad(main_grad.detach(), main_grad_scale)
         schedule = _choose_schedule(schedule, method, backend, projection, options.plan, main is not None)
-        facts = facts_of_call(
+        facts = call_signature(
             process_group, "policy_loss", projection, backend, schedule, options,
             method=method.name[:80], metrics=metrics, main_grad=main is not None, old_logp=batch.old_logp is not None,
             entropy_bonus=terms.has_entropy_bonus,

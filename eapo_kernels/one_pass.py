@@ -48,7 +48,7 @@ def one_pass(
     backend = dispatch.resolve(backend_name, projection, "one_pass")
     n_rows, index = projection.n_rows, None
     if not may_compact(targets, options.compact):
-        detached = detached.cleared(terms.valid)
+        detached = detached.zero_invalid_rows(terms.valid)
     elif (index := valid_index(terms.valid)) is not None:
         detached, targets, terms = detached.rows(index), targets[index], terms.rows(index)
     entropy_gradient = terms.has_entropy_bonus
@@ -71,7 +71,7 @@ def one_pass(
 
     result = policy_gradient(
         detached, targets, index, n_rows, coefficients, backend,
-        entropy=metrics or entropy_gradient, entropy_gradient=entropy_gradient, hint=terms.old_logp, needs=needs,
+        entropy=metrics or entropy_gradient, entropy_gradient=entropy_gradient, logp_guess=terms.old_logp, needs=needs,
         options=options, main_grad=main_grad,
     )  # fmt: skip
     loss = _Stored.apply(result.sums[0], *inputs, (result.d_hidden, result.d_weight, result.d_bias))

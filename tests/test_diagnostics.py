@@ -18,7 +18,7 @@ from eapo_kernels import (
     diagnostics,
     get_method,
     policy_loss,
-    shape_batch,
+    weight_tokens,
 )
 
 N, V = 40, 31
@@ -127,7 +127,7 @@ def test_token_weights_are_the_losses_gradient(name: str, z: Tensor, targets: Te
     method, stats = METHODS[name], stats_of(z, targets)
     batch = make_batch(targets, stats)
     state = {"history": torch.tensor(1.0)}
-    shaped = shape_batch(method, batch, TokenStats(*(None if t is None else t.float() for t in stats)), state=state)
+    shaped = weight_tokens(method, batch, TokenStats(*(None if t is None else t.float() for t in stats)), state=state)
     given = 0.7 if method.positive_weight is None else None
     for shift in (0.0, 0.4):  # at the old policy and away from it
         if name == "kl_cov" and not shift:

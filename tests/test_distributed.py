@@ -22,7 +22,7 @@ from eapo_kernels import (
     get_method,
     loss_denominator,
     policy_loss,
-    shape_batch,
+    weight_tokens,
 )
 
 SPLIT = (5, 3)  # responses of the ranks: the second group (4 to 7) is on both
@@ -76,12 +76,12 @@ def check_methods(rank: int) -> None:
     step = make_step(4)
     for name, changes in METHODS.items():
         method = get_method(name, **changes)
-        alone = with_count(shape_batch(method, step.batch, step.stats, seed=3), method)
+        alone = with_count(weight_tokens(method, step.batch, step.stats, seed=3), method)
         loss, gradient = gradients(step, alone, method, [slice(None)])
         batch, stats, extras, place = part_of(step, rank)
         whole = gather_step(batch, stats, extras)
         assert whole.own == place
-        shaped = with_count(shape_batch(method, whole.batch, whole.stats, seed=3), method)
+        shaped = with_count(weight_tokens(method, whole.batch, whole.stats, seed=3), method)
         for field in ("advantages", "entropy_coef", "mask", "sequence_ids", "group_ids"):
             ours, theirs = getattr(shaped, field), getattr(alone, field)
             assert (ours is None) == (theirs is None)
@@ -171,7 +171,7 @@ def test_one_process_keeps_what_it_has() -> None:
 def test_losses_of_parts_add_up_with_the_denominator_of_the_whole(name: str) -> None:
     """Also where responses are dropped (psr, nsr) or tokens are masked by the weights (spine)."""
     step, method = make_step(7, binary=True), get_method(name, fixed_length=9)
-    shaped = replace(shape_batch(method, step.batch, step.stats), denominator=None)
+    shaped = replace(weight_tokens(method, step.batch, step.stats), denominator=None)
     expected = gradients(step, shaped, method, [slice(None)])
     counted = replace(shaped, denominator=loss_denominator(shaped, method=method))
     found = gradients(step, counted, method, [step.ids < 3, (step.ids >= 3) & (step.ids < 4), step.ids >= 4])

@@ -45,7 +45,7 @@ from .evaluation.evaluate import evaluate
 from .evaluation.report import summary_table, write_report
 from .evaluation.step_metrics import answer_metrics, best_and_worst, call_metrics, engine_metrics, reward_metrics, sample_record
 from .learning.batching import Answers, select
-from .learning.experience import extra_evidence, per_token, weigh
+from .learning.experience import extra_statistics, per_token, weigh
 from .learning.learner import Learner
 from .learning.measure import NOTHING, Measurement, Wanted, measure, wanted_by
 from .models.policy import load_policy
@@ -189,7 +189,7 @@ def _train(config: Config, console: Console) -> bool:
                 experience = weigh(
                     method, answers, sampled.scores.total, torch.tensor(sampled.group_ids), old,
                     controller=controller, advantages=sampled.advantages, ref_logp=ref_logp,
-                    extras=extra_evidence(config, method, policy, sampled, answers, tick),
+                    extras=extra_statistics(config, method, policy, sampled, answers, tick),
                     progress=step / config.steps, seed=derive_seed(config.seed, WEIGHT_SEED, step),
                 )  # fmt: skip
 

@@ -113,7 +113,7 @@ class Sampled:
         columns: the data file's columns, one value for each answer.
         scores: their rewards.
         group_ids: B numbers, equal for the answers that are compared with each other.
-        marks: name -> B flags, "reinforce" or "replayed" (see ``shape_batch``); a name that is missing is all False.
+        marks: name -> B flags, "reinforce" or "replayed" (see ``weight_tokens``); a name that is missing is all False.
         advantages: [B] fp32 CPU that take the place of the method's, or None.
     """
 

@@ -31,9 +31,9 @@ def result_section(result: Result, *, level: int = 2) -> str:
         if group.timed:
             title = f"{marks}# `{group.mode}`, {MODES[group.mode]}: {group.case}"
             lines += [title, "", case_line(group), "", *case_table(group, is_gpu(result)), ""]
-    for title, listed in (("Could not run", absent(found)), ("Settings that differ from defaults", settings(found))):
-        if listed:
-            lines += [f"{marks}# {title}", "", *listed, ""]
+    for title, rescue_ids in (("Could not run", absent(found)), ("Settings that differ from defaults", settings(found))):
+        if rescue_ids:
+            lines += [f"{marks}# {title}", "", *rescue_ids, ""]
     return "\n".join(lines).rstrip()
 
 

@@ -43,7 +43,7 @@ SPACES: MappingProxyType[str, Space] = MappingProxyType(
     {
         "stream_statistics": _PRODUCT,
         "logit_gradient": _PRODUCT,
-        "exp_gemm": _PRODUCT | {"persistent": (False, True), "stores": (False, True)},
+        "scaled_exp_gemm": _PRODUCT | {"persistent": (False, True), "stores": (False, True)},
         "row_statistics": _ROWS,
         "row_gradient": _ROWS,
         "finalize": {"block_n": (32, 64, 128, 256, 512, 1024), "block_v": (0,), "warps": (1, 2, 4, 8)},
@@ -53,14 +53,14 @@ SPACES: MappingProxyType[str, Space] = MappingProxyType(
         "target_rows": {
             "block_n": (2, 4, 8, 16, 32), "block_v": (0,), "block_d": (128, 256, 512, 1024, 2048), "warps": (1, 2, 4, 8),
         },
-        "list_unsound": _MERGE,
-        "exp_finalize": _MERGE,
+        "collect_rescue_ids": _MERGE,
+        "scaled_exp_finalize": _MERGE,
     }
 )  # fmt: skip
 """Kernel -> values of the fields of ``Tile`` to combine; other fields keep their defaults."""
 
 UNTUNED = MappingProxyType(
-    dict.fromkeys(("exp_redo", "row_maxima"), "runs for rows whose old log-prob was wrong by 33 nats, which are rare")
+    dict.fromkeys(("scaled_exp_rescue", "row_maxima"), "runs for rows whose old log-prob was wrong by 33 nats, which are rare")
 )
 """Kernels of the table that are not searched, and why."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from eapo_kernels.ops.cuda import configs
 from eapo_kernels.ops.cuda.configs import TILES, ProductKernel, Tile
 
-KERNELS: tuple[ProductKernel, ...] = ("stream_statistics", "exp_gemm")
+KERNELS: tuple[ProductKernel, ...] = ("stream_statistics", "scaled_exp_gemm")
 
 STAGGERS, GROUPS, CLUSTERS = (0, 2, 3), (4, 8, 16), (2, 1)
 """Steps before a tile's end at which the second warp group waits (1 is behind 2 in csrc/README.md's prediction), row tiles that

@@ -11,9 +11,9 @@ from eapo_kernels.ops.cuda import products, report
 from eapo_kernels.ops.cuda.build import BuildError
 from eapo_kernels.ops.cuda.configs import Build, Tile
 from eapo_kernels.ops.cuda.launch import Launch
-from eapo_kernels.ops.triton.exp_finalize import exp_finalize
 from eapo_kernels.ops.triton.finalize import finalize
 from eapo_kernels.ops.triton.offsets import row_offsets
+from eapo_kernels.ops.triton.scaled_exp_finalize import scaled_exp_finalize
 
 from .cuda_candidates import CudaSearch
 from .problems import Problem, Results
@@ -38,17 +38,17 @@ class CudaProblem(Problem):
 
         def compared() -> Results:
             yield "exponentials", matrix.clone(), self._expected_exponentials(sums)
-            last, final, _ = exp_finalize(p, sums)
+            last, final, _ = scaled_exp_finalize(p, sums)
             last()
             yield from self._statistics(final.statistics)
 
-        return products.exp_gemm(p, targets, sums, matrix, tile=tile), compared
+        return products.scaled_exp_gemm(p, targets, sums, matrix, tile=tile), compared
 
     def _outputs(self, launch: Launch) -> Iterator[Tensor]:
         sums = launch.tensors["sums"]
         assert sums is not None
         yield sums
-        if launch.build.kernel == "exp_gemm":
+        if launch.build.kernel == "scaled_exp_gemm":
             yield launch.boxes[2].matrix
 
     def prepare(self, tile: Tile) -> Callable[[], str | None]:

@@ -18,16 +18,16 @@ from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.statistics import RowStatistics
 from eapo_kernels.ops.triton import report
 from eapo_kernels.ops.triton.backward import logit_gradient
-from eapo_kernels.ops.triton.exp_finalize import exp_finalize
-from eapo_kernels.ops.triton.exp_gemm import exp_gemm
-from eapo_kernels.ops.triton.exp_redo import list_unsound
 from eapo_kernels.ops.triton.finalize import finalize
 from eapo_kernels.ops.triton.forward import stream_statistics
 from eapo_kernels.ops.triton.launch import Launch
 from eapo_kernels.ops.triton.math import LOG2E
-from eapo_kernels.ops.triton.offsets import ExpSums, row_offsets
+from eapo_kernels.ops.triton.offsets import ScaledExpSums, row_offsets
 from eapo_kernels.ops.triton.one_pass import workspace
 from eapo_kernels.ops.triton.rows import row_gradient, row_statistics
+from eapo_kernels.ops.triton.scaled_exp_finalize import scaled_exp_finalize
+from eapo_kernels.ops.triton.scaled_exp_gemm import scaled_exp_gemm
+from eapo_kernels.ops.triton.scaled_exp_rescue import collect_rescue_ids
 from eapo_kernels.ops.triton.target_rows import add_target_rows
 from eapo_kernels.ops.triton.tile import PRODUCTS, Tile
 
@@ -45,14 +45,14 @@ _WHOLE = ("stream_statistics", "logit_gradient")
 _OUTPUTS = {
     "stream_statistics": ("sums",),
     "logit_gradient": ("out",),
-    "exp_gemm": ("matrix", "sums"),
+    "scaled_exp_gemm": ("matrix", "sums"),
     "row_statistics": ("sums",),
     "row_gradient": ("out",),
     "finalize": ("out",),
     "row_offsets": ("offsets",),
-    "list_unsound": (),
+    "collect_rescue_ids": (),
     "target_rows": (),
-    "exp_finalize": ("out",),
+    "scaled_exp_finalize": ("out",),
 }
 """Arguments that a launch must write whole."""
 
@@ -118,13 +118,13 @@ class Problem:
         )
         return out
 
-    def _exponentials(self, tile: Tile | None = None) -> tuple[ExpSums, Tensor]:
-        """Sums with their offsets, as near the truth as an old policy's, and an unwritten matrix, for a tile of exp_gemm."""
-        sums = ExpSums.empty(self.projection, True, tile=tile)
+    def _exponentials(self, tile: Tile | None = None) -> tuple[ScaledExpSums, Tensor]:
+        """Sums with their offsets, as near the truth as an old policy's, and an unwritten matrix, for a tile of scaled_exp_gemm."""
+        sums = ScaledExpSums.empty(self.projection, True, tile=tile)
         row_offsets(self.projection, self.targets, self.statistics.logp, sums)()
         return sums, self.matrix
 
-    def _expected_exponentials(self, sums: ExpSums) -> Tensor:
+    def _expected_exponentials(self, sums: ScaledExpSums) -> Tensor:
         """[N, V] fp32, 0 for the target."""
         bits = self.raw * float(LOG2E.value) - sums.offsets[0].unsqueeze(1)
         return bits.exp2_().scatter_(1, self.targets.unsqueeze(1), 0.0)
@@ -157,14 +157,14 @@ class Problem:
         return self._launch_exponentials(tile)
 
     def _launch_exponentials(self, tile: Tile) -> tuple[Launch, Callable[[], Results]]:
-        """``launch`` for the kernels of the E form."""
+        """``launch`` for the kernels of the scaled-exponential form."""
         p, targets, kernel = self.projection, self.targets, self.search.kernel
-        sums, matrix = self._exponentials(tile if kernel == "exp_gemm" else None)
+        sums, matrix = self._exponentials(tile if kernel == "scaled_exp_gemm" else None)
         if kernel == "row_offsets":
-            hint = self.statistics.logp
+            logp_guess = self.statistics.logp
             y = (p.hidden.float() * p.weight[targets].float()).sum(1)
-            k = (y - hint) * float(LOG2E.value)
-            return row_offsets(p, targets, hint, sums, tile=tile), lambda: iter(
+            k = (y - logp_guess) * float(LOG2E.value)
+            return row_offsets(p, targets, logp_guess, sums, tile=tile), lambda: iter(
                 [("offsets", sums.offsets, torch.stack([k, y]))]
             )
         if kernel == "target_rows":
@@ -172,21 +172,23 @@ class Problem:
             expected = out.double().index_add_(0, targets, p.hidden.double() * factor.double().unsqueeze(1))
             launch = add_target_rows(out, 0, TargetRows.sort(targets, p.hidden, factor), tile=tile)
             return launch, lambda: iter([("rows", out, expected)])
-        first = exp_gemm(p, targets, sums, matrix, tile=tile if kernel == "exp_gemm" else None)
-        if kernel == "exp_gemm":
+        first = scaled_exp_gemm(p, targets, sums, matrix, tile=tile if kernel == "scaled_exp_gemm" else None)
+        if kernel == "scaled_exp_gemm":
 
             def compared() -> Results:
                 yield "exponentials", matrix.clone(), self._expected_exponentials(sums)
-                launch, final, _ = exp_finalize(p, sums)
+                launch, final, _ = scaled_exp_finalize(p, sums)
                 launch()
                 yield from self._statistics(final.statistics)
 
             return first, compared
         first()
-        if kernel == "list_unsound":
-            return list_unsound(p, sums, tile=tile), lambda: iter([("listed", sums.n_listed, torch.zeros_like(sums.n_listed))])
-        if kernel == "exp_finalize":
-            launch, final, _ = exp_finalize(p, sums, tile=tile)
+        if kernel == "collect_rescue_ids":
+            return collect_rescue_ids(p, sums, tile=tile), lambda: iter(
+                [("rescue_ids", sums.n_rescue, torch.zeros_like(sums.n_rescue))]
+            )
+        if kernel == "scaled_exp_finalize":
+            launch, final, _ = scaled_exp_finalize(p, sums, tile=tile)
             return launch, lambda: self._statistics(final.statistics)
         raise ValueError(f"kernel: expected one of candidates.SPACES, got {kernel!r}")
 

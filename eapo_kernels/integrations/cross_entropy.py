@@ -11,7 +11,7 @@ from ..errors import ShapeError, require
 from ..loss import policy_loss
 from ..objectives.config import EAPOConfig
 from ..objectives.methods import Method
-from ..ops.agreement import refusals_told
+from ..ops.collective_checks import propagate_errors
 from ..ops.token_stats import token_stats
 from ..ops.vocab_parallel import VocabShard
 from ..types import IGNORE_INDEX, Options, TokenBatch
@@ -59,7 +59,7 @@ def linear_cross_entropy(
     Raises:
         ShapeError, EapoError, BackendUnavailable: bad input; the message says what was expected and what was given.
     """
-    with refusals_told(process_group, weight, hidden):
+    with propagate_errors(process_group, weight, hidden):
         require_choice("reduction", reduction, REDUCTIONS)
         if not (isinstance(targets, Tensor) and targets.dtype == torch.int64):
             raise ShapeError(f"targets: expected int64 [...], got {describe(targets)}")

@@ -13,7 +13,7 @@ from ..checks import may_read, require_scalar
 from ..errors import EapoError, require
 from .config import EAPOConfig
 from .controllers import Controller, EntropyRatio, build_controller
-from .shaping.shaper import Shaper
+from .shaping.token_weighting import TokenWeighting
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Method:
         positive_weight: factor on the positive responses; None: the caller gives it at every call.
         controller: name of what steers it from step to step, in ``CONTROLLERS``, or None.
         controller_settings: the controller's numbers where they are not its own defaults.
-        shaper: weighs every token once a step (``shape_batch``), or None.
+        token_weighting: weighs every token once a step (``weight_tokens``), or None.
         source: arXiv id of the paper, and of what else the numbers are from.
         summary: one sentence.
         formula: the weights in a line, in the symbols of docs/math.md.
@@ -39,7 +39,7 @@ class Method:
     positive_weight: float | None = 1.0
     controller: str | None = None
     controller_settings: Mapping[str, float] = field(default_factory=dict, hash=False)
-    shaper: Shaper | None = None
+    token_weighting: TokenWeighting | None = None
     source: str = ""
     summary: str = ""
     formula: str = ""
@@ -49,10 +49,10 @@ class Method:
     def scope(self) -> str:
         """What a token's weight is computed from: "token", "sequence", "group" or "batch".
 
-        The weights of a shaper are fixed before the loss, so whatever their scope, the loss itself may be of token scope
+        The weights of a token_weighting are fixed before the loss, so whatever their scope, the loss itself may be of token scope
         (``config.scope``) and take the one-pass schedule.
         """
-        return self.config.scope if self.shaper is None else self.shaper.scope
+        return self.config.scope if self.token_weighting is None else self.token_weighting.scope
 
 
 def make_controller(method: Method) -> Controller | None:

@@ -21,7 +21,7 @@ METHODS: MappingProxyType[str, Method] = MappingProxyType({m.name: m for family 
 
 
 def get_method(method: str | Method, **changes: Any) -> Method:
-    """A method by name or itself, with numbers changed: of its config, its shaper, its controller, or ``positive_weight``.
+    """A method by name or itself, with numbers changed: of its config, its token_weighting, its controller, or ``positive_weight``.
 
     Raises:
         EapoError: the name or a number's name is unknown, or a value is out of range.
@@ -34,7 +34,7 @@ def get_method(method: str | Method, **changes: Any) -> Method:
         return method
     parts = {
         "method": ("positive_weight",),
-        "shaper": () if method.shaper is None else tuple(f.name for f in fields(method.shaper)),
+        "token_weighting": () if method.token_weighting is None else tuple(f.name for f in fields(method.token_weighting)),
         "controller": () if method.controller is None else controller_fields(method.controller),
         "config": tuple(f.name for f in fields(EAPOConfig)),
     }
@@ -44,8 +44,8 @@ def get_method(method: str | Method, **changes: Any) -> Method:
     own = {part: {name: changes.pop(name) for name in names if name in changes} for part, names in parts.items()}
     if own["method"]:
         method = replace(method, **own["method"])
-    if own["shaper"] and method.shaper is not None:
-        method = replace(method, shaper=replace(method.shaper, **own["shaper"]))
+    if own["token_weighting"] and method.token_weighting is not None:
+        method = replace(method, token_weighting=replace(method.token_weighting, **own["token_weighting"]))
     if own["controller"]:
         method = replace(method, controller_settings={**method.controller_settings, **own["controller"]})
         make_controller(method)

@@ -25,11 +25,11 @@ def tables() -> str:
         (f"`{m.name}`", _escaped(m.summary), f"`{_escaped(m.formula)}`", _statistics(m), m.scope, m.confidence, _source(m))
         for m in METHODS.values()
     ]
-    numbers = [(f"`{m.name}`", _config(m), _shaper(m), _controller(m)) for m in METHODS.values()]
+    numbers = [(f"`{m.name}`", _config(m), _token_weighting(m), _controller(m)) for m in METHODS.values()]
     return "\n\n".join(
         (
             _table(("method", "in a sentence", "weights", "statistics", "scope", "confidence", "source"), what),
-            _table(("method", "config, where not the default", "shaper", "controller"), numbers),
+            _table(("method", "config, where not the default", "token_weighting", "controller"), numbers),
         )
     )
 
@@ -74,13 +74,13 @@ def _source(m: Method) -> str:
 
 def _statistics(m: Method) -> str:
     names = ["log-prob"]
-    if m.shaper is not None or m.controller is not None or m.config.entropy_coef:
+    if m.token_weighting is not None or m.controller is not None or m.config.entropy_coef:
         names.append("entropy")
     if m.config.kl_coef:
         names.append("reference log-prob")
-    if m.shaper is not None:
-        names += [_WORDS.get(n, n.replace("_", " ")) for n in sorted(m.shaper.needs)]
-        names += [f"({n.replace('_', ' ')})" for n in sorted(m.shaper.uses)]
+    if m.token_weighting is not None:
+        names += [_WORDS.get(n, n.replace("_", " ")) for n in sorted(m.token_weighting.needs)]
+        names += [f"({n.replace('_', ' ')})" for n in sorted(m.token_weighting.uses)]
     return ", ".join(names)
 
 
@@ -95,8 +95,12 @@ def _config(m: Method) -> str:
     return ", ".join(parts)
 
 
-def _shaper(m: Method) -> str:
-    return "" if m.shaper is None else ", ".join(f"{f.name}={getattr(m.shaper, f.name)}" for f in fields(m.shaper))
+def _token_weighting(m: Method) -> str:
+    return (
+        ""
+        if m.token_weighting is None
+        else ", ".join(f"{f.name}={getattr(m.token_weighting, f.name)}" for f in fields(m.token_weighting))
+    )
 
 
 def _controller(m: Method) -> str:

@@ -165,12 +165,18 @@ class Chunk(Protocol):
 class OpenChunk(Protocol):
     """Project a chunk of rows and reduce it to statistics; ``entropy_gradient``: its cotangent for entropy will not be None.
 
-    ``hint``: [C] fp32, about the log-prob of each target (an older policy's), or None. Never changes what is computed, whatever
+    ``logp_guess``: [C] fp32, about the log-prob of each target (an older policy's), or None. Never changes what is computed, whatever
     is in it; a good one may spare the backend a pass.
     """
 
     def __call__(
-        self, projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, hint: Tensor | None = None
+        self,
+        projection: Projection,
+        targets: Tensor,
+        *,
+        entropy: bool,
+        entropy_gradient: bool,
+        logp_guess: Tensor | None = None,
     ) -> Chunk: ...
 
 

@@ -15,8 +15,8 @@ from ..checks import FLOATS, describe, require_tensor
 from ..errors import EapoError, ShapeError, require
 from ..types import IGNORE_INDEX, Options
 from . import dispatch
-from .agreement import Fact, exchange, require_group
 from .budget import of_options, workspace_bytes
+from .collective_checks import Fact, exchange, require_group
 from .projection import Projection
 from .vocab_parallel import VocabShard
 
@@ -85,7 +85,7 @@ def build_projection(
     )
 
 
-def facts_of_call(
+def call_signature(
     process_group: object, call: str, projection: Projection, backend: str, schedule: str, options: Options, **others: Fact
 ) -> dict[str, Fact]:
     """What all processes of a group must bring alike: by this they decide which work to do. Empty without a group.
@@ -123,7 +123,7 @@ def facts_of_call(
 def split_over(process_group: object, projection: Projection, targets: Tensor, facts: Mapping[str, Fact]) -> Projection:
     """The projection with the shard that ``process_group`` (None, a group or a VocabShard) says its weight is.
 
-    A group: an exchange (``agreement.exchange``) of ``facts``, of ``targets`` [N] int64 as they count, and of temperatures.
+    A group: an exchange (``collective_checks.exchange``) of ``facts``, of ``targets`` [N] int64 as they count, and of temperatures.
 
     Raises:
         EapoError: it is none of these, the processes differ, one of them refused or has no rows, or the weight is not the
@@ -139,8 +139,13 @@ def split_over(process_group: object, projection: Projection, targets: Tensor, f
         if temperatures is not None:
             values["inv_temperature"] = torch.where(targets == IGNORE_INDEX, 1, temperatures)
         shard = VocabShard.of_sizes(process_group, exchange(process_group, rows, facts, values, targets.device))
-    fits = rows <= shard.widest and shard.start + rows <= shard.total
-    require(fits, "weight", f"at most {shard.widest} rows from row {shard.start} of {shard.total}", describe(projection.weight))
+    fits = rows <= shard.max_shard_vocab and shard.start + rows <= shard.total
+    require(
+        fits,
+        "weight",
+        f"at most {shard.max_shard_vocab} rows from row {shard.start} of {shard.total}",
+        describe(projection.weight),
+    )
     return replace(projection, shard=shard) if rows < shard.total else projection  # no other process has rows
 
 

@@ -20,7 +20,7 @@ from .backend import LogitCotangents
 from .budget import of_options, workspace_bytes
 from .inputs import build_projection, check_values
 from .projection import Projection
-from .rows import may_compact, scatter_rows, settled, valid_index
+from .rows import may_compact, resolve_compaction, scatter_rows, valid_index
 
 _FIRST_GUESS = 256
 """Tokens that are sorted first; eight times as many, and so on, while the nucleus of some row is larger."""
@@ -146,7 +146,7 @@ def project_nucleus_entropy(projection: Projection, valid: Tensor, top_p: float,
     """``nucleus_entropy`` of a checked projection; valid: [N] bool. Returns [N], exact zeros where it is False."""
     n_rows, index = projection.n_rows, None
     if not may_compact(valid, options.compact):
-        projection = projection.cleared(valid)
+        projection = projection.zero_invalid_rows(valid)
     elif (index := valid_index(valid)) is not None:
         projection = projection.rows(index)
     if projection.n_rows == 0:
@@ -207,6 +207,6 @@ def nucleus_entropy(
     if mask is not None:
         require_tensor("mask", mask, tuple(shape), (torch.bool,), projection.hidden)
         valid = mask.reshape(-1)
-    options = settled(options, valid, mask is not None)
+    options = resolve_compaction(options, valid, mask is not None)
     check_values(projection, torch.where(valid, 0, IGNORE_INDEX), options.debug)
     return project_nucleus_entropy(projection, valid, float(top_p), options).reshape(shape)

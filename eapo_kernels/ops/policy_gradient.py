@@ -52,7 +52,7 @@ def policy_gradient(
     entropy_gradient: bool,
     needs: tuple[bool, bool, bool],
     options: Options,
-    hint: Tensor | None = None,
+    logp_guess: Tensor | None = None,
     main_grad: MainGrad | None = None,
 ) -> Gradients:
     """Run all chunks.
@@ -68,7 +68,7 @@ def policy_gradient(
         entropy_gradient: the coefficient function returns a cotangent for the entropy.
         needs: gradients wanted for hidden, weight, bias; all False computes the sums alone.
         options: memory budget and plan.
-        hint: [M] fp32, about the log-prob of each target (``backend.OpenChunk``), or None.
+        logp_guess: [M] fp32, about the log-prob of each target (``backend.OpenChunk``), or None.
         main_grad: where the weight's gradient goes instead of being returned, or None.
     """
     dtype = projection.statistics_dtype
@@ -92,8 +92,10 @@ def policy_gradient(
     for start in range(0, projection.n_rows, plan.rows):
         rows = slice(start, min(start + plan.rows, projection.n_rows))
         part = projection.rows(rows)
-        part_hint = None if hint is None else hint[rows]
-        chunk = backend.open_chunk(part, targets[rows], entropy=entropy, entropy_gradient=entropy_gradient, hint=part_hint)
+        part_hint = None if logp_guess is None else logp_guess[rows]
+        chunk = backend.open_chunk(
+            part, targets[rows], entropy=entropy, entropy_gradient=entropy_gradient, logp_guess=part_hint
+        )
         cotangents, chunk_sums = coefficients(chunk, rows)
         sums += chunk_sums
         if not any(needs):

@@ -43,9 +43,9 @@ class Projection:
         return self.weight.shape[0]
 
     @property
-    def widest(self) -> int:
+    def max_shard_vocab(self) -> int:
         """Rows of the largest shard, the same on all processes: for decisions that they must take alike."""
-        return self.vocab if self.shard is None else self.shard.widest
+        return self.vocab if self.shard is None else self.shard.max_shard_vocab
 
     @property
     def whole_vocab(self) -> int:
@@ -80,7 +80,7 @@ class Projection:
             return self.shard.local_targets(targets, self.vocab)
         return torch.where((targets >= 0) & (targets < self.vocab), targets, NOWHERE)
 
-    def cleared(self, valid: Tensor) -> Projection:
+    def zero_invalid_rows(self, valid: Tensor) -> Projection:
         """The same projection with harmless numbers in the rows that do not count, where 0 times anything could be NaN."""
         temperature = self.row_inv_temperature
         if temperature is not None:

@@ -53,7 +53,7 @@ def compute_statistics(
     n_rows, valid = projection.n_rows, valid_tokens(targets, None)
     index = None
     if not may_compact(targets, options.compact):
-        projection = projection.cleared(valid)
+        projection = projection.zero_invalid_rows(valid)
     elif (index := valid_index(valid)) is not None:
         projection, targets, valid = projection.rows(index), targets[index], valid[index]
     if projection.n_rows == 0:
@@ -66,7 +66,7 @@ def compute_statistics(
     budget = workspace_bytes(options.memory_budget, targets.device)
     if first:
         chunk = backend.open_chunk(
-            projection.rows(slice(0, first)), targets[:first], entropy=entropy, entropy_gradient=False, hint=None
+            projection.rows(slice(0, first)), targets[:first], entropy=entropy, entropy_gradient=False, logp_guess=None
         )
         statistics = chunk.statistics()
         parts.append(statistics)
@@ -112,7 +112,7 @@ def compute_gradients(
         kept = None  # the forward compacted, this pass may not: nothing tells which rows come next
     index, live_kept = None, None if kept is None else _LiveKept(kept.matrix, kept.factors, None)
     if not compact:
-        projection = projection.cleared(live)
+        projection = projection.zero_invalid_rows(live)
     else:
         live = live & torch.stack([c != 0 for c in cotangents if c is not None]).any(0)
         if kept is None:

@@ -12,14 +12,14 @@ from ..types import Options
 _MOVED_AT_ONCE = 16
 
 
-def settled(options: Options, like: Tensor, announced: bool) -> Options:
+def resolve_compaction(options: Options, like: Tensor, announced: bool) -> Options:
     """The options with ``compact`` decided. announced: the caller says that some rows do not count."""
     return options if options.compact != "auto" else replace(options, compact=announced or not like.is_cuda)
 
 
 def may_compact(tensor: Tensor, compact: bool | str) -> bool:
     """Compaction reads a count on the host, which a CUDA graph under capture does not allow."""
-    assert isinstance(compact, bool), "settled first"
+    assert isinstance(compact, bool), "resolve_compaction first"
     return compact and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

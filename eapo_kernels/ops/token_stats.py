@@ -15,13 +15,13 @@ from ..checks import describe, require_tensor
 from ..errors import ShapeError, require
 from ..types import IGNORE_INDEX, Options, TokenStats
 from . import dispatch, plans
-from .agreement import Fact, refusals_told
 from .backend import Backend, LogitCotangents
 from .budget import of_options, workspace_bytes
-from .inputs import build_projection, check_values, facts_of_call, split_over
+from .collective_checks import Fact, propagate_errors
+from .inputs import build_projection, call_signature, check_values, split_over
 from .projection import Projection
 from .recompute import Kept, compute_gradients, compute_statistics
-from .rows import settled
+from .rows import resolve_compaction
 from .statistics import RowStatistics
 from .vocab_parallel import VocabShard
 
@@ -237,7 +237,7 @@ def project_stats(
         options.debug,
         options.plan if keep else "recompute",
         "" if shard is None else shard.group,
-        () if shard is None else (shard.start, shard.total, shard.widest),
+        () if shard is None else (shard.start, shard.total, shard.max_shard_vocab),
     )
     return TokenStats(
         logp,
@@ -298,13 +298,13 @@ def token_stats(
             row of such a target is NaN), or an option is unknown; the processes of a group differ, or one of them has no rows.
         BackendUnavailable: the backend named cannot run these inputs.
     """
-    with refusals_told(process_group, weight, hidden):
+    with propagate_errors(process_group, weight, hidden):
         options = Options() if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         require(entropy in ENTROPY_MODES, "entropy", f"one of {', '.join(ENTROPY_MODES)}", repr(entropy))
         if not isinstance(targets, Tensor):
             raise ShapeError(f"targets: expected an int64 tensor [...], got {describe(targets)}")
-        options, shape = settled(options, targets, mask is not None), targets.shape
+        options, shape = resolve_compaction(options, targets, mask is not None), targets.shape
         projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, shape)
         require_tensor("targets", targets, tuple(shape), (torch.int64,), projection.hidden)
         if mask is not None:
@@ -313,7 +313,7 @@ def token_stats(
         require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
         targets = targets.reshape(-1)
         wanted: dict[str, Fact] = {"entropy": entropy, "second_moments": second_moments}
-        facts = facts_of_call(process_group, "token_stats", projection, backend, "autograd", options, **wanted)
+        facts = call_signature(process_group, "token_stats", projection, backend, "autograd", options, **wanted)
     projection = split_over(process_group, projection, targets, facts)
     flat = project_stats(projection, targets, entropy=entropy, second_moments=second_moments, backend=backend, options=options)
     return TokenStats._make(None if values is None else values.reshape(shape) for values in flat)

@@ -241,9 +241,9 @@ class _TorchChunk:
 
 
 def open_chunk(
-    projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, hint: Tensor | None = None
+    projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, logp_guess: Tensor | None = None
 ) -> _TorchChunk:
-    """See ``backend.OpenChunk``. The true maximum is at hand, so ``hint`` is not looked at.
+    """See ``backend.OpenChunk``. The true maximum is at hand, so ``logp_guess`` is not looked at.
 
     fp16 cannot hold the exponentials' target column, which reaches -V: there logits are kept.
     """
@@ -268,5 +268,5 @@ BACKEND = Backend(
     logit_gradient=logit_gradient,
     slab_bytes=chunk_bytes,
     open_chunk=open_chunk,
-    chunk_row_bytes=lambda projection, entropy_gradient: projection.widest * chunk_bytes(projection),
+    chunk_row_bytes=lambda projection, entropy_gradient: projection.max_shard_vocab * chunk_bytes(projection),
 )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import EapoError, require
-from .agreement import exchange, require_group, require_initialised
+from .collective_checks import exchange, require_group, require_initialised
 
 ELSEWHERE = -1
 """Local target of a row whose target lies in another process's shard."""
@@ -36,13 +36,13 @@ class VocabShard:
         group: name of the process group (``ProcessGroup.group_name``).
         start: first row.
         total: rows of all shards.
-        widest: rows of the largest shard: what all processes cut their work by.
+        max_shard_vocab: rows of the largest shard: what all processes cut their work by.
     """
 
     group: str
     start: int
     total: int
-    widest: int
+    max_shard_vocab: int
 
     @staticmethod
     def of(process_group: dist.ProcessGroup, weight: Tensor) -> VocabShard:
@@ -66,8 +66,10 @@ class VocabShard:
         """
         require_group(process_group)
         world = dist.get_world_size(process_group)
-        widest = -(-total // world)
-        return VocabShard.of_sizes(process_group, [max(0, min(widest, total - rank * widest)) for rank in range(world)])
+        max_shard_vocab = -(-total // world)
+        return VocabShard.of_sizes(
+            process_group, [max(0, min(max_shard_vocab, total - rank * max_shard_vocab)) for rank in range(world)]
+        )
 
     @staticmethod
     def of_sizes(process_group: dist.ProcessGroup, sizes: list[int]) -> VocabShard:

@@ -59,19 +59,19 @@ REDONE = [
     for family in TENSOR_CORES
     for itemsize in (2, 4)
     for block_v in sorted(
-        {e.tile.block_v for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("exp_gemm", family, itemsize)}
+        {e.tile.block_v for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_gemm", family, itemsize)}
     )
 ]
 
 
 @pytest.mark.parametrize(("family", "itemsize", "block_v"), REDONE)
 def test_rows_are_redone_without_spills_whatever_the_columns(family: str, itemsize: int, block_v: int) -> None:
-    """The line of "exp_redo" is used with the columns of the first run (``exp_gemm.redo_tile``)."""
+    """The line of "scaled_exp_rescue" is used with the columns of the first run (``scaled_exp_gemm.rescue_tile``)."""
     from dataclasses import replace
 
     from eapo_kernels.ops.triton import report
 
-    (entry,) = (e for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("exp_redo", family, itemsize))
+    (entry,) = (e for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_rescue", family, itemsize))
     entry = replace(entry, tile=replace(entry.tile, block_v=block_v))
     u = report.usage(report.example(entry, "full"), report.ARCHITECTURES[family])
     assert u.spills == 0
@@ -103,7 +103,7 @@ def test_half_precision_and_bfloat16_compile_alike() -> None:
     assert report.usage(in_fp16(launch), 90) == report.usage(launch, 90)
 
 
-@pytest.mark.parametrize("kernel", ["exp_gemm", "exp_redo"])
+@pytest.mark.parametrize("kernel", ["scaled_exp_gemm", "scaled_exp_rescue"])
 def test_exponentials_in_fp16_compile_as_in_bfloat16(kernel: str) -> None:
     """Another instruction packs them: spills and memory are as with bf16, in every tile for Hopper."""
     from eapo_kernels.ops.triton import report
@@ -121,12 +121,12 @@ def test_exponentials_in_fp16_compile_as_in_bfloat16(kernel: str) -> None:
 
 @pytest.mark.parametrize("family", TENSOR_CORES)
 def test_rows_are_judged_by_tile_and_by_all_processes_without_spills(family: str) -> None:
-    """What only fp16 asks ``list_unsound`` for."""
+    """What only fp16 asks ``collect_rescue_ids`` for."""
     from dataclasses import replace
 
     from eapo_kernels.ops.triton import report
 
-    (entry,) = (e for e in configs.TABLE if (e.family, e.kernel) == (family, "list_unsound"))
+    (entry,) = (e for e in configs.TABLE if (e.family, e.kernel) == (family, "collect_rescue_ids"))
     launch = report.example(entry, "full")
     given = {"largest": 65504.0, "everywhere": launch.arguments["row_inv_temperature"]}
     u = report.usage(replace(launch, arguments=launch.arguments | given), report.ARCHITECTURES[family])

@@ -146,4 +146,6 @@ def test_methods_command(tmp_path: Path) -> None:
     rows = json.loads(path.read_text())["rows"]
     assert [row["method"] for row in rows] == list(METHODS)
     assert all(row["over_grpo"] > 0 for row in rows)
-    assert {row["method"] for row in rows if row["weights_over_grpo"]} == {m.name for m in METHODS.values() if m.shaper}
+    assert {row["method"] for row in rows if row["weights_over_grpo"]} == {
+        m.name for m in METHODS.values() if m.token_weighting
+    }

@@ -43,7 +43,7 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    # A process that nobody has waited for yet is still listed, as a zombie.
+    # A process that nobody has waited for yet is still rescue_ids, as a zombie.
     return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 

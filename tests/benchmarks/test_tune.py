@@ -272,7 +272,7 @@ from benchmarks.tuning.candidates import SPACES, Search
 from benchmarks.tuning.problems import Problem
 for kernel in SPACES:
     for itemsize, dtype in ((2, "bfloat16"), (4, "float32")):
-        typed = kernel in ("stream_statistics", "logit_gradient", "exp_gemm", "row_offsets")
+        typed = kernel in ("stream_statistics", "logit_gradient", "scaled_exp_gemm", "row_offsets")
         search = Search(kernel, "interpreter", itemsize if typed else 4, 40, 24, 301, dtype)
         problem = Problem(search, "cpu", budget=2**20)
         assert problem.check(search.current()) is None, (search, problem.check(search.current()))

@@ -73,14 +73,14 @@ def test_candidates_start_from_the_tile_of_today_and_every_one_can_be_read_back(
 
 
 def test_every_line_is_searched_once_and_only_in_the_kernels_asked_for() -> None:
-    jobs = tune.cuda_searches(["exp_gemm", "finalize"], [(4096, 4096, 131072), (512, 4096, 131072)])
-    assert [job.key for job in jobs] == [("exp_gemm", 4096, 4096), ("exp_gemm", 4096, 512)]
+    jobs = tune.cuda_searches(["scaled_exp_gemm", "finalize"], [(4096, 4096, 131072), (512, 4096, 131072)])
+    assert [job.key for job in jobs] == [("scaled_exp_gemm", 4096, 4096), ("scaled_exp_gemm", 4096, 512)]
     assert len(tune.cuda_searches(["finalize"], [(1, 2, 3)])) == 0
     assert {job.kernel for job in tune.cuda_searches(list(KERNELS), [(1, 2, 3)])} == set(KERNELS)
 
 
 def test_what_was_measured_is_what_is_used(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs = tune.cuda_searches(["exp_gemm"], [(8192, 1024, 151936), (4096, 4096, 131072)])
+    jobs = tune.cuda_searches(["scaled_exp_gemm"], [(8192, 1024, 151936), (4096, 4096, 131072)])
     open_contest = lambda job: FakeContest(narrow_is_fast)  # noqa: E731
     assert tune.tune(jobs, open_contest, FakeClock(), 4.0, path, MADE, table=CUDA) == 2
     content = json.loads(path.read_text())
@@ -88,7 +88,7 @@ def test_what_was_measured_is_what_is_used(path: Path, capsys: pytest.CaptureFix
         (1024, 8192, "abc"),
         (4096, 4096, "abc"),
     ]
-    assert configs.find("exp_gemm", 3000, 1024) == TILES[2]
+    assert configs.find("scaled_exp_gemm", 3000, 1024) == TILES[2]
     assert configs.find("stream_statistics", 3000, 1024) == TILES[0], "not measured"
     out = capsys.readouterr().out
     assert "24 tried, refused: none" in out
@@ -98,7 +98,7 @@ def test_what_was_measured_is_what_is_used(path: Path, capsys: pytest.CaptureFix
     # Measured again: the line is replaced, and what spills with other switches is not taken.
     again = FakeContest(narrow_is_fast, frozenset({TILES[2]}))
     assert tune.tune(jobs[:1], lambda job: again, FakeClock(), 2.0, path, MADE | {"commit": "def"}, table=CUDA) == 1
-    assert configs.find("exp_gemm", 3000, 1024) == Tile(**asdict(TILES[2]) | {"name": "pingpong_alone", "cluster": 1})
+    assert configs.find("scaled_exp_gemm", 3000, 1024) == Tile(**asdict(TILES[2]) | {"name": "pingpong_alone", "cluster": 1})
     assert [line["commit"] for line in json.loads(path.read_text())["lines"]] == ["def", "abc"]
 
 
@@ -114,11 +114,23 @@ def test_the_command_races_both_backends_into_one_folder(
     for module, name in (("cuda_problems", "CudaProblem"), ("problems", "Problem")):
         fake = SimpleNamespace(**{name: lambda job, device: FakeContest(lambda tile: 1.0 + tile.block_v)})
         monkeypatch.setitem(sys.modules, f"benchmarks.tuning.{module}", fake)
-    shape = ["--kernel", "exp_gemm", "row_offsets", "--shape", "4096", "4096", "131072", "--seconds", "0", "--workers", "2"]
+    shape = [
+        "--kernel",
+        "scaled_exp_gemm",
+        "row_offsets",
+        "--shape",
+        "4096",
+        "4096",
+        "131072",
+        "--seconds",
+        "0",
+        "--workers",
+        "2",
+    ]
     assert tune.main([*shape, "--out", str(tmp_path / "out")]) == 0
     written = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/measured.json")}
-    assert [line["kernel"] for line in written["cuda"]["lines"]] == ["exp_gemm"]
-    assert [line["kernel"] for line in written["triton"]["lines"]] == ["exp_gemm", "row_offsets"]
+    assert [line["kernel"] for line in written["cuda"]["lines"]] == ["scaled_exp_gemm"]
+    assert [line["kernel"] for line in written["triton"]["lines"]] == ["scaled_exp_gemm", "row_offsets"]
     out = capsys.readouterr().out
     assert "24 tried" in out.splitlines()[0]
     assert f"wrote 3 lines to {tmp_path / 'out'}" in out

@@ -39,4 +39,6 @@ def run_rows(launch: Launch, host: ctypes.CDLL) -> None:
     if item.kernel == "row_offsets":
         host.offset_rows(ctypes.byref(arguments), int(item.operand == "fp16"))
     else:
-        {"finalize": host.finalize_rows, "exp_finalize": host.exp_finalize_rows}[item.kernel](ctypes.byref(arguments))
+        {"finalize": host.finalize_rows, "scaled_exp_finalize": host.scaled_exp_finalize_rows}[item.kernel](
+            ctypes.byref(arguments)
+        )

@@ -84,9 +84,9 @@ void finalize_rows(const FinalizeArguments* a) {
     surrogates(a->surrogate, a->n_rows, a->out, a->fields > 3 ? a->out + std::size_t(4) * a->n_rows : nullptr);
 }
 
-void exp_finalize_rows(const ExpFinalizeArguments* a) {
+void scaled_exp_finalize_rows(const ExpFinalizeArguments* a) {
     for (int row = 0; row < a->n_rows; ++row) {
-        std::vector<ExpSums> parts(PARTS, ExpSums::none());
+        std::vector<ScaledExpSums> parts(PARTS, ScaledExpSums::none());
         for (int tile = 0; tile < a->tiles; ++tile) {
             parts[tile % PARTS].rest.add(a->sums[std::size_t(tile) * a->n_rows + row]);
             if (a->fields == 2) parts[tile % PARTS].x_exp.add(a->sums[std::size_t(a->tiles + tile) * a->n_rows + row]);
@@ -100,7 +100,7 @@ void exp_finalize_rows(const ExpFinalizeArguments* a) {
 }
 
 void offset_rows(const OffsetArguments* a, int fp16) {
-    *a->n_listed = 0;
+    *a->n_rescue = 0;
     const auto number = [&](const void* from, long long at) { return widen(static_cast<const std::uint16_t*>(from)[at], fp16); };
     for (int row = 0; row < a->n_rows; ++row) {
         const bool outside = a->targets[row] < 0 || a->targets[row] >= a->n_columns;
@@ -121,7 +121,7 @@ void offset_rows(const OffsetArguments* a, int fp16) {
         if (a->bias) y = at_least_lowest(y + number(a->bias, column * a->bias_stride));
         if (outside) y = not_a_number();
         const float scale = a->row_inv_temperature ? a->scale * a->row_inv_temperature[row] : a->scale;
-        a->offsets[row] = exp_offset(y, scale, a->hint ? a->hint[row] : not_a_number(), a->hinted, a->bare);
+        a->offsets[row] = exp_offset(y, scale, a->logp_guess ? a->logp_guess[row] : not_a_number(), a->with_guess, a->without_guess);
         a->offsets[a->n_rows + row] = y;
     }
 }
@@ -153,12 +153,12 @@ int row_arguments_layout(int structure, int field) {
          offsetof(ExpFinalizeArguments, row_inv_temperature), offsetof(ExpFinalizeArguments, scale),
          offsetof(ExpFinalizeArguments, n_rows), offsetof(ExpFinalizeArguments, tiles),
          offsetof(ExpFinalizeArguments, fields), offsetof(ExpFinalizeArguments, surrogate), sizeof(ExpFinalizeArguments)},
-        {offsetof(OffsetArguments, offsets), offsetof(OffsetArguments, n_listed), offsetof(OffsetArguments, hint),
+        {offsetof(OffsetArguments, offsets), offsetof(OffsetArguments, n_rescue), offsetof(OffsetArguments, logp_guess),
          offsetof(OffsetArguments, hidden), offsetof(OffsetArguments, weight), offsetof(OffsetArguments, bias),
          offsetof(OffsetArguments, targets), offsetof(OffsetArguments, row_inv_temperature),
          offsetof(OffsetArguments, hidden_stride), offsetof(OffsetArguments, weight_stride),
-         offsetof(OffsetArguments, bias_stride), offsetof(OffsetArguments, scale), offsetof(OffsetArguments, hinted),
-         offsetof(OffsetArguments, bare), offsetof(OffsetArguments, n_rows), offsetof(OffsetArguments, n_columns),
+         offsetof(OffsetArguments, bias_stride), offsetof(OffsetArguments, scale), offsetof(OffsetArguments, with_guess),
+         offsetof(OffsetArguments, without_guess), offsetof(OffsetArguments, n_rows), offsetof(OffsetArguments, n_columns),
          offsetof(OffsetArguments, dim), sizeof(OffsetArguments)}};
     return int(at[structure][field]);
 }

@@ -71,7 +71,7 @@ def test_the_hash_covers_source_headers_options_form_and_compiler(sources: Path,
     seen.append(build.key(ITEM, "cubin", sources))
     assert len(set(seen)) == 5
     before = build.key(ITEM, "cubin", sources)
-    (sources / "exp_gemm.cu").write_text("")
+    (sources / "scaled_exp_gemm.cu").write_text("")
     assert build.key(ITEM, "cubin", sources) == before, "another kernel's source does not count"
 
 

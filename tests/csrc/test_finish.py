@@ -17,7 +17,7 @@ from eapo_kernels.ops.cuda.launch import Launch
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.statistics import RowStatistics
 from eapo_kernels.ops.triton.finalize import Finalized
-from eapo_kernels.ops.triton.offsets import ExpSums
+from eapo_kernels.ops.triton.offsets import ScaledExpSums
 from eapo_kernels.ops.triton.sums import PartialSums
 from eapo_kernels.types import SUMS
 
@@ -37,7 +37,7 @@ def finalized(run: Run, values: Tensor, terms: SurrogateTerms | None = None) -> 
     return final
 
 
-def exp_finalized(
+def scaled_exp_finalized(
     run: Run,
     z: Tensor,
     targets: Tensor,
@@ -56,8 +56,10 @@ def exp_finalized(
     parts = [e, torch.where(e > 0, x * e, 0.0)]
     values = torch.stack([torch.stack([p.sum(1) for p in part.tensor_split(tiles, 1)]) for part in parts]).float()
     n = len(targets)
-    sums = ExpSums(torch.stack([k, y]), values, 256, torch.empty(n, dtype=torch.int32), torch.empty(1, dtype=torch.int32))
-    launch, final, slopes = rows.exp_finalize(Projection(torch.empty(n, 8), torch.empty(V, 8), logit_scale=scale), sums, terms)
+    sums = ScaledExpSums(torch.stack([k, y]), values, 256, torch.empty(n, dtype=torch.int32), torch.empty(1, dtype=torch.int32))
+    launch, final, slopes = rows.scaled_exp_finalize(
+        Projection(torch.empty(n, 8), torch.empty(V, 8), logit_scale=scale), sums, terms
+    )
     run(launch)
     exact = -scale * torch.exp2(k.double() - (z * (LOG2E * math.log(2))).logsumexp(1) / math.log(2))
     torch.testing.assert_close(slopes[0].double(), exact, rtol=3e-6, atol=0)
@@ -152,7 +154,7 @@ def test_rows_without_a_distribution_or_a_target_are_nan_alone(run: Run) -> None
 @pytest.mark.parametrize(("n", "tiles"), [(1, 1), (33, 7), (100, 41)])
 def test_the_e_form_whatever_the_offset(n: int, tiles: int, off: float, run: Run) -> None:
     z, targets = random_rows(n, spread=4.0)
-    final, target = exp_finalized(run, z, targets, torch.full((n,), off, dtype=torch.float64), tiles, scale=0.5)
+    final, target = scaled_exp_finalized(run, z, targets, torch.full((n,), off, dtype=torch.float64), tiles, scale=0.5)
     exact = exact_statistics(z, targets)
     check(final.statistics, exact, atol=4e-6 if abs(off) < 30 else 1e-5)
     torch.testing.assert_close(target.double(), -0.5 * torch.expm1(exact.logp), rtol=1e-5, atol=0)
@@ -164,7 +166,7 @@ def test_hard_rows_of_the_e_form(case: str, off: float, run: Run) -> None:
     """The target's entry of the gradient, a (1 - p_y), keeps its relative precision."""
     z, targets = hard_rows()[case]
     exact = exact_statistics(z, targets)
-    final, target = exp_finalized(run, z, targets, torch.tensor([off], dtype=torch.float64), 5)
+    final, target = scaled_exp_finalized(run, z, targets, torch.tensor([off], dtype=torch.float64), 5)
     check(final.statistics, exact, atol=4e-6)
     left = -torch.expm1(exact.logp)
     torch.testing.assert_close(target.double(), left, rtol=3e-5, atol=0)
@@ -177,7 +179,7 @@ def test_compensated_sums_need_no_second_pass(run: Run) -> None:
     """600 tiles, k off by 32 nats: X and c R far exceed their difference. Plain sums would be 5e-6 nats off."""
     z, targets = random_rows(200, 600, spread=0.5)
     for off in (32.0, -32.0):
-        final, _ = exp_finalized(run, z, targets, torch.full((200,), off, dtype=torch.float64), 600)
+        final, _ = scaled_exp_finalized(run, z, targets, torch.full((200,), off, dtype=torch.float64), 600)
         torch.testing.assert_close(final.statistics.entropy.double(), exact_statistics(z, targets).entropy, rtol=0, atol=2.5e-6)
 
 
@@ -185,7 +187,7 @@ def test_a_written_offset_fits_its_log_sum(run: Run) -> None:
     """k below 2^14 bits, k + c above it, where fp32 has half as many numbers: what the sum loses is in ``log_sum``."""
     z, targets = random_rows(100, spread=1.0)
     z = (z + 11358.0).float().double()
-    statistics = exp_finalized(run, z, targets, torch.full((100,), 25.0, dtype=torch.float64), 5)[0].statistics
+    statistics = scaled_exp_finalized(run, z, targets, torch.full((100,), 25.0, dtype=torch.float64), 5)[0].statistics
     lse = (z * (LOG2E * math.log(2))).logsumexp(1)
     torch.testing.assert_close(statistics.row_max.double() + statistics.log_sum.double(), lse, rtol=0, atol=1e-4)
 
@@ -208,7 +210,7 @@ def test_surrogate(n: int, dual_clip: float | None, form: str, run: Run) -> None
         plain, final = (finalized(run, values, t) for t in (None, terms))
     else:
         none = torch.zeros(n, dtype=torch.float64)
-        plain, final = (exp_finalized(run, z, targets, none, 3, t)[0] for t in (None, terms))
+        plain, final = (scaled_exp_finalized(run, z, targets, none, 3, t)[0] for t in (None, terms))
     assert plain.totals is None
     assert torch.equal(final.statistics.logp, plain.statistics.logp)
     kept = {k: getattr(terms, k)[valid] for k in ("sequence_ids", "old_logp", "scale")}

@@ -40,18 +40,18 @@ def test_compiles_well(item: ProductBuild, cache: Path) -> None:
     assert count["UTMALDG"] == 2
     assert code.mnemonics["UTMALDG.2D.MULTICAST"] == (1 if t.cluster == 2 else 0)
     assert count["USETMAXREG"] == 2
-    fused = item.kernel == "exp_gemm"
+    fused = item.kernel == "scaled_exp_gemm"
     assert count["UTMASTG"] == (t.block_v // 64 * blocks if fused else 0)
     assert count["STSM"] == 4 * count["UTMASTG"]
     pack = {"bf16": "F2FP.BF16.F32.PACK_AB", "fp16": "F2FP.F16.F32.PACK_AB"}[item.operand]
     assert code.mnemonics[pack] == 4 * count["STSM"]
 
 
-WIDE_LOADS = {"row_offsets": 8, "finalize": 7, "exp_finalize": 8}
+WIDE_LOADS = {"row_offsets": 8, "finalize": 7, "scaled_exp_finalize": 8}
 """Of 16 bytes, in the loop over whole lines: four steps of two rows; a range's fields; four tiles of two fields."""
 
 
-PARTS = {"row_offsets": 0, "finalize": 7, "exp_finalize": 4}
+PARTS = {"row_offsets": 0, "finalize": 7, "scaled_exp_finalize": 4}
 """Fields that the warps of a program merge through shared memory."""
 
 
@@ -69,10 +69,10 @@ def test_rows_are_read_wide_and_nothing_spills(item: RowBuild, cache: Path) -> N
         assert code.registers <= 40, "48 warps share a multiprocessor, which keeps memory busy"
 
 
-RACED = {replace(tile, group_n=1): None for tile in CudaSearch("exp_gemm", 4096, 4096, 131072).candidates()}
+RACED = {replace(tile, group_n=1): None for tile in CudaSearch("scaled_exp_gemm", 4096, 4096, 131072).candidates()}
 
 
-@pytest.mark.parametrize("kernel", ["stream_statistics", "exp_gemm"])
+@pytest.mark.parametrize("kernel", ["stream_statistics", "scaled_exp_gemm"])
 def test_every_tile_that_is_raced_compiles_well(kernel: configs.ProductKernel, cache: Path) -> None:
     """With every switch on, the shipped ones left out."""
     assert len(RACED) == 8
@@ -108,7 +108,7 @@ def test_a_wgmma_that_the_compiler_serialises_is_an_error(tmp_path: Path) -> Non
 
 
 def test_report_prints_a_line_per_build(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    one = report.usage(ProductBuild("exp_gemm", TILES[0], "bf16", entropy=True), cache)
+    one = report.usage(ProductBuild("scaled_exp_gemm", TILES[0], "bf16", entropy=True), cache)
     monkeypatch.setattr(report, "usage", lambda item: one)
     lines = list(report.rows())
     assert len(lines) == 2 + len(list(configs.builds()))

@@ -86,7 +86,7 @@ def pace(shape: int, dim: int, **numbers: float) -> float:
 
 
 def over_product(shape: int, dim: int, epilogue: dict[str, float], **numbers: float) -> float:
-    """Time over that of the bare product on the same machine, without an epilogue and turns."""
+    """Time over that of the without_guess product on the same machine, without an epilogue and turns."""
     return pace(shape, dim, **epilogue | numbers) / pace(NO_STAGGER, dim, **PRODUCT | numbers)
 
 
@@ -121,7 +121,7 @@ RACED = {"no stagger": NO_STAGGER, "stagger 2": LATE, "stagger 3": SHARED, "ping
 
 
 def by_machine() -> Iterator[str]:
-    yield f"| over the bare product, %: D = 1024, D = 3584 | {' | '.join(RACED)} |"
+    yield f"| over the without_guess product, %: D = 1024, D = 3584 | {' | '.join(RACED)} |"
     yield "|---" * (1 + len(RACED)) + "|"
     for name, (changes, factor) in MACHINES.items():
         epilogue = scaled(STATISTICS, factor)
@@ -157,7 +157,7 @@ def test_statistics_are_within_the_bars(dim: int, bar: float) -> None:
     assert over_product(SHARED, dim, STATISTICS, bandwidth=44 / 1.5) < bar
 
 
-@pytest.mark.parametrize("epilogue", [STATISTICS, EXP_GEMM], ids=["statistics", "exp_gemm"])
+@pytest.mark.parametrize("epilogue", [STATISTICS, EXP_GEMM], ids=["statistics", "scaled_exp_gemm"])
 @pytest.mark.parametrize("dim", [1024, 4096])
 def test_without_stagger_it_is_worse(dim: int, epilogue: dict[str, float]) -> None:
     for arbiter in (0, 1, 2):
@@ -167,7 +167,7 @@ def test_without_stagger_it_is_worse(dim: int, epilogue: dict[str, float]) -> No
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize(("kernel", "epilogue"), [("stream_statistics", STATISTICS), ("exp_gemm", EXP_GEMM)])
+@pytest.mark.parametrize(("kernel", "epilogue"), [("stream_statistics", STATISTICS), ("scaled_exp_gemm", EXP_GEMM)])
 def test_epilogues_take_what_the_machine_code_says(
     kernel: ProductKernel, epilogue: dict[str, float], entropy: bool, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""The offsets of the E form (csrc/row_offsets.cu) over a launch's arguments, against float64."""
+"""The offsets of the scaled-exponential form (csrc/row_offsets.cu) over a launch's arguments, against float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from eapo_kernels.ops.cuda import rows
 from eapo_kernels.ops.cuda.launch import Launch
 from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.triton.offsets import ExpSums
+from eapo_kernels.ops.triton.offsets import ScaledExpSums
 
 pytestmark = [pytest.mark.csrc, pytest.mark.usefixtures("poisoned")]
 
@@ -33,18 +33,20 @@ def problem(n: int, dim: int, dtype: torch.dtype, bias: bool = False) -> tuple[P
     return p, torch.randint(V, (n,), generator=g)
 
 
-def offsets_of(p: Projection, targets: Tensor, hint: Tensor | None, run: Run) -> Tensor:
-    sums = ExpSums(torch.full((2, p.n_rows), math.nan), torch.empty(1, 1, 1), 256, torch.empty(1), torch.full((1,), 7).int())
-    run(rows.row_offsets(p, targets, hint, sums))
-    assert sums.n_listed.item() == 0
+def offsets_of(p: Projection, targets: Tensor, logp_guess: Tensor | None, run: Run) -> Tensor:
+    sums = ScaledExpSums(
+        torch.full((2, p.n_rows), math.nan), torch.empty(1, 1, 1), 256, torch.empty(1), torch.full((1,), 7).int()
+    )
+    run(rows.row_offsets(p, targets, logp_guess, sums))
+    assert sums.n_rescue.item() == 0
     return sums.offsets
 
 
-def exact(p: Projection, targets: Tensor, hint: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def exact(p: Projection, targets: Tensor, logp_guess: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """k, y, and what an fp32 sum of so many products may be off by."""
     products = p.hidden.double() * p.weight.double()[targets]
     y = products.sum(1) + (0 if p.bias is None else p.bias.double()[targets])
-    k = (y * p.row_scale().double() - (0 if hint is None else hint.double())) * LOG2E
+    k = (y * p.row_scale().double() - (0 if logp_guess is None else logp_guess.double())) * LOG2E
     return k, y, 2**-23 * (products.abs().sum(1) + y.abs() + 1)
 
 
@@ -53,17 +55,17 @@ def exact(p: Projection, targets: Tensor, hint: Tensor | None) -> tuple[Tensor, 
 @pytest.mark.parametrize(("n", "dim"), [(1, 1), (7, 8), (9, 70), (64, 300), (3, 1040), (2, 4099)])
 def test_offsets(n: int, dim: int, dtype: torch.dtype, bias: bool, run: Run) -> None:
     p, targets = problem(n, dim, dtype, bias)
-    for hint in (None, -5 * torch.rand(n)):
-        k, y = offsets_of(p, targets, hint, run).double()
-        right, right_y, error = exact(p, targets, hint)
+    for logp_guess in (None, -5 * torch.rand(n)):
+        k, y = offsets_of(p, targets, logp_guess, run).double()
+        right, right_y, error = exact(p, targets, logp_guess)
         assert ((y - right_y).abs() <= error).all()
         assert ((k - right).abs() <= 2 * error + 1e-6 * right.abs()).all()
 
 
 def test_a_hint_that_is_not_finite_is_none(run: Run) -> None:
     p, targets = problem(4, 40, torch.bfloat16)
-    hint = torch.tensor([math.nan, math.inf, -math.inf, 0.0])
-    assert torch.equal(offsets_of(p, targets, hint, run), offsets_of(p, targets, None, run))
+    logp_guess = torch.tensor([math.nan, math.inf, -math.inf, 0.0])
+    assert torch.equal(offsets_of(p, targets, logp_guess, run), offsets_of(p, targets, None, run))
 
 
 def test_a_target_that_is_no_token_makes_its_row_nan(run: Run) -> None:
@@ -87,13 +89,13 @@ def test_a_target_that_the_bias_removes_is_to_be_redone(run: Run) -> None:
 
 
 def test_offsets_move_by_what_the_dtype_of_e_asks_for(run: Run) -> None:
-    """Row 1 has no hint."""
+    """Row 1 has no logp_guess."""
     p, targets = problem(2, 40, torch.float16)
-    hint = torch.tensor([-3.0, math.nan])
-    plain = offsets_of(p, targets, hint, run)
-    sums = ExpSums(torch.full((2, 2), math.nan), torch.empty(1, 1, 1), 256, torch.empty(1), torch.zeros(1).int())
-    launch = rows.row_offsets(p, targets, hint, sums)
-    launch.arguments.hinted, launch.arguments.bare = 8.0, 1.0
+    logp_guess = torch.tensor([-3.0, math.nan])
+    plain = offsets_of(p, targets, logp_guess, run)
+    sums = ScaledExpSums(torch.full((2, 2), math.nan), torch.empty(1, 1, 1), 256, torch.empty(1), torch.zeros(1).int())
+    launch = rows.row_offsets(p, targets, logp_guess, sums)
+    launch.arguments.with_guess, launch.arguments.without_guess = 8.0, 1.0
     run(launch)
     torch.testing.assert_close(sums.offsets[0], plain[0] - torch.tensor([8.0, 1.0]), rtol=1e-6, atol=0)
     assert torch.equal(sums.offsets[1], plain[1])

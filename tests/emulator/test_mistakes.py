@@ -62,16 +62,16 @@ MISTAKES = {
     "a program leaves while its peer still sends": Mistake(
         "consumer.h", "if (Kernel::CLUSTER > 1) cluster_sync();", "", "still runs"
     ),
-    "stores for TMA are not fenced": Mistake("exp_gemm.cu", "written_for_tma();", "", "expected fence.proxy.async"),
+    "stores for TMA are not fenced": Mistake("scaled_exp_gemm.cu", "written_for_tma();", "", "expected fence.proxy.async"),
     "a buffer is written before TMA has read it": Mistake(
-        "exp_gemm.cu", "box_store_wait<0>();  // the stores before", "// the stores before", "before it is written again"
+        "scaled_exp_gemm.cu", "box_store_wait<0>();  // the stores before", "// the stores before", "before it is written again"
     ),
     "TMA stores before all warps have written": Mistake(
-        "exp_gemm.cu", "written_for_tma();\n        named_sync(GROUP_BARRIER + group, WARP_GROUP);", "written_for_tma();",
+        "scaled_exp_gemm.cu", "written_for_tma();\n        named_sync(GROUP_BARRIER + group, WARP_GROUP);", "written_for_tma();",
         f"{WRONG}|unwritten ones|before it is written again|expected fence.proxy.async",
     ),
     "the kernel ends before its stores": Mistake(
-        "exp_gemm.cu", "if (thread == 0) box_store_wait<0>();", "", "copy to be waited for|waits for its stores"
+        "scaled_exp_gemm.cu", "if (thread == 0) box_store_wait<0>();", "", "copy to be waited for|waits for its stores"
     ),
     "the swizzle of what leaves": Mistake("layout.h", "(chunk ^ row % SWIZZLE_ROWS) << 4", "chunk << 4", WRONG),
     "the distance of row groups in a descriptor": Mistake(
@@ -107,7 +107,7 @@ MISTAKES = {
 
 
 def problem(tile_name: str) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """A launch of ``exp_gemm`` over several tiles a program, its matrix, and what should be in it."""
+    """A launch of ``scaled_exp_gemm`` over several tiles a program, its matrix, and what should be in it."""
     (tile,) = (one for one in TILES if one.name == tile_name)
     inputs = make_inputs(300, 392, 1031, dtype=torch.bfloat16)
     p = Projection(inputs.hidden.detach(), inputs.weight.detach())
@@ -116,7 +116,7 @@ def problem(tile_name: str) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     sums.offsets[0] = (z.logsumexp(1) * 1.4426950408889634).float()
     expected = torch.exp2(z * 1.4426950408889634 - sums.offsets[0].double()[:, None]).scatter_(1, inputs.targets[:, None], 0.0)
     matrix = torch.zeros(300, 1032, dtype=torch.bfloat16)[:, :1031]
-    return products.exp_gemm(p, inputs.targets, sums, matrix, tile=tile), matrix, expected
+    return products.scaled_exp_gemm(p, inputs.targets, sums, matrix, tile=tile), matrix, expected
 
 
 def complaint(one: Launch, code: Kernel, matrix: torch.Tensor, expected: torch.Tensor, seed: int, lateness: float) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from eapo_kernels.ops.cuda import build, rows
 from eapo_kernels.ops.cuda.launch import Launch
 from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.triton.offsets import ExpSums
+from eapo_kernels.ops.triton.offsets import ScaledExpSums
 from eapo_kernels.ops.triton.sums import PartialSums
 
 pytestmark = pytest.mark.csrc
@@ -40,7 +40,7 @@ def row_offsets() -> tuple[Launch, Tensor]:
     hidden = torch.randn(N, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
     hidden[:, 44:] = math.nan
     p = Projection(hidden[:, :44], hidden[:, :44])
-    sums = ExpSums(torch.zeros(2, N), torch.zeros(1, 1, 1), 256, torch.zeros(1).int(), torch.zeros(1).int())
+    sums = ScaledExpSums(torch.zeros(2, N), torch.zeros(1, 1, 1), 256, torch.zeros(1).int(), torch.zeros(1).int())
     return rows.row_offsets(p, torch.arange(N).flip(0), None, sums), sums.offsets
 
 

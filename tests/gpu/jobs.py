@@ -56,7 +56,7 @@ def _loss(backend: str, schedule: str, config: EAPOConfig | None = None) -> Job:
 
 
 def _redone(backend: str) -> Job:
-    """Every fifth old log-prob is so wrong that the E form finds no offset in it and does the row again (``exp_redo``).
+    """Every fifth old log-prob is so wrong that the scaled-exponential form finds no offset in it and does the row again (``scaled_exp_rescue``).
 
     The dual clip keeps the loss of these rows finite.
     """

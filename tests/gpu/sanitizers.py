@@ -17,7 +17,7 @@ BARRIERS = 16
 """At least as many as a program has (two a stage): the tool counts those that a compiler announces, ours are plain PTX."""
 
 
-KERNELS = ("stream_statistics", "exp_gemm", "row_offsets", "finalize")
+KERNELS = ("stream_statistics", "scaled_exp_gemm", "row_offsets", "finalize")
 """Parts of the CUDA kernels' names."""
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from eapo_kernels import Method, TokenBatch, TokenStats, policy_loss, shape_batch
+from eapo_kernels import Method, TokenBatch, TokenStats, policy_loss, weight_tokens
 
 SIZES = (9, 14, 3, 11, 8, 12, 10, 13)  # tokens of the responses; two groups of four
 
@@ -106,7 +106,7 @@ def compare(
     expected: the whole loss in float64 from dense logits, mean over the valid tokens where the method has a token mean. Checked
     on each schedule that the loss has, whole and in three micro-batches.
     """
-    shaped = shape_batch(method, step.batch, step.stats, state=state, extras=extras, progress=progress, seed=seed)
+    shaped = weight_tokens(method, step.batch, step.stats, state=state, extras=extras, progress=progress, seed=seed)
     shaped = counted(shaped, method)
     hidden, weight = step.hidden.clone().requires_grad_(), step.weight.clone().requires_grad_()
     truth = expected(hidden, weight)

@@ -23,15 +23,15 @@ from eapo_kernels import (
     make_controller,
     observed_entropy,
     policy_loss,
-    shape_batch,
+    weight_tokens,
 )
 from eapo_kernels.objectives.controllers import CONTROLLERS
-from eapo_kernels.objectives.shaping.shaper import MARKS, STATISTICS
+from eapo_kernels.objectives.shaping.token_weighting import MARKS, STATISTICS
 
 ISSUE = """eapo grpo dr_grpo dapo gspo cispo psr nsr w_reinforce clip_cov kl_cov steer clip_b clip_v papo_like siren aepo dcpo
 aepo_agentic aem empg epo canon spine pear entrocraft entropic tea_rl empo spear exchange_ppl exchange_position cure t1 trace"""
 ROOT = Path(inspect.getfile(Method)).parent
-SHAPED = [name for name, method in METHODS.items() if method.shaper is not None]
+SHAPED = [name for name, method in METHODS.items() if method.token_weighting is not None]
 
 
 def test_every_method_is_there_and_described() -> None:
@@ -44,13 +44,13 @@ def test_every_method_is_there_and_described() -> None:
         assert method.confidence in ("high", "medium", "low")
         if name.endswith("_like"):
             assert method.confidence == "low"
-        if method.shaper is not None:
-            assert method.shaper.scope in ("token", "sequence", "group", "batch")
-            assert method.shaper.needs <= set(STATISTICS)
-            assert method.shaper.uses <= set(MARKS)
-            assert method.shaper.__doc__
+        if method.token_weighting is not None:
+            assert method.token_weighting.scope in ("token", "sequence", "group", "batch")
+            assert method.token_weighting.needs <= set(STATISTICS)
+            assert method.token_weighting.uses <= set(MARKS)
+            assert method.token_weighting.__doc__
             values = make_controller(method).values() if method.controller else {}
-            assert method.shaper.state <= set(values)
+            assert method.token_weighting.state <= set(values)
 
 
 def _changed(value: object) -> object:
@@ -63,16 +63,16 @@ def _changed(value: object) -> object:
 @pytest.mark.parametrize("name", METHODS)
 def test_numbers_are_changed_one_by_one(name: str) -> None:
     method = METHODS[name]
-    for own in fields(method.shaper) if method.shaper is not None else ():
-        value = getattr(method.shaper, own.name)
+    for own in fields(method.token_weighting) if method.token_weighting is not None else ():
+        value = getattr(method.token_weighting, own.name)
         if not isinstance(value, str):
             changed = get_method(name, **{own.name: _changed(value)})
-            assert changed == replace(method, shaper=replace(method.shaper, **{own.name: _changed(value)}))
+            assert changed == replace(method, token_weighting=replace(method.token_weighting, **{own.name: _changed(value)}))
             assert get_method(changed, **{own.name: value}) == method
     for setting in inspect.signature(CONTROLLERS[method.controller]).parameters.values() if method.controller else ():
         changed = get_method(name, **{setting.name: _changed(setting.default)})
         assert changed.controller_settings == {setting.name: _changed(setting.default)}
-        assert (changed.shaper, changed.config) == (method.shaper, method.config)
+        assert (changed.token_weighting, changed.config) == (method.token_weighting, method.config)
         assert make_controller(changed).state_dict()["settings"][setting.name] == _changed(setting.default)
     assert get_method(name, clip_high=0.123).config == replace(method.config, clip_high=0.123)
     assert get_method(name) is method
@@ -81,7 +81,7 @@ def test_numbers_are_changed_one_by_one(name: str) -> None:
 def test_no_number_has_two_owners() -> None:
     for method in METHODS.values():
         names = [f.name for f in fields(EAPOConfig)] + ["positive_weight"]
-        names += [f.name for f in fields(method.shaper)] if method.shaper else []
+        names += [f.name for f in fields(method.token_weighting)] if method.token_weighting else []
         names += list(inspect.signature(CONTROLLERS[method.controller]).parameters) if method.controller else []
         assert len(names) == len(set(names)), method.name
 
@@ -101,7 +101,7 @@ def test_a_method_of_ones_own_settings() -> None:
 
 
 def _extras(step: Step, wanted: frozenset[str]) -> dict[str, torch.Tensor]:
-    """Every tensor that a shaper may ask for."""
+    """Every tensor that a token_weighting may ask for."""
     n = len(step.ids)
     g = torch.Generator().manual_seed(7)
     coin = torch.rand(3, n, generator=g) > 0.5
@@ -152,13 +152,13 @@ def _steps() -> dict[str, Step]:
 
 def _shaped(step: Step, method: Method) -> TokenBatch:
     """As a trainer does it: the controller takes the step's entropy, then the weights are fixed."""
-    shaper = method.shaper
-    extras = _extras(step, shaper.needs | shaper.uses) if shaper is not None else {}
+    token_weighting = method.token_weighting
+    extras = _extras(step, token_weighting.needs | token_weighting.uses) if token_weighting is not None else {}
     controller = make_controller(method)
     if controller is not None and bool(step.valid.any()):
         controller.update(*observed_entropy(method, step.batch, step.stats, extras=extras))
     state = {} if controller is None else controller.values()
-    return shape_batch(method, step.batch, step.stats, state=state, extras=extras, progress=0.4, seed=1)
+    return weight_tokens(method, step.batch, step.stats, state=state, extras=extras, progress=0.4, seed=1)
 
 
 @pytest.mark.parametrize("case", _steps())
@@ -188,9 +188,9 @@ def test_runs_on_any_step(name: str, case: str) -> None:
 
 
 def test_as_many_tokens_as_responses_are_still_per_token() -> None:
-    """A micro-batch of B tokens: the weights of shape_batch stay the tokens'."""
+    """A micro-batch of B tokens: the weights of weight_tokens stay the tokens'."""
     step, method = make_step(), METHODS["steer"]
-    shaped = shape_batch(method, step.batch, step.stats)
+    shaped = weight_tokens(method, step.batch, step.stats)
     part = shaped.select(slice(5, 5 + len(SIZES)))
     torch.testing.assert_close(part.advantages, shaped.advantages[5 : 5 + len(SIZES)])
     ours = policy_loss(step.hidden[5:13], step.weight, part, method=method).loss
@@ -210,10 +210,10 @@ def test_the_order_of_the_responses_does_not_matter(name: str) -> None:
     b = step.batch.select(tokens)
     moved = replace(b, sequence_ids=new_number[b.sequence_ids], rewards=b.rewards[order], group_ids=10 - b.group_ids[order])
     stats = type(step.stats)(*(None if t is None else t[tokens] for t in step.stats))
-    extras = _extras(step, method.shaper.needs | method.shaper.uses)
-    state = {name: torch.tensor(0.9, dtype=torch.float64) for name in method.shaper.state}
-    ours = shape_batch(method, step.batch, step.stats, state=state, extras=extras, progress=0.3)
-    theirs = shape_batch(method, moved, stats, state=state, extras={k: v[tokens] for k, v in extras.items()}, progress=0.3)
+    extras = _extras(step, method.token_weighting.needs | method.token_weighting.uses)
+    state = {name: torch.tensor(0.9, dtype=torch.float64) for name in method.token_weighting.state}
+    ours = weight_tokens(method, step.batch, step.stats, state=state, extras=extras, progress=0.3)
+    theirs = weight_tokens(method, moved, stats, state=state, extras={k: v[tokens] for k, v in extras.items()}, progress=0.3)
     assert torch.equal(theirs.mask, ours.mask[tokens])
     for field in ("advantages", "entropy_coef", "ratio_penalty"):
         one, other = getattr(ours, field), getattr(theirs, field)
@@ -225,8 +225,8 @@ def test_the_order_of_the_responses_does_not_matter(name: str) -> None:
 def test_what_does_not_count_is_not_read(name: str) -> None:
     """NaN statistics and impossible response numbers at masked tokens change nothing."""
     step, method = make_step(binary=True), get_method(name, fixed_length=12)
-    extras = _extras(step, method.shaper.needs | method.shaper.uses)
-    state = {name: torch.tensor(0.9, dtype=torch.float64) for name in method.shaper.state}
+    extras = _extras(step, method.token_weighting.needs | method.token_weighting.uses)
+    state = {name: torch.tensor(0.9, dtype=torch.float64) for name in method.token_weighting.state}
 
     def spoiled(values: torch.Tensor) -> torch.Tensor:
         bad = {torch.bool: True, torch.int64: -1000}.get(values.dtype, float("nan"))
@@ -234,8 +234,8 @@ def test_what_does_not_count_is_not_read(name: str) -> None:
 
     stats = type(step.stats)(*(None if t is None else spoiled(t) for t in step.stats))
     batch = replace(step.batch, sequence_ids=spoiled(step.ids))
-    clean = shape_batch(method, step.batch, step.stats, state=state, extras=extras, progress=0.3)
-    dirty = shape_batch(method, batch, stats, state=state, extras={k: spoiled(v) for k, v in extras.items()}, progress=0.3)
+    clean = weight_tokens(method, step.batch, step.stats, state=state, extras=extras, progress=0.3)
+    dirty = weight_tokens(method, batch, stats, state=state, extras={k: spoiled(v) for k, v in extras.items()}, progress=0.3)
     for field in ("advantages", "entropy_coef", "ratio_penalty", "mask"):
         one, other = getattr(clean, field), getattr(dirty, field)
         assert (one is None) == (other is None)
@@ -255,10 +255,10 @@ class _NoHostReads(TorchDispatchMode):
 @pytest.mark.parametrize("name", SHAPED)
 def test_shaping_never_waits_for_the_device(name: str) -> None:
     step, method = make_step(binary=True), get_method(name, fixed_length=12)
-    extras = _extras(step, method.shaper.needs | method.shaper.uses)
-    state = {name: torch.tensor(0.9, dtype=torch.float64) for name in method.shaper.state}
+    extras = _extras(step, method.token_weighting.needs | method.token_weighting.uses)
+    state = {name: torch.tensor(0.9, dtype=torch.float64) for name in method.token_weighting.state}
     with _NoHostReads():
-        shaped = shape_batch(method, step.batch, step.stats, state=state, extras=extras, progress=0.3)
+        shaped = weight_tokens(method, step.batch, step.stats, state=state, extras=extras, progress=0.3)
         observed_entropy(method, step.batch, step.stats, extras=extras)
     assert shaped.advantages.any()
 
@@ -267,15 +267,15 @@ def test_shaping_never_waits_for_the_device(name: str) -> None:
 def test_shaping_stays_on_the_device_of_its_inputs(name: str) -> None:
     """Tensors without values (device "meta"): a CPU tensor among them raises. The controller's state may be on the CPU."""
     step, method = make_step(binary=True), get_method(name, fixed_length=12)
-    extras = _extras(step, method.shaper.needs | method.shaper.uses)
+    extras = _extras(step, method.token_weighting.needs | method.token_weighting.uses)
 
     def moved(values: dict[str, object]) -> dict[str, object]:
         return {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
     batch = replace(step.batch, **moved({f.name: getattr(step.batch, f.name) for f in fields(step.batch)}))
     stats = type(step.stats)(**moved(step.stats._asdict()))
-    state = {name: torch.tensor(0.9, dtype=torch.float64) for name in method.shaper.state}
-    shaped = shape_batch(method, batch, stats, state=state, extras=moved(extras), progress=0.3)
+    state = {name: torch.tensor(0.9, dtype=torch.float64) for name in method.token_weighting.state}
+    shaped = weight_tokens(method, batch, stats, state=state, extras=moved(extras), progress=0.3)
     assert shaped.advantages.device.type == "meta"
     for field in ("entropy_coef", "ratio_penalty", "mask"):
         value = getattr(shaped, field)
@@ -303,21 +303,21 @@ def test_shape_batch_says_what_is_missing() -> None:
         ({"advantages": torch.zeros(3)}, r"batch.advantages: expected .* \[8\] cpu, got float32 \[3\] cpu"),
     ):
         with pytest.raises(EapoError, match=message):
-            shape_batch(method, replace(step.batch, **change), step.stats)
+            weight_tokens(method, replace(step.batch, **change), step.stats)
     with pytest.raises(EapoError, match=r"stats.entropy: expected \[N\], got None"):
-        shape_batch(method, step.batch, step.stats._replace(entropy=None))
+        weight_tokens(method, step.batch, step.stats._replace(entropy=None))
     with pytest.raises(EapoError, match=r"extras.answer: expected bool \[80\] cpu, got float32 \[80\] cpu"):
-        shape_batch(method, step.batch, step.stats, extras={"answer": torch.zeros(80)})
+        weight_tokens(method, step.batch, step.stats, extras={"answer": torch.zeros(80)})
     with pytest.raises(EapoError, match=r"extras: expected names among .*, got answers"):
-        shape_batch(method, step.batch, step.stats, extras={"answers": step.valid})
+        weight_tokens(method, step.batch, step.stats, extras={"answers": step.valid})
     with pytest.raises(EapoError, match=r"progress: expected a finite number in \[0, 1\], got 1.5"):
-        shape_batch(method, step.batch, step.stats, progress=1.5)
+        weight_tokens(method, step.batch, step.stats, progress=1.5)
 
 
 def test_ready_advantages_take_the_place_of_the_configs() -> None:
     step = make_step()
     given = torch.arange(len(SIZES)).float() - 3.5
-    shaped = shape_batch(get_method("steer", lambda_min=1.0), replace(step.batch, advantages=given), step.stats)
+    shaped = weight_tokens(get_method("steer", lambda_min=1.0), replace(step.batch, advantages=given), step.stats)
     torch.testing.assert_close(shaped.advantages, torch.where(step.valid, given[step.ids], 0.0))
 
 

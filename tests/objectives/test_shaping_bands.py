@@ -9,7 +9,7 @@ import pytest
 import torch
 from shaped import SIZES, compare, group_normalised, make_step, of_policy
 
-from eapo_kernels import EapoError, get_method, shape_batch
+from eapo_kernels import EapoError, get_method, weight_tokens
 
 
 def _history(value: float) -> dict[str, torch.Tensor]:
@@ -98,7 +98,7 @@ def test_spine_first_version() -> None:
 def test_spine_of_all_tokens_without_hinges_is_grpo() -> None:
     """Every token a fork, betas 0."""
     step = make_step()
-    shaped = shape_batch(get_method("spine", fork="top", share=1.0, beta_low=0, beta_high=0), step.batch, step.stats)
+    shaped = weight_tokens(get_method("spine", fork="top", share=1.0, beta_low=0, beta_high=0), step.batch, step.stats)
     assert torch.equal(shaped.mask, step.valid)
     assert int(shaped.entropy_coef.count_nonzero()) == 0
     torch.testing.assert_close(shaped.advantages, torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0))
@@ -107,7 +107,7 @@ def test_spine_of_all_tokens_without_hinges_is_grpo() -> None:
 def test_spine_finds_no_fork_where_all_entropies_are_equal() -> None:
     step = make_step()
     flat = step.stats._replace(entropy=torch.full_like(step.stats.entropy, 0.4))
-    shaped = shape_batch(get_method("spine"), step.batch, flat)
+    shaped = weight_tokens(get_method("spine"), step.batch, flat)
     assert not shaped.mask.any()
     assert int(shaped.advantages.count_nonzero()) == 0
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from shaped import compare, group_normalised, make_step, of_policy
 
-from eapo_kernels import EapoError, get_method, make_controller, observed_entropy, shape_batch
+from eapo_kernels import EapoError, get_method, make_controller, observed_entropy, weight_tokens
 
 
 def _state(**values: float) -> dict[str, torch.Tensor]:
@@ -32,7 +32,7 @@ def test_entropic_at_its_target_is_its_base() -> None:
     method = get_method("entropic", target=float(total / count))
     controller = make_controller(method)
     controller.update(total, count)
-    shaped = shape_batch(method, step.batch, step.stats, state=controller.values())
+    shaped = weight_tokens(method, step.batch, step.stats, state=controller.values())
     expected = torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
     torch.testing.assert_close(shaped.advantages, expected)
 
@@ -82,9 +82,9 @@ def test_aepo() -> None:
 def test_aepo_without_marked_responses_is_grpo() -> None:
     step = make_step()
     expected = torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
-    torch.testing.assert_close(shape_batch(get_method("aepo"), step.batch, step.stats).advantages, expected)
+    torch.testing.assert_close(weight_tokens(get_method("aepo"), step.batch, step.stats).advantages, expected)
     none = {"reinforce": torch.zeros_like(step.valid)}
-    torch.testing.assert_close(shape_batch(get_method("aepo"), step.batch, step.stats, extras=none).advantages, expected)
+    torch.testing.assert_close(weight_tokens(get_method("aepo"), step.batch, step.stats, extras=none).advantages, expected)
 
 
 @pytest.mark.parametrize(("gap", "used"), [(0.03, 0.03), (-0.5, 0.1)])
@@ -107,9 +107,9 @@ def test_dcpo_without_a_correct_answer_or_at_its_target_is_grpo() -> None:
     step = make_step(binary=True)
     extras, h = {"tempered_logp": step.stats.logp + 0.1}, float(step.stats.entropy[step.valid].double().mean())
     wrong = replace(step.batch, rewards=torch.zeros_like(step.batch.rewards))
-    shaped = shape_batch(get_method("dcpo"), wrong, step.stats, state=_state(target=9.0), extras=extras)
+    shaped = weight_tokens(get_method("dcpo"), wrong, step.stats, state=_state(target=9.0), extras=extras)
     assert int(shaped.advantages.count_nonzero()) == 0
-    shaped = shape_batch(get_method("dcpo"), step.batch, step.stats, state=_state(target=h), extras=extras)
+    shaped = weight_tokens(get_method("dcpo"), step.batch, step.stats, state=_state(target=h), extras=extras)
     expected = torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
     torch.testing.assert_close(shaped.advantages, expected)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from shaped import clipped, compare, group_normalised, make_step
 
-from eapo_kernels import EapoError, get_method, policy_loss, shape_batch
+from eapo_kernels import EapoError, get_method, policy_loss, weight_tokens
 
 
 def _covariance(step):
@@ -25,11 +25,11 @@ def test_clip_cov() -> None:
     a, ok = group_normalised(step)[step.ids], step.valid
     cov = _covariance(step)
     candidates = (cov > 0.2) & (cov < 2.0) & ok
-    shaped = shape_batch(method, step.batch, step.stats, seed=3)
+    shaped = weight_tokens(method, step.batch, step.stats, seed=3)
     dropped = ok & (shaped.advantages == 0) & (a != 0)
     assert int(dropped.sum()) == min(int(0.1 * int(ok.sum())), int(candidates.sum())) > 1
     assert bool((candidates | ~dropped).all())
-    assert not torch.equal(dropped, ok & (shape_batch(method, step.batch, step.stats, seed=4).advantages == 0) & (a != 0))
+    assert not torch.equal(dropped, ok & (weight_tokens(method, step.batch, step.stats, seed=4).advantages == 0) & (a != 0))
 
     def loss(hidden, weight):
         ratio = (step.logp(hidden, weight) - step.old["logp"]).exp()
@@ -78,14 +78,14 @@ def test_steer(form: str) -> None:
 def test_steer_without_shaping_is_grpo_with_a_token_mean() -> None:
     """lambda_min = 1 weighs every token 1."""
     step = make_step(3)
-    shaped = shape_batch(get_method("steer", lambda_min=1.0), step.batch, step.stats)
+    shaped = weight_tokens(get_method("steer", lambda_min=1.0), step.batch, step.stats)
     expected = torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
     torch.testing.assert_close(shaped.advantages, expected)
 
 
 def test_a_shaped_method_refuses_an_unshaped_batch() -> None:
     step = make_step()
-    with pytest.raises(EapoError, match=r"batch.advantages: expected those of shape_batch with method 'steer', got None"):
+    with pytest.raises(EapoError, match=r"batch.advantages: expected those of weight_tokens with method 'steer', got None"):
         policy_loss(step.hidden, step.weight, step.batch, method="steer")
     with pytest.raises(EapoError, match=r"lambda_min: expected a finite number in \[0, 1\], got 2"):
         get_method("steer", lambda_min=2)
@@ -99,7 +99,7 @@ def test_kl_cov_on_policy_has_no_gradient_from_rounding() -> None:
     for noise in (1e-7, -1e-6):
         with torch.no_grad():
             old = step.logp(step.hidden, step.weight).float() + noise
-        shaped = replace(shape_batch(method, step.batch, step.stats), old_logp=old)
+        shaped = replace(weight_tokens(method, step.batch, step.stats), old_logp=old)
         plain = replace(shaped, ratio_penalty=None)
         gradients = []
         for batch in (shaped, plain):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from shaped import Step, compare, group_normalised, make_step, of_policy
 
-from eapo_kernels import EapoError, get_method, shape_batch
+from eapo_kernels import EapoError, get_method, weight_tokens
 
 
 def _parts(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def test_nothing_is_dropped_where_all_tokens_are_alike(name: str) -> None:
         p2=torch.full_like(step.stats.logp, 0.3),
         p2_logp=torch.full_like(step.stats.logp, -0.3),
     )
-    shaped = shape_batch(get_method(name, mu=0.0), step.batch, same)
+    shaped = weight_tokens(get_method(name, mu=0.0), step.batch, same)
     expected = torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
     torch.testing.assert_close(shaped.advantages, expected)
 
@@ -78,6 +78,6 @@ def test_what_they_refuse() -> None:
     with pytest.raises(EapoError, match="width: expected a finite number > 0, got 0"):
         get_method("papo_like", width=0)
     with pytest.raises(EapoError, match="stats, extras: expected second_moments with method 'clip_v', got no second_moments"):
-        shape_batch(get_method("clip_v"), step.batch, step.stats._replace(p2=None))
+        weight_tokens(get_method("clip_v"), step.batch, step.stats._replace(p2=None))
     with pytest.raises(EapoError, match="state: expected trend of controller 'entropy_trend' for method 'papo_like', got no"):
-        shape_batch(get_method("papo_like"), step.batch, step.stats)
+        weight_tokens(get_method("papo_like"), step.batch, step.stats)

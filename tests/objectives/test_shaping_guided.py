@@ -9,7 +9,7 @@ import pytest
 import torch
 from shaped import SIZES, compare, group_normalised, make_step, of_policy
 
-from eapo_kernels import EapoError, get_method, shape_batch
+from eapo_kernels import EapoError, get_method, weight_tokens
 
 
 def test_exchange_position() -> None:
@@ -29,7 +29,7 @@ def test_exchange_position() -> None:
 
 def test_exchange_position_of_alpha_zero_is_its_base() -> None:
     step = make_step()
-    shaped = shape_batch(get_method("exchange_position", alpha=0), step.batch, step.stats)
+    shaped = weight_tokens(get_method("exchange_position", alpha=0), step.batch, step.stats)
     torch.testing.assert_close(shaped.advantages, torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0))
 
 
@@ -51,7 +51,7 @@ def test_tea_rl() -> None:
 
 def test_tea_rl_with_a_bound_of_zero_is_its_base() -> None:
     step = make_step()
-    shaped = shape_batch(get_method("tea_rl", most=0), step.batch, step.stats)
+    shaped = weight_tokens(get_method("tea_rl", most=0), step.batch, step.stats)
     assert int(shaped.entropy_coef.count_nonzero()) == 0
 
 
@@ -95,7 +95,7 @@ def test_spear_without_a_buffer_is_grpo() -> None:
     step = make_step()
     expected = torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
     for extras in ({}, {"replayed": torch.zeros_like(step.valid)}):
-        shaped = shape_batch(get_method("spear"), step.batch, step.stats, extras=extras, progress=0.3)
+        shaped = weight_tokens(get_method("spear"), step.batch, step.stats, extras=extras, progress=0.3)
         torch.testing.assert_close(shaped.advantages, expected)
 
 
@@ -134,7 +134,7 @@ def test_the_forward_estimate_is_unbiased() -> None:
 def test_trace_without_marks_guides_all_tokens_of_correct_answers() -> None:
     step = make_step(binary=True)
     extras = {"teacher_logp": step.stats.logp}
-    shaped = shape_batch(get_method("trace"), step.batch, step.stats, extras=extras)
+    shaped = weight_tokens(get_method("trace"), step.batch, step.stats, extras=extras)
     correct = step.batch.rewards[step.ids] == 1
     expected = torch.where(correct, 1.0, group_normalised(step)[step.ids].float())
     torch.testing.assert_close(shaped.advantages, torch.where(step.valid, expected, 0.0))

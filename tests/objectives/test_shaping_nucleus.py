@@ -9,7 +9,7 @@ import pytest
 import torch
 from shaped import SIZES, Step, clipped, compare, make_step
 
-from eapo_kernels import EapoError, TokenStats, get_method, make_controller, observed_entropy, shape_batch
+from eapo_kernels import EapoError, TokenStats, get_method, make_controller, observed_entropy, weight_tokens
 
 TOP_P, BETA, LENGTH = 0.8, 0.7, 40
 
@@ -102,7 +102,7 @@ def test_the_first_step_sets_the_anchor_and_pulls_nowhere() -> None:
     torch.testing.assert_close(total / count, _mean_at_peaks(step, values, values))
     controller = make_controller(method)
     controller.update(total, count)
-    shaped = shape_batch(method, step.batch, step.stats, state=controller.values(), extras=extras)
+    shaped = weight_tokens(method, step.batch, step.stats, state=controller.values(), extras=extras)
     torch.testing.assert_close(shaped.entropy_coef, torch.zeros(len(step.ids)), atol=1e-9, rtol=0)
     controller.update(2 * total, count)
     torch.testing.assert_close(controller.values()["anchor"], total / count)
@@ -111,9 +111,9 @@ def test_the_first_step_sets_the_anchor_and_pulls_nowhere() -> None:
 def test_what_it_refuses() -> None:
     step, state = make_step(), {"anchor": torch.tensor(1.0)}
     with pytest.raises(EapoError, match="stats, extras: expected nucleus_entropy with method 'siren', got no nucleus_entropy"):
-        shape_batch(get_method("siren", fixed_length=9), step.batch, step.stats, state=state)
+        weight_tokens(get_method("siren", fixed_length=9), step.batch, step.stats, state=state)
     with pytest.raises(EapoError, match="state: expected anchor of controller 'anchor' for method 'siren', got no anchor"):
-        shape_batch(get_method("siren", fixed_length=9), step.batch, step.stats)
+        weight_tokens(get_method("siren", fixed_length=9), step.batch, step.stats)
     with pytest.raises(EapoError, match=r"peak_quantile: expected a finite number in \[0, 1\], got 80"):
         get_method("siren", peak_quantile=80)
     with pytest.raises(EapoError, match="anchor: expected a finite number >= 0, got -1"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from shaped import SIZES, by_response, compare, group_normalised, make_step, of_policy
 
-from eapo_kernels import EapoError, get_method, shape_batch
+from eapo_kernels import EapoError, get_method, weight_tokens
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def test_aepo_agentic() -> None:
 
 def test_aepo_agentic_without_strength_is_its_surrogate_alone() -> None:
     step = make_step()
-    shaped = shape_batch(get_method("aepo_agentic", strength=0.0), step.batch, step.stats)
+    shaped = weight_tokens(get_method("aepo_agentic", strength=0.0), step.batch, step.stats)
     expected = torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
     torch.testing.assert_close(shaped.advantages, expected)
 
@@ -67,7 +67,7 @@ def test_canon_of_equal_rewards_and_of_lonely_responses_is_zero() -> None:
     same = replace(step.batch, rewards=torch.full((len(SIZES),), 0.3))
     alone = replace(step.batch, group_ids=torch.arange(len(SIZES)))
     for batch in (same, alone):
-        shaped = shape_batch(get_method("canon", fixed_length=40), batch, step.stats)
+        shaped = weight_tokens(get_method("canon", fixed_length=40), batch, step.stats)
         torch.testing.assert_close(shaped.advantages, torch.zeros_like(shaped.advantages), atol=1e-7, rtol=0)
 
 
@@ -91,7 +91,7 @@ def test_pear_of_confident_thinking_is_grpo() -> None:
     """Entropy zero in the thinking: no penalty."""
     step = make_step(binary=True)
     sure = step.stats._replace(entropy=torch.zeros_like(step.stats.entropy))
-    shaped = shape_batch(get_method("pear"), step.batch, sure, extras={"answer": torch.zeros_like(step.valid)})
+    shaped = weight_tokens(get_method("pear"), step.batch, sure, extras={"answer": torch.zeros_like(step.valid)})
     expected = torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
     torch.testing.assert_close(shaped.advantages, expected)
 
@@ -121,7 +121,7 @@ def test_exchange_ppl(prefer: str) -> None:
 def test_exchange_ppl_of_equal_perplexities_is_its_base() -> None:
     step = make_step()
     flat = step.stats._replace(logp=torch.full_like(step.stats.logp, -0.7))
-    shaped = shape_batch(get_method("exchange_ppl"), step.batch, flat)
+    shaped = weight_tokens(get_method("exchange_ppl"), step.batch, flat)
     expected = torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
     torch.testing.assert_close(shaped.advantages, expected)
 
@@ -148,4 +148,4 @@ def test_methods_of_raw_rewards_refuse_ready_advantages(name: str) -> None:
     batch = replace(step.batch, advantages=torch.zeros(len(SIZES)))
     extras = {"answer": torch.zeros_like(step.valid)}
     with pytest.raises(EapoError, match=r"batch\.advantages: expected None with a method that makes its own of the rewards"):
-        shape_batch(get_method(name, fixed_length=9), batch, step.stats, extras=extras)
+        weight_tokens(get_method(name, fixed_length=9), batch, step.stats, extras=extras)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from shaped import SIZES, Step, compare, group_normalised, make_step, of_policy
 
-from eapo_kernels import EapoError, get_method, shape_batch
+from eapo_kernels import EapoError, get_method, weight_tokens
 
 TURNS = (0, 2, 5)  # the numbers of the turns: rising, not without gaps
 
@@ -65,8 +65,8 @@ def test_empg() -> None:
 def test_without_turns_a_response_is_one() -> None:
     step = make_step()
     for name in ("aem", "empg"):
-        alone = shape_batch(get_method(name), step.batch, step.stats)
-        zeros = shape_batch(get_method(name), step.batch, step.stats, extras={"turn_ids": torch.zeros_like(step.ids)})
+        alone = weight_tokens(get_method(name), step.batch, step.stats)
+        zeros = weight_tokens(get_method(name), step.batch, step.stats, extras={"turn_ids": torch.zeros_like(step.ids)})
         torch.testing.assert_close(alone.advantages, zeros.advantages)
 
 
@@ -74,9 +74,9 @@ def test_switched_off_they_are_their_base() -> None:
     """strength 0: AEM weighs 1. k and zeta 0: EMPG is the advantage minus its mean over responses."""
     step = make_step(2)
     base = group_normalised(step).float()
-    weighed = shape_batch(get_method("aem", strength=0.0), step.batch, step.stats)
+    weighed = weight_tokens(get_method("aem", strength=0.0), step.batch, step.stats)
     torch.testing.assert_close(weighed.advantages, torch.where(step.valid, base[step.ids], 0.0))
-    centred = shape_batch(get_method("empg", k=0.0, zeta=0.0), step.batch, step.stats)
+    centred = weight_tokens(get_method("empg", k=0.0, zeta=0.0), step.batch, step.stats)
     expected = torch.where(step.valid, (base - base.mean())[step.ids], 0.0)
     torch.testing.assert_close(centred.advantages, expected, atol=1e-6, rtol=1e-5)
 

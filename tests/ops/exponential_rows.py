@@ -1,4 +1,4 @@
-"""A chunk of the E form beside the float64 oracle: what the tests of its kernels share."""
+"""A chunk of the scaled-exponential form beside the float64 oracle: what the tests of its kernels share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eapo_kernels.ops.backend import LogitCotangents
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.triton.launch import product_tile
 from eapo_kernels.ops.triton.offsets import window
-from eapo_kernels.ops.triton.one_pass import ExpChunk
+from eapo_kernels.ops.triton.one_pass import ScaledExpChunk
 from eapo_kernels.testing import assert_no_worse_than, eager_token_stats
 
 
@@ -37,25 +37,25 @@ def oracle(p: Projection, targets: Tensor) -> tuple[Any, Tensor]:
     return stats, (one_hot - torch.softmax(raw * scale, 1)) * scale
 
 
-def run(p: Projection, targets: Tensor, hint: Tensor | None, **options: Any) -> tuple[Any, Tensor, int]:
+def run(p: Projection, targets: Tensor, logp_guess: Tensor | None, **options: Any) -> tuple[Any, Tensor, int]:
     """Statistics, d logp / d(raw logits), and the number of rows that were redone."""
-    chunk = ExpChunk(p, targets, hint, entropy=True, **options)
+    chunk = ScaledExpChunk(p, targets, logp_guess, entropy=True, **options)
     stats = chunk.statistics()
     gradient = chunk.gradient(LogitCotangents(torch.ones_like(stats.logp)))
     assert gradient.matrix.dtype == p.operand_dtype
     assert (gradient.matrix.gather(1, targets.unsqueeze(1)) == 0).all()
-    return stats, dense(gradient, targets), int(chunk.sums.n_listed)
+    return stats, dense(gradient, targets), int(chunk.sums.n_rescue)
 
 
 def floor(p: Projection) -> float:
     return 1e-5 if p.operand_dtype == torch.float32 else torch.finfo(p.operand_dtype).eps
 
 
-def check(p: Projection, targets: Tensor, hint: Tensor | None) -> int:
+def check(p: Projection, targets: Tensor, logp_guess: Tensor | None) -> int:
     """No worse than twice eager PyTorch in the inputs' dtype; the gradient is judged row by row. Returns the rows redone."""
     truth, gradient = oracle(p, targets)
     eager = eager_token_stats(p.hidden, p.weight, targets, bias=p.bias, **transform_of(p))
-    stats, got, redone = run(p, targets, hint)
+    stats, got, redone = run(p, targets, logp_guess)
     for name in ("logp", "entropy", "lse"):
         value = getattr(stats, name)
         assert value.dtype == torch.float32
@@ -70,17 +70,17 @@ def check(p: Projection, targets: Tensor, hint: Tensor | None) -> int:
     return redone
 
 
-def unsound(p: Projection, targets: Tensor, hint: Tensor | None, block_v: int | None = None) -> Tensor:
+def unsound(p: Projection, targets: Tensor, logp_guess: Tensor | None, block_v: int | None = None) -> Tensor:
     """[N] bool, the rows outside of their dtype's ``Window`` by float64. block_v: of the tiles, Triton's if None."""
-    limits, block_v = window(p.operand_dtype), block_v or product_tile("exp_gemm", p).block_v
+    limits, block_v = window(p.operand_dtype), block_v or product_tile("scaled_exp_gemm", p).block_v
     raw = p.hidden.double() @ p.weight.double().T
     raw = raw if p.bias is None else raw + p.bias.double()
     scale = p.row_scale()
     bits = raw * (scale.double().unsqueeze(1) if isinstance(scale, Tensor) else scale) / math.log(2)
     at = targets.unsqueeze(1)
-    below = torch.full_like(bits[:, 0], limits.bare)
-    if hint is not None:
-        below = torch.where(hint.isfinite(), hint.double() / math.log(2) + limits.hinted, below)
+    below = torch.full_like(bits[:, 0], limits.without_guess)
+    if logp_guess is not None:
+        below = torch.where(logp_guess.isfinite(), logp_guess.double() / math.log(2) + limits.with_guess, below)
     e = torch.exp2(bits - (bits.gather(1, at).squeeze(1) - below).unsqueeze(1))
     total = e.sum(1)
     sound = (total > limits.least) & (total < limits.most)

@@ -35,7 +35,7 @@ class Case:
         change: what is done to the inputs.
         frozen: the head needs no gradient.
         gathers, reductions: collectives of forward and backward together, on every process.
-        exponentials: the triton backend takes the E form for it.
+        exponentials: the triton backend takes the scaled-exponential form for it.
     """
 
     call: str

@@ -57,7 +57,7 @@ def test_devices_of_nearly_one_size_have_one_default_budget() -> None:
 
 @pytest.mark.parametrize(("n", "vocab", "rows"), [(8192, 128256, 4096), (8192, 151936, 2752), (8192, 262144, 1664)])
 def test_large_devices_get_long_chunks(n: int, vocab: int, rows: int) -> None:
-    """Of the E form: bf16, and 8 bytes of sums a tile."""
+    """Of the scaled-exponential form: bf16, and 8 bytes of sums a tile."""
     row_bytes = plans.padded(vocab) * 2 + 8 * -(-vocab // 256)
     plan = plans.one_pass(n, row_bytes, plans.default_budget(141 * 10**9))
     assert plan == plans.Plan("chunks", rows, 3)

@@ -36,7 +36,7 @@ def _work(rank: int, world: int, directory: str) -> None:
     """Every case on one set of processes: starting them takes longer than all the rest."""
     os.environ["TRITON_INTERPRET"] = "1"
     shard = VocabShard.of(dist.group.WORLD, torch.empty(SIZES[world][rank], 1))
-    assert (shard.start, shard.total, shard.widest) == (rows_of(rank, world).start, V, max(SIZES[world]))
+    assert (shard.start, shard.total, shard.max_shard_vocab) == (rows_of(rank, world).start, V, max(SIZES[world]))
     found = {}
     for name, backend in CALLS[world]:
         case = CASES[name]

@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer, no_tick
 
-from eapo_kernels import TokenStats, diagnostics, get_method, make_controller, observed_entropy, shape_batch
+from eapo_kernels import TokenStats, diagnostics, get_method, make_controller, observed_entropy, weight_tokens
 from trainer.config import Config
 from trainer.dataset import teacher_prompt
 from trainer.learning.batching import Answers, select
-from trainer.learning.experience import extra_evidence, final_answer, per_token, weigh
+from trainer.learning.experience import extra_statistics, final_answer, per_token, weigh
 from trainer.learning.measure import Wanted, measure, wanted_by
 from trainer.loop import train
 from trainer.models.policy import Policy
@@ -104,7 +104,7 @@ def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: 
     rollouts = Rollouts(answers.prompt_ids, answers.completion_ids, [torch.zeros(1)] * 12, [False] * 12)
     sampled = Sampled(rollouts, [""] * 12, columns, scores, [0] * 12, {"replayed": [i % 2 == 0 for i in range(12)]})
     config = replace(config, rollout=replace(config.rollout, temperature=TEMPERATURE))
-    found = extra_evidence(config, get_method("trace"), policy, sampled, answers, no_tick)
+    found = extra_statistics(config, get_method("trace"), policy, sampled, answers, no_tick)
     text = "user: what is n1 ?\n\nA correct answer: n2 n3\n\n assistant:"
     prompt = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
     shown = replace(answers, prompt_ids=[prompt] * 12)
@@ -112,7 +112,7 @@ def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: 
     expected = (dense(policy, shown) / TEMPERATURE).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(found["teacher_logp"].double(), expected, atol=3e-5, rtol=0)
     assert found["replayed"].tolist() == [i % 2 == 0 for i, ids in enumerate(answers.completion_ids) for _ in ids]
-    assert set(extra_evidence(config, get_method("pear"), policy, sampled, answers, no_tick)) == {"answer", "replayed"}
+    assert set(extra_statistics(config, get_method("pear"), policy, sampled, answers, no_tick)) == {"answer", "replayed"}
 
 
 def test_the_predicted_change_has_the_sign_of_a_small_steps(policy: Policy, answers: Answers) -> None:
@@ -204,7 +204,7 @@ def test_weights_are_those_of_shape_batch(policy: Policy, answers: Answers) -> N
             twin.update(*observed_entropy(method, plain, old.stats(), extras=extras))
             assert controller.values() == twin.values()
         state = twin.values() if twin else None
-        expected = shape_batch(method, plain, old.stats(), state=state, extras=extras, progress=0.75, seed=11)
+        expected = weight_tokens(method, plain, old.stats(), state=state, extras=extras, progress=0.75, seed=11)
         for field in ("advantages", "entropy_coef", "mask"):
             ours, theirs = getattr(experience.batch, field), getattr(expected, field)
             assert (ours is None) == (theirs is None)

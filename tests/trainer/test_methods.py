@@ -97,7 +97,7 @@ def test_a_methods_numbers_are_keys_of_its_section(tmp_path: Path) -> None:
     recipe.write_text('[loss]\nmethod = "steer"\nlambda_min = 0.5\nclip_high = 0.3\nform = "released"\n')
     config = parse_config(["--loss.lambda-min", "0.6", "--loss.dual_clip=None"], recipe=recipe)
     method = config.method()
-    assert (method.shaper.lambda_min, method.shaper.form) == (0.6, "released")  # type: ignore[union-attr]
+    assert (method.token_weighting.lambda_min, method.token_weighting.form) == (0.6, "released")  # type: ignore[union-attr]
     assert (method.config.clip_high, method.config.dual_clip) == (0.3, None)
     recipe.write_text(to_toml(config))
     assert parse_config([], recipe=recipe) == config

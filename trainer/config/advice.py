@@ -39,7 +39,7 @@ def advice(config: Config) -> list[str]:
 def advice_on_rewards(config: Config, rewards: Tensor) -> list[str]:
     """What to say after the first step. rewards: [B], those of its answers."""
     method = config.method()
-    bound = getattr(method.shaper, "correct_above", None)
+    bound = getattr(method.token_weighting, "correct_above", None)
     if bound is None or not len(rewards) or rewards.max() > bound:
         return []
     return [

@@ -80,7 +80,7 @@ def loss_numbers() -> frozenset[str]:
     names = {"positive_weight", *(item.name for item in fields(EAPOConfig))}
     for name, method in METHODS.items():
         names.update(hook_numbers(name))
-        names.update(item.name for item in (fields(method.shaper) if method.shaper else ()))
+        names.update(item.name for item in (fields(method.token_weighting) if method.token_weighting else ()))
         names.update(controller_fields(method.controller) if method.controller else ())
     return frozenset(names - {item.name for item in fields(LossConfig)})
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from eapo_kernels import Method, TokenBatch, diagnostics, observed_entropy, shape_batch
+from eapo_kernels import Method, TokenBatch, diagnostics, observed_entropy, weight_tokens
 from eapo_kernels.objectives.controllers import Controller
 
 from ..config import Config
@@ -63,8 +63,8 @@ def weigh(
         group_ids: [B] int64, equal for answers that are compared with each other.
         advantages: [B] fp32 in the place of the method's own, or None.
         ref_logp: [T] fp32, for a KL penalty.
-        extras: [T] each, as in ``shape_batch``.
-        progress, seed: as in ``shape_batch``.
+        extras: [T] each, as in ``weight_tokens``.
+        progress, seed: as in ``weight_tokens``.
     """
     device = old.logp.device
     targets = torch.tensor([token for ids in answers.completion_ids for token in ids], device=device)
@@ -84,7 +84,7 @@ def weigh(
     output = None
     if controller is not None:
         output = controller.update(*observed_entropy(method, batch, old.stats(), extras=extras))
-    shaped = shape_batch(
+    shaped = weight_tokens(
         method,
         batch,
         old.stats(),
@@ -116,14 +116,14 @@ def final_answer(answers: Answers, marker: str, tokenizer: PreTrainedTokenizerBa
     return torch.tensor(flags)
 
 
-def extra_evidence(
+def extra_statistics(
     config: Config, method: Method, policy: Policy, sampled: Sampled, answers: Answers, tick: Tick
 ) -> dict[str, Tensor]:
-    """What ``shape_batch`` takes as extras beside the measured statistics, [T] each: marks, answer mask, teacher's log-probs.
+    """What ``weight_tokens`` takes as extras beside the measured statistics, [T] each: marks, answer mask, teacher's log-probs.
 
     The teacher is the policy itself, asked with the reference answer before its eyes (``data.teacher_prompt``).
     """
-    needs = frozenset() if method.shaper is None else method.shaper.needs
+    needs = frozenset() if method.token_weighting is None else method.token_weighting.needs
     extras = {name: per_token(torch.tensor(flags), answers) for name, flags in sampled.marks.items()}
     if "answer" in needs:
         extras["answer"] = final_answer(answers, config.data.answer_marker, policy.tokenizer)

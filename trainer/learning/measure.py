@@ -37,7 +37,7 @@ class Measurement:
     nucleus_entropy: Tensor | None = None
 
     def stats(self) -> TokenStats:
-        """What ``shape_batch`` and the diagnostics take."""
+        """What ``weight_tokens`` and the diagnostics take."""
         return TokenStats(**{name: getattr(self, name) for name in TokenStats._fields})
 
 
@@ -64,7 +64,7 @@ def wanted_by(method: Method, *, tempered: float, diagnose: bool) -> Wanted:
 
     tempered: the factor to use where the method needs the log-probs at another temperature.
     """
-    needs = frozenset() if method.shaper is None else method.shaper.needs
+    needs = frozenset() if method.token_weighting is None else method.token_weighting.needs
     return Wanted(
         second_moments=diagnose or "second_moments" in needs,
         tempered=tempered if "tempered_logp" in needs else None,

@@ -71,7 +71,7 @@ class Controller:
         self._state = {name: torch.where(good, after[name], before[name]) for name in before}
 
     def values(self) -> dict[str, Tensor]:
-        """What shapers read as ``state``: 0-dim fp64 tensors by name."""
+        """What token weightings read as ``state``: 0-dim fp64 tensors by name."""
         return dict(self._state)
 
     def metrics(self) -> dict[str, Tensor]:

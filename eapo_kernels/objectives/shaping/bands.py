@@ -14,8 +14,8 @@ from ...errors import require
 from ..config import EAPOConfig
 from ..grouping import Partition
 from ..method import Method
-from .evidence import Evidence, Shaped
-from .shaper import Shaper
+from .step_stats import StepStats, TokenWeights
+from .token_weighting import TokenWeighting
 
 
 def outside(entropy: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def outside(entropy: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Epo(Shaper):
+class Epo(TokenWeighting):
     """Bonus coef (H_t - slope (relu(low Hbar - H_t) + relu(H_t - high Hbar))), Hbar the mean entropy of the steps so far.
 
     The paper's penalty is a constant outside the band: its gradient is zero, so that in the authors' code only the bonus acts.
@@ -64,15 +64,15 @@ class Epo(Shaper):
             return 1 - 0.2 * (1 - math.exp(-4 * progress))
         return 0.8 * math.exp(-3 * (2 * progress - 1))
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        history = evidence.state["history"]
-        below, above = outside(evidence.entropy.double(), self.low * history, self.high * history)
-        slope = 0.0 if self.form == "released" else self.slope * self.weight(evidence.progress)
-        return Shaped(evidence.token_advantages(), entropy_coef=self.coef * (1 + slope * (below - above)))
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        history = step_stats.state["history"]
+        below, above = outside(step_stats.entropy.double(), self.low * history, self.high * history)
+        slope = 0.0 if self.form == "released" else self.slope * self.weight(step_stats.progress)
+        return TokenWeights(step_stats.token_advantages(), entropy_coef=self.coef * (1 + slope * (below - above)))
 
 
 @dataclass(frozen=True)
-class Spine(Shaper):
+class Spine(TokenWeighting):
     """Only forks, tokens of high entropy, are learned from; hinges draw their entropy into a band.
 
         + beta_low relu(low - H_t) + beta_high relu(H_t - high)    on forks
@@ -100,32 +100,32 @@ class Spine(Shaper):
             require_number(name, getattr(self, name), 0)
         require(0 < self.share <= 1, "share", "a number in (0, 1]", self.share)
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        entropy = evidence.entropy.double()
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        entropy = step_stats.entropy.double()
         if self.fork == "otsu":
-            forks = evidence.valid & (entropy > otsu_threshold(evidence))
-            together = Partition(torch.zeros_like(evidence.sequence_ids), forks)
+            forks = step_stats.valid & (entropy > otsu_threshold(step_stats))
+            together = Partition(torch.zeros_like(step_stats.sequence_ids), forks)
             high = together.quantile(entropy, 0.5)
             low = high - 1.4826 * together.quantile((entropy - high).abs(), 0.5)
         else:
-            together = Partition(torch.zeros_like(evidence.sequence_ids), evidence.valid)
-            forks = evidence.valid & (entropy >= together.quantile(entropy, 1 - self.share))
-            own = evidence.by_sequence(forks)
+            together = Partition(torch.zeros_like(step_stats.sequence_ids), step_stats.valid)
+            forks = step_stats.valid & (entropy >= together.quantile(entropy, 1 - self.share))
+            own = step_stats.by_sequence(forks)
             low, high = own.quantile(entropy, 0.1), own.quantile(entropy, 0.5)
         below, above = outside(entropy, low, high)
         coefficient = torch.where(forks, self.beta_low * below - self.beta_high * above, 0.0)
-        return Shaped(evidence.token_advantages(), entropy_coef=coefficient, keep=forks)
+        return TokenWeights(step_stats.token_advantages(), entropy_coef=coefficient, keep=forks)
 
 
-def otsu_threshold(evidence: Evidence, bins: int = 100) -> Tensor:
+def otsu_threshold(step_stats: StepStats, bins: int = 100) -> Tensor:
     """0-dim fp64 (nats): the bin edge that parts the entropies with the largest variance between the parts (Otsu 1979).
 
     inf where all entropies are equal: nothing lies above.
     """
-    low, high = evidence.smallest(evidence.entropy).double(), evidence.largest(evidence.entropy).double()
+    low, high = step_stats.smallest(step_stats.entropy).double(), step_stats.largest(step_stats.entropy).double()
     width = (high - low) / bins
-    place = ((evidence.entropy - low) / width.clamp_min(1e-30)).long().clamp(0, bins - 1)
-    counts = torch.zeros(bins, dtype=torch.float64, device=place.device).index_add_(0, place, evidence.valid.double())
+    place = ((step_stats.entropy - low) / width.clamp_min(1e-30)).long().clamp(0, bins - 1)
+    counts = torch.zeros(bins, dtype=torch.float64, device=place.device).index_add_(0, place, step_stats.valid.double())
     weight = counts / counts.sum().clamp_min(1)
     centres = torch.arange(bins, dtype=torch.float64, device=place.device) + 0.5
     mass, moment = weight.cumsum(0), (weight * centres).cumsum(0)
@@ -140,7 +140,7 @@ METHODS = (
         "epo",
         EAPOConfig(),
         controller="entropy_history",
-        shaper=Epo(),
+        token_weighting=Epo(),
         source="2509.22576",
         summary="Entropy bonus, and a band around the mean entropy of the past that tokens are drawn back into.",
         formula="c_t = coef (1 + slope ([H_t < 0.8 Hbar] - [H_t > 1.2 Hbar])), Hbar = mean over the steps so far",
@@ -148,7 +148,7 @@ METHODS = (
     Method(
         "spine",
         EAPOConfig(reduction="seq_mean_token_mean"),
-        shaper=Spine(),
+        token_weighting=Spine(),
         source="2511.17938",
         summary="Only tokens where the answer forks are learned from, and their entropy is kept in a band.",
         formula="mask = H > Otsu; c_t = b_low [H < low] - b_high [H > high], band = [median - 1.4826 MAD, median] of forks",

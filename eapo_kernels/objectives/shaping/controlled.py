@@ -12,12 +12,12 @@ from ...checks import require_choice, require_number
 from ...errors import require
 from ..config import EAPOConfig
 from ..method import Method
-from .evidence import Evidence, Shaped
-from .shaper import Shaper
+from .step_stats import StepStats, TokenWeights
+from .token_weighting import TokenWeighting
 
 
 @dataclass(frozen=True)
-class Entropic(Shaper):
+class Entropic(TokenWeighting):
     """(1 + alpha) A where A > 0, (1 - alpha) A where A < 0: alpha, the controller's, is positive where entropy is too high.
 
     Attributes:
@@ -32,16 +32,16 @@ class Entropic(Shaper):
         if self.bound is not None:
             require_number("bound", self.bound, 0)
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        advantages = evidence.token_advantages()
-        alpha = evidence.state["alpha"]
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        advantages = step_stats.token_advantages()
+        alpha = step_stats.state["alpha"]
         if self.bound is not None:
             alpha = alpha.clamp(-self.bound, self.bound)
-        return Shaped((1 + alpha * advantages.sign()) * advantages)
+        return TokenWeights((1 + alpha * advantages.sign()) * advantages)
 
 
 @dataclass(frozen=True)
-class Entrocraft(Shaper):
+class Entrocraft(TokenWeighting):
     """Entropy above the band: only responses with A >= 0 are learned from; below it: only those with A <= 0; inside: all.
 
     The others leave the batch. The band moves from its first to its last bounds over the training. ``form="released"`` is the
@@ -79,23 +79,23 @@ class Entrocraft(Shaper):
             self.high_first + (self.high_last - self.high_first) * done,
         )
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        advantages, entropy = evidence.token_advantages(), evidence.mean(evidence.entropy)
-        low, high = self.band(evidence.progress)
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        advantages, entropy = step_stats.token_advantages(), step_stats.mean(step_stats.entropy)
+        low, high = self.band(step_stats.progress)
         above, below = entropy > high, entropy < low
         if self.form == "paper":
             side = above.float() - below.float()
-            return Shaped(advantages, keep=side * advantages >= 0)
-        raw = evidence.per_token(evidence.rewards)
+            return TokenWeights(advantages, keep=side * advantages >= 0)
+        raw = step_stats.per_token(step_stats.rewards)
         outside = torch.where(above, raw.clamp_min(0), raw.clamp_max(0))
-        return Shaped(torch.where(above | below, outside, advantages))
+        return TokenWeights(torch.where(above | below, outside, advantages))
 
 
 METHODS = (
     Method(
         "entrocraft",
         EAPOConfig(),
-        shaper=Entrocraft(),
+        token_weighting=Entrocraft(),
         source="2604.26326",
         summary="Where the entropy leaves a moving band, the responses that would drive it further are left out.",
         formula="keep i where m A_i >= 0, m = [H > high(u)] - [H < low(u)]",
@@ -104,7 +104,7 @@ METHODS = (
         "entropic",
         EAPOConfig(),
         controller="proportional_integral",
-        shaper=Entropic(),
+        token_weighting=Entropic(),
         source="EntroPIC, as re-implemented beside 2604.26326",
         summary="A proportional-integral controller weighs positives against negatives to hold the entropy at a set point.",
         formula="w = 1 + alpha where A > 0, 1 - alpha where A < 0; alpha_k = kp (H_k - H*) + ki sum_{j<k} (H_j - H*)",

@@ -48,7 +48,7 @@ def gather_step(
     """Collect a step's ragged batches from all ranks of ``group``; every rank returns the same tensors.
 
         whole = gather_step(batch, stats, extras)
-        shaped = shape_batch(method, whole.batch, whole.stats, extras=whole.extras, ...)
+        shaped = weight_tokens(method, whole.batch, whole.stats, extras=whole.extras, ...)
         loss = policy_loss(hidden, weight, shaped.select(whole.own), ...)     # or any part of ``own``
 
     The denominator is this rank's as given: count it from the whole. Gradients of the ranks then *add up* to the whole's (a

@@ -11,12 +11,12 @@ from torch import Tensor
 from ...checks import require_number
 from ..config import EAPOConfig
 from ..method import Method
-from .evidence import Evidence, Shaped
-from .shaper import Shaper
+from .step_stats import StepStats, TokenWeights
+from .token_weighting import TokenWeighting
 
 
 @dataclass(frozen=True)
-class Siren(Shaper):
+class Siren(TokenWeighting):
     """beta (Hbar - Hanchor)^2, Hbar the mean over responses of the mean nucleus entropy over the response's peaks.
 
     Peaks: the tokens above the response's own quantile of the nucleus entropy. The gradient is that of
@@ -39,24 +39,24 @@ class Siren(Shaper):
         require_number("beta", self.beta, 0)
         require_number("peak_quantile", self.peak_quantile, 0, 1)
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        share, mean = self._peaks(evidence)
-        pull = -2 * self.beta * (mean - evidence.state["anchor"])
-        coefficient = pull * share / torch.where(evidence.valid, evidence.scale.double(), 1.0)
-        return Shaped(evidence.token_advantages(), entropy_coef=coefficient)
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        share, mean = self._peaks(step_stats)
+        pull = -2 * self.beta * (mean - step_stats.state["anchor"])
+        coefficient = pull * share / torch.where(step_stats.valid, step_stats.scale.double(), 1.0)
+        return TokenWeights(step_stats.token_advantages(), entropy_coef=coefficient)
 
-    def observed(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
+    def observed(self, step_stats: StepStats) -> tuple[Tensor, Tensor]:
         """Hbar times the number of responses, and that number."""
-        responses = (evidence.lengths() > 0).sum().double()
-        return self._peaks(evidence)[1] * responses, responses
+        responses = (step_stats.lengths() > 0).sum().double()
+        return self._peaks(step_stats)[1] * responses, responses
 
-    def _peaks(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
+    def _peaks(self, step_stats: StepStats) -> tuple[Tensor, Tensor]:
         """[N] fp64 what a token adds to Hbar per nat, and Hbar (0-dim fp64); a response without a peak adds zero."""
-        assert evidence.nucleus_entropy is not None
-        values = evidence.nucleus_entropy.double()
-        peak = evidence.valid & (values > evidence.by_sequence().quantile(values, self.peak_quantile))
-        responses = (evidence.lengths() > 0).sum().clamp_min(1)
-        share = torch.where(peak, 1 / (evidence.by_sequence(peak).counts.clamp_min(1) * responses), 0.0)
+        assert step_stats.nucleus_entropy is not None
+        values = step_stats.nucleus_entropy.double()
+        peak = step_stats.valid & (values > step_stats.by_sequence().quantile(values, self.peak_quantile))
+        responses = (step_stats.lengths() > 0).sum().clamp_min(1)
+        share = torch.where(peak, 1 / (step_stats.by_sequence(peak).counts.clamp_min(1) * responses), 0.0)
         return share, (share * values).sum()
 
 
@@ -65,7 +65,7 @@ METHODS = (
         "siren",
         EAPOConfig(advantage="group_mean", reduction="fixed_length", clip_low=0.28, clip_high=0.28, entropy_top_p=0.8),
         controller="anchor",
-        shaper=Siren(),
+        token_weighting=Siren(),
         source="2509.25133",
         summary="The nucleus entropy at each response's most uncertain tokens is drawn back to what it was at the first step.",
         formula="+ beta (Hbar - Hbar_1)^2, Hbar = mean over responses of the mean nucleus entropy of its top 20 % tokens",

@@ -13,12 +13,12 @@ from ...errors import require
 from ..config import EAPOConfig
 from ..method import Method
 from .covariance import ClipCov
-from .evidence import Evidence, Shaped
-from .shaper import Shaper
+from .step_stats import StepStats, TokenWeights
+from .token_weighting import TokenWeighting
 
 
 @dataclass(frozen=True)
-class Spear(Shaper):
+class Spear(TokenWeighting):
     """L = mean over fresh tokens + ramp * mean over replayed tokens, Clip-Cov on the replayed.
 
     ramp = coef (1 - cos(pi u / u_full)) / 2 up to u_full, coef afterwards; u is the share of the training that is done. Both
@@ -50,25 +50,25 @@ class Spear(Shaper):
         """Weight of the replayed part at this share of the training."""
         return self.coef * 0.5 * (1 - math.cos(math.pi * min(progress / self.full_at, 1.0)))
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        advantages = evidence.token_advantages()
-        if evidence.replayed is None:
-            return Shaped(advantages)
-        old = evidence.valid & evidence.replayed
-        dropped = ClipCov(self.ratio, self.low, self.high).dropped(evidence, advantages, old)
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        advantages = step_stats.token_advantages()
+        if step_stats.replayed is None:
+            return TokenWeights(advantages)
+        old = step_stats.valid & step_stats.replayed
+        dropped = ClipCov(self.ratio, self.low, self.high).dropped(step_stats, advantages, old)
         imitated = torch.where(dropped, 0.0, advantages.clamp_min(0))
-        scale = torch.where(evidence.valid, evidence.scale.double(), 0.0)
+        scale = torch.where(step_stats.valid, step_stats.scale.double(), 0.0)
         parts = {part: scale.sum() / torch.where(mask, scale, 0.0).sum().clamp_min(1e-30) for part, mask in
-                 (("fresh", evidence.valid & ~old), ("old", old))}  # fmt: skip
-        ramp = self.ramp(evidence.progress)
-        return Shaped(torch.where(old, ramp * parts["old"] * imitated, parts["fresh"] * advantages))
+                 (("fresh", step_stats.valid & ~old), ("old", old))}  # fmt: skip
+        ramp = self.ramp(step_stats.progress)
+        return TokenWeights(torch.where(old, ramp * parts["old"] * imitated, parts["fresh"] * advantages))
 
 
 METHODS = (
     Method(
         "spear",
         EAPOConfig(),
-        shaper=Spear(),
+        token_weighting=Spear(),
         source="2509.22601",
         summary="GRPO plus imitation of good earlier responses, faded in, with Clip-Cov; the buffer is the trainer's.",
         formula="L_fresh + (1 - cos(pi u / u_full)) / 2 L_replay; w_t = 0 on a random 2 % of replayed tokens with 2 < cov < 60",

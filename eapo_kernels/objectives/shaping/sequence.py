@@ -11,15 +11,15 @@ from ...checks import require_choice, require_number
 from ..config import EAPOConfig
 from ..grouping import Partition
 from ..method import Method
-from .evidence import Evidence, Shaped
-from .shaper import Shaper
+from .step_stats import StepStats, TokenWeights
+from .token_weighting import TokenWeighting
 
 _FLAT = 1e-6
 """Standard deviations (nats) below this count as no spread."""
 
 
 @dataclass(frozen=True)
-class AepoAgentic(Shaper):
+class AepoAgentic(TokenWeighting):
     """A_t (1 + strength (H_t - mean H) / std H), mean and population std over all valid tokens. With surrogate "balanced_clip".
 
     Attributes:
@@ -32,14 +32,14 @@ class AepoAgentic(Shaper):
     def __post_init__(self) -> None:
         require_number("strength", self.strength)
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        entropy, std = evidence.entropy.double(), evidence.std(evidence.entropy)
-        z = torch.where(std > _FLAT, (entropy - evidence.mean(entropy)) / std.clamp_min(_FLAT), 0.0)
-        return Shaped((1 + self.strength * z) * evidence.token_advantages())
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        entropy, std = step_stats.entropy.double(), step_stats.std(step_stats.entropy)
+        z = torch.where(std > _FLAT, (entropy - step_stats.mean(entropy)) / std.clamp_min(_FLAT), 0.0)
+        return TokenWeights((1 + self.strength * z) * step_stats.token_advantages())
 
 
 @dataclass(frozen=True)
-class Canon(Shaper):
+class Canon(TokenWeighting):
     """Each group is halved by the responses' mean entropy; a response is measured against the other half and its own.
 
         high half: inter (r - alpha mean_low) + (1 - inter)(r - mean_high)
@@ -64,20 +64,20 @@ class Canon(Shaper):
         require_number("alpha", self.alpha, 0)
         require_choice("split_by", self.split_by, ("entropy", "length"))
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        groups, rewards = Partition(evidence.group_ids), evidence.raw_rewards().double()
-        by = evidence.sequence_mean(evidence.entropy) if self.split_by == "entropy" else evidence.lengths()
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        groups, rewards = Partition(step_stats.group_ids), step_stats.raw_rewards().double()
+        by = step_stats.sequence_mean(step_stats.entropy) if self.split_by == "entropy" else step_stats.lengths()
         high = groups.rank(by) >= (groups.counts / 2).floor()
         halves = {True: high, False: ~high}
         mean = {k: groups.sum(torch.where(v, rewards, 0.0)) / groups.sum(v.double()).clamp_min(1) for k, v in halves.items()}
         from_high = self.inter * (rewards - self.alpha * mean[False]) + (1 - self.inter) * (rewards - mean[True])
         from_low = self.inter * (self.alpha * rewards - mean[True]) + (1 - self.inter) * (rewards - mean[False])
         advantages = torch.where(groups.counts > 1, torch.where(high, from_high, from_low), 0.0)
-        return Shaped(evidence.per_token(advantages))
+        return TokenWeights(step_stats.per_token(advantages))
 
 
 @dataclass(frozen=True)
-class Pear(Shaper):
+class Pear(TokenWeighting):
     """A correct response's reward loses the entropy of its thinking: min(1, success - P), P = max(0, H_think - alpha H_answer).
 
     H_think and H_answer are means over the tokens before and in the final answer; a response without a final answer is all
@@ -101,20 +101,20 @@ class Pear(Shaper):
         for name in ("alpha", "success", "failure", "correct_above"):
             require_number(name, getattr(self, name))
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        assert evidence.answer is not None
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        assert step_stats.answer is not None
         phases = {}
-        for name, phase in (("think", ~evidence.answer), ("answer", evidence.answer)):
-            total = evidence.sequence_sum(torch.where(phase, evidence.entropy, 0.0))
-            phases[name] = total / evidence.sequence_sum(phase.float()).clamp_min(1)
+        for name, phase in (("think", ~step_stats.answer), ("answer", step_stats.answer)):
+            total = step_stats.sequence_sum(torch.where(phase, step_stats.entropy, 0.0))
+            phases[name] = total / step_stats.sequence_sum(phase.float()).clamp_min(1)
         penalty = (phases["think"] - self.alpha * phases["answer"]).clamp_min(0)
-        correct = evidence.raw_rewards() > self.correct_above
+        correct = step_stats.raw_rewards() > self.correct_above
         rewards = torch.where(correct, (self.success - penalty).clamp_max(1), self.failure)
-        return Shaped(evidence.per_token(evidence.estimator(rewards).float()))
+        return TokenWeights(step_stats.per_token(step_stats.estimator(rewards).float()))
 
 
 @dataclass(frozen=True)
-class ExchangePpl(Shaper):
+class ExchangePpl(TokenWeighting):
     """A clamp(1 - alpha s, low, high), s the group's z-score of a response's mean surprisal (log perplexity).
 
     Mean and population standard deviation of the group are taken without the responses beyond 1.5 interquartile ranges; a
@@ -139,8 +139,8 @@ class ExchangePpl(Shaper):
         require_number("high", self.high, self.low)
         require_choice("prefer", self.prefer, ("low", "high"))
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        surprisal, groups = -evidence.sequence_mean(evidence.logp).double(), Partition(evidence.group_ids)
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        surprisal, groups = -step_stats.sequence_mean(step_stats.logp).double(), Partition(step_stats.group_ids)
         lower, upper = groups.quantile(surprisal, 0.25), groups.quantile(surprisal, 0.75)
         reach = 1.5 * (upper - lower)
         ordinary = ((surprisal >= lower - reach) & (surprisal <= upper + reach)).double()
@@ -150,14 +150,14 @@ class ExchangePpl(Shaper):
         s = (surprisal - mean) / torch.where(std > _FLAT, std, 1.0)
         sign = 1 if self.prefer == "low" else -1
         weight = (1 - sign * self.alpha * s).clamp(self.low, self.high)
-        return Shaped(evidence.per_token(weight * evidence.advantages()))
+        return TokenWeights(step_stats.per_token(weight * step_stats.advantages()))
 
 
 METHODS = (
     Method(
         "aepo_agentic",
         EAPOConfig(surrogate="balanced_clip", clip_high=0.28, dual_clip=3.0),
-        shaper=AepoAgentic(),
+        token_weighting=AepoAgentic(),
         source="2510.14545",
         summary="Uncertain tokens count more, positive tokens far above the old policy keep a bounded gradient; branching the "
         "rollouts is the trainer's.",
@@ -167,7 +167,7 @@ METHODS = (
     Method(
         "canon",
         EAPOConfig(advantage="group_mean", reduction="fixed_length"),
-        shaper=Canon(),
+        token_weighting=Canon(),
         source="2509.23962",
         summary="Halves of the group, parted by entropy, are each other's baseline (set fixed_length; the authors' is 8192).",
         formula="high half: r - alpha mean r of the low half; low half: alpha r - mean r of the high half (inter = 1)",
@@ -175,7 +175,7 @@ METHODS = (
     Method(
         "pear",
         EAPOConfig(reduction="seq_mean_token_mean"),
-        shaper=Pear(),
+        token_weighting=Pear(),
         source="2510.08026",
         summary="Correct answers are worth less the more uncertain the thinking before them was.",
         formula="r = min(1, s - max(0, H_think - alpha H_answer)) where correct; then GRPO",
@@ -184,7 +184,7 @@ METHODS = (
     Method(
         "exchange_ppl",
         EAPOConfig(),
-        shaper=ExchangePpl(),
+        token_weighting=ExchangePpl(),
         source="2508.02260",
         summary="Responses that the policy finds probable, compared with their group, count a little more.",
         formula="A clamp(1 - 0.01 s, 0.8, 1.2), s = z-score in the group of -mean_t log p",

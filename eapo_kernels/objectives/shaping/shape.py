@@ -14,8 +14,8 @@ from ...errors import require
 from ...types import TokenBatch, TokenStats
 from ..advantages import ADVANTAGES
 from ..reductions import REDUCTIONS, Counts
-from .evidence import Evidence
-from .shaper import MARKS, STATISTICS, token_entropy
+from .step_stats import StepStats
+from .token_weighting import MARKS, STATISTICS, token_entropy
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -25,7 +25,7 @@ _EXTRAS = (*(name for name in STATISTICS if name != "second_moments"), *MARKS)
 
 
 @torch.no_grad()
-def shape_batch(
+def weight_tokens(
     method: Method,
     batch: TokenBatch,
     stats: TokenStats,
@@ -38,12 +38,12 @@ def shape_batch(
     """Fix the weights of every token for a whole step, before it is cut into micro-batches.
 
     Args:
-        method: with a shaper; a method without one gets its batch back.
+        method: with a token_weighting; a method without one gets its batch back.
         batch: all responses of the step (of all ranks), with rewards and group_ids; a response's tokens in order. Advantages
             [B] that it brings along take the place of the config's.
-        stats: the old policy's statistics of the same tokens, with what ``method.shaper.needs``.
-        state: the controller's numbers, ``controller.values()``, for shapers that read them.
-        extras: further tensors [N] by name, see ``Evidence``: tempered_logp, nucleus_entropy, teacher_logp (floats), answer,
+        stats: the old policy's statistics of the same tokens, with what ``method.token_weighting.needs``.
+        state: the controller's numbers, ``controller.values()``, for token weightings that read them.
+        extras: further tensors [N] by name, see ``StepStats``: tempered_logp, nucleus_entropy, teacher_logp (floats), answer,
             reinforce, replayed, spans (bool), turn_ids (int64). What a method does not read is ignored.
         progress: share of the training that is done, in [0, 1].
         seed: for methods that draw at random: the same on all ranks, another each step.
@@ -54,17 +54,17 @@ def shape_batch(
         ``loss_denominator`` of this batch, not of the one that went in.
 
     Raises:
-        EapoError, ShapeError: something the shaper needs is missing or does not fit.
+        EapoError, ShapeError: something the token_weighting needs is missing or does not fit.
     """
-    shaper = method.shaper
-    if shaper is None:
+    token_weighting = method.token_weighting
+    if token_weighting is None:
         return batch
-    missing = sorted(shaper.state - set(state or {}))
-    expected = f"{', '.join(sorted(shaper.state))} of controller {method.controller!r} for method {method.name!r}"
+    missing = sorted(token_weighting.state - set(state or {}))
+    expected = f"{', '.join(sorted(token_weighting.state))} of controller {method.controller!r} for method {method.name!r}"
     require(not missing, "state", expected, f"no {', '.join(missing)}")
-    evidence = _evidence(method, batch, stats, extras, state, progress, seed)
-    shaped = shaper(evidence)
-    keep = evidence.valid if shaped.keep is None else evidence.valid & shaped.keep
+    step_stats = _step_stats(method, batch, stats, extras, state, progress, seed)
+    shaped = token_weighting(step_stats)
+    keep = step_stats.valid if shaped.keep is None else step_stats.valid & shaped.keep
 
     def kept(values: Tensor | None, otherwise: Tensor | None) -> Tensor | None:
         return otherwise if values is None else torch.where(keep, values, 0.0).float()
@@ -86,13 +86,13 @@ def observed_entropy(
     """What the method's controller is updated with once a step: ``controller.update(*observed_entropy(...))``.
 
     A sum (nats) and a count, 0-dim fp64: add both over ranks first. For most methods the entropies of all tokens that count;
-    SIREN watches those of its peaks. Arguments and errors as in ``shape_batch``.
+    SIREN watches those of its peaks. Arguments and errors as in ``weight_tokens``.
     """
-    evidence = _evidence(method, batch, stats, extras, None, 0.0, 0)
-    return token_entropy(evidence) if method.shaper is None else method.shaper.observed(evidence)
+    step_stats = _step_stats(method, batch, stats, extras, None, 0.0, 0)
+    return token_entropy(step_stats) if method.token_weighting is None else method.token_weighting.observed(step_stats)
 
 
-def _evidence(
+def _step_stats(
     method: Method,
     batch: TokenBatch,
     stats: TokenStats,
@@ -100,8 +100,8 @@ def _evidence(
     state: Mapping[str, Tensor] | None,
     progress: float,
     seed: int,
-) -> Evidence:
-    """The checked evidence, with zeros at the tokens that do not count."""
+) -> StepStats:
+    """The checked step_stats, with zeros at the tokens that do not count."""
     extras, tokens, of = dict(extras or {}), tuple(batch.targets.shape), f"with method {method.name!r}"
     require(batch.rewards is not None, "batch.rewards", f"[B] {of}", None)
     require(batch.group_ids is not None, "batch.group_ids", f"[B] {of}", None)
@@ -116,10 +116,12 @@ def _evidence(
         require_tensor("batch.advantages", batch.advantages, size, FLOATS, batch.targets)
     unknown = sorted(set(extras) - set(_EXTRAS))
     require(not unknown, "extras", f"names among {', '.join(_EXTRAS)}", ", ".join(unknown))
-    if method.shaper is not None:
+    if method.token_weighting is not None:
         given = {"second_moments"} if stats.p2 is not None and stats.p2_logp is not None else set()
-        missing = sorted(method.shaper.needs - given - set(extras))
-        require(not missing, "stats, extras", f"{', '.join(sorted(method.shaper.needs))} {of}", f"no {', '.join(missing)}")
+        missing = sorted(method.token_weighting.needs - given - set(extras))
+        require(
+            not missing, "stats, extras", f"{', '.join(sorted(method.token_weighting.needs))} {of}", f"no {', '.join(missing)}"
+        )
     for name, value in {"logp": stats.logp, "entropy": stats.entropy, "p2": stats.p2, "p2_logp": stats.p2_logp}.items():
         if value is not None:
             require_tensor(f"stats.{name}", value, tokens, FLOATS, batch.targets)
@@ -140,7 +142,7 @@ def _evidence(
     logp, entropy = counted(stats.logp), counted(stats.entropy)
     assert logp is not None
     assert entropy is not None
-    return Evidence(
+    return StepStats(
         valid=valid,
         sequence_ids=ids,
         rewards=batch.rewards.float(),

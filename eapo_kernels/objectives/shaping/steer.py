@@ -9,12 +9,12 @@ from typing import ClassVar
 from ...checks import require_choice, require_number
 from ..config import EAPOConfig
 from ..method import Method
-from .evidence import Evidence, Shaped
-from .shaper import Shaper
+from .step_stats import StepStats, TokenWeights
+from .token_weighting import TokenWeighting
 
 
 @dataclass(frozen=True)
-class Steer(Shaper):
+class Steer(TokenWeighting):
     """w_t = exp(-alpha |Omega_t| / max |Omega|), alpha = -ln(lambda_min), Omega_t = A_t p_t (1 - p_t)(log p_t + H_t).
 
     Omega is the first-order entropy change when the token's own logit alone moves. The theorem's factor rho is 1 at the old
@@ -34,23 +34,23 @@ class Steer(Shaper):
         require_number("lambda_min", self.lambda_min, 0, 1)
         require_choice("form", self.form, ("theorem", "released"))
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        advantages = evidence.token_advantages()
-        log_p = evidence.logp.double()
-        omega = (advantages * -log_p.expm1() * (log_p + evidence.entropy)).abs()
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        advantages = step_stats.token_advantages()
+        log_p = step_stats.logp.double()
+        omega = (advantages * -log_p.expm1() * (log_p + step_stats.entropy)).abs()
         if self.form == "theorem":
             omega = omega * log_p.exp()
         floor = 0.02 if self.form == "released" else 1e-30
         alpha = -math.log(max(self.lambda_min, 1e-30))
-        weight = (-alpha * omega / evidence.largest(omega).clamp_min(floor)).exp().clamp(self.lambda_min, 1.0)
-        return Shaped((weight * advantages).float())
+        weight = (-alpha * omega / step_stats.largest(omega).clamp_min(floor)).exp().clamp(self.lambda_min, 1.0)
+        return TokenWeights((weight * advantages).float())
 
 
 METHODS = (
     Method(
         "steer",
         EAPOConfig(clip_high=0.28, dual_clip=10.0),
-        shaper=Steer(),
+        token_weighting=Steer(),
         source="2510.10150",
         summary="Tokens that are predicted to change the entropy much count less.",
         formula="w_t = exp(ln(lambda_min) |Omega_t| / max |Omega|), Omega_t = A_t p_t (1 - p_t)(log p_t + H_t)",

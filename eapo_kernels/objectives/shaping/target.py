@@ -10,12 +10,12 @@ import torch
 from ...checks import require_number
 from ..config import EAPOConfig
 from ..method import Method
-from .evidence import Evidence, Shaped
-from .shaper import Shaper
+from .step_stats import StepStats, TokenWeights
+from .token_weighting import TokenWeighting
 
 
 @dataclass(frozen=True)
-class Aepo(Shaper):
+class Aepo(TokenWeighting):
     """REINFORCE with advantage ``level`` on the marked responses, the config's advantages on the others.
 
     Marked ("reinforce") are correct responses that the trainer sampled at the controller's temperature and put in the place of
@@ -32,13 +32,15 @@ class Aepo(Shaper):
     def __post_init__(self) -> None:
         require_number("level", self.level)
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        advantages = evidence.token_advantages()
-        return Shaped(advantages if evidence.reinforce is None else torch.where(evidence.reinforce, self.level, advantages))
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        advantages = step_stats.token_advantages()
+        return TokenWeights(
+            advantages if step_stats.reinforce is None else torch.where(step_stats.reinforce, self.level, advantages)
+        )
 
 
 @dataclass(frozen=True)
-class Dcpo(Shaper):
+class Dcpo(TokenWeighting):
     """A_t <- (1 - a) A_t + a [correct] p_T(y_t) / p(y_t): importance weights take the place of AEPO's extra rollouts.
 
     a = b / (1 + b), b = min(|H* - H|, reach) / share of correct responses. p_T is the policy at the controller's temperature,
@@ -59,16 +61,16 @@ class Dcpo(Shaper):
         require_number("reach", self.reach, 0)
         require_number("correct_above", self.correct_above)
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        assert evidence.tempered_logp is not None
-        correct = (evidence.rewards > self.correct_above).double()
-        present = (evidence.lengths() > 0).double()
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        assert step_stats.tempered_logp is not None
+        correct = (step_stats.rewards > self.correct_above).double()
+        present = (step_stats.lengths() > 0).double()
         share = (correct * present).sum() / present.sum().clamp_min(1)
-        distance = (evidence.state["target"] - evidence.mean(evidence.entropy)).abs().clamp_max(self.reach)
+        distance = (step_stats.state["target"] - step_stats.mean(step_stats.entropy)).abs().clamp_max(self.reach)
         b = torch.where(share > 0, distance / share.clamp_min(1e-12), 0.0)
         a = b / (1 + b)
-        factor = (evidence.tempered_logp.double() - evidence.logp).exp()
-        return Shaped((1 - a) * evidence.token_advantages() + a * evidence.per_token(correct) * factor)
+        factor = (step_stats.tempered_logp.double() - step_stats.logp).exp()
+        return TokenWeights((1 - a) * step_stats.token_advantages() + a * step_stats.per_token(correct) * factor)
 
 
 METHODS = (
@@ -76,7 +78,7 @@ METHODS = (
         "aepo",
         EAPOConfig(),
         controller="target_switch",
-        shaper=Aepo(),
+        token_weighting=Aepo(),
         source="2510.08141",
         summary="REINFORCE on correct answers sampled hotter (entropy at or below target) or cooler replaces some of GRPO's.",
         formula="A = 1 on the marked responses, else GRPO's; temperature 1.2 where H <= H*, else 0.8",
@@ -85,7 +87,7 @@ METHODS = (
         "dcpo",
         EAPOConfig(),
         controller="target_switch",
-        shaper=Dcpo(),
+        token_weighting=Dcpo(),
         source="2510.08141 (released with it)",
         summary="AEPO without extra rollouts: correct answers' tokens weighted by their probability at the other temperature.",
         formula="A <- (1 - a) A + a [correct] p_T / p, a = b / (1 + b), b = min(|H* - H|, 0.1) / share correct",

@@ -12,12 +12,12 @@ from ...checks import require_number
 from ...errors import require
 from ..config import EAPOConfig
 from ..method import Method
-from .evidence import Evidence, Shaped
-from .shaper import Shaper
+from .step_stats import StepStats, TokenWeights
+from .token_weighting import TokenWeighting
 
 
 @dataclass(frozen=True)
-class Trace(Shaper):
+class Trace(TokenWeighting):
     """On marked tokens of correct responses a forward, of wrong ones a reverse KL to the teacher; GRPO's advantage elsewhere.
 
     Only the teacher's log-prob of the sampled token is known, so both are one-sample estimates, exact in expectation at the old
@@ -48,26 +48,26 @@ class Trace(Shaper):
         require(self.gone_at > 0, "gone_at", "a number in (0, 1]", self.gone_at)
         require_number("correct_above", self.correct_above)
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        assert evidence.teacher_logp is not None
-        advantages = evidence.token_advantages()
-        spans = evidence.valid if evidence.spans is None else evidence.valid & evidence.spans
-        correct = evidence.per_token((evidence.rewards > self.correct_above).float()) > 0
-        gap = evidence.teacher_logp.double() - evidence.logp
-        left = max(0.0, 1 - evidence.progress / self.gone_at)
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        assert step_stats.teacher_logp is not None
+        advantages = step_stats.token_advantages()
+        spans = step_stats.valid if step_stats.spans is None else step_stats.valid & step_stats.spans
+        correct = step_stats.per_token((step_stats.rewards > self.correct_above).float()) > 0
+        gap = step_stats.teacher_logp.double() - step_stats.logp
+        left = max(0.0, 1 - step_stats.progress / self.gone_at)
         toward = self.forward * gap.clamp_max(math.log(max(self.most, 1e-30))).exp()
         away = self.reverse * gap.clamp(-self.most, self.most)
         for part, factor, guided in ((spans & correct, self.forward, toward), (spans & ~correct, self.reverse, away)):
             if factor:
                 advantages = torch.where(part, left * guided + (1 - left) * advantages, advantages.double())
-        return Shaped(advantages)
+        return TokenWeights(advantages)
 
 
 METHODS = (
     Method(
         "trace",
         EAPOConfig(),
-        shaper=Trace(),
+        token_weighting=Trace(),
         source="2605.10194",
         summary="A teacher that saw more guides the key spans of correct answers, less and less; GRPO on the rest.",
         formula="A_t = (1 - v) A + v min(p_T / p, 5) on key spans of correct responses, v falling from 1 to 0",

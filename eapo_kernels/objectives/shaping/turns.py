@@ -12,14 +12,14 @@ from ...checks import require_number
 from ..config import EAPOConfig
 from ..grouping import Partition
 from ..method import Method
-from .evidence import Evidence, Shaped
-from .shaper import Shaper
+from .step_stats import StepStats, TokenWeights
+from .token_weighting import TokenWeighting
 
 _EPS = 1e-8
 
 
 @dataclass(frozen=True)
-class Aem(Shaper):
+class Aem(TokenWeighting):
     """alpha = exp(-strength h) / mean_G exp(-strength h), h the turn's mean entropy, scaled to [0, 1] over the group's turns.
 
     Confident turns count more, for both signs of the advantage. All turns equal: every weight is 1.
@@ -35,18 +35,18 @@ class Aem(Shaper):
     def __post_init__(self) -> None:
         require_number("strength", self.strength, 0)
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        turns = evidence.by_turn()
-        groups = Partition(evidence.group_ids[evidence.sequence_ids], evidence.valid)
-        entropy = turns.mean(evidence.entropy)
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        turns = step_stats.by_turn()
+        groups = Partition(step_stats.group_ids[step_stats.sequence_ids], step_stats.valid)
+        entropy = turns.mean(step_stats.entropy)
         raised = (-self.strength * _unit_range(entropy, groups.min(entropy), groups.max(entropy))).exp()
         one_each = 1 / turns.counts.clamp_min(1)
         mean = groups.sum(raised * one_each) / groups.sum(one_each).clamp_min(_EPS)
-        return Shaped(raised / mean.clamp_min(_EPS) * evidence.token_advantages())
+        return TokenWeights(raised / mean.clamp_min(_EPS) * step_stats.token_advantages())
 
 
 @dataclass(frozen=True)
-class Empg(Shaper):
+class Empg(TokenWeighting):
     """A g(h_t) + zeta f(h_{t+1}), centred; g = exp(-k h) / mean exp(-k h), f = exp(-k_future h).
 
     h is the mean entropy of a turn, scaled to [0, 1] over all turns of the batch; the last turn of a response has no second
@@ -68,16 +68,16 @@ class Empg(Shaper):
         require_number("k_future", self.k_future, 0)
         require_number("zeta", self.zeta)
 
-    def __call__(self, evidence: Evidence) -> Shaped:
-        turns = evidence.by_turn()
-        entropy = turns.mean(evidence.entropy)
-        h = _unit_range(entropy, evidence.smallest(entropy), evidence.largest(entropy))
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
+        turns = step_stats.by_turn()
+        entropy = turns.mean(step_stats.entropy)
+        h = _unit_range(entropy, step_stats.smallest(entropy), step_stats.largest(entropy))
         gain = (-self.k * h).exp()
         gain = gain / (turns.mean_of_classes(gain) + _EPS)
-        next_in_response = turns.following(evidence.sequence_ids, -1.0) == evidence.sequence_ids
+        next_in_response = turns.following(step_stats.sequence_ids, -1.0) == step_stats.sequence_ids
         bonus = torch.where(next_in_response, turns.following((-self.k_future * h).exp(), 0.0), 0.0)
-        advantages = gain * evidence.token_advantages() + self.zeta * bonus
-        return Shaped(advantages - turns.mean_of_classes(advantages))
+        advantages = gain * step_stats.token_advantages() + self.zeta * bonus
+        return TokenWeights(advantages - turns.mean_of_classes(advantages))
 
 
 def _unit_range(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ METHODS = (
     Method(
         "aem",
         EAPOConfig(),
-        shaper=Aem(),
+        token_weighting=Aem(),
         source="2605.00425",
         summary="Turns that were written with confidence, compared with the group's, count more.",
         formula="A exp(-lambda h) / mean_G exp(-lambda h), h = turn's mean entropy, min-max scaled in the group",
@@ -98,7 +98,7 @@ METHODS = (
     Method(
         "empg",
         EAPOConfig(),
-        shaper=Empg(),
+        token_weighting=Empg(),
         source="2509.09265",
         summary="Confident steps count more, and a step that leads to a confident one gets a bonus.",
         formula="A g(h_t) + 0.1 f(h_{t+1}) - mean, g = exp(-h) / mean exp(-h), f = exp(-h)",

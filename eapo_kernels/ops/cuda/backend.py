@@ -1,4 +1,4 @@
-"""The ``cuda`` backend: the streamed statistics and the E form's forward by the kernels in ``csrc``.
+"""The ``cuda`` backend: the streamed statistics and the scaled-exponential form's forward by the kernels in ``csrc``.
 
 Triton's are what ``csrc/README.md`` says nothing can be won with: rows that are redone, the targets' rows of d_weight; and all
 that recomputes or keeps logits.
@@ -18,13 +18,13 @@ from ..projection import Projection
 from ..statistics import RowStatistics
 from ..triton import backend as triton_backend
 from ..triton.launch import capability, describable
-from ..triton.one_pass import ExpChunk, ExpKernels, form
+from ..triton.one_pass import ScaledExpChunk, ScaledExpKernels, form
 from . import launch
 from .build import BuildError, compiler
-from .products import OPERANDS, exp_gemm, exp_sums, stream_statistics
-from .rows import exp_finalize, finalize, row_offsets
+from .products import OPERANDS, exp_sums, scaled_exp_gemm, stream_statistics
+from .rows import finalize, row_offsets, scaled_exp_finalize
 
-KERNELS = ExpKernels(exp_sums, row_offsets, exp_gemm, exp_finalize)
+KERNELS = ScaledExpKernels(exp_sums, row_offsets, scaled_exp_gemm, scaled_exp_finalize)
 
 
 def supports(projection: Projection) -> str | None:
@@ -65,12 +65,14 @@ def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second
 
 
 def open_chunk(
-    projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, hint: Tensor | None = None
+    projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, logp_guess: Tensor | None = None
 ) -> Chunk:
-    """See ``backend.OpenChunk``. The E form's chunks are ours but for rows that are redone; chunks of logits are Triton's."""
+    """See ``backend.OpenChunk``. The scaled-exponential form's chunks are ours but for rows that are redone; chunks of logits are Triton's."""
     if form(projection, entropy_gradient).name == "logits":
-        return triton_backend.open_chunk(projection, targets, entropy=entropy, entropy_gradient=entropy_gradient, hint=hint)
-    return ExpChunk(projection, targets, hint, entropy=entropy, kernels=KERNELS)
+        return triton_backend.open_chunk(
+            projection, targets, entropy=entropy, entropy_gradient=entropy_gradient, logp_guess=logp_guess
+        )
+    return ScaledExpChunk(projection, targets, logp_guess, entropy=entropy, kernels=KERNELS)
 
 
 BACKEND = replace(triton_backend.BACKEND, name="cuda", supports=supports, statistics=statistics, open_chunk=open_chunk)

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from . import measured
 from .tile import TILES, Entry, ProductKernel, Tile
 
-RowKernel = Literal["row_offsets", "finalize", "exp_finalize"]
+RowKernel = Literal["row_offsets", "finalize", "scaled_exp_finalize"]
 Operand = Literal["bf16", "fp16"]
 
 THREADS = 384
@@ -104,7 +104,7 @@ def product_builds() -> Iterator[ProductBuild]:
                 for entropy, moments in ((False, False), (True, False), (True, True)):
                     yield ProductBuild("stream_statistics", tile, operand, entropy, moments, bias)
                 for entropy in (False, True):
-                    yield ProductBuild("exp_gemm", tile, operand, entropy, bias=bias)
+                    yield ProductBuild("scaled_exp_gemm", tile, operand, entropy, bias=bias)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def row_builds() -> Iterator[RowBuild]:
     for operand in ("bf16", "fp16"):
         yield RowBuild("row_offsets", operand)
     yield RowBuild("finalize")
-    yield RowBuild("exp_finalize")
+    yield RowBuild("scaled_exp_finalize")
 
 
 def builds() -> Iterator[Build]:

@@ -183,7 +183,7 @@ def product_launch(
     """The launch of a kernel that multiplies hidden and weight; clusters of programs walk over its units of work.
 
     targets: [N] int64. sums: what the kernel writes, see csrc/arguments.h. tiles_per_split: vocabulary tiles of a unit of work.
-    offsets: [N] fp32 and matrix: [N, V] in hidden's dtype with described rows, for ``exp_gemm``.
+    offsets: [N] fp32 and matrix: [N, V] in hidden's dtype with described rows, for ``scaled_exp_gemm``.
     """
     tile, p = item.tile, projection
     tensors = {

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..projection import Projection
 from ..triton.configs import Tile as TritonTile
 from ..triton.configs import tiles_per_split
-from ..triton.offsets import ExpSums
+from ..triton.offsets import ScaledExpSums
 from ..triton.sums import PartialSums
 from . import configs
 from .configs import Operand, ProductBuild, Tile
@@ -53,20 +53,22 @@ def stream_statistics(
     return product_launch(item, projection, targets, sums.values, length), sums
 
 
-def exp_sums(projection: Projection, entropy: bool, tile: Tile | None = None) -> ExpSums:
-    """Uninitialised offsets and sums for ``exp_gemm``."""
-    tile = tile or configs.find("exp_gemm", projection.n_rows, projection.dim)
-    return ExpSums.empty(projection, entropy, tile=TritonTile(tile.block_n, tile.block_v))
+def exp_sums(projection: Projection, entropy: bool, tile: Tile | None = None) -> ScaledExpSums:
+    """Uninitialised offsets and sums for ``scaled_exp_gemm``."""
+    tile = tile or configs.find("scaled_exp_gemm", projection.n_rows, projection.dim)
+    return ScaledExpSums.empty(projection, entropy, tile=TritonTile(tile.block_n, tile.block_v))
 
 
-def exp_gemm(projection: Projection, targets: Tensor, sums: ExpSums, matrix: Tensor, *, tile: Tile | None = None) -> Launch:
+def scaled_exp_gemm(
+    projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix: Tensor, *, tile: Tile | None = None
+) -> Launch:
     """The launch that fills ``matrix`` [N, V] with E and ``sums.values``, from ``sums.offsets``.
 
     targets: [N] int64. matrix: in hidden's dtype, contiguous rows, a multiple of 16 bytes apart. tile: instead of the table's.
     """
-    tile = tile or configs.find("exp_gemm", projection.n_rows, projection.dim)
+    tile = tile or configs.find("scaled_exp_gemm", projection.n_rows, projection.dim)
     assert projection.softcap is None
     assert tile.block_v == sums.block_v
     assert matrix.dtype == projection.hidden.dtype
-    item = ProductBuild("exp_gemm", tile, OPERANDS[matrix.dtype], entropy=sums.entropy, bias=projection.bias is not None)
+    item = ProductBuild("scaled_exp_gemm", tile, OPERANDS[matrix.dtype], entropy=sums.entropy, bias=projection.bias is not None)
     return product_launch(item, projection, targets, sums.values, 1, offsets=sums.offsets[0], matrix=matrix)

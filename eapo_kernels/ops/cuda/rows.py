@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..backend import SurrogateTerms
 from ..projection import Projection
-from ..triton.exp_finalize import exp_statistics
 from ..triton.finalize import Finalized, statistics_of, surrogate_arguments
-from ..triton.offsets import ExpSums, window
+from ..triton.offsets import ScaledExpSums, window
+from ..triton.scaled_exp_finalize import scaled_exp_statistics
 from ..triton.sums import PartialSums
 from .configs import RowBuild
 from .launch import Launch, addresses
@@ -74,8 +74,8 @@ class OffsetArguments(ctypes.Structure):
 
     _fields_ = [
         ("offsets", ctypes.c_void_p),
-        ("n_listed", ctypes.c_void_p),
-        ("hint", ctypes.c_void_p),
+        ("n_rescue", ctypes.c_void_p),
+        ("logp_guess", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
@@ -85,8 +85,8 @@ class OffsetArguments(ctypes.Structure):
         ("weight_stride", ctypes.c_longlong),
         ("bias_stride", ctypes.c_longlong),
         ("scale", ctypes.c_float),
-        ("hinted", ctypes.c_float),
-        ("bare", ctypes.c_float),
+        ("with_guess", ctypes.c_float),
+        ("without_guess", ctypes.c_float),
         ("n_rows", ctypes.c_int),
         ("n_columns", ctypes.c_int),
         ("dim", ctypes.c_int),
@@ -113,8 +113,8 @@ def _surrogate(
     return Surrogate(**(given | addresses(tensors))), tensors
 
 
-def row_offsets(projection: Projection, targets: Tensor, hint: Tensor | None, sums: ExpSums) -> Launch:
-    """The launch that fills ``sums.offsets``. targets: [N] int64. hint: [N] fp32 or None.
+def row_offsets(projection: Projection, targets: Tensor, logp_guess: Tensor | None, sums: ScaledExpSums) -> Launch:
+    """The launch that fills ``sums.offsets``. targets: [N] int64. logp_guess: [N] fp32 or None.
 
     Rows of hidden and weight are contiguous, aligned multiples of 16 bytes apart.
     """
@@ -122,8 +122,8 @@ def row_offsets(projection: Projection, targets: Tensor, hint: Tensor | None, su
     assert p.softcap is None
     tensors = {
         "offsets": sums.offsets,
-        "n_listed": sums.n_listed,
-        "hint": None if hint is None else hint.contiguous(),
+        "n_rescue": sums.n_rescue,
+        "logp_guess": None if logp_guess is None else logp_guess.contiguous(),
         "hidden": p.hidden,
         "weight": p.weight,
         "bias": p.bias,
@@ -136,8 +136,8 @@ def row_offsets(projection: Projection, targets: Tensor, hint: Tensor | None, su
         weight_stride=p.weight.stride(0),
         bias_stride=0 if p.bias is None else p.bias.stride(0),
         scale=p.logit_scale * p.inv_temperature,
-        hinted=limits.hinted,
-        bare=limits.bare,
+        with_guess=limits.with_guess,
+        without_guess=limits.without_guess,
         n_rows=p.n_rows,
         n_columns=p.vocab,
         dim=p.dim,
@@ -162,15 +162,15 @@ def finalize(partial: PartialSums, terms: SurrogateTerms | None = None) -> tuple
     return launch, Finalized(statistics_of(out, entropy=partial.entropy), outputs.get("coefficient"), outputs.get("totals"))
 
 
-def exp_finalize(
-    projection: Projection, sums: ExpSums, terms: SurrogateTerms | None = None
+def scaled_exp_finalize(
+    projection: Projection, sums: ScaledExpSums, terms: SurrogateTerms | None = None
 ) -> tuple[Launch, Finalized, Tensor]:
-    """The launch, its outputs, and [2, N] fp32: see ``ops/triton/exp_finalize.py``."""
+    """The launch, its outputs, and [2, N] fp32: see ``ops/triton/scaled_exp_finalize.py``."""
     p, values = projection, sums.values
     fields, tiles, n_rows = values.shape
     assert values.is_contiguous()
     assert values.data_ptr() % 16 == 0
-    item = RowBuild("exp_finalize")
+    item = RowBuild("scaled_exp_finalize")
     programs = -(-n_rows // item.rows)
     out = values.new_empty(8 if sums.entropy else 6, n_rows)
     surrogate, outputs = _surrogate(terms, values, programs, n_rows)
@@ -189,5 +189,5 @@ def exp_finalize(
         surrogate=surrogate,
     )
     launch = Launch(item, (), arguments, tensors | outputs, programs, values.device)
-    statistics, slopes = exp_statistics(out)
+    statistics, slopes = scaled_exp_statistics(out)
     return launch, Finalized(statistics, outputs.get("coefficient"), outputs.get("totals")), slopes

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ProductKernel = Literal["stream_statistics", "exp_gemm"]
+ProductKernel = Literal["stream_statistics", "scaled_exp_gemm"]
 
 BLOCK_D = 64
-"""Depth of a step: 64 half-precision numbers are the 128 bytes of the widest swizzle."""
+"""Depth of a step: 64 half-precision numbers are the 128 bytes of the max_shard_vocab swizzle."""
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that a program may have on compute capability 9.0."""
@@ -41,7 +41,7 @@ class Tile:
     def shared_bytes(self, kernel: ProductKernel) -> int:
         """Dynamic shared memory: alignment, operands, the slices of E on their way out, barriers."""
         operands = self.stages * (self.block_n + self.block_v) * BLOCK_D * 2
-        staging = 2 * 2 * 64 * 64 * 2 if kernel == "exp_gemm" else 0
+        staging = 2 * 2 * 64 * 64 * 2 if kernel == "scaled_exp_gemm" else 0
         return 1024 + operands + staging + 16 * self.stages
 
     @property

@@ -14,7 +14,7 @@ from ..projection import Projection
 from ..statistics import RowStatistics
 from .configs import Tile
 from .launch import Launch, options, product_arguments, product_tile, transform_arguments
-from .math import LOG2E, expm1, halves, row_scale, shape_logits, touches
+from .math import LOG2E, expm1, row_scale, shape_logits, split_columns, tile_has_target_or_tail
 from .product import group_order, raw_logits
 
 
@@ -69,14 +69,14 @@ def store_gradient(
 ):  # fmt: skip
     """Write a tile's gradient p_v (alpha - beta x_v) times the soft-cap's slope, in the dtype of ``out``.
 
-    The target's column is ``target_value`` times the slope instead. Branches and SLICES as in ``math.absorb``.
+    The target's column is ``target_value`` times the slope instead. Branches and SLICES as in ``math.online_softmax_update``.
     """
     if SLICES == 1:
         columns = first_column + tl.arange(0, BLOCK_V)
         safe_columns = tl.minimum(columns, n_columns - 1)
         at = out + rows[:, None] * out_stride + columns[None, :]
         exists = (rows < n_rows)[:, None]
-        if touches(target, first_column, n_columns, BLOCK_V):
+        if tile_has_target_or_tail(target, first_column, n_columns, BLOCK_V):
             y, slope = shape_logits(raw, bias, bias_stride, safe_columns, cap)
             gradient = gradient_tile(y, scale, row_max, log_sum, alpha, beta, ENTROPY)
             is_target = tl.arange(0, BLOCK_V)[None, :] == (target - first_column)[:, None]
@@ -87,7 +87,7 @@ def store_gradient(
             gradient = gradient_tile(y, scale, row_max, log_sum, alpha, beta, ENTROPY) * slope
             tl.store(at, gradient.to(out.dtype.element_ty), mask=exists)  # [BLOCK_N, BLOCK_V]
     else:
-        left, right = halves(raw, BLOCK_V)
+        left, right = split_columns(raw, BLOCK_V)
         store_gradient(
             out, out_stride, left, bias, bias_stride, cap, scale, row_max, log_sum, alpha, beta, target_value, target,
             rows, n_rows, first_column, n_columns, BLOCK_V // 2, SLICES // 2, ENTROPY,

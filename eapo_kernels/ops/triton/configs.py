@@ -21,8 +21,8 @@ def _lines(kernels: tuple[str, ...], family: str, itemsize: int, dim: int, *tile
 
 
 _products = functools.partial(_lines, ("stream_statistics", "logit_gradient"))
-_exponentials = functools.partial(_lines, ("exp_gemm",))
-_redone = functools.partial(_lines, ("exp_redo", "row_maxima"))
+_exponentials = functools.partial(_lines, ("scaled_exp_gemm",))
+_redone = functools.partial(_lines, ("scaled_exp_rescue", "row_maxima"))
 
 TABLE = (
     # Interpreted: time goes by operations, not by elements, so tiles are large.
@@ -32,8 +32,8 @@ TABLE = (
     Entry("row_statistics", "interpreter", 4, 4096, 131072, Tile(64, 4096)),
     Entry("row_gradient", "interpreter", 4, 4096, 131072, Tile(64, 4096)),
     Entry("finalize", "interpreter", 4, 4096, 131072, Tile(1024, 0)),
-    Entry("list_unsound", "interpreter", 4, 4096, 131072, Tile(128, 32)),
-    Entry("exp_finalize", "interpreter", 4, 4096, 131072, Tile(128, 32)),
+    Entry("collect_rescue_ids", "interpreter", 4, 4096, 131072, Tile(128, 32)),
+    Entry("scaled_exp_finalize", "interpreter", 4, 4096, 131072, Tile(128, 32)),
     *_exponentials("interpreter", 2, 4096, Tile(64, 2048, 128, descriptors=True, slices=2, stores=True), Tile(64, 2048, 128)),
     *_exponentials("interpreter", 4, 4096, Tile(64, 2048, 128)),
     *(line for size in (2, 4) for line in _redone("interpreter", size, 4096, Tile(32, 2048, 128))),
@@ -53,7 +53,7 @@ TABLE = (
     # Ampere and everything else: at most 96 KiB of shared memory.
     *_products("sm80", 2, 4096, Tile(128, 128, 32, warps=8, slices=4)),
     *_products("sm80", 4, 4096, Tile(64, 64, 32, warps=8, stages=2, resident=2)),
-    # The E form's first product, like the streaming forward without its running maxima.
+    # The scaled-exponential form's first product, like the streaming forward without its running maxima.
     *_exponentials(
         "sm90", 2, 2048, Tile(128, 128, 64, warps=8, max_registers=128, descriptors=True, resident=2, slices=4, stores=True)
     ),
@@ -75,7 +75,7 @@ TABLE = (
         for kernel, block in (("row_statistics", 8192), ("row_gradient", 4096))
     ),
     *(Entry("finalize", family, 4, 4096, 131072, Tile(256, 0)) for family in ("sm80", "sm90", "sm100")),
-    # Vectors of the E form: a few rows a program, so that even a chunk of 1024 rows is many programs.
+    # Vectors of the scaled-exponential form: a few rows a program, so that even a chunk of 1024 rows is many programs.
     *(
         Entry(kernel, family, size, 4096, 131072, tile)
         for family in ("sm80", "sm90", "sm100")
@@ -84,8 +84,8 @@ TABLE = (
             ("row_offsets", 4, Tile(4, 0, 512)),
             ("target_rows", 2, Tile(8, 0, 512)),
             ("target_rows", 4, Tile(8, 0, 512)),
-            ("list_unsound", 4, Tile(32, 64)),
-            ("exp_finalize", 4, Tile(32, 64, warps=8)),
+            ("collect_rescue_ids", 4, Tile(32, 64)),
+            ("scaled_exp_finalize", 4, Tile(32, 64, warps=8)),
         )
     ),
 )

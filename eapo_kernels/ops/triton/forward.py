@@ -10,7 +10,7 @@ from ..projection import Projection
 from . import configs
 from .configs import Tile
 from .launch import Launch, options, product_arguments, product_tile, slots, transform_arguments
-from .math import LOG2E, LOWEST, absorb, row_scale
+from .math import LOG2E, LOWEST, online_softmax_update, row_scale
 from .product import group_order, raw_logits
 from .sums import PartialSums, store_sums
 
@@ -48,7 +48,7 @@ def stream_statistics_kernel(
             hidden, weight, first_row, first, n_rows, n_columns, dim, hidden_stride_n, hidden_stride_d, weight_stride_v,
             weight_stride_d, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN,
         )  # fmt: skip
-        y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = absorb(
+        y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = online_softmax_update(
             raw, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp, target, first, n_columns,
             factor * LOG2E, BLOCK_V, SLICES, ENTROPY, SECOND_MOMENTS,
         )  # fmt: skip

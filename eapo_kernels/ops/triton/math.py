@@ -42,7 +42,7 @@ def expm1(x):
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
+def round_to(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
     """x fp32 in another dtype, rounded to nearest. WIDEN: the interpreter cuts bf16 off, so its bits are rounded before."""
     if WIDEN and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -96,7 +96,7 @@ def shape_logits(raw, bias, bias_stride, columns, cap):
 
 
 @triton.jit
-def touches(target, first_column, n_columns, BLOCK_V: tl.constexpr):
+def tile_has_target_or_tail(target, first_column, n_columns, BLOCK_V: tl.constexpr):
     """Whether the tile from ``first_column`` on holds a target or sticks out behind the last column: one bool.
 
     Most tiles do neither, and a branch on it spares them the comparison of every column with every target.
@@ -142,13 +142,13 @@ def accumulate(y, y_max, rest, x_exp, exp2, x_exp2, xx_exp, scale2, ENTROPY: tl.
 
 
 @triton.jit
-def halves(tile, BLOCK_V: tl.constexpr):
+def split_columns(tile, BLOCK_V: tl.constexpr):
     """The left and the right half of a tile [BLOCK_N, BLOCK_V]; in a product's layout this moves nothing."""
     return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, BLOCK_V // 2]), [0, 2, 1]))
 
 
 @triton.jit
-def absorb(
+def online_softmax_update(
     raw, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp, target, first_column, n_columns, scale2,
     BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def absorb(
     if SLICES == 1:
         columns = tl.minimum(first_column + tl.arange(0, BLOCK_V), n_columns - 1)
         y, _ = shape_logits(raw, bias, bias_stride, columns, cap)
-        if touches(target, first_column, n_columns, BLOCK_V):
+        if tile_has_target_or_tail(target, first_column, n_columns, BLOCK_V):
             y, y_target = take_target(y, y_target, target, first_column, n_columns, BLOCK_V)
             y_max, rest, x_exp, exp2, x_exp2, xx_exp = accumulate(
                 y, y_max, rest, x_exp, exp2, x_exp2, xx_exp, scale2, ENTROPY, SECOND_MOMENTS
@@ -170,12 +170,12 @@ def absorb(
                 y, y_max, rest, x_exp, exp2, x_exp2, xx_exp, scale2, ENTROPY, SECOND_MOMENTS
             )
     else:
-        left, right = halves(raw, BLOCK_V)
-        y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = absorb(
+        left, right = split_columns(raw, BLOCK_V)
+        y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = online_softmax_update(
             left, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp, target, first_column, n_columns,
             scale2, BLOCK_V // 2, SLICES // 2, ENTROPY, SECOND_MOMENTS,
         )  # fmt: skip
-        y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = absorb(
+        y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = online_softmax_update(
             right, bias, bias_stride, cap, y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp, target,
             first_column + BLOCK_V // 2, n_columns, scale2, BLOCK_V // 2, SLICES // 2, ENTROPY, SECOND_MOMENTS,
         )  # fmt: skip

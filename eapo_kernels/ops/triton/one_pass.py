@@ -19,14 +19,14 @@ from ..backend import Chunk, ChunkGradient, Coefficients, LogitCotangents, Surro
 from ..projection import Projection
 from ..statistics import RowStatistics
 from . import configs
-from .exp_finalize import exp_finalize
-from .exp_gemm import exp_gemm
-from .exp_redo import redo
-from .exp_split import fit_slopes, gather_sums, share_offsets
 from .finalize import Finalized, finalize
 from .launch import family, product_tile
-from .offsets import ExpSums, row_offsets
+from .offsets import ScaledExpSums, row_offsets
 from .rows import row_gradient, row_statistics
+from .scaled_exp_finalize import scaled_exp_finalize
+from .scaled_exp_gemm import scaled_exp_gemm
+from .scaled_exp_rescue import rescue
+from .scaled_exp_split import fit_slopes, gather_sums, share_offsets
 
 
 class Form(NamedTuple):
@@ -104,45 +104,45 @@ class LogitChunk(FinalizedChunk):
         return ChunkGradient(matrix, factor)
 
 
-class ExpKernels(NamedTuple):
-    """The launchers of the E form's vectors and of its first product. A backend may bring its own, with the same outputs.
+class ScaledExpKernels(NamedTuple):
+    """The launchers of the scaled-exponential form's vectors and of its first product. A backend may bring its own, with the same outputs.
 
     Attributes:
-        sums: makes the ``ExpSums`` that suit ``product``.
-        offsets, product, finalize: see ``offsets.row_offsets``, ``exp_gemm.exp_gemm`` and ``exp_finalize.exp_finalize``.
+        sums: makes the ``ScaledExpSums`` that suit ``product``.
+        offsets, product, finalize: see ``offsets.row_offsets``, ``scaled_exp_gemm.scaled_exp_gemm`` and ``scaled_exp_finalize.scaled_exp_finalize``.
     """
 
-    sums: Callable[[Projection, bool], ExpSums] = ExpSums.empty
+    sums: Callable[[Projection, bool], ScaledExpSums] = ScaledExpSums.empty
     offsets: Callable[..., Callable[[], None]] = row_offsets
-    product: Callable[..., Callable[[], None]] = exp_gemm
-    finalize: Callable[..., tuple[Callable[[], None], Finalized, Tensor]] = exp_finalize
+    product: Callable[..., Callable[[], None]] = scaled_exp_gemm
+    finalize: Callable[..., tuple[Callable[[], None], Finalized, Tensor]] = scaled_exp_finalize
 
 
-class ExpChunk(FinalizedChunk):
+class ScaledExpChunk(FinalizedChunk):
     """See ``backend.Chunk``. No logit is kept: only a cotangent of logp may follow. ``row_max`` of its statistics is an offset.
 
     Attributes:
-        sums: offsets and partial sums; ``sums.n_listed`` [1] int32 says on the device how many rows had to be redone.
+        sums: offsets and partial sums; ``sums.n_rescue`` [1] int32 says on the device how many rows had to be redone.
     """
 
     def __init__(
         self,
         projection: Projection,
         targets: Tensor,
-        hint: Tensor | None,
+        logp_guess: Tensor | None,
         *,
         entropy: bool,
-        kernels: ExpKernels | None = None,
+        kernels: ScaledExpKernels | None = None,
     ) -> None:
-        self._kernels = kernels or ExpKernels()
+        self._kernels = kernels or ScaledExpKernels()
         self._projection, self._targets = projection, targets
         self.sums = self._kernels.sums(projection, entropy)
         matrix = workspace(projection, projection.operand_dtype)
-        self._kernels.offsets(projection, targets, hint, self.sums)()
+        self._kernels.offsets(projection, targets, logp_guess, self.sums)()
         if projection.shard is not None:
-            share_offsets(projection, targets, hint, self.sums)
+            share_offsets(projection, targets, logp_guess, self.sums)
         self._kernels.product(projection, targets, self.sums, matrix)()
-        redo(projection, targets, self.sums, matrix)
+        rescue(projection, targets, self.sums, matrix)
         self._whole = self.sums if projection.shard is None else gather_sums(projection.shard, self.sums)
         self._matrix: Tensor | None = matrix
         self._slopes: Tensor | None = None
@@ -172,16 +172,16 @@ class ExpChunk(FinalizedChunk):
 
 
 def open_chunk(
-    projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, hint: Tensor | None = None
+    projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, logp_guess: Tensor | None = None
 ) -> Chunk:
     """See ``backend.OpenChunk``."""
     if form(projection, entropy_gradient).name == "logits":
         return LogitChunk(projection, targets, entropy=entropy or entropy_gradient)
-    return ExpChunk(projection, targets, hint, entropy=entropy)
+    return ScaledExpChunk(projection, targets, logp_guess, entropy=entropy)
 
 
 _LEAST_BLOCK_V = 64
-"""Columns of the narrowest tile of ``exp_gemm``."""
+"""Columns of the narrowest tile of ``scaled_exp_gemm``."""
 
 
 def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
@@ -189,9 +189,9 @@ def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
 
     With the vocabulary split it is the same on all processes, whose tiles may differ with the size of their shards.
     """
-    dtype, vocab = projection.operand_dtype, projection.widest
+    dtype, vocab = projection.operand_dtype, projection.max_shard_vocab
     if form(projection, entropy_gradient).name == "exponentials":
-        block = product_tile("exp_gemm", projection).block_v if projection.shard is None else _LEAST_BLOCK_V
+        block = product_tile("scaled_exp_gemm", projection).block_v if projection.shard is None else _LEAST_BLOCK_V
         sums = 8 * triton.cdiv(vocab, block)
         return plans.padded(vocab) * dtype.itemsize + sums
     sums = 16 * triton.cdiv(vocab, configs.find("row_statistics", family(projection.hidden.device), 4).block_v)

@@ -21,7 +21,7 @@ def raw_logits(
     hidden, weight, first_row, first_column, n_rows, n_columns, dim,
     hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, listed=None,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, rescue_ids=None,
 ):  # fmt: skip
     """(hidden @ weight.T)[first_row : + BLOCK_N, first_column : + BLOCK_V], [BLOCK_N, BLOCK_V] fp32.
 
@@ -30,7 +30,7 @@ def raw_logits(
 
     hidden [n_rows, dim], weight [n_columns, dim]: with DESCRIPTORS, descriptors of blocks [BLOCK_N, BLOCK_D] and
     [BLOCK_V, BLOCK_D], else pointers with strides. EVEN_D: dim is a multiple of BLOCK_D. WIDEN: multiply in fp32, because the
-    interpreter's product of bf16 is wrong. listed: None, or pointer to [n_rows] int32, the rows of hidden to take instead of
+    interpreter's product of bf16 is wrong. rescue_ids: None, or pointer to [n_rows] int32, the rows of hidden to take instead of
     0 ... n_rows - 1 (without DESCRIPTORS).
     """
     product = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
@@ -43,8 +43,8 @@ def raw_logits(
             product = tl.dot(h, tl.trans(w), product, input_precision="ieee")
     else:
         rows = tl.minimum(first_row + tl.arange(0, BLOCK_N), n_rows - 1).to(tl.int64)
-        if listed is not None:
-            rows = tl.load(listed + rows).to(tl.int64)  # [BLOCK_N]
+        if rescue_ids is not None:
+            rows = tl.load(rescue_ids + rows).to(tl.int64)  # [BLOCK_N]
         columns = tl.minimum(first_column + tl.arange(0, BLOCK_V), n_columns - 1).to(tl.int64)
         dims = tl.arange(0, BLOCK_D)
         h_at = hidden + rows[:, None] * hidden_stride_n + dims[None, :].to(tl.int64) * hidden_stride_d

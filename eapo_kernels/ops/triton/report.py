@@ -25,15 +25,15 @@ from ..statistics import RowStatistics
 from . import configs
 from .backward import logit_gradient
 from .configs import Entry
-from .exp_finalize import exp_finalize
-from .exp_gemm import exp_gemm
-from .exp_redo import list_unsound, row_maxima
 from .finalize import finalize
 from .forward import stream_statistics
 from .launch import Launch
-from .offsets import ExpSums, row_offsets
+from .offsets import ScaledExpSums, row_offsets
 from .one_pass import workspace
 from .rows import row_gradient, row_statistics
+from .scaled_exp_finalize import scaled_exp_finalize
+from .scaled_exp_gemm import scaled_exp_gemm
+from .scaled_exp_rescue import collect_rescue_ids, row_maxima
 from .sums import PartialSums
 from .target_rows import add_target_rows
 
@@ -122,27 +122,36 @@ def example(entry: Entry, variant: str) -> Launch:
         case "target_rows":
             rows = TargetRows(targets, targets, projection.hidden, row)
             return add_target_rows(torch.empty_like(projection.weight, dtype=torch.float32), 0, rows, tile=entry.tile)
-        case "row_offsets" | "exp_gemm" | "exp_redo" | "row_maxima" | "list_unsound" | "exp_finalize":
+        case (
+            "row_offsets"
+            | "scaled_exp_gemm"
+            | "scaled_exp_rescue"
+            | "row_maxima"
+            | "collect_rescue_ids"
+            | "scaled_exp_finalize"
+        ):
             return exponential_example(entry, replace(projection, softcap=None), targets, terms if full else None)
     raise ValueError(f"kernel: expected one of the table's, got {entry.kernel!r}")
 
 
 def exponential_example(entry: Entry, projection: Projection, targets: Tensor, terms: SurrogateTerms | None) -> Launch:
-    """``example`` for the kernels of the E form."""
+    """``example`` for the kernels of the scaled-exponential form."""
     tile = entry.tile
-    sums = ExpSums.empty(projection, True, tile=tile if entry.kernel in ("exp_gemm", "exp_redo") else configs.Tile(0, 256))
+    sums = ScaledExpSums.empty(
+        projection, True, tile=tile if entry.kernel in ("scaled_exp_gemm", "scaled_exp_rescue") else configs.Tile(0, 256)
+    )
     matrix = workspace(projection, projection.hidden.dtype)
     match entry.kernel:
         case "row_offsets":
-            hint = projection.row_inv_temperature
-            return row_offsets(projection, targets, hint, sums, tile=tile)
-        case "exp_gemm" | "exp_redo":
-            return exp_gemm(projection, targets, sums, matrix, listed=entry.kernel == "exp_redo", tile=tile)
+            logp_guess = projection.row_inv_temperature
+            return row_offsets(projection, targets, logp_guess, sums, tile=tile)
+        case "scaled_exp_gemm" | "scaled_exp_rescue":
+            return scaled_exp_gemm(projection, targets, sums, matrix, rescue_ids=entry.kernel == "scaled_exp_rescue", tile=tile)
         case "row_maxima":
             return row_maxima(projection, sums, tile=tile)
-        case "list_unsound":
-            return list_unsound(projection, sums, tile=tile)
-    return exp_finalize(projection, sums, terms, tile=tile)[0]
+        case "collect_rescue_ids":
+            return collect_rescue_ids(projection, sums, tile=tile)
+    return scaled_exp_finalize(projection, sums, terms, tile=tile)[0]
 
 
 def compile_launch(launch: Launch, architecture: int) -> Any:

@@ -13,7 +13,7 @@ from . import configs
 from .backward import gradient_arguments, gradient_coefficients, store_gradient
 from .configs import Tile
 from .launch import Launch, family, options, transform_arguments
-from .math import LOG2E, LOWEST, absorb, row_scale
+from .math import LOG2E, LOWEST, online_softmax_update, row_scale
 from .sums import PartialSums, store_sums
 
 
@@ -46,7 +46,7 @@ def row_statistics_kernel(
     factor = row_scale(row_inv_temperature, scale, safe_rows)
     target = tl.load(targets + safe_rows).to(tl.int32)  # [BLOCK_N]
     zero = tl.zeros([BLOCK_N], tl.float32)
-    y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = absorb(
+    y_max, y_target, rest, x_exp, exp2, x_exp2, xx_exp = online_softmax_update(
         tile, bias, bias_stride, cap, tl.full([BLOCK_N], LOWEST, tl.float32), zero, zero, zero, zero, zero, zero, target, first,
         n_columns, factor * LOG2E, BLOCK_V, 1, ENTROPY, SECOND_MOMENTS,
     )  # fmt: skip

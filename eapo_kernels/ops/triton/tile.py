@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PRODUCTS = ("stream_statistics", "logit_gradient", "exp_gemm", "exp_redo", "row_maxima")
-"""Kernels that multiply hidden and weight. "exp_redo" and "row_maxima" gather their rows and so have no descriptors."""
+PRODUCTS = ("stream_statistics", "logit_gradient", "scaled_exp_gemm", "scaled_exp_rescue", "row_maxima")
+"""Kernels that multiply hidden and weight. "scaled_exp_rescue" and "row_maxima" gather their rows and so have no descriptors."""
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def test_statistics(
 def test_chunk(
     shape: tuple[int, int, int], dtype: torch.dtype, bias: bool, off: float, tile: Tile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk of the E form: statistics and gradient, also where the hint is wrong and Triton's kernels redo the rows."""
+    """A chunk of the scaled-exponential form: statistics and gradient, also where the logp_guess is wrong and Triton's kernels rescue the rows."""
     monkeypatch.setattr(products.configs, "find", lambda kernel, n_rows, dim: tile)
     inputs, temperature = inputs_of(shape, dtype, bias=bias)
     detached = None if inputs.bias is None else inputs.bias.detach()
@@ -158,11 +158,11 @@ def test_chunk(
         inv_temperature=temperature.double(),
     ).requires_grad_()  # fmt: skip
     logp = z.log_softmax(1).gather(1, inputs.targets[:, None])[:, 0]
-    hint = logp.detach().float() + off
-    chunk = backend.open_chunk(p, inputs.targets, entropy=True, entropy_gradient=False, hint=hint)
-    assert int(chunk.sums.n_listed) == int(unsound(p, inputs.targets, hint, tile.block_v).sum())
+    logp_guess = logp.detach().float() + off
+    chunk = backend.open_chunk(p, inputs.targets, entropy=True, entropy_gradient=False, logp_guess=logp_guess)
+    assert int(chunk.sums.n_rescue) == int(unsound(p, inputs.targets, logp_guess, tile.block_v).sum())
     if dtype == torch.bfloat16:
-        assert int(chunk.sums.n_listed) == (shape[0] if off > 33 else 0)
+        assert int(chunk.sums.n_rescue) == (shape[0] if off > 33 else 0)
     check_statistics(inputs, temperature, chunk.statistics(), second_moments=False)
     a = cotangents(shape[0], "logp")[0]
     gradient = chunk.gradient(LogitCotangents(a))
@@ -183,9 +183,9 @@ def test_an_entropy_gradient_takes_a_chunk_of_logits() -> None:
     p = Projection(inputs.hidden.detach(), inputs.weight.detach())
     half = Projection(p.hidden.half(), p.weight.half())
     opened = functools.partial(backend.open_chunk, targets=inputs.targets, entropy=True)
-    assert type(opened(p, entropy_gradient=False)).__name__ == "ExpChunk"
+    assert type(opened(p, entropy_gradient=False)).__name__ == "ScaledExpChunk"
     assert type(opened(p, entropy_gradient=True)).__name__ == "LogitChunk"
-    assert type(opened(half, entropy_gradient=False)).__name__ == "ExpChunk"
+    assert type(opened(half, entropy_gradient=False)).__name__ == "ScaledExpChunk"
     assert type(opened(half, entropy_gradient=True)).__name__ == "LogitChunk"
 
 

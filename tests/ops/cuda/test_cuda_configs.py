@@ -34,14 +34,14 @@ def write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Write]:
     measured.entries.cache_clear()
 
 
-def line(tile: Tile, *, kernel: str = "exp_gemm", dim: int = 1024, rows: int = 8192, **changes: Any) -> dict[str, Any]:
+def line(tile: Tile, *, kernel: str = "scaled_exp_gemm", dim: int = 1024, rows: int = 8192, **changes: Any) -> dict[str, Any]:
     return {"kernel": kernel, "dim": dim, "rows": rows, "ms": 1.0, "tile": asdict(tile) | changes}
 
 
 @pytest.mark.usefixtures("write")
 def test_without_a_file_the_rows_decide() -> None:
     assert configs.tiles() == list(TILES)
-    for kernel in ("stream_statistics", "exp_gemm"):
+    for kernel in ("stream_statistics", "scaled_exp_gemm"):
         assert configs.find(kernel, 128, 4096) == TILES[1]
         assert configs.find(kernel, 129, 1024) == TILES[0]
         assert configs.find(kernel, 0, 4096) == TILES[1]
@@ -50,20 +50,20 @@ def test_without_a_file_the_rows_decide() -> None:
 def test_the_nearest_measured_line_by_depth_then_by_rows(write: Write) -> None:
     deep, few = replace(TILES[0], group_n=16), replace(TILES[0], group_n=4)
     write(line(PINGPONG), line(deep, dim=4096), line(few, dim=4096, rows=512), line(LATE, kernel="stream_statistics"))
-    assert configs.find("exp_gemm", 3400, 1024) == PINGPONG
-    assert configs.find("exp_gemm", 4096, 4096) == deep
-    assert configs.find("exp_gemm", 4096, 3584) == deep, "D first, whatever N is"
-    assert configs.find("exp_gemm", 700, 8192) == few
+    assert configs.find("scaled_exp_gemm", 3400, 1024) == PINGPONG
+    assert configs.find("scaled_exp_gemm", 4096, 4096) == deep
+    assert configs.find("scaled_exp_gemm", 4096, 3584) == deep, "D first, whatever N is"
+    assert configs.find("scaled_exp_gemm", 700, 8192) == few
     assert configs.find("stream_statistics", 4096, 4096) == LATE, "the only line of this kernel"
 
 
 def test_rows_that_fill_one_program_have_lines_of_their_own(write: Write) -> None:
     alone = replace(TILES[1], stagger=1)
     write(line(PINGPONG))
-    assert configs.find("exp_gemm", 100, 1024) == TILES[1]
+    assert configs.find("scaled_exp_gemm", 100, 1024) == TILES[1]
     write(line(PINGPONG), line(alone, rows=64))
-    assert configs.find("exp_gemm", 100, 1024) == alone
-    assert configs.find("exp_gemm", 200, 1024) == PINGPONG
+    assert configs.find("scaled_exp_gemm", 100, 1024) == alone
+    assert configs.find("scaled_exp_gemm", 200, 1024) == PINGPONG
 
 
 def test_what_is_built_includes_the_measured_tiles(write: Write) -> None:
@@ -78,7 +78,7 @@ def test_what_is_built_includes_the_measured_tiles(write: Write) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"kernel": "finalize"}, r"lines\[0\]\.kernel: expected one of stream_statistics, exp_gemm, got 'finalize'"),
+        ({"kernel": "finalize"}, r"lines\[0\]\.kernel: expected one of stream_statistics, scaled_exp_gemm, got 'finalize'"),
         ({"rows": 0}, r"lines\[0\]\.rows: expected a positive integer, got 0"),
         ({"block_v": 128}, r"tile: expected block_n, block_v and pingpong to be one of .*, got \(128, 128, False\)"),
         ({"cluster": 3}, r"tile\.cluster: expected 1 or 2, got 3"),
@@ -92,5 +92,5 @@ def test_what_is_built_includes_the_measured_tiles(write: Write) -> None:
 def test_a_tile_that_no_kernel_can_have_is_named(write: Write, bad: dict[str, Any], message: str) -> None:
     write(line(TILES[0], **bad) if set(bad) <= set(asdict(TILES[0])) else line(TILES[0]) | bad)
     with pytest.raises(EapoError, match=message) as error:
-        configs.find("exp_gemm", 4096, 4096)
+        configs.find("scaled_exp_gemm", 4096, 4096)
     assert str(measured.PATH) in str(error.value)

@@ -18,7 +18,7 @@ from eapo_kernels.ops.projection import Projection
 
 pytestmark = pytest.mark.csrc
 
-ITEM = ProductBuild("exp_gemm", TILES[0], "bf16", entropy=True)
+ITEM = ProductBuild("scaled_exp_gemm", TILES[0], "bf16", entropy=True)
 
 
 def test_arguments_match_the_kernels_field_by_field(host: ctypes.CDLL) -> None:
@@ -122,10 +122,10 @@ def test_a_launch_calls_the_driver_once_per_kernel(fake: FakeDriver, monkeypatch
     one = example(monkeypatch)
     one()
     one()
-    assert fake.calls["from_cubin"] == [(b"code", "exp_gemm")], "loaded once"
-    assert fake.calls["get_kernel"] == [("exp_gemm",)]
+    assert fake.calls["from_cubin"] == [(b"code", "scaled_exp_gemm")], "loaded once"
+    assert fake.calls["get_kernel"] == [("scaled_exp_gemm",)]
     assert [len(fake.calls[name]) for name in ("cuKernelSetAttribute", "cuLaunchKernel")] == [1, 2]
-    shared = ITEM.tile.shared_bytes("exp_gemm")
+    shared = ITEM.tile.shared_bytes("scaled_exp_gemm")
     attribute, value, kernel, device = fake.calls["cuKernelSetAttribute"][0]
     assert attribute == driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     assert (value, int(kernel), device) == (shared, 7, 3)
@@ -164,8 +164,8 @@ def test_the_drivers_errors_are_raised(fake: FakeDriver, monkeypatch: pytest.Mon
 def test_shared_memory_as_the_kernel_cuts_it() -> None:
     """1024 for alignment, operands, slices of E for two groups in two buffers, two barriers a stage."""
     assert TILES[0].shared_bytes("stream_statistics") == 1024 + 4 * 384 * 128 + 4 * 16
-    assert TILES[0].shared_bytes("exp_gemm") == TILES[0].shared_bytes("stream_statistics") + 4 * 8192
-    assert all(one.shared_bytes("exp_gemm") <= SHARED_LIMIT for one in TILES)
+    assert TILES[0].shared_bytes("scaled_exp_gemm") == TILES[0].shared_bytes("stream_statistics") + 4 * 8192
+    assert all(one.shared_bytes("scaled_exp_gemm") <= SHARED_LIMIT for one in TILES)
     assert all(tile.stagger < tile.stages for tile in TILES)
 
 

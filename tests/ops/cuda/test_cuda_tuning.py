@@ -38,7 +38,7 @@ def test_every_candidate_agrees_with_the_torch_backend(kernel: str, monkeypatch:
 
 @pytest.mark.usefixtures("emulated")
 def test_what_is_timed_is_the_launch() -> None:
-    problem = CudaProblem(CudaSearch("exp_gemm", 130, 72, 515), "cpu")
+    problem = CudaProblem(CudaSearch("scaled_exp_gemm", 130, 72, 515), "cpu")
     runner = problem.runner(TILES[2])
     problem.matrix.fill_(torch.nan)
     runner()

@@ -31,7 +31,7 @@ SOME = [
     for item in first_light.builds()
     if not isinstance(item, ProductBuild)
     or (
-        (item.operand == "bf16" or (item.kernel, item.tile.name) == ("exp_gemm", "shared"))
+        (item.operand == "bf16" or (item.kernel, item.tile.name) == ("scaled_exp_gemm", "shared"))
         and item.bias == item.entropy
         and item.second_moments == (item.entropy and item.kernel == "stream_statistics")
     )
@@ -57,7 +57,7 @@ def test_a_wrong_or_an_unsteady_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Launch, "__call__", spoiled)
     for item in (
-        next(b for b in configs.product_builds() if b.kernel == kernel) for kernel in ("stream_statistics", "exp_gemm")
+        next(b for b in configs.product_builds() if b.kernel == kernel) for kernel in ("stream_statistics", "scaled_exp_gemm")
     ):
         state.runs, state.every = 0, 1
         assert "off by" in launches.check(item, first_light.SHAPES[1], "cpu")
@@ -106,8 +106,8 @@ def test_the_command_writes_what_it_saw(
     monkeypatch.setattr(first_light, "watch", lambda commands, seconds: (list(commands), {}))
     assert first_light.main(["--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "first_light.json").read_text())["wrong"] == {}
-    monkeypatch.setattr(first_light, "watch", lambda commands, seconds: ([], {"exp_gemm shared": "hangs"}))
+    monkeypatch.setattr(first_light, "watch", lambda commands, seconds: ([], {"scaled_exp_gemm shared": "hangs"}))
     assert first_light.main([]) == first_light.HANGS
-    assert "exp_gemm shared: hangs" in capsys.readouterr().out
-    monkeypatch.setattr(first_light, "watch", lambda commands, seconds: ([], {"exp_gemm shared": "E: off by 1"}))
+    assert "scaled_exp_gemm shared: hangs" in capsys.readouterr().out
+    monkeypatch.setattr(first_light, "watch", lambda commands, seconds: ([], {"scaled_exp_gemm shared": "E: off by 1"}))
     assert first_light.main([]) == 1

@@ -19,8 +19,8 @@ KERNELS = (
     "row_gradient",
     "finalize",
     "row_offsets",
-    "list_unsound",
-    "exp_finalize",
+    "collect_rescue_ids",
+    "scaled_exp_finalize",
     "target_rows",
 )
 
@@ -66,8 +66,8 @@ def test_tiles_are_legal() -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_rows_are_redone_with_the_columns_of_the_first_run(name: str, itemsize: int) -> None:
     """The launcher replaces the columns of the line by those of the first run, which must not need more registers."""
-    first = [e.tile for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("exp_gemm", name, itemsize)]
-    (again,) = (e.tile for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("exp_redo", name, itemsize))
+    first = [e.tile for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_gemm", name, itemsize)]
+    (again,) = (e.tile for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_rescue", name, itemsize))
     assert not again.descriptors
     assert not again.stores
     for tile in first:
@@ -115,8 +115,10 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: 
     configs._log_choice.cache_clear()
     with caplog.at_level("INFO", logger="eapo_kernels"):
         for vocab in (128256, 131072, 151936, 131072):
-            configs.find("exp_gemm", "sm90", 2, 4096, vocab, descriptors=True)
-        configs.find("exp_gemm", "sm90", 2, 1024, 131072, descriptors=True)
+            configs.find("scaled_exp_gemm", "sm90", 2, 4096, vocab, descriptors=True)
+        configs.find("scaled_exp_gemm", "sm90", 2, 1024, 131072, descriptors=True)
     assert len(caplog.messages) == 2
-    assert caplog.messages[0].startswith("tile of exp_gemm on sm90, near D=4096 V=131072 (not measured on hardware): Tile(")
+    assert caplog.messages[0].startswith(
+        "tile of scaled_exp_gemm on sm90, near D=4096 V=131072 (not measured on hardware): Tile("
+    )
     assert "near D=2048" in caplog.messages[1]

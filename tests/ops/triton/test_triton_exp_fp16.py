@@ -1,4 +1,4 @@
-"""The E form in fp16, which ends at 65504: where rows are redone, how it rounds, and what becomes of scaled losses."""
+"""The scaled-exponential form in fp16, which ends at 65504: where rows are redone, how it rounds, and what becomes of scaled losses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eapo_kernels.ops import products
 from eapo_kernels.ops.backend import LogitCotangents
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.triton.offsets import window
-from eapo_kernels.ops.triton.one_pass import ExpChunk
+from eapo_kernels.ops.triton.one_pass import ScaledExpChunk
 from eapo_kernels.testing import Inputs, make_inputs
 
 pytestmark = [
@@ -35,8 +35,8 @@ def rows_of_logits(z: Tensor, device: str) -> Projection:
 
 
 def gap(e: float) -> float:
-    """Nats by which a logit is above the target's where its E is ``e`` without a hint."""
-    return math.log(e) - LIMITS.bare * math.log(2)
+    """Nats by which a logit is above the target's where its E is ``e`` without a logp_guess."""
+    return math.log(e) - LIMITS.without_guess * math.log(2)
 
 
 @pytest.mark.parametrize("others", [1, 7])
@@ -50,9 +50,9 @@ def test_the_upper_edge_is_the_largest_fp16_number(others: int, device: str) -> 
     targets = torch.zeros(len(z), dtype=torch.int64, device=device)
     expected = unsound(p, targets, None)
     assert 5 < int(expected.sum()) < len(z) - 5
-    chunk = ExpChunk(p, targets, None, entropy=True)
-    listed = chunk.sums.listed[: int(chunk.sums.n_listed)]
-    assert sorted(listed.tolist()) == expected.nonzero().squeeze(1).tolist()
+    chunk = ScaledExpChunk(p, targets, None, entropy=True)
+    rescue_ids = chunk.sums.rescue_ids[: int(chunk.sums.n_rescue)]
+    assert sorted(rescue_ids.tolist()) == expected.nonzero().squeeze(1).tolist()
     truth, exact = oracle(p, targets)
     stats = chunk.statistics()
     torch.testing.assert_close(stats.logp.double(), truth.logp, rtol=2e-6, atol=1e-6)
@@ -76,7 +76,7 @@ def test_a_hint_may_be_off_by_the_window(off: float, device: str) -> None:
 
 
 def test_flat_rows_are_not_redone(device: str) -> None:
-    """Sums far beyond 65504 are no harm where no tile's is: an untrained model's rows without a hint."""
+    """Sums far beyond 65504 are no harm where no tile's is: an untrained model's rows without a logp_guess."""
     inputs = make_inputs(5, 16, 50_257, dtype=torch.float16, peaked=False, device=device)
     stats, got, redone = run(projection(inputs), inputs.targets, None)
     assert redone == 0
@@ -85,10 +85,10 @@ def test_flat_rows_are_not_redone(device: str) -> None:
     assert stats.logp.isfinite().all()
 
 
-@pytest.mark.parametrize("hinted", [True, False], ids=["hint", "no_hint"])
+@pytest.mark.parametrize("with_guess", [True, False], ids=["logp_guess", "no_hint"])
 @pytest.mark.parametrize("probability", [1 - 1e-4, 0.9, 0.5, 1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "flat"])
-def test_rounding_whatever_the_targets_probability(probability: float, peaked: bool, hinted: bool, device: str) -> None:
+def test_rounding_whatever_the_targets_probability(probability: float, peaked: bool, with_guess: bool, device: str) -> None:
     """Errors within 1.3 of exact logit gradients rounded once to fp16; in each row at least within fp16's unit of itself."""
     n, v = 24, 4096
     generator = torch.Generator().manual_seed(3)
@@ -97,10 +97,10 @@ def test_rounding_whatever_the_targets_probability(probability: float, peaked: b
     p = rows_of_logits(z, device)
     targets = torch.zeros(n, dtype=torch.int64, device=device)
     truth, exact = oracle(p, targets)
-    hint = truth.logp.float() if hinted else None
-    _, got, redone = run(p, targets, hint)
-    assert redone == int(unsound(p, targets, hint).sum())
-    assert redone == 0 or (not hinted and probability == 1e-6)
+    logp_guess = truth.logp.float() if with_guess else None
+    _, got, redone = run(p, targets, logp_guess)
+    assert redone == int(unsound(p, targets, logp_guess).sum())
+    assert redone == 0 or (not with_guess and probability == 1e-6)
     ideal = (exact.half().double() - exact).norm(dim=1)
     error = (got - exact).norm(dim=1)
     assert (error <= torch.maximum(1.3 * ideal, 2**-11 * exact.norm(dim=1))).all(), (error / ideal).max()
@@ -108,7 +108,7 @@ def test_rounding_whatever_the_targets_probability(probability: float, peaked: b
 
 
 def test_sums_of_one_chunk_may_differ_by_many_bits(device: str) -> None:
-    """Without a hint S = 2 / p_y: the factors a / S of confident and of surprised rows go into one fp16 operand of d_weight."""
+    """Without a logp_guess S = 2 / p_y: the factors a / S of confident and of surprised rows go into one fp16 operand of d_weight."""
     n, d, v = 64, 32, 4096
     g = torch.Generator().manual_seed(4)
     hidden, weight = torch.randn(n, d, generator=g).half(), (torch.randn(v, d, generator=g) / 8).half()
@@ -119,7 +119,7 @@ def test_sums_of_one_chunk_may_differ_by_many_bits(device: str) -> None:
     bias[order[::2, -1]] = 12.0  # p_y near 1 in every other row
     p = Projection(hidden.to(device), weight.to(device), bias.half().to(device))
     targets = targets.to(device)
-    chunk = ExpChunk(p, targets, None, entropy=False)
+    chunk = ScaledExpChunk(p, targets, None, entropy=False)
     a = torch.randn(n, generator=g).to(device)
     gradient = chunk.gradient(LogitCotangents(a))
     assert float(gradient.row_factor.abs().max() / gradient.row_factor.abs().min()) > 2**10
@@ -179,13 +179,13 @@ def test_autograd_holds_a_scaled_loss(kept: int, scale: float, device: str) -> N
 
 @pytest.mark.parametrize("size", [1e4, 1e-4])
 def test_extreme_logits_stay_finite(size: float, device: str) -> None:
-    """Logits near +-1e4, and all but equal; with a hint, without one, and with a wrong one."""
+    """Logits near +-1e4, and all but equal; with a logp_guess, without one, and with a wrong one."""
     inputs = make_inputs(40, 16, 99, device=device)
     inputs = Inputs(inputs.hidden * size / 10, inputs.weight, inputs.targets).to(torch.float16)
     p = projection(inputs)
     truth, exact = oracle(p, inputs.targets)
-    for hint in (None, truth.logp.float(), truth.logp.float() + 100.0, torch.full((40,), -3.0, device=device)):
-        stats, got, _ = run(p, inputs.targets, hint)
+    for logp_guess in (None, truth.logp.float(), truth.logp.float() + 100.0, torch.full((40,), -3.0, device=device)):
+        stats, got, _ = run(p, inputs.targets, logp_guess)
         torch.testing.assert_close(stats.logp.double(), truth.logp, rtol=1e-6, atol=2e-3 if size > 1 else 1e-5)
         assert got.isfinite().all()
         assert ((got - exact).norm(dim=1) <= 1e-3 * exact.norm(dim=1) + 2e-3 * (size > 1)).all()

@@ -1,4 +1,4 @@
-"""The E form's kernels: statistics and logit gradient of a chunk against the float64 oracle, whatever the hint."""
+"""The scaled-exponential form's kernels: statistics and logit gradient of a chunk against the float64 oracle, whatever the logp_guess."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from exponential_rows import check, floor, oracle, run, unsound
 
 from eapo_kernels.ops.backend import ChunkGradient, LogitCotangents
 from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.triton import exp_finalize, exp_gemm, exp_redo, offsets, one_pass
+from eapo_kernels.ops.triton import offsets, one_pass, scaled_exp_finalize, scaled_exp_gemm, scaled_exp_rescue
 from eapo_kernels.ops.triton.configs import Tile
-from eapo_kernels.ops.triton.one_pass import ExpChunk
+from eapo_kernels.ops.triton.one_pass import ScaledExpChunk
 from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats, make_inputs
 
 pytestmark = [
@@ -31,27 +31,29 @@ SHAPES = [(1, 8, 1), (1, 72, 257), (63, 7, 1031), (200, 64, 257), (5, 72, 50257)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "uniform"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("hinted", [True, False], ids=["hint", "no_hint"])
+@pytest.mark.parametrize("with_guess", [True, False], ids=["logp_guess", "no_hint"])
 def test_matches_the_oracle(
-    shape: tuple[int, int, int], dtype: torch.dtype, peaked: bool, bias: bool, hinted: bool, device: str
+    shape: tuple[int, int, int], dtype: torch.dtype, peaked: bool, bias: bool, with_guess: bool, device: str
 ) -> None:
     inputs = make_inputs(*shape, dtype=dtype, peaked=peaked, bias=bias, device=device)
     p = projection(inputs)
     noise = 0.3 * torch.randn(shape[0], generator=torch.Generator().manual_seed(5)).to(device)
-    hint = oracle(p, inputs.targets)[0].logp.float() + noise if hinted else None
-    redone = check(p, inputs.targets, hint)
-    assert redone == int(unsound(p, inputs.targets, hint).sum())
-    assert redone == 0 or (dtype == torch.float16 and not hinted), "targets are drawn at random, some 2^15 times less likely"
+    logp_guess = oracle(p, inputs.targets)[0].logp.float() + noise if with_guess else None
+    redone = check(p, inputs.targets, logp_guess)
+    assert redone == int(unsound(p, inputs.targets, logp_guess).sum())
+    assert redone == 0 or (dtype == torch.float16 and not with_guess), (
+        "targets are drawn at random, some 2^15 times less likely"
+    )
 
 
 @pytest.mark.parametrize("off", [0.0, 5.0, -5.0, 30.0, -30.0, 60.0, -60.0, 200.0, -200.0, 3e38, -3e38])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_wrong_hint_changes_nothing(off: float, dtype: torch.dtype, device: str) -> None:
-    """Beyond 33 nats, in fp16 5.5, the rows are redone with their maximum; the statistics' bars are those of a perfect hint."""
+    """Beyond 33 nats, in fp16 5.5, the rows are redone with their maximum; the statistics' bars are those of a perfect logp_guess."""
     inputs = make_inputs(63, 72, 1031, dtype=dtype, bias=True, device=device)
     p = projection(inputs)
-    hint = oracle(p, inputs.targets)[0].logp.float() + off
-    assert check(p, inputs.targets, hint) == (0 if abs(off) < (5.5 if dtype == torch.float16 else 33) else 63)
+    logp_guess = oracle(p, inputs.targets)[0].logp.float() + off
+    assert check(p, inputs.targets, logp_guess) == (0 if abs(off) < (5.5 if dtype == torch.float16 else 33) else 63)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -72,12 +74,12 @@ def test_only_unsound_rows_are_redone(dtype: torch.dtype, device: str) -> None:
     """The other rows stay bit for bit what they are without unsound neighbours."""
     inputs = make_inputs(200, 24, 515, dtype=dtype, device=device)
     p = projection(inputs)
-    hint = oracle(p, inputs.targets)[0].logp.float()
-    good = run(p, inputs.targets, hint)
+    logp_guess = oracle(p, inputs.targets)[0].logp.float()
+    good = run(p, inputs.targets, logp_guess)
     bad = torch.zeros(200, dtype=torch.bool, device=device)
     bad[torch.tensor([0, 3, 64, 65, 127, 199])] = True
-    assert check(p, inputs.targets, torch.where(bad, hint - 300.0, hint)) == 6
-    stats, matrix, _ = run(p, inputs.targets, torch.where(bad, hint - 300.0, hint))
+    assert check(p, inputs.targets, torch.where(bad, logp_guess - 300.0, logp_guess)) == 6
+    stats, matrix, _ = run(p, inputs.targets, torch.where(bad, logp_guess - 300.0, logp_guess))
     for name in ("logp", "entropy", "lse"):
         assert torch.equal(getattr(stats, name)[~bad], getattr(good[0], name)[~bad]), name
     assert torch.equal(matrix[~bad], good[1][~bad])
@@ -103,8 +105,8 @@ def test_confident_tokens_keep_their_relative_precision(off: float | None, devic
     p = Projection(z.float().to(device), torch.eye(3, device=device))
     targets = torch.zeros(40, dtype=torch.int64, device=device)
     exact = torch.log_softmax(p.hidden.double(), 1)
-    hint = None if off is None else exact[:, 0].float() + off
-    stats, gradient, _ = run(p, targets, hint)
+    logp_guess = None if off is None else exact[:, 0].float() + off
+    stats, gradient, _ = run(p, targets, logp_guess)
     torch.testing.assert_close(stats.logp.double(), -torch.log1p(p.hidden[:, 1:].double().exp().sum(1)), rtol=1e-5, atol=0.0)
     torch.testing.assert_close(stats.entropy.double(), -(exact.exp() * exact).sum(1), rtol=2e-5, atol=0.0)
     torch.testing.assert_close(gradient[:, 0], exact[:, 1:].exp().sum(1), rtol=1e-5, atol=0.0)
@@ -141,8 +143,8 @@ def test_removed_columns(off: float | None, device: str) -> None:
     z = p.hidden.double() @ p.weight.double().T + bias.double()
     log_p = torch.log_softmax(z, 1)
     logp = log_p.gather(1, targets[:, None]).squeeze(1)
-    hint = None if off is None else logp.float() + off
-    stats, gradient, redone = run(p, targets, hint)
+    logp_guess = None if off is None else logp.float() + off
+    stats, gradient, redone = run(p, targets, logp_guess)
     assert redone == (20 if off == 100.0 else 1)
     assert stats.logp[4] == -math.inf
     torch.testing.assert_close(stats.logp.double(), logp, rtol=1e-5, atol=1e-5)
@@ -176,9 +178,9 @@ def test_strided_inputs(device: str) -> None:
         torch.stack([inputs.bias, inputs.bias], 1)[:, 0],
     )
     targets = torch.stack([inputs.targets, inputs.targets], 1)[:, 0]
-    hint = torch.full((63, 2), -3.0, device=device)[:, 0]
-    plain, matrix, _ = run(projection(inputs), inputs.targets, hint)
-    stats, other, _ = run(strided, targets, hint)
+    logp_guess = torch.full((63, 2), -3.0, device=device)[:, 0]
+    plain, matrix, _ = run(projection(inputs), inputs.targets, logp_guess)
+    stats, other, _ = run(strided, targets, logp_guess)
     torch.testing.assert_close(stats.logp, plain.logp, rtol=1e-6, atol=4e-6)
     torch.testing.assert_close(stats.entropy, plain.entropy, rtol=1e-6, atol=4e-6)
     torch.testing.assert_close(other, matrix, rtol=4e-6 + 2 * floor(strided), atol=1e-6)
@@ -202,15 +204,15 @@ def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dty
     targets[:8] = torch.tensor([0, 63, 64, 127, 128, 255, 256, 258], device=device)
     p = projection(inputs)
     truth, exact = oracle(p, targets)
-    sums = offsets.ExpSums.empty(p, True, tile=tile)
+    sums = offsets.ScaledExpSums.empty(p, True, tile=tile)
     matrix = one_pass.workspace(p, dtype)
     offsets.row_offsets(p, targets, truth.logp.float() + off, sums, tile=Tile(8, 0, 16))()
-    exp_gemm.exp_gemm(p, targets, sums, matrix, tile=tile)()
-    exp_redo.list_unsound(p, sums, tile=Tile(8, 4))()
-    assert int(sums.n_listed) == (40 if off else 0)
-    exp_redo.row_maxima(p, sums, tile=Tile(16, 64, 16))()
-    exp_gemm.exp_gemm(p, targets, sums, matrix, listed=True, tile=Tile(16, tile.block_v, 16, slices=2))()
-    launch, final, slopes = exp_finalize.exp_finalize(p, sums, tile=Tile(16, 2))
+    scaled_exp_gemm.scaled_exp_gemm(p, targets, sums, matrix, tile=tile)()
+    scaled_exp_rescue.collect_rescue_ids(p, sums, tile=Tile(8, 4))()
+    assert int(sums.n_rescue) == (40 if off else 0)
+    scaled_exp_rescue.row_maxima(p, sums, tile=Tile(16, 64, 16))()
+    scaled_exp_gemm.scaled_exp_gemm(p, targets, sums, matrix, rescue_ids=True, tile=Tile(16, tile.block_v, 16, slices=2))()
+    launch, final, slopes = scaled_exp_finalize.scaled_exp_finalize(p, sums, tile=Tile(16, 2))
     launch()
     torch.testing.assert_close(final.statistics.logp.double(), truth.logp, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(final.statistics.entropy.double(), truth.entropy, rtol=1e-6, atol=1e-5)
@@ -226,9 +228,9 @@ def test_bitwise_reproducible(off: float, dtype: torch.dtype, device: str) -> No
     """Also where rows are redone, whose order in the list is not defined."""
     inputs = make_inputs(150, 24, 1301, dtype=dtype, device=device)
     p = projection(inputs)
-    hint = oracle(p, inputs.targets)[0].logp.float()
-    hint = torch.where(torch.arange(150, device=device) % 3 == 0, hint + off, hint)
-    first, second = run(p, inputs.targets, hint), run(p, inputs.targets, hint)
+    logp_guess = oracle(p, inputs.targets)[0].logp.float()
+    logp_guess = torch.where(torch.arange(150, device=device) % 3 == 0, logp_guess + off, logp_guess)
+    first, second = run(p, inputs.targets, logp_guess), run(p, inputs.targets, logp_guess)
     assert torch.equal(first[1], second[1])
     for a, b in zip(first[0], second[0], strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
@@ -239,8 +241,11 @@ def test_shift_of_all_logits_changes_nothing(device: str) -> None:
     inputs = make_inputs(63, 16, 257, device=device, bias=True)
     p = projection(inputs)
     moved = replace(p, bias=p.bias + 8.0)
-    hint = oracle(p, inputs.targets)[0].logp.float()
-    (stats, gradient, _), (other, other_gradient, _) = run(p, inputs.targets, hint), run(moved, inputs.targets, hint)
+    logp_guess = oracle(p, inputs.targets)[0].logp.float()
+    (stats, gradient, _), (other, other_gradient, _) = (
+        run(p, inputs.targets, logp_guess),
+        run(moved, inputs.targets, logp_guess),
+    )
     torch.testing.assert_close(stats.logp, other.logp, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(stats.entropy, other.entropy, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(other.lse - stats.lse, torch.full_like(stats.lse, 8.0), rtol=1e-5, atol=0.0)
@@ -250,7 +255,7 @@ def test_shift_of_all_logits_changes_nothing(device: str) -> None:
 
 def test_without_entropy(device: str) -> None:
     inputs = make_inputs(20, 16, 99, device=device)
-    chunk = ExpChunk(projection(inputs), inputs.targets, None, entropy=False)
+    chunk = ScaledExpChunk(projection(inputs), inputs.targets, None, entropy=False)
     stats = chunk.statistics()
     assert stats.entropy is None
     assert stats.mean_shifted is None
@@ -260,7 +265,7 @@ def test_without_entropy(device: str) -> None:
 def test_a_chunk_gives_its_gradient_once_and_only_for_logp(device: str) -> None:
     inputs = make_inputs(5, 16, 99, device=device)
     one = torch.ones(5, device=device)
-    chunk = ExpChunk(projection(inputs), inputs.targets, None, entropy=True)
+    chunk = ScaledExpChunk(projection(inputs), inputs.targets, None, entropy=True)
     with pytest.raises(AssertionError):
         chunk.gradient(LogitCotangents(one, one))
     gradient = chunk.gradient(LogitCotangents(one))  # without statistics before it

@@ -19,7 +19,7 @@ from eapo_kernels.ops.policy_gradient import policy_gradient
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.triton import one_pass
 from eapo_kernels.ops.triton.backend import BACKEND
-from eapo_kernels.ops.triton.one_pass import ExpChunk, Form, form
+from eapo_kernels.ops.triton.one_pass import Form, ScaledExpChunk, form
 from eapo_kernels.testing import Inputs, assert_no_worse_than, make_inputs, peak_memory
 from eapo_kernels.types import SUMS
 
@@ -63,7 +63,7 @@ def test_the_choice_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch, dev
     force(monkeypatch, name)
     inputs = make_inputs(4, 8, 33, device=device)
     chunk = BACKEND.open_chunk(projection(inputs), inputs.targets, entropy=True, entropy_gradient=False)
-    assert isinstance(chunk, ExpChunk) == (name == "exponentials")
+    assert isinstance(chunk, ScaledExpChunk) == (name == "exponentials")
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -101,15 +101,15 @@ def test_loss_agrees_with_the_torch_backend(
 def test_old_log_probs_may_be_anything(
     dtype: torch.dtype, off: float | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are the hint and the ratio's denominator: far off, every row is redone and the loss is still the same."""
+    """They are the logp_guess and the ratio's denominator: far off, every row is redone and the loss is still the same."""
     redone = []
 
-    class Counting(ExpChunk):
+    class Counting(ScaledExpChunk):
         def gradient(self, cotangents: LogitCotangents) -> Any:
-            redone.append(int(self.sums.n_listed))
+            redone.append(int(self.sums.n_rescue))
             return super().gradient(cotangents)
 
-    monkeypatch.setattr(one_pass, "ExpChunk", Counting)
+    monkeypatch.setattr(one_pass, "ScaledExpChunk", Counting)
     inputs = make_inputs(150, 24, 301, dtype=dtype, bias=True, device=device)
     batch = policy_batch(inputs, device)
     old = None if off is None else batch.old_logp + off
@@ -187,7 +187,7 @@ def test_gradients_round_like_one_product_of_halves(
     rounded = (dlogits / unit).to(dtype).double() * unit
     ideal = rounded @ weight, rounded.T @ hidden
     noise = off if off is None else off + 0.3 * torch.randn(n, generator=g).to(device)
-    hint = None if noise is None else log_p.gather(1, targets[:, None]).squeeze(1).float() + noise
+    logp_guess = None if noise is None else log_p.gather(1, targets[:, None]).squeeze(1).float() + noise
     matrices = []
 
     def coefficients(chunk: Any, rows: slice) -> Coefficients:
@@ -206,7 +206,16 @@ def test_gradients_round_like_one_product_of_halves(
         return Coefficients(LogitCotangents(None), a.new_zeros(len(SUMS)))
 
     policy_gradient(
-        p, targets, None, n, coefficients, BACKEND, entropy_gradient=False, needs=(False,) * 3, options=Options(), hint=hint
+        p,
+        targets,
+        None,
+        n,
+        coefficients,
+        BACKEND,
+        entropy_gradient=False,
+        needs=(False,) * 3,
+        options=Options(),
+        logp_guess=logp_guess,
     )
     (got,) = matrices
     for value, best, truth, factor, name in zip(got, ideal, exact, (0.4, 0.6), ("hidden", "weight"), strict=True):

@@ -26,7 +26,7 @@ _REFUSAL = "!"  # facts start with a bracket
 
 
 @contextmanager
-def refusals_told(process_group: object, *tensors: object) -> Iterator[None]:
+def propagate_errors(process_group: object, *tensors: object) -> Iterator[None]:
     """Around the checks of a call, before ``exchange``: an EapoError raised inside reaches the other processes of a group.
 
     tensors: the first one tells the device that the processes exchange on; none: the CPU.
@@ -47,7 +47,7 @@ def exchange(
     """``rows`` of every process, in the order of the ranks. Collective; on CUDA the exchange waits, nothing else does.
 
     Args:
-        process_group: all its processes call this, or leave ``refusals_told`` by an error.
+        process_group: all its processes call this, or leave ``propagate_errors`` by an error.
         rows: may differ.
         facts: must be the same everywhere, by name; the first one says which call it is.
         values: up to two tensors [N] that must be the same bits everywhere, by name. Compared by checksums.

@@ -1,4 +1,4 @@
-"""What a method that weighs tokens is: a frozen record of its numbers that turns evidence into weights."""
+"""What a method that weighs tokens is: a frozen record of its numbers that turns step_stats into weights."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .evidence import Evidence, Shaped
+from .step_stats import StepStats, TokenWeights
 
 STATISTICS = ("second_moments", "tempered_logp", "nucleus_entropy", "teacher_logp", "answer")
-"""What a shaper may need beyond log-prob and entropy; names of ``Evidence``'s fields (second_moments: p2 and p2_logp)."""
+"""What a token_weighting may need beyond log-prob and entropy; names of ``StepStats``'s fields (second_moments: p2 and p2_logp)."""
 
 MARKS = ("turn_ids", "reinforce", "replayed", "spans")
-"""What a shaper may use where it is given; names of ``Evidence``'s fields."""
+"""What a token_weighting may use where it is given; names of ``StepStats``'s fields."""
 
 
 @dataclass(frozen=True)
-class Shaper:
-    """Base of all shapers: subclasses are frozen dataclasses of numbers, checked at construction.
+class TokenWeighting:
+    """Base of all token weightings: subclasses are frozen dataclasses of numbers, checked at construction.
 
-    A shaper runs on the device of the evidence and never looks at a value from the host. Its weights belong to the old policy,
+    A token_weighting runs on the device of the step_stats and never looks at a value from the host. Its weights belong to the old policy,
     where the ratio rho is 1: a paper's factor rho is left to the surrogate.
 
     Class attributes:
         scope: over what its statistics are taken: "token", "sequence", "group" or "batch".
-        needs: names among ``STATISTICS``: ``shape_batch`` refuses to go without.
+        needs: names among ``STATISTICS``: ``weight_tokens`` refuses to go without.
         uses: names among ``MARKS``, read where they are given.
         state: names of the controller's numbers that it reads.
     """
@@ -35,16 +35,16 @@ class Shaper:
     uses: ClassVar[frozenset[str]] = frozenset()
     state: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, evidence: Evidence) -> Shaped:
+    def __call__(self, step_stats: StepStats) -> TokenWeights:
         """Weights of every token."""
         raise NotImplementedError
 
-    def observed(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
+    def observed(self, step_stats: StepStats) -> tuple[Tensor, Tensor]:
         """Sum and count (0-dim fp64) of what the method's controller watches: the entropies of all tokens."""
-        return token_entropy(evidence)
+        return token_entropy(step_stats)
 
 
-def token_entropy(evidence: Evidence) -> tuple[Tensor, Tensor]:
+def token_entropy(step_stats: StepStats) -> tuple[Tensor, Tensor]:
     """Sum of the entropies of the valid tokens (nats) and their number, 0-dim fp64."""
-    count = evidence.valid.sum().double()
-    return evidence.mean(evidence.entropy) * count, count
+    count = step_stats.valid.sum().double()
+    return step_stats.mean(step_stats.entropy) * count, count

@@ -1,5 +1,5 @@
-// Partial sums of the E form to statistics (E13), to the factors that make E the gradient's matrix (E12), and on request to the
-// loss and the coefficients of a clipped surrogate (E10): what ops/triton/exp_finalize.py computes, with its outputs. It reads the
+// Partial sums of the scaled-exponential form to statistics (E13), to the factors that make E the gradient's matrix (E12), and on request to the
+// loss and the coefficients of a clipped surrogate (E10): what ops/triton/scaled_exp_finalize.py computes, with its outputs. It reads the
 // sums once, not twice: c is known only at the end, and compensated sums make X - c R as exact as if it had been known before.
 #include "finish.h"
 #include "rows.h"
@@ -16,7 +16,7 @@ __device__ __forceinline__ void store(const ExpFinalizeArguments& a, int row, co
 
 // Add tiles ``tile``, tile + PARTS, ... of a thread's rows, four at a time, so that their loads are in flight together.
 template <bool ALIGNED>
-__device__ __forceinline__ void read_tiles(const ExpFinalizeArguments& a, int begin, int tile, ExpSums (&parts)[RUN]) {
+__device__ __forceinline__ void read_tiles(const ExpFinalizeArguments& a, int begin, int tile, ScaledExpSums (&parts)[RUN]) {
     constexpr int AT_ONCE = 4;
     const float* line = a.sums + i64(tile) * a.n_rows;
     const i64 step = i64(PARTS) * a.n_rows, field = i64(a.tiles) * a.n_rows;
@@ -40,12 +40,12 @@ __device__ __forceinline__ void read_tiles(const ExpFinalizeArguments& a, int be
     }
 }
 
-__device__ __forceinline__ void exp_finalize(const ExpFinalizeArguments& a) {
+__device__ __forceinline__ void scaled_exp_finalize(const ExpFinalizeArguments& a) {
     const int first = blockIdx.x * ROWS, begin = first + threadIdx.x % LINE_THREADS * RUN;
     const int part = threadIdx.x / LINE_THREADS;
-    ExpSums parts[RUN];
+    ScaledExpSums parts[RUN];
     EAPO_UNROLL
-    for (int i = 0; i < RUN; ++i) parts[i] = ExpSums::none();
+    for (int i = 0; i < RUN; ++i) parts[i] = ScaledExpSums::none();
     if (begin < a.n_rows) {
         if (a.n_rows % RUN == 0) {
             read_tiles<true>(a, begin, part, parts);
@@ -53,7 +53,7 @@ __device__ __forceinline__ void exp_finalize(const ExpFinalizeArguments& a) {
             read_tiles<false>(a, begin, part, parts);
         }
     }
-    const ExpSums sums = merge_parts(parts);
+    const ScaledExpSums sums = merge_parts(parts);
     if (threadIdx.x >= WARP) return;
     const int row = first + int(threadIdx.x);
     const bool inside = row < a.n_rows;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void exp_finalize(const ExpFinalizeArguments& a) {
 
 }  // namespace eapo
 
-extern "C" __global__ void __launch_bounds__(EAPO_THREADS) exp_finalize(
+extern "C" __global__ void __launch_bounds__(EAPO_THREADS) scaled_exp_finalize(
     const __grid_constant__ eapo::ExpFinalizeArguments arguments) {
-    eapo::exp_finalize(arguments);
+    eapo::scaled_exp_finalize(arguments);
 }

@@ -1,4 +1,4 @@
-"""The last step of the E form's forward, one launch over tokens: partial sums become statistics, and on request coefficients of
+"""The last step of the scaled-exponential form's forward, one launch over tokens: partial sums become statistics, and on request coefficients of
 a clipped surrogate, and the factors that make E, in which the target's entry is zero, the gradient's matrix (E12)."""
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from ..projection import Projection
 from ..statistics import RowStatistics
 from . import configs
 from .configs import Tile
-from .exp_redo import merge_tiles
 from .finalize import Finalized, store_surrogate, surrogate_arguments
 from .launch import Launch, family, options, transform_arguments
 from .math import LN2, LOG2E, LOWEST, NEG_INF, log1p, row_scale
-from .offsets import ExpSums
+from .offsets import ScaledExpSums
+from .scaled_exp_rescue import merge_tiles
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def exp_finalize_kernel(
+def scaled_exp_finalize_kernel(
     out, sums, offsets, row_inv_temperature, slope, n_rows, n_tiles,
     coefficient, totals, sequence_ids, valid, old_logp, scale, advantages, rewards, thresholds, positive_weight,
     negative_weight, ratio_low, ratio_high, dual_clip,
@@ -38,7 +38,7 @@ def exp_finalize_kernel(
 
     out: [6 or 8, n_rows] fp32: logp, lse, k + c, log_sum, factor, target, then entropy and mean_shifted. factor = -slope / S,
     target = slope R / S, with ``slope`` dz / d(hidden @ weight.T): the row's cotangent of logp times them is the factor of E
-    and the target's entry in the gradient (E12). sums, offsets: see ``ExpSums``. n_tiles: column tiles in ``sums``.
+    and the target's entry in the gradient (E12). sums, offsets: see ``ScaledExpSums``. n_tiles: column tiles in ``sums``.
     The others: see ``finalize.finalize_kernel``.
     """
     block = tl.program_id(0)
@@ -89,16 +89,16 @@ def exp_finalize_kernel(
         )  # fmt: skip
 
 
-def exp_statistics(out: Tensor) -> tuple[RowStatistics, Tensor]:
+def scaled_exp_statistics(out: Tensor) -> tuple[RowStatistics, Tensor]:
     """The rows of ``out`` [6 or 8, N] by name, and [2, N]: factor and target."""
     logp, lse, offset, log_sum, _, _, *moments = out
     entropy, mean = moments or (None, None)
     return RowStatistics(logp, entropy, lse, offset, log_sum, mean), out[4:6]
 
 
-def exp_finalize(
+def scaled_exp_finalize(
     projection: Projection,
-    sums: ExpSums,
+    sums: ScaledExpSums,
     terms: SurrogateTerms | None = None,
     *,
     tile: Tile | None = None,
@@ -110,7 +110,7 @@ def exp_finalize(
     Running it again changes nothing, so coefficients may follow plain statistics.
     """
     n_rows, device = projection.n_rows, projection.hidden.device
-    tile = tile or configs.find("exp_finalize", family(device), 4)
+    tile = tile or configs.find("scaled_exp_finalize", family(device), 4)
     programs = triton.cdiv(n_rows, tile.block_n)
     out = sums.offsets.new_empty(8 if sums.entropy else 6, n_rows)
     transform = transform_arguments(projection)
@@ -126,6 +126,6 @@ def exp_finalize(
         "BLOCK_V": tile.block_v,
         "ENTROPY": sums.entropy,
     }
-    statistics, slopes = exp_statistics(out)
+    statistics, slopes = scaled_exp_statistics(out)
     final = Finalized(statistics, arguments["coefficient"], arguments["totals"])
-    return Launch(exp_finalize_kernel, programs, arguments, options(tile), device), final, slopes
+    return Launch(scaled_exp_finalize_kernel, programs, arguments, options(tile), device), final, slopes

@@ -1,4 +1,4 @@
-// The E form's first product (E11): hidden @ weight.T whose epilogue stores E = 2^(scale2 * y - k) in the operands' dtype and sums
+// The scaled-exponential form's first product (E11): hidden @ weight.T whose epilogue stores E = 2^(scale2 * y - k) in the operands' dtype and sums
 // it in fp32. k is known before the product, so no maximum is tracked; where E is more than fp16 holds, the sums tell, and the row
 // is redone. A row's own target is stored as 0 and enters no sum. A tile leaves in slices of 64 x 64 numbers, two a pass:
 // registers -> shared memory (stmatrix, swizzled) -> TMA, which cuts off the last row and column.
@@ -122,7 +122,7 @@ struct Exponentials : Consumer {
 
 }  // namespace eapo
 
-extern "C" __global__ void __launch_bounds__(eapo::Kernel::THREADS, 1) __cluster_dims__(EAPO_CLUSTER, 1, 1) exp_gemm(
+extern "C" __global__ void __launch_bounds__(eapo::Kernel::THREADS, 1) __cluster_dims__(EAPO_CLUSTER, 1, 1) scaled_exp_gemm(
     const __grid_constant__ eapo::TensorMap hidden, const __grid_constant__ eapo::TensorMap weight,
     const __grid_constant__ eapo::TensorMap matrix, const __grid_constant__ eapo::Arguments arguments) {
     const auto make = [&](const eapo::SharedMemory& shared, int rank, int group, int thread) {

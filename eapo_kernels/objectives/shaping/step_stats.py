@@ -17,8 +17,8 @@ from ...errors import require
 from ..grouping import Groups, Partition
 
 
-class Shaped(NamedTuple):
-    """What a shaper makes of the evidence; None leaves the batch's own. None with gradient.
+class TokenWeights(NamedTuple):
+    """What a token_weighting makes of the step_stats; None leaves the batch's own. None with gradient.
 
     Attributes:
         advantages: [N], with every weight on the log-prob gradient applied.
@@ -34,7 +34,7 @@ class Shaped(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evidence:
+class StepStats:
     """Statistics of the old policy at every token of a step.
 
     Attributes:
@@ -47,11 +47,11 @@ class Evidence:
         given: [B] fp32, advantages that the batch brings along instead; or None.
         scale: [N] fp32, what the config's reduction would multiply a token's term by, were the whole step one batch.
         logp, entropy: [N] fp32 (nats).
-        p2, p2_logp: [N] fp32, see ``TokenStats``; for shapers that need "second_moments".
-        tempered_logp: [N] fp32, log-prob of the token at another temperature; for shapers that need "tempered_logp".
-        nucleus_entropy: [N] fp32 (nats), entropy of the renormalised nucleus; for shapers that need "nucleus_entropy".
-        teacher_logp: [N] fp32, log-prob under a teacher; for shapers that need "teacher_logp".
-        answer: [N] bool, tokens of the final answer, after the reasoning; for shapers that need "answer".
+        p2, p2_logp: [N] fp32, see ``TokenStats``; for token weightings that need "second_moments".
+        tempered_logp: [N] fp32, log-prob of the token at another temperature; for token weightings that need "tempered_logp".
+        nucleus_entropy: [N] fp32 (nats), entropy of the renormalised nucleus; for token weightings that need "nucleus_entropy".
+        teacher_logp: [N] fp32, log-prob under a teacher; for token weightings that need "teacher_logp".
+        answer: [N] bool, tokens of the final answer, after the reasoning; for token weightings that need "answer".
         turn_ids: [N] int64 >= 0, the turn or reasoning step inside the response, rising; None: one turn.
         reinforce: [N] bool, tokens of responses that were sampled at another temperature to steer the entropy; or None.
         replayed: [N] bool, tokens of responses from a replay buffer; or None.
