@@ -13,11 +13,10 @@ from exponential_rows import oracle, run, unsound
 from torch import Tensor
 
 from eapo_kernels import Options, TokenBatch, eapo_loss, token_stats
-from eapo_kernels.ops import products
-from eapo_kernels.ops.backend import LogitCotangents
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.triton.offsets import window
-from eapo_kernels.ops.triton.one_pass import ScaledExpChunk
+from eapo_kernels.ops import gemm
+from eapo_kernels.ops.dispatch import LogitCotangents
+from eapo_kernels.ops.lm_head import Projection
+from eapo_kernels.ops.triton.scaled_exp import ScaledExpChunk, window
 from eapo_kernels.testing import Inputs, make_inputs
 
 pytestmark = [
@@ -122,10 +121,10 @@ def test_sums_of_one_chunk_may_differ_by_many_bits(device: str) -> None:
     chunk = ScaledExpChunk(p, targets, None, entropy=False)
     a = torch.randn(n, generator=g).to(device)
     gradient = chunk.gradient(LogitCotangents(a))
-    assert float(gradient.row_factor.abs().max() / gradient.row_factor.abs().min()) > 2**10
-    scaled, unit = products.scale_rows(p.hidden, gradient.row_factor, torch.float16)
+    assert float(gradient.row_scale.abs().max() / gradient.row_scale.abs().min()) > 2**10
+    scaled, unit = gemm.scale_rows(p.hidden, gradient.row_scale, torch.float16)
     assert unit is not None
-    exact = p.hidden.double() * gradient.row_factor.double()[:, None]
+    exact = p.hidden.double() * gradient.row_scale.double()[:, None]
     error = (scaled.double() * unit.double() - exact).norm(dim=1) / exact.norm(dim=1)
     assert (error < 2**-11).all(), "as if no number were subnormal"
 

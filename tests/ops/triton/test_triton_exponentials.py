@@ -11,11 +11,11 @@ import torch
 from comparison import dense, projection
 from exponential_rows import check, floor, oracle, run, unsound
 
-from eapo_kernels.ops.backend import ChunkGradient, LogitCotangents
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.triton import offsets, one_pass, scaled_exp_finalize, scaled_exp_gemm, scaled_exp_rescue
-from eapo_kernels.ops.triton.configs import Tile
-from eapo_kernels.ops.triton.one_pass import ScaledExpChunk
+from eapo_kernels.ops.dispatch import LogitCotangents, LogitGradient
+from eapo_kernels.ops.lm_head import Projection
+from eapo_kernels.ops.triton import logit_grad, scaled_exp
+from eapo_kernels.ops.triton.scaled_exp import ScaledExpChunk
+from eapo_kernels.ops.triton.tiles import Tile
 from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats, make_inputs
 
 pytestmark = [
@@ -204,21 +204,21 @@ def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dty
     targets[:8] = torch.tensor([0, 63, 64, 127, 128, 255, 256, 258], device=device)
     p = projection(inputs)
     truth, exact = oracle(p, targets)
-    sums = offsets.ScaledExpSums.empty(p, True, tile=tile)
-    matrix = one_pass.workspace(p, dtype)
-    offsets.row_offsets(p, targets, truth.logp.float() + off, sums, tile=Tile(8, 0, 16))()
-    scaled_exp_gemm.scaled_exp_gemm(p, targets, sums, matrix, tile=tile)()
-    scaled_exp_rescue.collect_rescue_ids(p, sums, tile=Tile(8, 4))()
+    sums = scaled_exp.ScaledExpSums.empty(p, True, tile=tile)
+    matrix = logit_grad.workspace(p, dtype)
+    scaled_exp.row_offsets(p, targets, truth.logp.float() + off, sums, tile=Tile(8, 0, 16))()
+    scaled_exp.scaled_exp_gemm(p, targets, sums, matrix, tile=tile)()
+    scaled_exp.collect_rescue_ids(p, sums, tile=Tile(8, 4))()
     assert int(sums.n_rescue) == (40 if off else 0)
-    scaled_exp_rescue.row_maxima(p, sums, tile=Tile(16, 64, 16))()
-    scaled_exp_gemm.scaled_exp_gemm(p, targets, sums, matrix, rescue_ids=True, tile=Tile(16, tile.block_v, 16, slices=2))()
-    launch, final, slopes = scaled_exp_finalize.scaled_exp_finalize(p, sums, tile=Tile(16, 2))
+    scaled_exp.row_maxima(p, sums, tile=Tile(16, 64, 16))()
+    scaled_exp.scaled_exp_gemm(p, targets, sums, matrix, rescue_ids=True, tile=Tile(16, tile.block_v, 16, slices=2))()
+    launch, final, slopes = scaled_exp.scaled_exp_finalize(p, sums, tile=Tile(16, 2))
     launch()
     torch.testing.assert_close(final.statistics.logp.double(), truth.logp, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(final.statistics.entropy.double(), truth.entropy, rtol=1e-6, atol=1e-5)
     unit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     least = 2**-25 * slopes[0].double().abs()[:, None] if dtype == torch.float16 else 0.0
-    got = dense(ChunkGradient(matrix, *slopes), targets)
+    got = dense(LogitGradient(matrix, *slopes), targets)
     assert ((got - exact).abs() <= (unit * exact.abs() + least) * 1.02 + 1e-12).all(), "E is rounded to nearest, once"
 
 

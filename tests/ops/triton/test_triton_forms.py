@@ -13,13 +13,14 @@ from exponential_rows import unsound
 from torch import Tensor
 
 from eapo_kernels import EAPOConfig, Options, TokenBatch, eapo_loss
-from eapo_kernels.ops import products
-from eapo_kernels.ops.backend import Coefficients, LogitCotangents
-from eapo_kernels.ops.policy_gradient import policy_gradient
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.triton import one_pass
+from eapo_kernels.ops import gemm
+from eapo_kernels.ops.dispatch import Coefficients, LogitCotangents
+from eapo_kernels.ops.gradients import one_pass
+from eapo_kernels.ops.lm_head import Projection
+from eapo_kernels.ops.triton import backend as triton_backend
+from eapo_kernels.ops.triton import scaled_exp
 from eapo_kernels.ops.triton.backend import BACKEND
-from eapo_kernels.ops.triton.one_pass import Form, ScaledExpChunk, form
+from eapo_kernels.ops.triton.scaled_exp import ScaledExpChunk
 from eapo_kernels.testing import Inputs, assert_no_worse_than, make_inputs, peak_memory
 from eapo_kernels.types import SUMS
 
@@ -29,7 +30,7 @@ FORMS = ("exponentials", "logits")
 
 
 def force(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(one_pass, "form", lambda projection, entropy_gradient: Form(name, "forced"))
+    monkeypatch.setattr(triton_backend, "uses_logits", lambda projection, entropy_gradient: name == "logits")
 
 
 def loss_and_gradients(inputs: Inputs, batch: TokenBatch, backend: str, **options: Any) -> tuple[Any, tuple[Tensor, ...]]:
@@ -50,12 +51,10 @@ def assert_agree(a: tuple[Any, tuple[Tensor, ...]], b: tuple[Any, tuple[Tensor, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
-def test_the_choice_and_its_reason(dtype: torch.dtype, softcap: float | None, entropy_gradient: bool) -> None:
+def test_the_choice(dtype: torch.dtype, softcap: float | None, entropy_gradient: bool) -> None:
     p = Projection(torch.zeros(2, 8, dtype=dtype), torch.zeros(3, 8, dtype=dtype), softcap=softcap)
-    chosen = form(p, entropy_gradient)
-    exponentials = dtype != torch.float32 and softcap is None and not entropy_gradient
-    assert chosen.name == FORMS[not exponentials]
-    assert len(chosen.reason) > 20
+    logits = dtype == torch.float32 or softcap is not None or entropy_gradient
+    assert triton_backend.uses_logits(p, entropy_gradient) == logits
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -109,7 +108,7 @@ def test_old_log_probs_may_be_anything(
             redone.append(int(self.sums.n_rescue))
             return super().gradient(cotangents)
 
-    monkeypatch.setattr(one_pass, "ScaledExpChunk", Counting)
+    monkeypatch.setattr(scaled_exp, "ScaledExpChunk", Counting)
     inputs = make_inputs(150, 24, 301, dtype=dtype, bias=True, device=device)
     batch = policy_batch(inputs, device)
     old = None if off is None else batch.old_logp + off
@@ -183,8 +182,8 @@ def test_gradients_round_like_one_product_of_halves(
     log_p = torch.log_softmax(hidden @ weight.T, 1)
     dlogits = a.double()[:, None] * (torch.nn.functional.one_hot(targets, v) - log_p.exp())
     exact = dlogits @ weight, dlogits.T @ hidden
-    unit = LogitCotangents(a).power_of_two().double()[:, None] if dtype == torch.float16 else 1.0
-    rounded = (dlogits / unit).to(dtype).double() * unit
+    row_scale = LogitCotangents(a).split_pow2(dtype)[1].double()[:, None]
+    rounded = (dlogits / row_scale).to(dtype).double() * row_scale
     ideal = rounded @ weight, rounded.T @ hidden
     noise = off if off is None else off + 0.3 * torch.randn(n, generator=g).to(device)
     logp_guess = None if noise is None else log_p.gather(1, targets[:, None]).squeeze(1).float() + noise
@@ -194,7 +193,7 @@ def test_gradients_round_like_one_product_of_halves(
         chunk.statistics()
         matrix, factor, target = chunk.gradient(LogitCotangents(a[rows]))
         assert matrix.dtype == dtype
-        scaled, unit = products.scale_rows(p.hidden[rows], factor, dtype)
+        scaled, unit = gemm.scale_rows(p.hidden[rows], factor, dtype)
         scaled = scaled.double() * (1.0 if unit is None else unit.double())
         targets_part = torch.zeros_like(dlogits).scatter_(1, targets[rows, None], target.double()[:, None])
         matrices.append(
@@ -205,13 +204,12 @@ def test_gradients_round_like_one_product_of_halves(
         )
         return Coefficients(LogitCotangents(None), a.new_zeros(len(SUMS)))
 
-    policy_gradient(
+    one_pass(
         p,
         targets,
-        None,
-        n,
         coefficients,
         BACKEND,
+        entropy=True,
         entropy_gradient=False,
         needs=(False,) * 3,
         options=Options(),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eapo_kernels.ops.triton import math as device_math
+from eapo_kernels.ops.triton import common as device_math
 
 
 @triton.jit
