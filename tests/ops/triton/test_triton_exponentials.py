@@ -1,4 +1,4 @@
-"""The scaled-exponential form's kernels: statistics and logit gradient of a chunk against the float64 oracle, whatever the logp_guess."""
+"""The scaled-exponential kernels: statistics and logit gradient of a chunk against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ pytestmark = [
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 8, 1), (1, 72, 257), (63, 7, 1031), (200, 64, 257), (5, 72, 50257)]
+SWITCHES = [(peaked, bias, with_guess) for peaked in (True, False) for bias in (False, True) for with_guess in (True, False)]
+"""(peaked, bias, with_guess): all of them at one shape, each value once or twice at the others."""
+
+CASES = [
+    (shape, *switches)
+    for shape in SHAPES
+    for switches in (SWITCHES if shape == (63, 7, 1031) else [(True, False, False), (False, True, True)])
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "uniform"])
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("with_guess", [True, False], ids=["logp_guess", "no_hint"])
+@pytest.mark.parametrize(("shape", "peaked", "bias", "with_guess"), CASES, ids=str)
 def test_matches_the_oracle(
     shape: tuple[int, int, int], dtype: torch.dtype, peaked: bool, bias: bool, with_guess: bool, device: str
 ) -> None:
@@ -46,10 +51,10 @@ def test_matches_the_oracle(
     )
 
 
-@pytest.mark.parametrize("off", [0.0, 5.0, -5.0, 30.0, -30.0, 60.0, -60.0, 200.0, -200.0, 3e38, -3e38])
+@pytest.mark.parametrize("off", [5.0, -5.0, 30.0, -30.0, 60.0, -200.0, 3e38, -3e38])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_wrong_hint_changes_nothing(off: float, dtype: torch.dtype, device: str) -> None:
-    """Beyond 33 nats, in fp16 5.5, the rows are redone with their maximum; the statistics' bars are those of a perfect logp_guess."""
+    """Rows whose guess is off by more than 33 nats (5.5 in fp16) are recomputed with their maximum."""
     inputs = make_inputs(63, 72, 1031, dtype=dtype, bias=True, device=device)
     p = projection(inputs)
     logp_guess = oracle(p, inputs.targets)[0].logp.float() + off
@@ -195,8 +200,11 @@ TILES = [
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("off", [0.0, 100.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "off"),
+    [(torch.float32, 100.0), (torch.bfloat16, 0.0), (torch.bfloat16, 100.0), (torch.float16, 100.0)],
+    ids=str,
+)
 def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dtype, device: str) -> None:
     """Also tiles that stick out on every side, targets at tile borders, and E in the operands' own dtype."""
     inputs = make_inputs(40, 40, 259, dtype=dtype, bias=True, device=device)

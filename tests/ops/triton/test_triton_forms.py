@@ -65,23 +65,27 @@ def test_the_choice_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch, dev
     assert isinstance(chunk, ScaledExpChunk) == (name == "exponentials")
 
 
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("compact", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+CONFIGS: dict[str, tuple[EAPOConfig, dict[str, Any]]] = {
+    "fused": (EAPOConfig(clip_low=0.1, clip_high=0.3, dual_clip=1.5), {}),
+    "kl": (EAPOConfig(kl_coef=0.1), {"inv_temperature": "rows", "logit_scale": 0.8}),
+    "entropy_gradient": (EAPOConfig(entropy_coef=0.05), {}),
+}
+
+
 @pytest.mark.parametrize(
-    ("config", "transform"),
-    [
-        (EAPOConfig(clip_low=0.1, clip_high=0.3, dual_clip=1.5), {}),
-        (EAPOConfig(kl_coef=0.1), {"inv_temperature": "rows", "logit_scale": 0.8}),
-        (EAPOConfig(entropy_coef=0.05), {}),
-    ],
-    ids=["fused", "kl", "entropy_gradient"],
+    ("config_name", "name"),
+    [("fused", "exponentials"), ("fused", "logits"), ("kl", "exponentials"), ("kl", "logits"), ("entropy_gradient", "logits")],
+)
+@pytest.mark.parametrize(
+    ("dtype", "compact"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)],
+    ids=str,
 )
 def test_loss_agrees_with_the_torch_backend(
-    config: EAPOConfig, transform: dict[str, Any], name: str, compact: bool, dtype: torch.dtype, device: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    config_name: str, name: str, compact: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Loss, metrics and the three gradients, in several chunks of odd size, masked rows left in or out."""
+    config, transform = CONFIGS[config_name]
     if config.entropy_coef == 0:
         force(monkeypatch, name)
     inputs = make_inputs(150, 24, 301, dtype=dtype, bias=True, device=device)
@@ -95,8 +99,14 @@ def test_loss_agrees_with_the_torch_backend(
     assert_agree(*results, dtype)
 
 
-@pytest.mark.parametrize("off", [None, 0.0, 25.0, -25.0, 50.0, -200.0])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "off"),
+    [
+        *((torch.bfloat16, off) for off in (None, 25.0, -200.0)),
+        *((torch.float16, off) for off in (None, 0.0, -25.0, 50.0)),
+    ],
+    ids=str,
+)
 def test_old_log_probs_may_be_anything(
     dtype: torch.dtype, off: float | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +169,7 @@ def test_a_chunk_stays_within_its_bytes(name: str, device: str, monkeypatch: pyt
     assert peak_memory(work, device) <= 256 * bytes_per_row + 256 * 200 + 2**16
 
 
-@pytest.mark.parametrize("off", [None, 0.0, 30.0, -30.0, 100.0])
+@pytest.mark.parametrize("off", [None, -30.0, 100.0])
 @pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "uniform"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_round_like_one_product_of_halves(
