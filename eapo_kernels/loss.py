@@ -129,8 +129,8 @@ def policy_loss(
         ``eapo/entropy_ratio``, ``eapo/entropy_init`` when ``positive_weight`` is an EntropyRatio. With ``metrics=False`` those
         that need no log-probs: without entropy, clip fraction, ratio and KL.
     """
-    shard = VocabShard.resolve(process_group, weight)
-    with propagate_errors(shard, options):
+    with propagate_errors(process_group, options):
+        shard = VocabShard.resolve(process_group, weight)
         options = Options() if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         method = get_method(method)

@@ -148,7 +148,7 @@ def test_clipped_rows_cost_no_gradient_product(far: float, options: Options, mon
     inputs = make_inputs(N, D, V)
     batch = _batch(inputs, far=far)
     multiplied = []
-    original = gradients.products.add_product_
+    original = gradients.gemm.add_product_
 
     def spy(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) -> Tensor:
         if b.shape == (V, D):
@@ -156,7 +156,7 @@ def test_clipped_rows_cost_no_gradient_product(far: float, options: Options, mon
         return original(out, a, b, overwrite=overwrite)
 
     expected = _run(inputs, batch, schedule="autograd", options=Options(plan="recompute"))
-    monkeypatch.setattr(gradients.products, "add_product_", spy)
+    monkeypatch.setattr(gradients.gemm, "add_product_", spy)
     got = _run(inputs, batch, schedule="one_pass", options=options)
     for ours, plain in zip(got, expected, strict=True):
         assert float((ours - plain).norm() / plain.norm()) < 2e-5

@@ -59,8 +59,7 @@ def linear_cross_entropy(
     Raises:
         ShapeError, EapoError, BackendUnavailable: bad input; the message says what was expected and what was given.
     """
-    shard = VocabShard.resolve(process_group, weight)
-    with propagate_errors(shard, options):
+    with propagate_errors(process_group, options):
         require_choice("reduction", reduction, REDUCTIONS)
         if not (isinstance(targets, Tensor) and targets.dtype == torch.int64):
             raise ShapeError(f"targets: expected int64 [...], got {describe(targets)}")
@@ -72,7 +71,7 @@ def linear_cross_entropy(
     if reduction == "none":
         return -token_stats(
             hidden, weight, targets, bias=bias, inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale,
-            mask=targets != IGNORE_INDEX, process_group=shard, entropy="none", backend=backend, options=options,
+            mask=targets != IGNORE_INDEX, process_group=process_group, entropy="none", backend=backend, options=options,
         ).logp  # fmt: skip
     rows = targets.reshape(-1)
     if isinstance(inv_temperature, Tensor) and inv_temperature.dim():
@@ -86,7 +85,7 @@ def linear_cross_entropy(
     )
     return policy_loss(
         hidden.reshape(rows.numel(), hidden.shape[-1]), weight, batch, method=_METHOD, bias=bias,
-        inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, process_group=shard,
+        inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, process_group=process_group,
         schedule=schedule, backend=backend, options=options, metrics=False,
     ).loss  # fmt: skip
 

@@ -22,13 +22,14 @@ from .vocab_shard import VocabShard, named_group
 
 
 @contextmanager
-def propagate_errors(shard: VocabShard | None, options: object) -> Iterator[None]:
+def propagate_errors(process_group: object, options: object) -> Iterator[None]:
     """With ``debug`` on a split head: an EapoError raised inside is raised by ``compare`` on all other ranks."""
     try:
         yield
     except EapoError as error:
-        if shard is not None and isinstance(options, Options) and options.debug:
-            _all_gather(shard, str(error))
+        group = _group(process_group)
+        if group is not None and isinstance(options, Options) and options.debug:
+            _all_gather(group, str(error))
         raise
 
 
@@ -64,20 +65,28 @@ def compare(projection: Projection, targets: Tensor, options: Options, **argumen
         "targets": targets.tolist(),
         "inv_temperature": temperature,
     }
-    ranks = _all_gather(p.shard, facts)
+    ranks = _all_gather(named_group(p.shard.group), facts)
     for rank, found in enumerate(ranks):
         if isinstance(found, str):
             raise EapoError(f"{found} on rank {rank}")
     for rank, found in enumerate(ranks):
-        for name, value in ranks[0].items():
-            if isinstance(value, list):
-                require(value == found.get(name), name, "the same values on all ranks", f"others than rank 0 on rank {rank}")
+        for name, ours in ranks[0].items():
             theirs = found.get(name, "nothing")
-            require(value == theirs, name, f"the same on all ranks ({value} on rank 0)", f"{theirs} on rank {rank}")
+            if isinstance(ours, list) and isinstance(theirs, list):
+                require(ours == theirs, name, "the same values on all ranks", f"others than rank 0 on rank {rank}")
+            ours, theirs = ("a tensor" if isinstance(value, list) else value for value in (ours, theirs))
+            require(ours == theirs, name, f"the same on all ranks ({ours} on rank 0)", f"{theirs} on rank {rank}")
 
 
-def _all_gather(shard: VocabShard, mine: Mapping[str, object] | str) -> list[Any]:
+def _group(process_group: object) -> dist.ProcessGroup | None:
+    if isinstance(process_group, VocabShard):
+        return named_group(process_group.group)
+    member = isinstance(process_group, dist.ProcessGroup) and process_group is not dist.GroupMember.NON_GROUP_MEMBER
+    return process_group if member else None  # type: ignore[return-value]
+
+
+def _all_gather(group: dist.ProcessGroup, mine: Mapping[str, object] | str) -> list[Any]:
     """``mine`` of every rank, in the order of the ranks."""
-    found: list[Any] = [None] * shard.ranks
-    dist.all_gather_object(found, mine, group=named_group(shard.group))
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
     return found

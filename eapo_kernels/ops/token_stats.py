@@ -45,12 +45,12 @@ class SavedRows(NamedTuple):
     Attributes:
         matrix: [M, V] operand dtype.
         scales: [1 or 2, M] statistics dtype: row_scale, and target_grads where the matrix lacks them.
-        index: [M] int64, the places of the rows; without elements where all rows count.
+        rows: [M] int64, their places; without elements where all rows count.
     """
 
     matrix: Tensor
     scales: Tensor
-    index: Tensor
+    rows: Tensor
 
 
 def compute_statistics(
@@ -96,7 +96,7 @@ def gradients_of_saved(
     options: Options,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(d_hidden, d_weight, d_bias) from the rows that the forward saved and the cotangent of logp [N]."""
-    index = saved.index if saved.index.numel() else None
+    index = saved.rows if saved.rows.numel() else None
     valid = targets != IGNORE_INDEX
     if index is None and not may_compact(targets, options.compact):
         projection = projection.zero_invalid_rows(valid)
@@ -409,8 +409,8 @@ def token_stats(
             ranks' weights do not fit together.
         BackendUnavailable: the backend named cannot run these inputs.
     """
-    shard = VocabShard.resolve(process_group, weight)
-    with propagate_errors(shard, options):
+    with propagate_errors(process_group, options):
+        shard = VocabShard.resolve(process_group, weight)
         options = Options() if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         require(entropy in ENTROPY_MODES, "entropy", f"one of {', '.join(ENTROPY_MODES)}", repr(entropy))

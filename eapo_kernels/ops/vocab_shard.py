@@ -108,7 +108,8 @@ class VocabShard:
         """
         if process_group is None:
             return None
-        require(isinstance(weight, Tensor) and weight.dim() == 2, "weight", "a tensor [V, D]", describe(weight))
+        is_matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.numel() > 0
+        require(is_matrix, "weight", "a floating-point [V, D] with V, D >= 1", describe(weight))
         shard, rows = process_group, weight.shape[0]
         if not isinstance(shard, VocabShard):
             require_group(process_group)

@@ -84,7 +84,6 @@ CASES = {
     "statistics": Case("stats", _EVERYTHING),
     "slabs": Case("stats", {"options": CHUNKS}),
     "kept": Case("logp", {"entropy": "nograd", "mask": _MASK}),
-    "partly_kept": Case("logp", {"entropy": "nograd", "options": Options(memory_budget=130_000)}, gathers=2),
     "nothing_kept": Case("logp", {"entropy": "none", "options": Options(plan="recompute")}),
     "uncompacted": Case("logp", {"entropy": "nograd", "mask": _MASK, "options": Options(compact=False)}),
     "one_pass": Case("eapo", _EAPO | {"inv_temperature": _ROWS}),

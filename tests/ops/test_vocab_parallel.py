@@ -21,7 +21,7 @@ WHOLE = slice(0, V)
 TRITON = {
     2: ("slabs", "chunks", "bfloat16_one_pass", "float16_kept"),
     3: (
-        "statistics", "kept", "partly_kept", "bonus_softcap", "far_apart_statistics", "removed_statistics", "nothing_counts",
+        "statistics", "kept", "nothing_kept", "bonus_softcap", "far_apart_statistics", "removed_statistics", "nothing_counts",
         "bfloat16_far_apart", "bfloat16_bad_hint", "bfloat16_removed_bad_hint", "float16_one_pass",
         "float16_far_apart", "float16_removed_bad_hint",
     ),
@@ -117,7 +117,13 @@ def _a_group_gives_the_same_as_its_shard(rank: int) -> None:
     rows, group = rows_of(rank, 2), dist.group.WORLD
     with counted() as counts:
         found = run(case, case.inputs(), rows, "torch", group)
-    assert counts["all_gather"] == case.gathers + 1  # sizes and checks
+    assert counts["all_gather"] == case.gathers + 1  # the sizes, with the shard
+    inputs = case.inputs()
+    weight = inputs.weight[rows]
+    for sizes in (1, 0):  # the shard of a weight is made at its first call
+        with counted() as counts:
+            token_stats(inputs.hidden, weight, inputs.targets, process_group=group)
+        assert counts["all_gather"] == 1 + sizes
     shard = VocabShard.of(group, case.inputs().weight[rows])
     for key, value in run(case, case.inputs(), rows, "torch", shard).items():
         assert torch.equal(found[key], value)
@@ -151,7 +157,7 @@ def _even_parts_need_no_exchange(rank: int) -> None:
     assert not counts
     assert shard == VocabShard(dist.group.WORLD.group_name, 6 * rank, 11, 6)
     assert shard == VocabShard.of(dist.group.WORLD, torch.empty(6 - rank, 1))
-    with pytest.raises(EapoError, match=r"at least one row on every process, got shards of \[1, 0\] rows"):
+    with pytest.raises(EapoError, match=r"at least one row on every rank, got shards of \[1, 0\] rows"):
         VocabShard.chunked(dist.group.WORLD, 1)
 
 
