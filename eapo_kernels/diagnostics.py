@@ -15,10 +15,9 @@ from .checks import FLOATS, require_tensor, valid_tokens
 from .errors import require
 from .objectives.batch import check_batch
 from .objectives.controllers import EntropyRatio
-from .objectives.method import resolve_positive_weight
-from .objectives.methods import Method, get_method
+from .objectives.methods import Method, get_method, resolve_positive_weight
 from .objectives.policy import loss_and_sums, prepare
-from .objectives.shaping.dynamics import expected_part, sampled_part
+from .objectives.token_weights.entropy_change import expected_part, sampled_part
 from .types import TokenBatch, TokenStats
 
 

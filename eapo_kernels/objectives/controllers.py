@@ -1,4 +1,4 @@
-"""Controllers: a few numbers, updated once a step from the policy's entropy, that live in the checkpoint."""
+"""Controllers: numbers updated once a step from the policy's entropy, saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import EapoError, require
 
 
 class Controller:
-    """Base of the controllers. A subclass checks its settings, names its state and implements ``_next``.
+    """Base of the controllers: checked settings, named state, and ``_next``.
 
     The state is a set of 0-dim fp64 tensors on the device of the sum that ``update`` is given, so
     ``update`` does not synchronize with an accelerator.
@@ -45,16 +45,17 @@ class Controller:
         The entropy is a sum and a count, so that micro-batches and ranks can be added up first.
 
         Args:
-            entropy_sum: sum of the entropies of all tokens of the step (nats), number or 0-dim tensor.
+            entropy_sum: sum of the entropies of all tokens of the step (nats), number or 0-dim
+                tensor.
             token_count: their number.
 
         Returns:
             0-dim fp64, the state named by ``output``.
 
         Raises:
-            EapoError: the entropy is not a finite number >= 0 (> 0 where the controller divides by it),
-                or the count is not positive. Values on an accelerator are not read: there such a step
-                leaves the state as it was.
+            EapoError: the entropy is not a finite number >= 0 (> 0 where the controller divides by
+                it), or the count is not positive. Values on an accelerator are not read: there such
+                a step leaves the state as it was.
         """
         require_scalar("entropy_sum", entropy_sum, "a number or a 0-dim tensor")
         require_scalar("token_count", token_count, "a number or a 0-dim tensor")
@@ -114,8 +115,8 @@ class EntropyRatio(Controller):
 
         weight_k = clamp(scale * (H_k / H_0) ** kappa, low, high)
 
-    H_k is the token-mean entropy of the policy on this step's rollouts; the first update sets H_0. With
-    several micro-batches or ranks, add up the sums and the counts first (all-reduce both).
+    H_k is the token-mean entropy of the policy on this step's rollouts; the first update sets H_0.
+    With several micro-batches or ranks, add up the sums and the counts first (all-reduce both).
     When the policy's entropy falls, positives count less; when it rises, they count more.
     """
 
@@ -132,8 +133,8 @@ class EntropyRatio(Controller):
             scale: lambda_0, the weight at the first step.
             low: lower bound of the weight, >= 0.
             high: upper bound of the weight.
-            ema: share of the previous entropy in an exponential moving average, in [0, 1). 0: each step
-                uses its own entropy.
+            ema: share of the previous entropy in an exponential moving average, in [0, 1). 0: each
+                step uses its own entropy.
 
         Raises:
             EapoError: a number out of its range.
@@ -169,7 +170,7 @@ class EntropyRatio(Controller):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the positives, 0-dim; ``clamp(scale, low, high)`` before the first update."""
+        """The weight of the positives, 0-dim; ``clamp(scale, low, high)`` at first."""
         return self._state["weight"]
 
     def _next(self, entropy: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -193,7 +194,7 @@ class EntropyRatio(Controller):
 
 
 class ProportionalIntegral(Controller):
-    """alpha_k = kp e_k + ki sum_{j<k} e_j, e = H - target: holds the entropy at a set point (EntroPIC).
+    """alpha_k = kp e_k + ki sum_{j<k} e_j, e = H - target: a set point for H (EntroPIC).
 
     State: alpha (0 before the first update), integral.
     """
@@ -249,9 +250,9 @@ class Anchor(Controller):
 
 
 class EntropyTrend(Controller):
-    """trend_k = H_k / Hbar_{k-1} - 1, Hbar a moving average: negative while entropy falls. Needs H > 0.
+    """trend_k = H_k / Hbar_{k-1} - 1, Hbar a moving average; needs H > 0.
 
-    State: trend (0 up to the first update), average (nats).
+    Negative while the entropy falls. State: trend (0 up to the first update), average (nats).
     """
 
     output: ClassVar[str] = "trend"
@@ -270,10 +271,10 @@ class EntropyTrend(Controller):
 
 
 class TargetSwitch(Controller):
-    """A sampling temperature: high where H is at or below the target, else low (AEPO, arXiv 2510.08141).
+    """A sampling temperature: high where H is at or below the target, else low.
 
-    State: temperature (the high one before the first update, as released), target (nats), above (1 where
-    H > target, else 0).
+    Source: AEPO, arXiv 2510.08141. State: temperature (the high one before the first update, as
+    released), target (nats), above (1 where H > target, else 0).
     """
 
     output: ClassVar[str] = "temperature"

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from eapo_kernels import EapoError
-from eapo_kernels.objectives.advantages import ADVANTAGES
-from eapo_kernels.objectives.weighting import SPLITS
+from eapo_kernels.objectives.advantages import ADVANTAGES, SPLITS
 
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 0.5, 0.5])
 GROUPS = torch.tensor([9, 9, 9, -4, -4])

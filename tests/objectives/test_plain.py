@@ -9,7 +9,7 @@ import torch
 from shaped import SIZES, clipped, compare, group_normalised, make_step, of_policy
 
 from eapo_kernels import METHODS, ShapeError, get_method
-from eapo_kernels.objectives.semantic import majority_rewards, semantic_rewards
+from eapo_kernels.objectives.advantages import majority_rewards, semantic_rewards
 
 
 @pytest.mark.parametrize("name", ["dapo", "cure"])

@@ -26,11 +26,11 @@ from eapo_kernels import (
     weight_tokens,
 )
 from eapo_kernels.objectives.controllers import CONTROLLERS
-from eapo_kernels.objectives.shaping.token_weighting import MARKS, STATISTICS
+from eapo_kernels.objectives.token_weights.step import MARKS, STATISTICS
 
 ISSUE = """eapo grpo dr_grpo dapo gspo cispo psr nsr w_reinforce clip_cov kl_cov steer clip_b clip_v papo_like siren aepo dcpo
 aepo_agentic aem empg epo canon spine pear entrocraft entropic tea_rl empo spear exchange_ppl exchange_position cure t1 trace"""
-ROOT = Path(inspect.getfile(Method)).parent
+ROOT = Path(inspect.getfile(get_method)).parent
 SHAPED = [name for name, method in METHODS.items() if method.token_weighting is not None]
 
 
@@ -285,8 +285,8 @@ def test_shaping_stays_on_the_device_of_its_inputs(name: str) -> None:
 def test_new_tensors_say_where_they_are() -> None:
     """Every tensor that the weights' code makes is given a device, and never one by name."""
     makers = {"arange", "zeros", "ones", "full", "empty", "tensor", "linspace", "eye"}
-    files = [*(ROOT / "shaping").glob("*.py"), ROOT / "grouping.py", ROOT / "semantic.py", ROOT / "reductions.py"]
-    assert len(files) > 10
+    files = [*(ROOT / "token_weights").glob("*.py"), *(ROOT / f"{n}.py" for n in ("grouping", "advantages", "reductions"))]
+    assert len(files) > 9
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{maker}" for maker in makers}:
