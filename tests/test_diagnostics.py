@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from shaped import make_step
+from token_steps import make_step
 from torch import Tensor
 
 from eapo_kernels import (

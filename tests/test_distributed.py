@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from shaped import SIZES, Step, make_step
+from token_steps import SIZES, Step, make_step
 
 from eapo_kernels import (
     EapoError,

@@ -50,17 +50,6 @@ def test_moving_average() -> None:
     assert w.initial_entropy == 2
 
 
-def test_survives_a_checkpoint(tmp_path) -> None:
-    w = EntropyRatio(ema=0.5)
-    w.update(2.0, 1)
-    w.update(1.0, 1)
-    torch.save(w.state_dict(), tmp_path / "state.pt")
-    fresh = EntropyRatio(ema=0.5)
-    fresh.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert (fresh.weight, fresh.initial_entropy) == (w.weight, w.initial_entropy)
-    assert fresh.update(1.3, 1) == w.update(1.3, 1)
-
-
 def test_state_of_other_settings_is_refused() -> None:
     with pytest.raises(EapoError, match=r"EntropyRatio settings: expected .*'kappa': 2.0.* got .*'kappa': 1.0"):
         EntropyRatio(kappa=2.0).load_state_dict(EntropyRatio().state_dict())

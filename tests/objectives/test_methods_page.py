@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shaped import SIZES, compare, group_normalised, make_step, of_policy
+from token_steps import SIZES, compare, group_normalised, make_step, of_policy
 
 from eapo_kernels import METHODS, EapoError
 
