@@ -87,23 +87,10 @@ class PolicyTerms:
 
     def rows(self, index: slice | Tensor) -> PolicyTerms:
         """The same loss for some of the tokens."""
-
-        def take(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[index]
-
-        return replace(
-            self,
-            valid=self.valid[index],
-            sequence_ids=self.sequence_ids[index],
-            scale=self.scale[index],
-            importance=take(self.importance),
-            old_logp=take(self.old_logp),
-            ref_logp=take(self.ref_logp),
-            entropy_coef=take(self.entropy_coef),
-            ratio_penalty=take(self.ratio_penalty),
-            advantages=self.advantages[index] if self.token_advantages else self.advantages,
-            split=Split(*(t[index] for t in self.split)) if self.token_split else self.split,
-        )
+        names = ["valid", "sequence_ids", "scale", "importance", "old_logp", "ref_logp", "entropy_coef", "ratio_penalty"]
+        names += ["advantages"] if self.token_advantages else []
+        parts = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **parts, split=Split(*(t[index] for t in self.split)) if self.token_split else self.split)
 
 
 def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> PolicyTerms:
@@ -138,13 +125,9 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         gap = (old_logp - rollout_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         importance = gap.exp().clamp_max(config.importance_cap)
     counts = Counts.of(
-        valid,
-        sequence_ids,
-        size,
-        lengths=batch.sequence_lengths,
-        denominator=batch.denominator,
+        valid, sequence_ids, size, lengths=batch.sequence_lengths, denominator=batch.denominator,
         fixed_length=config.fixed_length,
-    )
+    )  # fmt: skip
     return PolicyTerms(
         config=config,
         valid=valid,

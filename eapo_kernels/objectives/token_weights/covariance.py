@@ -35,7 +35,6 @@ class ClipCov(TokenWeighting):
         low, high: bounds of the covariance.
     """
 
-    scope: ClassVar[str] = "batch"
     ratio: float = number(2e-4, 0, 1)
     low: float = number(1.0)
     high: float = 5.0
@@ -67,7 +66,6 @@ class KlCov(TokenWeighting):
         beta: factor of the penalty (the authors' 1; verl's configuration 0.1).
     """
 
-    scope: ClassVar[str] = "batch"
     ratio: float = number(2e-3, 0, 1)
     beta: float = number(1.0, 0)
 
@@ -89,7 +87,6 @@ class TeaRl(TokenWeighting):
         most: upper bound of the coefficient (loss per nat).
     """
 
-    scope: ClassVar[str] = "batch"
     scale: float = number(10.0, positive=True)
     most: float = number(5.0, 0)
 
@@ -121,7 +118,6 @@ class Spear(TokenWeighting):
         ratio, low, high: of Clip-Cov (see ``ClipCov``).
     """
 
-    scope: ClassVar[str] = "batch"
     uses: ClassVar[frozenset[str]] = frozenset({"replayed"})
     coef: float = number(1.0, 0)
     full_at: float = number(0.5, 0, 1, positive=True)

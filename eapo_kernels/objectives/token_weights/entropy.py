@@ -29,7 +29,6 @@ class AepoAgentic(TokenWeighting):
         strength: factor on the z-score of the entropy (population standard deviation).
     """
 
-    scope: ClassVar[str] = "batch"
     strength: float = number(0.2)
 
     def __call__(self, step: StepStats) -> TokenWeights:
@@ -109,7 +108,6 @@ class Spine(TokenWeighting):
         beta_low, beta_high: slopes of the hinges (loss per nat).
     """
 
-    scope: ClassVar[str] = "batch"
     fork: str = choice("otsu", "top")
     share: float = number(0.2, 0, 1, positive=True)
     beta_low: float = number(1e-2, 0)
@@ -165,7 +163,6 @@ class Siren(TokenWeighting):
         peak_quantile: in [0, 1); 0.8 makes a fifth of the tokens peaks.
     """
 
-    scope: ClassVar[str] = "batch"
     needs: ClassVar[frozenset[str]] = frozenset({"nucleus_entropy"})
     state: ClassVar[frozenset[str]] = frozenset({"anchor"})
     beta: float = number(5e-3, 0)
@@ -203,7 +200,6 @@ class Entropic(TokenWeighting):
             None, as in the code: no bound.
     """
 
-    scope: ClassVar[str] = "batch"
     state: ClassVar[frozenset[str]] = frozenset({"alpha"})
     bound: float | None = number(None, 0)
 
@@ -230,7 +226,6 @@ class Entrocraft(TokenWeighting):
         form: "paper" or "released".
     """
 
-    scope: ClassVar[str] = "batch"
     low_first: float = number(0.6, 0)
     low_last: float = number(0.4, 0)
     high_first: float = number(0.7, 0)

@@ -49,7 +49,6 @@ class Steer(TokenWeighting):
             least 0.02, and the weight clamped to [lambda_min, 1].
     """
 
-    scope: ClassVar[str] = "batch"
     lambda_min: float = number(0.8, 0, 1)
     form: str = choice("theorem", "released")
 
@@ -75,7 +74,6 @@ class ClipB(TokenWeighting):
         mu: standard deviations below the mean; a larger mu drops fewer tokens.
     """
 
-    scope: ClassVar[str] = "batch"
     mu: float = number(2.5, 0)
 
     def __call__(self, step: StepStats) -> TokenWeights:
@@ -97,7 +95,6 @@ class ClipV(TokenWeighting):
         max_share: at most this share of all valid tokens is dropped, at least one token.
     """
 
-    scope: ClassVar[str] = "batch"
     needs: ClassVar[frozenset[str]] = frozenset({"second_moments"})
     mu: float = number(8.5, 0)
     max_share: float = number(1e-4, 0, 1)
@@ -124,7 +121,6 @@ class PapoLike(TokenWeighting):
             reached.
     """
 
-    scope: ClassVar[str] = "batch"
     needs: ClassVar[frozenset[str]] = frozenset({"second_moments"})
     state: ClassVar[frozenset[str]] = frozenset({"trend"})
     gain: float = number(0.5, 0, 1)

@@ -45,7 +45,6 @@ class Dcpo(TokenWeighting):
         correct_above: a response is correct when its reward exceeds this.
     """
 
-    scope: ClassVar[str] = "batch"
     needs: ClassVar[frozenset[str]] = frozenset({"tempered_logp"})
     state: ClassVar[frozenset[str]] = frozenset({"target"})
     reach: float = number(0.1, 0)

@@ -197,7 +197,6 @@ class Empg(TokenWeighting):
         zeta: factor of the bonus for a next turn of low entropy.
     """
 
-    scope: ClassVar[str] = "batch"
     uses: ClassVar[frozenset[str]] = frozenset({"turn_ids"})
     k: float = number(1.0, 0)
     k_future: float = number(1.0, 0)

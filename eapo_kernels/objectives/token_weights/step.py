@@ -232,7 +232,7 @@ class TokenWeighting:
         state: names of the controller's numbers that it reads.
     """
 
-    scope: ClassVar[str] = "token"
+    scope: ClassVar[str] = "batch"
     needs: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset()
     state: ClassVar[frozenset[str]] = frozenset()
