@@ -22,8 +22,7 @@ from .types import TokenBatch, TokenStats
 
 
 class TokenWeights(NamedTuple):
-    """The effective weights of a loss: L = -sum_t (w_t log p_t + c_t H_t) to first order, w, c
-    constant.
+    """The effective weights of a loss: L = -sum_t (w_t log p_t + c_t H_t) to first order.
 
     Attributes:
         logp: [N] fp32 w_t = -dL/dlog p_t: reduction, advantage, sign weight, clip and penalties
@@ -86,8 +85,7 @@ def polarity(stats: TokenStats) -> Tensor:
 
 
 def score_norm(stats: TokenStats) -> Tensor:
-    """[...] fp64 ||grad_z log p_y||^2 = 1 - 2 p_y + sum p^2, with respect to the token's own
-    logits.
+    """[...] fp64 ||grad_z log p_y||^2 = 1 - 2 p_y + sum p^2, z the token's logits.
 
     Computed as (1 - p_y)^2 + sum_{v != y} p_v^2, which has no cancellation. The network's Jacobian
     is not part of it.
@@ -99,8 +97,7 @@ def score_norm(stats: TokenStats) -> Tensor:
 
 
 def entropy_change(stats: TokenStats, weights: Tensor) -> Tensor:
-    """[...] fp64 predicted dH_t of the token's distribution, nats per unit of step size: -w_t D_t
-    (E7).
+    """[...] fp64 predicted entropy change of a token, nats per unit of step size: -w_t D_t (E7).
 
     First order, for a step of gradient ascent on w_t log p_t in the logits of that token alone. A
     network shares its parameters between tokens and an optimizer rescales them, so use signs and

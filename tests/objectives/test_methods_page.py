@@ -48,7 +48,7 @@ def test_a_row_has_as_many_cells_as_its_head() -> None:
 
 
 def test_the_example_runs() -> None:
-    """A fifth, here a tenth, of each response's tokens are dropped: those above the 0.9-quantile of its entropies."""
+    """The tenth of each response's tokens above the 0.9-quantile of its entropies is masked."""
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     names: dict[str, object] = {"__name__": "docs_methods"}
     exec(compile(code, "docs/methods.md", "exec", dont_inherit=True), names)
