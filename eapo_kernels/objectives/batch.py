@@ -28,7 +28,7 @@ def n_sequences(batch: TokenBatch) -> int:
 
 
 def has_token_advantages(batch: TokenBatch) -> bool:
-    """Whether the advantages are [N]. Where N = B they are [B], as ``check_batch`` verifies."""
+    """Whether the advantages are [N]; where N = B, ``check_batch`` makes both readings equal."""
     if batch.advantages is not None and batch.token_advantages is not None:
         return batch.token_advantages
     if batch.advantages is None or batch.advantages.shape != batch.targets.shape:

@@ -14,7 +14,7 @@ from .surrogates import KL_ESTIMATORS, SEQUENCE_RATIO, SURROGATES, Clip, Surroga
 
 @dataclass(frozen=True)
 class EAPOConfig:
-    """Everything about a policy loss but the weight of the positives (docs/math.md E9, E10).
+    """A policy loss without the weight of the positives (docs/math.md E9, E10).
 
     Attributes:
         clip_low: the ratio's lower bound is 1 - clip_low.
@@ -30,8 +30,7 @@ class EAPOConfig:
         reduction: "token_mean", "seq_mean_token_mean", "seq_mean_token_sum" or "fixed_length".
         fixed_length: constant number of tokens for reduction "fixed_length".
         negative_weight: factor on the responses that are not positive.
-        drop_zero_weight: leave responses of weight zero out altogether, also out of the
-            denominators.
+        drop_zero_weight: mask responses of weight zero; they leave the denominators too.
         kl_coef: factor of the KL penalty to ``ref_logp`` (nats per token).
         kl_estimator: "k1", "k2" or "k3".
         entropy_coef: factor of the entropy bonus (loss per nat).

@@ -14,17 +14,16 @@ it: the rewards of a group are fp32 numbers whose mean need not be representable
 
 
 class Partition:
-    """Statistics within classes: every result stands at each member, [N] fp64.
+    """Statistics within classes. Results are [N] fp64: each member holds the value of its class.
 
     Attributes:
-        valid: [N] bool, the members that count; at the others results mean nothing.
-        index: [N] int64 in [0, N), the number of the member's class: classes in the order of their
-            keys.
+        valid: [N] bool, the members that count; results at the others are undefined.
+        index: [N] int64 in [0, N), the number of the member's class, in the order of the keys.
         counts: [N] fp64, size of the member's class.
     """
 
     def __init__(self, keys: Tensor, valid: Tensor | None = None) -> None:
-        """keys: [N] int64 below its maximum; equal keys form a class. valid None: all."""
+        """keys: [N] int64 below int64's maximum; equal keys form a class. valid None: all."""
         self.valid = torch.ones_like(keys, dtype=torch.bool) if valid is None else valid
         ordered, order = torch.sort(torch.where(self.valid, keys, torch.iinfo(torch.int64).max))
         first = torch.ones_like(ordered)
