@@ -64,7 +64,8 @@ def test_bad_updates(entropy: float, count: int, message: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    {"kappa": math.nan}, {"kappa": "1"}, {"low": math.inf}, {"scale": -1.0}, {"low": -0.1}, {"low": 2.0, "high": 1.0}, {"ema": 1.0},
+    {"kappa": math.nan}, {"kappa": "1"}, {"low": math.inf}, {"scale": -1.0},
+    {"low": -0.1}, {"low": 2.0, "high": 1.0}, {"ema": 1.0},
 ], ids=str)  # fmt: skip
 def test_bad_settings(settings: dict[str, float]) -> None:
     with pytest.raises(EapoError, match="expected"):
