@@ -70,11 +70,11 @@ class Trace(TokenWeighting):
     is known, so both gradients are one-sample estimates, unbiased for tokens that the old policy
     sampled:
 
-        - grad KL(teacher || pi) = E_{y ~ pi}[(teacher / pi)(y) grad log pi(y)],   truncated at
-        ``most`` - grad KL(pi || teacher) = E_{y ~ pi}[log(teacher / pi)(y) grad log pi(y)]
+        - grad KL(teacher || pi) = E_{y ~ pi}[(teacher / pi)(y) grad log pi(y)]
+        - grad KL(pi || teacher) = E_{y ~ pi}[log(teacher / pi)(y) grad log pi(y)]
 
-    The paper (arXiv 2605.10194, abstract only) has the teacher's whole distribution; coefficients
-    and schedule are our proposal.
+    Both factors are truncated at ``most``. The paper (arXiv 2605.10194, abstract only) has the
+    teacher's whole distribution; coefficients and schedule are our proposal.
 
     Attributes:
         forward, reverse: factors of the two divergences; reverse is optional in the paper and off
