@@ -70,15 +70,11 @@ _CONFIGURED = (
         formula="grpo + 1e-3 KL(pi || pi_ref) - 1e-3 H"),
 )  # fmt: skip
 
-_WEIGHTED = (
-    *entropy.METHODS,
-    *entropy_change.METHODS,
-    *covariance.METHODS,
-    *sequence.METHODS,
-    *other_policy.METHODS,
-)
+_FILES = (entropy, entropy_change, covariance, sequence, other_policy)
 
-METHODS: MappingProxyType[str, Method] = MappingProxyType({m.name: m for m in (*_CONFIGURED, *_WEIGHTED)})
+METHODS: MappingProxyType[str, Method] = MappingProxyType(
+    {m.name: m for methods in (_CONFIGURED, *(file.METHODS for file in _FILES)) for m in methods}
+)
 
 
 def get_method(method: str | Method, **changes: Any) -> Method:
