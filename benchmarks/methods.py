@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from eapo_kernels import METHODS, Method, TokenStats, get_method, make_controller, policy_loss, weight_tokens
-from eapo_kernels.objectives.shaping.token_weighting import MARKS, STATISTICS
+from eapo_kernels.objectives.token_weights.step import MARKS, STATISTICS
 
 from .case import POSITIVE_WEIGHT, Case, make_case
 from .clock import make_clock, time_interleaved

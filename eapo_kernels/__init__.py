@@ -3,12 +3,12 @@
 from . import diagnostics
 from .errors import BackendUnavailable, EapoError, ShapeError
 from .loss import EAPOLoss, eapo_loss, loss_denominator, policy_loss
+from .objectives.advantages import majority_rewards, semantic_rewards
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
 from .objectives.methods import METHODS, Method, get_method, make_controller
-from .objectives.semantic import majority_rewards, semantic_rewards
-from .objectives.shaping.gather import GatheredStep, gather_step
-from .objectives.shaping.shape import observed_entropy, weight_tokens
+from .objectives.token_weights.gather import GatheredStep, gather_step
+from .objectives.token_weights.step import observed_entropy, weight_tokens
 from .ops.dispatch import available_backends
 from .ops.nucleus import nucleus_entropy
 from .ops.token_stats import token_stats

@@ -1,6 +1,6 @@
-"""What an update will do to the entropy before it is made, and which tokens pull on it (docs/math.md, "Entropy dynamics").
+"""The predicted entropy change of an update, and its parts (docs/math.md, "Entropy dynamics").
 
-Vector maths on the old policy's statistics: one number a token in, a handful of numbers out, no logits.
+Vector maths on the old policy's statistics, one number per token; no logits.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from .checks import FLOATS, require_tensor, valid_tokens
 from .errors import require
 from .objectives.batch import check_batch
 from .objectives.controllers import EntropyRatio
-from .objectives.method import resolve_positive_weight
-from .objectives.methods import Method, get_method
+from .objectives.methods import Method, get_method, resolve_positive_weight
 from .objectives.policy import loss_and_sums, prepare
-from .objectives.shaping.dynamics import expected_part, sampled_part
+from .objectives.token_weights.entropy_change import expected_part, sampled_part
 from .types import TokenBatch, TokenStats
 
 
 class TokenWeights(NamedTuple):
-    """How a loss pulls on every token: L = -sum_t (w_t log p_t + c_t H_t) to first order, w and c constant.
+    """The effective weights of a loss: L = -sum_t (w_t log p_t + c_t H_t) to first order.
 
     Attributes:
-        logp: [N] fp32 w_t = -dL/dlog p_t: reductions, advantages, sign weights, clips and penalties together.
+        logp: [N] fp32 w_t = -dL/dlog p_t: reduction, advantage, sign weight, clip and penalties
+            together.
         entropy: [N] fp32 c_t = -dL/dH_t.
     """
 
@@ -41,15 +41,16 @@ def token_weights(
     *,
     positive_weight: float | Tensor | EntropyRatio | None = None,
 ) -> TokenWeights:
-    """The effective weights of a (shaped) batch, whatever the method.
+    """The effective weights of a batch under any method's loss.
 
     Args:
         method, positive_weight: as in ``policy_loss``.
-        batch: as ``policy_loss`` gets it.
-        logp: [N] log-probs under the present policy (nats); None: those of the old policy, where the ratio is 1.
+        batch: as in ``policy_loss``, with token weights where the method has them.
+        logp: [N] log-probs under the present policy (nats); None: those of the old policy, ratio 1.
 
     Raises:
-        EapoError, ShapeError: as ``policy_loss``; ``logp`` is missing and the batch has no ``old_logp``.
+        EapoError, ShapeError: as ``policy_loss``; or neither ``logp`` nor ``batch.old_logp`` is
+            given.
     """
     method = get_method(method)
     check_batch(batch, method.config, debug=False)
@@ -72,7 +73,8 @@ def token_weights(
 def polarity(stats: TokenStats) -> Tensor:
     """[...] fp64 D_y = p_y (log p_y + H) - sum_v p_v^2 (log p_v + H) (E7).
 
-    Above zero: reinforcing the token contracts the entropy. E[D_y] = 0 over tokens drawn from the policy.
+    D_y > 0: reinforcing the token contracts the entropy. E[D_y] = 0 over tokens drawn from the
+    policy.
 
     Raises:
         EapoError: the statistics lack the entropy or the second moments.
@@ -83,9 +85,10 @@ def polarity(stats: TokenStats) -> Tensor:
 
 
 def score_norm(stats: TokenStats) -> Tensor:
-    """[...] fp64 ||grad_z log p_y||^2 = 1 - 2 p_y + sum p^2, written (1 - p_y)^2 + sum_{v != y} p_v^2 so that nothing cancels.
+    """[...] fp64 ||grad_z log p_y||^2 = 1 - 2 p_y + sum p^2, z the token's logits.
 
-    In the space of the token's own logits: what the network's Jacobian makes of it is not known here.
+    Computed as (1 - p_y)^2 + sum_{v != y} p_v^2, which has no cancellation. The network's Jacobian
+    is not part of it.
     """
     require(stats.p2 is not None, "stats.p2", "second_moments=True", None)
     assert stats.p2 is not None
@@ -94,11 +97,12 @@ def score_norm(stats: TokenStats) -> Tensor:
 
 
 def entropy_change(stats: TokenStats, weights: Tensor) -> Tensor:
-    """[...] fp64 predicted dH_t of the token's distribution, nats per unit of step size: -w_t D_t (E7).
+    """[...] fp64 predicted entropy change of a token, nats per unit of step size: -w_t D_t (E7).
 
-    The step is one of gradient ascent on w_t log p_t in the logits of that token alone ("tabular"); first order in its size.
-    A network shares its parameters between tokens and an optimizer rescales them, so signs and relative sizes mean something,
-    the absolute size only after a comparison with the measured change. The entropy bonus is not part of it.
+    First order, for a step of gradient ascent on w_t log p_t in the logits of that token alone. A
+    network shares its parameters between tokens and an optimizer rescales them, so use signs and
+    relative sizes; the absolute size needs a comparison with the measured change. The entropy bonus
+    is not included.
 
     Args:
         stats: statistics of the policy that is updated, with second moments.
@@ -109,24 +113,26 @@ def entropy_change(stats: TokenStats, weights: Tensor) -> Tensor:
 
 
 def diagnose(stats: TokenStats, weights: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
-    """Numbers to log about an update with these weights. All 0-dim fp32, none synchronises.
+    """Metrics of an update with these weights, 0-dim fp32. Nothing synchronizes.
 
     Args:
         stats: [N], with entropy and second moments.
-        weights: [N] effective weights w_t; their sign tells positive from negative tokens, zero is neither.
+        weights: [N] effective weights w_t. A token is positive or negative by its sign; zero is
+            neither.
         valid: [N] bool or None, tokens that count.
 
     Returns:
-        ``dynamics/predicted_entropy_change``: sum of ``entropy_change`` over the tokens, nats per unit of logit step. With the
-            weights of a token-mean loss (which hold 1 / N) it is the change of the mean entropy when every token's logits take
-            a step of N times their gradient.
-        ``dynamics/contracting_positive``, ``dynamics/contracting_negative``: share of the positive (negative) tokens with
-            D_y > 0, whose reinforcement contracts the entropy (whose suppression expands it).
-        ``dynamics/expanding_positive``, ``dynamics/expanding_negative``: the same for D_y < 0.
-        ``dynamics/positive_gradient_norm``, ``dynamics/negative_gradient_norm``: sqrt(sum w_t^2 ||grad_z log p_t||^2) over the
-            positive (negative) tokens, in the space of all tokens' logits.
-        ``dynamics/positive_gradient_share``: positive share of the squared norm; the two parts are orthogonal there. 0 if there
-            is no gradient.
+        ``dynamics/predicted_entropy_change``: sum of ``entropy_change`` over the tokens, nats per
+            unit of logit step. With the weights of a token-mean loss, which contain 1 / N, it is
+            the change of the mean entropy when every token's logits take a step of N times their
+            gradient. ``dynamics/contracting_positive``, ``dynamics/contracting_negative``: share of
+            the positive (negative) tokens with D_y > 0: reinforcing them contracts the entropy,
+            suppressing them expands it. ``dynamics/expanding_positive``,
+            ``dynamics/expanding_negative``: the same for D_y < 0.
+            ``dynamics/positive_gradient_norm``, ``dynamics/negative_gradient_norm``: sqrt(sum w_t^2
+            ||grad_z log p_t||^2) over the positive (negative) tokens, in all tokens' logits.
+            ``dynamics/positive_gradient_share``: positive share of the squared norm (the two parts
+            are orthogonal); 0 without any gradient.
     """
     if valid is None:
         valid = torch.ones_like(stats.logp, dtype=torch.bool)
@@ -149,7 +155,7 @@ def diagnose(stats: TokenStats, weights: Tensor, valid: Tensor | None = None) ->
 def diagnose_batch(
     method: str | Method, batch: TokenBatch, stats: TokenStats, *, positive_weight: float | Tensor | EntropyRatio | None = None
 ) -> dict[str, Tensor]:
-    """``diagnose`` with the weights that the method's loss has on this batch at the old policy."""
+    """``diagnose`` with the weights of the method's loss on this batch, at the old policy."""
     at = batch.old_logp if batch.old_logp is not None else stats.logp
     weights = token_weights(method, batch, at, positive_weight=positive_weight)
     return diagnose(stats, weights.logp, valid_tokens(batch.targets, batch.mask))

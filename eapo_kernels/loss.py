@@ -20,8 +20,7 @@ from .errors import EapoError, ShapeError, require
 from .objectives.batch import check_batch
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
-from .objectives.method import resolve_positive_weight
-from .objectives.methods import METHODS, Method, get_method
+from .objectives.methods import METHODS, Method, get_method, resolve_positive_weight
 from .objectives.policy import PolicyTerms, loss_and_sums, prepare
 from .ops import chunking, dispatch, gradients
 from .ops.collective_checks import compare, propagate_errors

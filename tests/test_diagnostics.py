@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from shaped import make_step
+from token_steps import make_step
 from torch import Tensor
 
 from eapo_kernels import (
@@ -127,7 +127,7 @@ def test_token_weights_are_the_losses_gradient(name: str, z: Tensor, targets: Te
     method, stats = METHODS[name], stats_of(z, targets)
     batch = make_batch(targets, stats)
     state = {"history": torch.tensor(1.0)}
-    shaped = weight_tokens(method, batch, TokenStats(*(None if t is None else t.float() for t in stats)), state=state)
+    weighted = weight_tokens(method, batch, TokenStats(*(None if t is None else t.float() for t in stats)), state=state)
     given = 0.7 if method.positive_weight is None else None
     for shift in (0.0, 0.4):  # at the old policy and away from it
         if name == "kl_cov" and not shift:
@@ -137,9 +137,9 @@ def test_token_weights_are_the_losses_gradient(name: str, z: Tensor, targets: Te
         ).requires_grad_()
         now = stats_of(hidden.detach(), targets)
         eye = torch.eye(V, dtype=torch.float64)
-        loss = policy_loss(hidden, eye, shaped, method=method, positive_weight=given, schedule="autograd").loss
+        loss = policy_loss(hidden, eye, weighted, method=method, positive_weight=given, schedule="autograd").loss
         (found,) = torch.autograd.grad(loss, hidden)
-        w = diagnostics.token_weights(method, shaped, now.logp if shift else None, positive_weight=given)
+        w = diagnostics.token_weights(method, weighted, now.logp if shift else None, positive_weight=given)
         p = hidden.detach().softmax(-1)
         d_entropy = -p * (p.log() + now.entropy[:, None])
         expected = -w.logp[:, None] * score(hidden.detach(), targets) - w.entropy[:, None] * d_entropy

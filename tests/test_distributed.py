@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from shaped import SIZES, Step, make_step
+from token_steps import SIZES, Step, make_step
 
 from eapo_kernels import (
     EapoError,

@@ -1,4 +1,7 @@
-"""A ``TokenBatch``, checked: shapes, dtypes and devices always; values where they may be read (``checks.may_read``)."""
+"""Checks of a ``TokenBatch``.
+
+Shapes, dtypes and devices are checked always; values where they may be read (``checks.may_read``).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from .config import EAPOConfig
 
 
 def n_sequences(batch: TokenBatch) -> int:
-    """B: from the rewards, groups or lengths, else from the advantages (per token: at most one response a token)."""
+    """B, from the rewards, groups or lengths, else from the advantages.
+
+    Advantages per token allow at most one response a token.
+    """
     for per_sequence in (batch.rewards, batch.group_ids, batch.sequence_lengths, batch.advantages):
         if isinstance(per_sequence, Tensor):
             return per_sequence.numel()
@@ -22,7 +28,7 @@ def n_sequences(batch: TokenBatch) -> int:
 
 
 def has_token_advantages(batch: TokenBatch) -> bool:
-    """Whether the advantages are [N]; where N = B they are the responses', which ``check_batch`` makes unambiguous."""
+    """Whether the advantages are [N]; where N = B, ``check_batch`` makes both readings equal."""
     if batch.advantages is not None and batch.token_advantages is not None:
         return batch.token_advantages
     if batch.advantages is None or batch.advantages.shape != batch.targets.shape:
@@ -36,7 +42,8 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.
-        EapoError: something the loss needs is missing, a reward or log-prob is not finite, a sequence id is out of range.
+        EapoError: something the loss needs is missing, a reward or log-prob is not finite, a
+            sequence id is out of range.
     """
     require(isinstance(batch, TokenBatch), "batch", "a TokenBatch", batch)
     targets = batch.targets

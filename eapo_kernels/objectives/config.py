@@ -7,36 +7,37 @@ from dataclasses import dataclass
 
 from ..checks import is_number, require_choice, require_number
 from ..errors import require
-from .advantages import ADVANTAGES, Advantage
+from .advantages import ADVANTAGES, SPLITS, Advantage
 from .reductions import REDUCTIONS
 from .surrogates import KL_ESTIMATORS, SEQUENCE_RATIO, SURROGATES, Clip, Surrogate
-from .weighting import SPLITS
 
 
 @dataclass(frozen=True)
 class EAPOConfig:
-    """Everything about a policy loss but the weight of the positives (docs/math.md E9, E10).
+    """A policy loss without the weight of the positives (docs/math.md E9, E10).
 
     Attributes:
         clip_low: the ratio's lower bound is 1 - clip_low.
         clip_high: the ratio's upper bound is 1 + clip_high.
-        dual_clip: c > 1 bounds the loss of a negative advantage by c * |A| (ppo_clip and gspo), or None.
-        surrogate: "reinforce", "ppo_clip", "unclipped", "balanced_clip", "cispo", "gspo" (sequence ratio), or a function like
-            those of ``surrogates``.
-        advantage: "group_norm", "group_mean", "sign", "batch_norm", "binary", or a function like those of ``advantages``.
-        split: what makes a response positive: its reward above the mean of its "group" or of the "batch", or the sign of its
-            "advantage".
+        dual_clip: c > 1 bounds the loss of a negative advantage by c * |A| (ppo_clip and gspo), or
+            None.
+        surrogate: "reinforce", "ppo_clip", "unclipped", "balanced_clip", "cispo", "gspo" (sequence
+            ratio), or a function like those of ``surrogates``.
+        advantage: "group_norm", "group_mean", "sign", "batch_norm", "binary", or a function like
+            those of ``advantages``.
+        split: what makes a response positive: its reward above the mean of its "group" or of the
+            "batch", or the sign of its "advantage".
         reduction: "token_mean", "seq_mean_token_mean", "seq_mean_token_sum" or "fixed_length".
         fixed_length: constant number of tokens for reduction "fixed_length".
         negative_weight: factor on the responses that are not positive.
-        drop_zero_weight: leave responses of weight zero out altogether, also out of the denominators.
+        drop_zero_weight: mask responses of weight zero; they leave the denominators too.
         kl_coef: factor of the KL penalty to ``ref_logp`` (nats per token).
         kl_estimator: "k1", "k2" or "k3".
         entropy_coef: factor of the entropy bonus (loss per nat).
-        entropy_top_p: the bonus is on the entropy of the renormalised nucleus of this mass, in (0, 1), instead of the whole
-            distribution's; autograd schedule only. None: whole.
-        importance_cap: truncates exp(old_logp - rollout_logp), the weight of the policy term for tokens whose rollout engine
-            disagrees with the trainer; None: no correction.
+        entropy_top_p: the bonus is on the entropy of the renormalised nucleus of this mass, in (0,
+            1), instead of the whole distribution's; autograd schedule only. None: whole.
+        importance_cap: truncates exp(old_logp - rollout_logp), the weight of the policy term for
+            tokens whose rollout engine disagrees with the trainer; None: no correction.
     """
 
     clip_low: float = 0.2
@@ -88,7 +89,7 @@ class EAPOConfig:
 
     @property
     def scope(self) -> str:
-        """What one token's coefficient depends on: "token" (itself), "sequence", or "batch" (anything: a user's function)."""
+        """What a token's coefficient depends on: "token", "sequence" or "batch" (a function)."""
         if callable(self.surrogate):
             return "batch"
         return "sequence" if self.surrogate in SEQUENCE_RATIO else "token"

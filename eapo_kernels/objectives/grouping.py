@@ -1,4 +1,7 @@
-"""Sums over classes of tokens or responses, without a host synchronisation and independent of the order of addition."""
+"""Statistics within classes of tokens or responses, without host synchronization.
+
+Sums are in fp64, so that the order of addition does not show in fp32 results.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,21 @@ import torch
 from torch import Tensor
 
 _TIE = torch.finfo(torch.float32).eps
-"""A reward this close to its mean, relative to the group's largest magnitude, counts as equal to it: the rewards of a group
-are fp32 numbers whose mean need not be representable."""
+"""A reward this close to its mean, relative to the group's largest magnitude, counts as equal to
+it: the rewards of a group are fp32 numbers whose mean need not be representable."""
 
 
 class Partition:
-    """Statistics within classes: every result stands at each member, [N] fp64.
+    """Statistics within classes. Results are [N] fp64: each member holds the value of its class.
 
     Attributes:
-        valid: [N] bool, the members that count; at the others results mean nothing.
-        index: [N] int64 in [0, N), the number of the member's class: classes in the order of their keys.
+        valid: [N] bool, the members that count; results at the others are undefined.
+        index: [N] int64 in [0, N), the number of the member's class, in the order of the keys.
         counts: [N] fp64, size of the member's class.
     """
 
     def __init__(self, keys: Tensor, valid: Tensor | None = None) -> None:
-        """keys: [N] int64, any values below the largest int64; members with equal keys form a class. valid None: all."""
+        """keys: [N] int64 below int64's maximum; equal keys form a class. valid None: all."""
         self.valid = torch.ones_like(keys, dtype=torch.bool) if valid is None else valid
         ordered, order = torch.sort(torch.where(self.valid, keys, torch.iinfo(torch.int64).max))
         first = torch.ones_like(ordered)
@@ -48,13 +51,13 @@ class Partition:
         return -self.max(-values)
 
     def rank(self, values: Tensor) -> Tensor:
-        """[N] int64: how many of the class come before the member by ``values``; ties in the order they stand in."""
+        """[N] int64: members of the class before this one by ``values``; ties keep order."""
         order, first = self._sorted(values)
         places = torch.arange(order.numel(), device=order.device)
         return torch.empty_like(order).scatter_(0, order, places) - first
 
     def quantile(self, values: Tensor, q: float) -> Tensor:
-        """The ``q``-quantile of ``values`` in the class, linear between neighbours (as torch.quantile)."""
+        """The ``q``-quantile of ``values`` in the class, interpolated as torch.quantile."""
         order, first = self._sorted(values)
         ordered = values.double()[order]
         place = q * (self.counts - 1).clamp_min(0)
@@ -62,19 +65,19 @@ class Partition:
         return below + (ordered[first + place.ceil().long()] - below) * (place - place.floor())
 
     def mean_of_classes(self, values: Tensor) -> Tensor:
-        """0-dim: mean over the classes of ``values`` that are the same within a class; 0 without any class."""
+        """0-dim: mean over the classes of ``values`` constant within a class; 0 without any."""
         share = torch.where(self.valid, 1 / self.counts.clamp_min(1), 0.0)
         return (torch.where(self.valid, values.double(), 0.0) * share).sum() / share.sum().clamp_min(1)
 
     def following(self, values: Tensor, fill: float) -> Tensor:
-        """What stands in the next class of values that are the same within a class; ``fill`` after the last."""
+        """The next class's value, for values constant in a class; ``fill`` after the last."""
         table = torch.full((self._size + 1,), fill, dtype=torch.float64, device=values.device)
         place = torch.where(self.valid, self.index, self._size)
         table.scatter_(0, place, torch.where(self.valid, values.double(), fill))
         return table[self.index + 1]
 
     def _sorted(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The order by class, then by value; and [N] the place of the first of the member's class in it."""
+        """The order by class, then by value; and [N] its index of the class's first member."""
         by_value = values.argsort(stable=True)
         order = by_value[self.index[by_value].argsort(stable=True)]
         sizes = torch.zeros_like(self.index).index_add_(0, self.index, torch.ones_like(self.index))
@@ -93,7 +96,7 @@ class Groups:
         self.means = self.members.mean(self.rewards)
 
     def deviations(self) -> Tensor:
-        """[B] r - mean of the group; exact zero for a tie with the mean (and so for a group of one)."""
+        """[B] r - mean of the group; exactly 0 at a tie with the mean, and for a group of one."""
         margin = self.rewards - self.means
         return torch.where(margin.abs() <= self.tie_width(), torch.zeros_like(margin), margin)
 
@@ -102,6 +105,6 @@ class Groups:
         return _TIE * self.members.max(self.rewards.abs())
 
     def unbiased_std(self) -> Tensor:
-        """[B] standard deviation of the group with n - 1; zero where the group has one member or no spread."""
+        """[B] standard deviation of the group with n - 1; 0 for one member or equal rewards."""
         squares = self.members.sum(self.deviations().square())
         return (squares / (self.counts - 1).clamp_min(1)).sqrt()

@@ -1,30 +1,90 @@
-"""All methods by name, and how to change their numbers."""
+"""``METHODS``: all methods by name. How to change their settings, and what they need at run time.
+
+The methods that are a configuration alone are listed here. A method with a TokenWeighting of its
+own is listed at the end of its file in ``token_weights``.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import require
-from . import plain
+import torch
+from torch import Tensor
+
+from ..checks import may_read, require_scalar
+from ..errors import EapoError, require
 from .config import EAPOConfig
-from .controllers import controller_fields
-from .method import Method, make_controller
-from .shaping import bands, controlled, covariance, dynamics, nucleus, position, replay, sequence, steer, target, teacher, turns
+from .controllers import Controller, EntropyRatio, build_controller, controller_fields
+from .token_weights import covariance, entropy, entropy_change, other_policy, sequence
+from .token_weights.step import Method
 
-__all__ = ["METHODS", "Method", "get_method", "make_controller"]
+__all__ = ["METHODS", "Method", "get_method", "make_controller", "resolve_positive_weight"]
 
-_FAMILIES = (plain, covariance, steer, dynamics, nucleus, target, sequence, turns, bands, controlled, replay, position, teacher)
+_BINARY = EAPOConfig(advantage="binary", split="advantage")
 
-METHODS: MappingProxyType[str, Method] = MappingProxyType({m.name: m for family in _FAMILIES for m in family.METHODS})
+_GRPO = Method("grpo", EAPOConfig(reduction="seq_mean_token_mean"), source="2402.03300",
+    summary="Group-normalised advantages, clipped ratio, every response counts the same.",
+    formula="A_i = (r_i - mean r) / std r; mean over responses of the mean over tokens of min(rho A, clip(rho) A)")  # fmt: skip
+_DAPO = Method("dapo", EAPOConfig(clip_high=0.28), source="2503.14476",
+    summary="A looser upper bound, and every token counts the same; the trainer draws other questions for groups that "
+            "are all right or all wrong.",
+    formula="min(rho A, clip(rho, 0.8, 1.28) A), mean over all tokens")  # fmt: skip
+
+_CONFIGURED = (
+    Method("eapo", EAPOConfig(), positive_weight=None, controller="entropy_ratio", source="2605.27846",
+        confidence="medium",
+        summary="Positives (reward above the group mean) weighted by current over initial policy entropy.",
+        formula="w_i = lambda_k = clamp(lambda_0 (H_k / H_0)^kappa, low, high) where r_i > mean r of the group, else 1"),
+    _GRPO,
+    replace(_GRPO, name="empo", source="2504.05812",
+        summary="The same data as `grpo`, without labels: the rewards are those of `semantic_rewards`.",
+        formula="r_i = |cluster of i| / G, 0 where all answers of the group differ; then GRPO"),
+    Method("dr_grpo", EAPOConfig(advantage="group_mean", reduction="fixed_length"), source="2503.20783",
+        summary="No division by the group's spread, constant length (set fixed_length): no difficulty or length bias.",
+        formula="A_i = r_i - mean r; sum over tokens / fixed_length"),
+    _DAPO,
+    replace(_DAPO, name="cure", source="2508.11016",
+        summary="The same data as `dapo`, on responses some of which the trainer cut at an uncertain token and rewrote."),
+    Method("gspo", replace(_GRPO.config, surrogate="gspo", clip_low=3e-4, clip_high=4e-4), source="2507.18071",
+        summary="One ratio for a whole response, the geometric mean over its tokens, with narrow bounds to match.",
+        formula="rho_i = exp(mean_t log(pi / pi_old)); min(rho_i A_i, clip(rho_i, 1 - 3e-4, 1 + 4e-4) A_i)"),
+    Method("cispo", EAPOConfig(surrogate="cispo", clip_low=1.0, clip_high=4.0),
+        source="2506.13585; upper bound 5 as in 2510.13786",
+        summary="The importance weight is bounded from above and constant, so that no token loses its gradient.",
+        formula="sg(min(rho, 5)) A log p"),
+    Method("psr", replace(_BINARY, negative_weight=0.0, drop_zero_weight=True), source="2506.01347",
+        summary="Positive sample reinforcement: only correct responses (reward 1), advantage +1.",
+        formula="A = 1 where r = 1; the other responses are left out"),
+    Method("nsr", replace(_BINARY, drop_zero_weight=True), positive_weight=0.0, source="2506.01347",
+        summary="Negative sample reinforcement: only wrong responses (reward 0), advantage -1.",
+        formula="A = -1 where r = 0; the other responses are left out"),
+    Method("w_reinforce", _BINARY, positive_weight=0.1, source="2506.01347",
+        summary="Weighted REINFORCE: correct responses +0.1, wrong ones -1.",
+        formula="A = 0.1 where r = 1, -1 where r = 0"),
+    Method("t1", replace(_GRPO.config, entropy_coef=1e-3, kl_coef=1e-3), source="2501.11651", confidence="low",
+        summary="Entropy bonus and a KL to a reference that follows the policy; the trainer updates ``ref_logp`` and "
+                "oversamples, the coefficients are ours.",
+        formula="grpo + 1e-3 KL(pi || pi_ref) - 1e-3 H"),
+)  # fmt: skip
+
+_FILES = (entropy, entropy_change, covariance, sequence, other_policy)
+
+METHODS: MappingProxyType[str, Method] = MappingProxyType(
+    {m.name: m for methods in (_CONFIGURED, *(file.METHODS for file in _FILES)) for m in methods}
+)
 
 
 def get_method(method: str | Method, **changes: Any) -> Method:
-    """A method by name or itself, with numbers changed: of its config, its token_weighting, its controller, or ``positive_weight``.
+    """A method by name or itself, with settings changed.
+
+    ``changes``: fields of its config, its token_weighting or its controller, or
+    ``positive_weight``.
 
     Raises:
-        EapoError: the name or a number's name is unknown, or a value is out of range.
+        EapoError: the name or a setting's name is unknown, or a value is out of range.
     """
     if isinstance(method, str):
         require(method in METHODS, "method", f"one of {', '.join(METHODS)}", repr(method))
@@ -32,21 +92,58 @@ def get_method(method: str | Method, **changes: Any) -> Method:
     require(isinstance(method, Method), "method", "a name or a Method", method)
     if not changes:
         return method
-    parts = {
+    owners = {
         "method": ("positive_weight",),
         "token_weighting": () if method.token_weighting is None else tuple(f.name for f in fields(method.token_weighting)),
         "controller": () if method.controller is None else controller_fields(method.controller),
         "config": tuple(f.name for f in fields(EAPOConfig)),
     }
-    known = [name for names in parts.values() for name in names]
+    known = [name for names in owners.values() for name in names]
     unknown = sorted(set(changes) - set(known))
     require(not unknown, "config", f"fields among {', '.join(known)}", ", ".join(unknown))
-    own = {part: {name: changes.pop(name) for name in names if name in changes} for part, names in parts.items()}
-    if own["method"]:
-        method = replace(method, **own["method"])
-    if own["token_weighting"] and method.token_weighting is not None:
-        method = replace(method, token_weighting=replace(method.token_weighting, **own["token_weighting"]))
-    if own["controller"]:
-        method = replace(method, controller_settings={**method.controller_settings, **own["controller"]})
+    of = {owner: {name: changes[name] for name in names if name in changes} for owner, names in owners.items()}
+    method = replace(method, config=replace(method.config, **of["config"]), **of["method"])
+    if of["token_weighting"] and method.token_weighting is not None:
+        method = replace(method, token_weighting=replace(method.token_weighting, **of["token_weighting"]))
+    if of["controller"]:
+        method = replace(method, controller_settings={**method.controller_settings, **of["controller"]})
         make_controller(method)
-    return replace(method, config=replace(method.config, **own["config"])) if own["config"] else method
+    return method
+
+
+def make_controller(method: Method) -> Controller | None:
+    """A fresh controller with the method's settings; None for a method without one.
+
+    Raises:
+        EapoError: the controller or a setting is unknown, or a number is out of its range.
+    """
+    return None if method.controller is None else build_controller(method.controller, method.controller_settings)
+
+
+def resolve_positive_weight(
+    method: Method, given: float | Tensor | EntropyRatio | None, device: torch.device, debug: bool
+) -> Tensor:
+    """The method's own weight of the positives, else the caller's: 0-dim fp32 on the device.
+
+    Raises EapoError when both or neither are given, or when it is not a finite number >= 0
+    (tensors: see ``may_read``).
+    """
+    if method.positive_weight is not None:
+        if given is not None:
+            own = f"whose weight is {method.positive_weight:g}"
+            raise EapoError(f"positive_weight: expected None for method {method.name!r}, {own}, got {given!r}")
+        given = method.positive_weight
+    elif given is None:
+        raise EapoError(
+            f"positive_weight: expected a number, a 0-dim tensor or an EntropyRatio for method {method.name!r}, got None"
+        )
+    value = given.weight if isinstance(given, EntropyRatio) else given
+    require_scalar("positive_weight", value, "a number, a 0-dim tensor or an EntropyRatio")
+    if not isinstance(value, Tensor):
+        require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
+        return torch.full((), value, dtype=torch.float32, device=device)
+    if may_read(value, debug):
+        require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
+    if value.device.type == "cpu" and device.type != "cpu":  # a fill: a copy would block and cannot be captured
+        return torch.full((), float(value), dtype=torch.float32, device=device)
+    return value.detach().to(device, torch.float32, copy=True)

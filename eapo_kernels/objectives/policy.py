@@ -1,4 +1,8 @@
-"""A policy loss on vectors of one number a token: the batch becomes coefficients, statistics become loss terms (E9, E10)."""
+"""A policy loss on vectors of one number a token (E9, E10).
+
+``prepare`` turns a batch into the coefficients of its tokens; ``loss_and_sums`` turns log-probs and
+entropies into the loss.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,20 @@ from torch import Tensor
 
 from ..checks import valid_tokens
 from ..types import SUMS, TokenBatch
-from .advantages import ADVANTAGES
+from .advantages import ADVANTAGES, SPLITS, Split
 from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig
 from .reductions import REDUCTIONS, Counts
 from .surrogates import KL_ESTIMATORS, MAX_LOG_RATIO, SEQUENCE_RATIO, SURROGATES, kl_k3, log_ratio
-from .weighting import SPLITS, Split
 
 SAME_POLICY = 1e-4
-"""Log-ratios (nats) up to this size are rounding between two computations of one policy's log-prob: |log rho| has no slope
-there, where its sign would be noise."""
+"""Log-ratios (nats) up to this size are rounding between two computations of the same log-prob.
+|log rho| has no gradient there, because the sign of log rho would be noise."""
 
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """Everything a policy loss needs to know about its tokens before their log-probs are known.
+    """The coefficients of a policy loss: everything that is known before the log-probs are.
 
     Attributes:
         config: the loss.
@@ -32,12 +35,14 @@ class PolicyTerms:
         scale: [N] fp32, the reduction's weight of a token.
         importance: [N] fp32, truncated importance weight of the policy term, or None.
         advantages: [B] fp32, or [N] with ``token_advantages``; without the sign weights.
-        split: values and thresholds that make a response positive, [B], or [N] with ``token_split``.
+        split: values and thresholds that make a response positive, [B], or [N] with
+            ``token_split``.
         positive_weight: 0-dim fp32.
         old_logp, ref_logp: [N] fp32 or None.
         entropy_coef, ratio_penalty: [N] fp32 or None, see ``TokenBatch``.
         n_sequences: B.
-        token_advantages, token_split: whether the advantages and the split are given per token instead of per response.
+        token_advantages, token_split: whether the advantages and the split are given per token
+            instead of per response.
     """
 
     config: EAPOConfig
@@ -62,45 +67,34 @@ class PolicyTerms:
         return self.config.entropy_coef != 0 or self.entropy_coef is not None
 
     def weighted_advantages(self) -> Tensor:
-        """[N] fp32 advantage of each token with its sign weight w_i (E10) applied: the one place where it is."""
+        """[N] fp32 advantage of each token times its sign weight w_i (E10); applied only here."""
         weights = torch.where(self.split.positive(), self.positive_weight, self.config.negative_weight)
         weights = weights if self.token_split else weights[self.sequence_ids]
         return weights * (self.advantages if self.token_advantages else self.advantages[self.sequence_ids])
 
     def without_idle(self) -> PolicyTerms:
-        """The same loss without the tokens whose term is zero whatever their log-prob; denominators stay.
+        """The same loss without the tokens whose term is zero at every log-prob; denominators stay.
 
-        Those are the tokens of weighted advantage zero, where nothing but a surrogate of our own, token by token, pulls.
+        Those are the tokens of weighted advantage zero. The loss is returned as it is where such a
+        token may have another term (an entropy bonus, a penalty, a KL) or where the surrogate is a
+        user's function or mixes the tokens of a response.
         """
         c = self.config
-        pulled = self.has_entropy_bonus or self.ratio_penalty is not None or (c.kl_coef != 0 and self.ref_logp is not None)
-        if pulled or c.scope != "token" or not isinstance(c.surrogate, str):
+        other = self.has_entropy_bonus or self.ratio_penalty is not None or (c.kl_coef != 0 and self.ref_logp is not None)
+        if other or c.scope != "token" or not isinstance(c.surrogate, str):
             return self
         return replace(self, valid=self.valid & (self.weighted_advantages() != 0))
 
     def rows(self, index: slice | Tensor) -> PolicyTerms:
         """The same loss for some of the tokens."""
-
-        def take(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[index]
-
-        return replace(
-            self,
-            valid=self.valid[index],
-            sequence_ids=self.sequence_ids[index],
-            scale=self.scale[index],
-            importance=take(self.importance),
-            old_logp=take(self.old_logp),
-            ref_logp=take(self.ref_logp),
-            entropy_coef=take(self.entropy_coef),
-            ratio_penalty=take(self.ratio_penalty),
-            advantages=self.advantages[index] if self.token_advantages else self.advantages,
-            split=Split(*(t[index] for t in self.split)) if self.token_split else self.split,
-        )
+        names = ["valid", "sequence_ids", "scale", "importance", "old_logp", "ref_logp", "entropy_coef", "ratio_penalty"]
+        names += ["advantages"] if self.token_advantages else []
+        parts = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **parts, split=Split(*(t[index] for t in self.split)) if self.token_split else self.split)
 
 
 def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> PolicyTerms:
-    """Advantages, split, weights and the reduction's denominators of a (checked) batch. No gradient."""
+    """The coefficients of a (checked) batch: advantages, split, denominators. No gradient."""
     size, valid = n_sequences(batch), valid_tokens(batch.targets, batch.mask)
     token_advantages = has_token_advantages(batch)
     if batch.advantages is not None:
@@ -116,10 +110,10 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
     split = SPLITS[config.split if by_reward else "advantage"](batch.rewards, batch.group_ids, advantages)
     token_split = token_advantages and not by_reward
 
-    def counted(values: Tensor | None) -> Tensor | None:
+    def masked(values: Tensor | None) -> Tensor | None:
         return None if values is None else torch.where(valid, values.detach().float(), 0.0)
 
-    old_logp, ref_logp, rollout_logp = counted(batch.old_logp), counted(batch.ref_logp), counted(batch.rollout_logp)
+    old_logp, ref_logp, rollout_logp = masked(batch.old_logp), masked(batch.ref_logp), masked(batch.rollout_logp)
     sequence_ids = torch.where(valid, batch.sequence_ids, 0)
     if config.drop_zero_weight:
         kept = torch.where(split.positive(), positive_weight, config.negative_weight) != 0
@@ -130,35 +124,27 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         assert rollout_logp is not None
         gap = (old_logp - rollout_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         importance = gap.exp().clamp_max(config.importance_cap)
+    counts = Counts.of(
+        valid, sequence_ids, size, lengths=batch.sequence_lengths, denominator=batch.denominator,
+        fixed_length=config.fixed_length,
+    )  # fmt: skip
     return PolicyTerms(
         config=config,
         valid=valid,
         sequence_ids=sequence_ids,
-        scale=REDUCTIONS[config.reduction](_counts(batch, config, valid, sequence_ids, size)),
+        scale=REDUCTIONS[config.reduction](counts),
         importance=importance,
         advantages=advantages,
         split=split,
         positive_weight=positive_weight,
         old_logp=old_logp,
         ref_logp=ref_logp,
-        entropy_coef=counted(batch.entropy_coef),
-        ratio_penalty=counted(batch.ratio_penalty),
+        entropy_coef=masked(batch.entropy_coef),
+        ratio_penalty=masked(batch.ratio_penalty),
         n_sequences=size,
         token_advantages=token_advantages,
         token_split=token_split,
     )
-
-
-def _counts(batch: TokenBatch, config: EAPOConfig, valid: Tensor, sequence_ids: Tensor, size: int) -> Counts:
-    ones = valid.float()
-    lengths = ones.new_zeros(size).index_add_(0, sequence_ids, ones)
-    denominator = batch.denominator
-    if isinstance(denominator, Tensor):
-        denominator = denominator.to(ones.device, torch.float32)
-    elif denominator is not None:
-        denominator = torch.full((), float(denominator), device=ones.device)
-    whole = lengths if batch.sequence_lengths is None else batch.sequence_lengths.float()
-    return Counts(ones, sequence_ids, whole, (lengths > 0).sum().float(), denominator, config.fixed_length)
 
 
 def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -211,7 +197,10 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
 
 
 def _sequence_mean(values: Tensor, terms: PolicyTerms) -> Tensor:
-    """[N]: the mean over the valid tokens of the token's response; summed in fp64, where the order of addition hardly shows."""
+    """[N]: the mean over the valid tokens of the token's response.
+
+    Summed in fp64, so that the order of addition does not change the fp32 result noticeably.
+    """
     valid = terms.valid.double()
     size = max(terms.n_sequences, 1)
     total = valid.new_zeros(size).index_add(0, terms.sequence_ids, values.double() * valid)

@@ -1,4 +1,7 @@
-"""How per-token terms become one number: a weight per token whose denominator may be global (micro-batches add up exactly)."""
+"""Reductions: a weight per token that turns per-token terms into one number.
+
+The denominator may be global, so that the losses of micro-batches and ranks add up exactly.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import EapoError
@@ -16,9 +20,10 @@ class Counts(NamedTuple):
 
     Attributes:
         valid: [N] fp32, 1 for a token that counts, else 0.
-        sequence_ids: [N] int64.
-        lengths: [B] fp32, valid tokens of each response, of the whole response where it is spread over micro-batches.
-        present: 0-dim fp32, responses with a valid token here.
+        sequence_ids: [N] int64, 0 at tokens that do not count.
+        lengths: [B] fp32, valid tokens of each response, of the whole response where it is spread
+            over micro-batches.
+        present: 0-dim fp32, number of responses with a valid token here.
         denominator: 0-dim fp32 or None, the global count that replaces the local one.
         fixed_length: the constant length of ``fixed_length``, or None.
     """
@@ -29,6 +34,27 @@ class Counts(NamedTuple):
     present: Tensor
     denominator: Tensor | None
     fixed_length: int | None
+
+    @classmethod
+    def of(
+        cls,
+        valid: Tensor,
+        sequence_ids: Tensor,
+        size: int,
+        *,
+        lengths: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+        fixed_length: int | None = None,
+    ) -> Counts:
+        """Counted from ``valid`` [N] bool for ``size`` = B responses, but for what is given."""
+        ones = valid.float()
+        local = ones.new_zeros(size).index_add_(0, sequence_ids, ones)
+        if isinstance(denominator, Tensor):
+            denominator = denominator.to(ones.device, torch.float32)
+        elif denominator is not None:
+            denominator = torch.full((), float(denominator), device=ones.device)
+        whole = local if lengths is None else lengths.float()
+        return cls(ones, sequence_ids, whole, (local > 0).sum().float(), denominator, fixed_length)
 
     def tokens(self) -> Tensor:
         return self.valid.sum().clamp_min(1) if self.denominator is None else self.denominator

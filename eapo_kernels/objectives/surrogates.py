@@ -1,6 +1,7 @@
-"""Policy surrogates: per-token terms to be *maximised*, as functions of the log-prob. All [C], fp32, differentiable in logp.
+"""Policy surrogates: per-token terms to be *maximised*, as functions of the log-prob.
 
-Each returns the term and a bool tensor that marks the tokens whose gradient the clip removed.
+All tensors are [C] fp32. Each surrogate returns the term, differentiable in logp, and a bool tensor
+that marks the tokens whose gradient the clip removed.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 60.0
-"""Log-ratios are clamped to +-60 so that exp stays finite in fp32; beyond it the gradient is zero instead of NaN."""
+"""Log-ratios are clamped to +-60, so that exp stays finite in fp32. The gradient beyond is zero."""
 
 
 class Clip(NamedTuple):
-    """Bounds of the ratio: 1 - low, 1 + high; ``dual`` bounds a negative advantage's term by dual * A, or None."""
+    """Bounds of the ratio: 1 - low, 1 + high. ``dual``: lower bound dual * A for A < 0, or None."""
 
     low: float
     high: float
@@ -25,7 +26,7 @@ class Clip(NamedTuple):
 
 
 Surrogate = Callable[[Tensor, Tensor, Tensor, Clip], tuple[Tensor, Tensor]]
-"""(logp, log_ratio, advantages, clip) -> (term, clipped). ``log_ratio`` is logp - old_logp, clamped, with gradient."""
+"""(logp, log_ratio, advantages, clip) -> (term, clipped). ``log_ratio``: clamped, with gradient."""
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor | None) -> Tensor:
@@ -40,9 +41,10 @@ def reinforce(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -
 
 
 def ppo_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
-    """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347; two bounds: DAPO, arXiv 2503.14476).
+    """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347).
 
-    With ``clip.dual`` c, negative advantages are bounded below by c * A (arXiv 1912.09729).
+    Two bounds: DAPO, arXiv 2503.14476. With ``clip.dual`` c, the term of a negative advantage is
+    bounded below by c * A (arXiv 1912.09729).
     """
     ratio = log_ratio.exp()
     term = ratio * advantages
@@ -57,15 +59,16 @@ def ppo_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) ->
 
 
 def unclipped(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
-    """rho A: importance sampling without bounds (KL-Cov, arXiv 2505.22617, bounds the step by a penalty instead)."""
+    """rho A: no bounds (KL-Cov, arXiv 2505.22617, bounds the step by a penalty instead)."""
     return log_ratio.exp() * advantages, torch.zeros_like(logp, dtype=torch.bool)
 
 
 def balanced_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
-    """``ppo_clip`` whose upper bound keeps the gradient: where rho A with A > 0 is bounded, (1 + clip_high) rho / sg(rho) A.
+    """``ppo_clip`` with a gradient above the upper bound: there (1 + clip_high) rho / sg(rho) A, A
+    > 0.
 
-    Positive tokens far above the old policy go on pushing with a bounded weight (agentic entropy-balanced optimisation, arXiv
-    2510.14545); negative advantages are clipped, and dually clipped, as usual.
+    Negative advantages are clipped, and dually clipped, as in ``ppo_clip``. Source: agentic
+    entropy-balanced optimisation, arXiv 2510.14545.
     """
     term, clipped = ppo_clip(logp, log_ratio, advantages, clip)
     over = clipped & (advantages > 0)
@@ -74,7 +77,10 @@ def balanced_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Cli
 
 
 def cispo(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
-    """sg(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logp: the weight is clipped, the gradient kept (arXiv 2506.13585)."""
+    """sg(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logp: a clipped constant weight.
+
+    No token loses its gradient (arXiv 2506.13585).
+    """
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(1 - clip.low, 1 + clip.high)
     return weight * advantages * logp, torch.zeros_like(logp, dtype=torch.bool)
@@ -90,7 +96,7 @@ SURROGATES: MappingProxyType[str, Surrogate] = MappingProxyType(
         "gspo": ppo_clip,
     }
 )
-"""``gspo`` is ``ppo_clip`` of the sequence's geometric-mean ratio (arXiv 2507.18071): see ``SEQUENCE_RATIO``."""
+"""``gspo`` is ``ppo_clip`` of the sequence's mean ratio (arXiv 2507.18071, ``SEQUENCE_RATIO``)."""
 
 SEQUENCE_RATIO = frozenset({"gspo"})
 """Surrogates whose log-ratio is averaged over the response before it is exponentiated."""

@@ -1,4 +1,4 @@
-"""Advantages and splits against hand-computed numbers."""
+"""Advantages, splits and rewards without labels, against hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from eapo_kernels import EapoError
-from eapo_kernels.objectives.advantages import ADVANTAGES
-from eapo_kernels.objectives.weighting import SPLITS
+from eapo_kernels import EapoError, ShapeError
+from eapo_kernels.objectives.advantages import ADVANTAGES, SPLITS, majority_rewards, semantic_rewards
 
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 0.5, 0.5])
 GROUPS = torch.tensor([9, 9, 9, -4, -4])
@@ -63,3 +62,21 @@ def test_splits() -> None:
     }
     for name, positive in expected.items():
         assert SPLITS[name](REWARDS, GROUPS, advantages).positive().tolist() == positive
+
+
+def test_semantic_rewards() -> None:
+    """Groups interleaved; all answers different: zeros; no answer (negative): zero, and it is no cluster of its own."""
+    groups = torch.tensor([9, 4, 9, 4, 9, 4, 7])
+    clusters = torch.tensor([0, 5, 1, -1, 2, 5, 0])
+    torch.testing.assert_close(semantic_rewards(clusters, groups), torch.tensor([0, 2 / 3, 0, 0, 0, 2 / 3, 0]))
+    nothing = torch.full((4,), -1)
+    assert semantic_rewards(nothing, torch.zeros(4, dtype=torch.int64)).tolist() == [0, 0, 0, 0]
+    with pytest.raises(ShapeError, match=r"cluster_ids: expected int64 \[4\] cpu, got float32 \[4\] cpu"):
+        semantic_rewards(torch.zeros(4), torch.zeros(4, dtype=torch.int64))
+
+
+def test_majority_rewards() -> None:
+    """arXiv 2504.16084: 1 for the most frequent answer of the group; ties all win; no answer never does."""
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+    clusters = torch.tensor([1, 2, 1, 3, 4, 5, -1, -1, -1])
+    assert majority_rewards(clusters, groups).tolist() == [1, 0, 1, 0, 1, 1, 0, 0, 0]

@@ -57,11 +57,10 @@ def test_over_the_classes() -> None:
         assert following[valid & (keys == key)].tolist() == pytest.approx([expected] * int((valid & (keys == key)).sum()))
 
 
-def test_nothing_and_nobody() -> None:
-    """No members, and members of whom none counts."""
+def test_no_members_and_no_valid_members() -> None:
     empty = Partition(torch.zeros(0, dtype=torch.int64))
     assert empty.sum(torch.zeros(0)).tolist() == []
     assert float(empty.mean_of_classes(torch.zeros(0))) == 0
-    nobody = Partition(torch.tensor([1, 2]), torch.tensor([False, False]))
-    assert float(nobody.mean_of_classes(torch.tensor([5.0, 6.0]))) == 0
-    assert nobody.following(torch.tensor([5.0, 6.0]), -1.0).tolist() == [-1.0, -1.0]
+    none_valid = Partition(torch.tensor([1, 2]), torch.tensor([False, False]))
+    assert float(none_valid.mean_of_classes(torch.tensor([5.0, 6.0]))) == 0
+    assert none_valid.following(torch.tensor([5.0, 6.0]), -1.0).tolist() == [-1.0, -1.0]

@@ -1,13 +1,15 @@
-"""A step for the tests of shaped methods: its dense float64 statistics, and one comparison of loss and gradients.
+"""A step for the tests of methods: its dense float64 statistics, and one comparison of loss and gradients.
 
-The old policy is the head before an update, the new policy the head after it. ``compare`` shapes the batch as a trainer does,
-cuts it into micro-batches, and holds the sum of their losses and gradients against a loss that a test types out itself.
+The old policy is the head before an update, the new policy the head after it. ``compare`` weighs the tokens
+as a trainer does, splits the batch into micro-batches, and compares the sum of their losses and gradients
+with a loss that the test types out itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -49,8 +51,9 @@ class Step:
         return -(log_p.exp() * log_p).sum(-1)
 
 
+@cache
 def make_step(seed: int = 0, *, binary: bool = False) -> Step:
-    """Random, the same for the same seed. ``binary``: rewards are 0 or 1."""
+    """Random, the same object for the same seed: do not change it in place. ``binary``: rewards are 0 or 1."""
     g = torch.Generator().manual_seed(seed)
     n, d, v = sum(SIZES), 7, 23
     hidden = torch.randn(n, d, generator=g, dtype=torch.float64)
@@ -101,31 +104,65 @@ def compare(
     seed: int = 0,
     tolerance: float = 2e-5,
 ) -> TokenBatch:
-    """Assert that loss and gradients of ``method`` are those of ``expected(hidden, weight)``; returns the shaped batch.
+    """Assert that loss and gradients of ``method`` are those of ``expected(hidden, weight)``; returns the weighted batch.
 
-    expected: the whole loss in float64 from dense logits, mean over the valid tokens where the method has a token mean. Checked
-    on each schedule that the loss has, whole and in three micro-batches.
+    expected: the whole loss in float64 from dense logits, a mean over the valid tokens where the method has
+    a token mean. The autograd schedule takes the whole batch; three micro-batches go through the one-pass
+    schedule where the loss has it, else through autograd.
     """
-    shaped = weight_tokens(method, step.batch, step.stats, state=state, extras=extras, progress=progress, seed=seed)
-    shaped = counted(shaped, method)
+    weighted = weight_tokens(method, step.batch, step.stats, state=state, extras=extras, progress=progress, seed=seed)
+    weighted = counted(weighted, method)
     hidden, weight = step.hidden.clone().requires_grad_(), step.weight.clone().requires_grad_()
     truth = expected(hidden, weight)
     truths = torch.autograd.grad(truth, [hidden, weight])
     assert truths[0].abs().max() > 1e-6, "the test's own loss has no gradient"
     one_pass = method.config.scope == "token" and method.config.entropy_top_p is None
-    schedules = ["autograd", "one_pass"] if one_pass else ["autograd"]
-    for schedule in schedules:
-        for cuts in ([slice(None)], [step.ids < 3, (step.ids >= 3) & (step.ids < 4), step.ids >= 4]):
-            h, w = step.hidden.clone().requires_grad_(), step.weight.clone().requires_grad_()
-            total = torch.zeros((), dtype=torch.float64)
-            for cut in cuts:
-                loss = policy_loss(h[cut], w, shaped.select(cut), method=method, schedule=schedule).loss
-                loss.backward()
-                total = total + loss.detach()
-            torch.testing.assert_close(total, truth.detach(), rtol=tolerance, atol=tolerance * 0.1)
-            for ours, exact in zip((h.grad, w.grad), truths, strict=True):
-                torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()))
-    return shaped
+    thirds = [step.ids < 3, (step.ids >= 3) & (step.ids < 4), step.ids >= 4]
+    for schedule, parts in (("autograd", [slice(None)]), ("one_pass" if one_pass else "autograd", thirds)):
+        h, w = step.hidden.clone().requires_grad_(), step.weight.clone().requires_grad_()
+        total = torch.zeros((), dtype=torch.float64)
+        for part in parts:
+            loss = policy_loss(h[part], w, weighted.select(part), method=method, schedule=schedule).loss
+            loss.backward()
+            total = total + loss.detach()
+        torch.testing.assert_close(total, truth.detach(), rtol=tolerance, atol=tolerance * 0.1)
+        for ours, exact in zip((h.grad, w.grad), truths, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()))
+    return weighted
+
+
+def scalars(**values: float) -> dict[str, Tensor]:
+    """A controller's state: 0-dim float64 tensors by name."""
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+def state_of(method: Method) -> dict[str, Tensor]:
+    """Numbers for everything that the method's token weighting reads of a controller."""
+    return scalars(**dict.fromkeys(() if method.token_weighting is None else method.token_weighting.state, 0.9))
+
+
+def extras_of(step: Step, method: Method) -> dict[str, Tensor]:
+    """Every further tensor that the method's token weighting reads."""
+    if method.token_weighting is None:
+        return {}
+    n, wanted = len(step.ids), method.token_weighting.needs | method.token_weighting.uses
+    coin = torch.rand(2, n, generator=torch.Generator().manual_seed(7)) > 0.5
+    extras = {
+        "tempered_logp": step.stats.logp - 0.1,
+        "nucleus_entropy": 0.8 * step.stats.entropy,
+        "teacher_logp": step.stats.logp + 0.3,
+        "answer": coin[0],
+        "spans": coin[1],
+        "turn_ids": torch.arange(n) % 5 // 3,
+        "reinforce": step.ids == 1,
+        "replayed": step.ids == 2,
+    }
+    return {name: value for name, value in extras.items() if name in wanted}
+
+
+def base_advantages(step: Step) -> Tensor:
+    """[N] float32 group-normalised advantages of the tokens' responses, 0 where a token does not count."""
+    return torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
 
 
 def group_normalised(step: Step, rewards: Tensor | None = None) -> Tensor:

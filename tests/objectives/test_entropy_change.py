@@ -1,12 +1,14 @@
-"""Clip_B, Clip_V and the polarity weights against their papers' equations typed out."""
+"""Weights from the first-order entropy change, against their papers' equations typed out."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from shaped import Step, compare, group_normalised, make_step, of_policy
+from token_steps import Step, clipped, compare, group_normalised, make_step, of_policy, scalars
 
-from eapo_kernels import EapoError, get_method, weight_tokens
+from eapo_kernels import get_method
 
 
 def _parts(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,6 +16,28 @@ def _parts(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
     p, log_p, h = step.old["p"], step.old["log_p"], step.old["entropy"]
     every = p * (log_p + h[:, None])
     return every.gather(1, step.batch.targets[:, None])[:, 0], (p * every).sum(1)
+
+
+@pytest.mark.parametrize("form", ["theorem", "released"])
+def test_steer(form: str) -> None:
+    """arXiv 2510.10150: weight exp(-alpha |Omega| / max |Omega|); the released code divides A by p and floors the maximum."""
+    step, method = make_step(2), get_method("steer", form=form)
+    a, ok = group_normalised(step)[step.ids], step.valid
+    logp, entropy = step.old["logp"], step.old["entropy"]
+    p = logp.exp()
+    omega = (a * p * (1 - p) * (logp + entropy)).abs()
+    if form == "released":
+        omega = omega / p
+        k = -math.log(0.8) / max(float(omega[ok].max()), 0.02)
+        w = (-k * omega).exp().clamp(0.8, 1.0)
+    else:
+        w = (math.log(0.8) * omega / omega[ok].max()).exp()
+
+    def loss(hidden, weight):
+        ratio = (step.logp(hidden, weight) - step.old["logp"]).exp()
+        return -(w * clipped(ratio, a, 0.2, 0.28))[ok].sum() / ok.sum()
+
+    compare(step, method, loss)
 
 
 def test_clip_b() -> None:
@@ -40,22 +64,7 @@ def test_clip_v(max_share: float) -> None:
     compare(step, method, of_policy(step, a))
 
 
-@pytest.mark.parametrize("name", ["clip_b", "clip_v"])
-def test_nothing_is_dropped_where_all_tokens_are_alike(name: str) -> None:
-    """A standard deviation of zero keeps every token."""
-    step = make_step()
-    same = step.stats._replace(
-        logp=torch.full_like(step.stats.logp, -1.0),
-        entropy=torch.full_like(step.stats.logp, 0.7),
-        p2=torch.full_like(step.stats.logp, 0.3),
-        p2_logp=torch.full_like(step.stats.logp, -0.3),
-    )
-    shaped = weight_tokens(get_method(name, mu=0.0), step.batch, same)
-    expected = torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
-    torch.testing.assert_close(shaped.advantages, expected)
-
-
-@pytest.mark.parametrize("trend", [-0.3, 0.02, 0.0])
+@pytest.mark.parametrize("trend", [-0.3, 0.02])
 def test_papo_like(trend: float) -> None:
     """Our reading of arXiv 2605.11775: polarity P = A (B - S); the branch that the entropy's trend calls for counts more."""
     step, method = make_step(2), get_method("papo_like", gain=0.4, width=0.1)
@@ -64,20 +73,6 @@ def test_papo_like(trend: float) -> None:
     strength = 0.4 * max(-1.0, min(1.0, trend / 0.1))
     w = torch.where(polarity > 0, 1 - strength, 1 + strength)
     loss = of_policy(step, w * a, high=0.28)
-    shaped = compare(step, method, loss, state={"trend": torch.tensor(trend, dtype=torch.float64)})
+    weighted = compare(step, method, loss, state=scalars(trend=trend))
     grows = (step.valid & (polarity > 0) & (a != 0)).nonzero()[0, 0]
-    assert bool((shaped.advantages[grows].abs() > a[grows].abs()) == (trend < 0))
-
-
-def test_what_they_refuse() -> None:
-    step = make_step()
-    with pytest.raises(EapoError, match="mu: expected a finite number >= 0, got -1"):
-        get_method("clip_b", mu=-1)
-    with pytest.raises(EapoError, match=r"max_share: expected a finite number in \[0, 1\], got 2"):
-        get_method("clip_v", max_share=2)
-    with pytest.raises(EapoError, match="width: expected a finite number > 0, got 0"):
-        get_method("papo_like", width=0)
-    with pytest.raises(EapoError, match="stats, extras: expected second_moments with method 'clip_v', got no second_moments"):
-        weight_tokens(get_method("clip_v"), step.batch, step.stats._replace(p2=None))
-    with pytest.raises(EapoError, match="state: expected trend of controller 'entropy_trend' for method 'papo_like', got no"):
-        weight_tokens(get_method("papo_like"), step.batch, step.stats)
+    assert bool((weighted.advantages[grows].abs() > a[grows].abs()) == (trend < 0))

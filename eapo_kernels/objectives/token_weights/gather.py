@@ -1,6 +1,7 @@
-"""One step over several ranks: every rank gets the whole step, so that statistics of a group or batch are those of the whole.
+"""A step over several ranks: every rank gets the statistics of the whole step.
 
-Only vectors of a number a token travel, once a step and before the first update; hidden states and logits stay where they are.
+One collective of vectors [N], once a step before the first update; hidden states and logits stay
+where they are.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class GatheredStep(NamedTuple):
     """A step of all ranks, and this rank's part of it.
 
     Attributes:
-        batch: the responses of rank 0, then of rank 1, ...; ``sequence_ids`` count through them.
+        batch: the responses of rank 0, then of rank 1, ..., with consecutive ``sequence_ids``.
         stats: of the same tokens.
         extras: of the same tokens, by name.
-        own: where this rank's tokens stand: ``batch.select(own)``.
-        own_sequences: where this rank's responses stand.
+        own: this rank's tokens: ``batch.select(own)``.
+        own_sequences: this rank's responses.
     """
 
     batch: TokenBatch
@@ -45,25 +46,27 @@ def gather_step(
     extras: Mapping[str, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> GatheredStep:
-    """Collect a step's ragged batches from all ranks of ``group``; every rank returns the same tensors.
+    """Gather a step's ragged batches from all ranks of ``group``; all ranks return the same
+    tensors.
 
-        whole = gather_step(batch, stats, extras)
-        shaped = weight_tokens(method, whole.batch, whole.stats, extras=whole.extras, ...)
-        loss = policy_loss(hidden, weight, shaped.select(whole.own), ...)     # or any part of ``own``
+        whole = gather_step(batch, stats, extras) weighted = weight_tokens(method, whole.batch,
+        whole.stats, extras=whole.extras, ...) loss = policy_loss(hidden, weight,
+        weighted.select(whole.own), ...)  # or any part of ``own``
 
-    The denominator is this rank's as given: count it from the whole. Gradients of the ranks then *add up* to the whole's (a
-    wrapper that averages over ranks wants the loss times their number).
+    ``batch.denominator`` is passed through; compute it from the whole step (``loss_denominator``).
+    The sum of the ranks' gradients is then the whole step's gradient. With a wrapper that averages
+    gradients over ranks, multiply the loss by the number of ranks.
 
     Args:
-        batch: this rank's responses, sequence_ids in [0, B) of its own. ``group_ids`` are global: equal numbers on different
-            ranks are the same group. A rank may have none.
+        batch: this rank's responses, sequence_ids in [0, B) of its own. ``group_ids`` are global:
+            equal numbers on different ranks are the same group. A rank may have none.
         stats: the statistics of its tokens.
         extras: further [N] tensors by name, the same names on every rank.
-        group: a process group whose backend handles the tensors' device; None: the default group. Where torch.distributed is
-            not initialised this process is all there is.
+        group: a process group whose backend handles the tensors' device; None: the default group.
+            Without an initialised torch.distributed the step is this process's batch.
 
     Raises:
-        EapoError: the ranks do not bring the same fields in the same dtypes; on every rank alike.
+        EapoError: the ranks' fields or dtypes differ; raised on every rank.
     """
     extras = dict(extras or {})
     tokens, sequences = batch.targets.numel(), n_sequences(batch)
@@ -96,7 +99,7 @@ def gather_step(
 
 
 def _fields(batch: TokenBatch, stats: TokenStats, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Everything that travels, by name. Advantages are "batch.advantages" per response and "token.advantages" per token."""
+    """Fields to gather by name; advantages are "batch.advantages" [B] or "token.advantages" [N]."""
     found = {f"batch.{name}": getattr(batch, name) for name in (*_BATCH_TOKENS, *_BATCH_SEQUENCES)}
     found["token.advantages" if has_token_advantages(batch) else "batch.advantages"] = batch.advantages
     found |= {f"stats.{name}": value for name, value in zip(TokenStats._fields, stats, strict=True)}
@@ -107,7 +110,10 @@ def _fields(batch: TokenBatch, stats: TokenStats, extras: Mapping[str, Tensor]) 
 def _exchange(
     fields: Mapping[str, Tensor], sizes: list[tuple[int, int]], group: dist.ProcessGroup | None
 ) -> list[dict[str, Tensor]]:
-    """The fields of every rank, exact to the bit: one collective of the bytes of all fields, padded to the longest rank."""
+    """The fields of every rank, bit for bit.
+
+    One all-gather of the bytes of all fields, padded to the longest rank.
+    """
     per_sequence = {"batch.advantages", *(f"batch.{name}" for name in _BATCH_SEQUENCES)}
     lengths = [
         {name: (b if name in per_sequence else n) * value.element_size() for name, value in fields.items()} for n, b in sizes
