@@ -13,14 +13,13 @@ from eapo_kernels import reference
 from eapo_kernels.ops.cuda import products, rows
 from eapo_kernels.ops.cuda.configs import Build, ProductBuild, RowBuild
 from eapo_kernels.ops.cuda.launch import Launch
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.statistics import RowStatistics
-from eapo_kernels.ops.triton import forward as triton_forward
-from eapo_kernels.ops.triton import scaled_exp_gemm as triton_scaled_exp_gemm
-from eapo_kernels.ops.triton.finalize import finalize
-from eapo_kernels.ops.triton.offsets import ScaledExpSums, row_offsets, window
-from eapo_kernels.ops.triton.one_pass import workspace
-from eapo_kernels.ops.triton.scaled_exp_finalize import scaled_exp_finalize
+from eapo_kernels.ops.dispatch import RowStatistics
+from eapo_kernels.ops.lm_head import Projection
+from eapo_kernels.ops.triton import online_softmax as triton_forward
+from eapo_kernels.ops.triton import scaled_exp as triton_scaled_exp_gemm
+from eapo_kernels.ops.triton.common import workspace
+from eapo_kernels.ops.triton.online_softmax import finalize
+from eapo_kernels.ops.triton.scaled_exp import ScaledExpSums, row_offsets, scaled_exp_finalize, window
 from eapo_kernels.testing import make_inputs
 
 FLOOR = {torch.float32: 4e-5, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eapo_kernels.ops.cuda import measured as cuda_measured
-from eapo_kernels.ops.triton import measured as triton_measured
+from eapo_kernels.ops.triton import tiles as triton_measured
 
 from . import first_light
 from .results import COMMIT, ROOT

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tune``: search the Triton and CUDA kernels' tiles on this GPU and write what ``configs.find`` reads.
+"""``python -m benchmarks.tune``: search the Triton and CUDA kernels' tiles on this GPU and write what ``tiles.find`` reads.
 
 Every tile is compiled (no spills, fits the multiprocessor), compared with the torch backend, then raced side by side with the
 L2 cache flushed. A file is written after each search. Opt-in: nothing here runs at import, in tests or in CI.
@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from eapo_kernels import EapoError, available_backends
-from eapo_kernels.ops.triton import configs, measured
-from eapo_kernels.ops.triton.tile import PRODUCTS
+from eapo_kernels.ops.triton import tiles
+from eapo_kernels.ops.triton.tiles import PRODUCTS
 
 from .clock import Clock, make_clock
 from .results import environment
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="for everything, default: %(default)s")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="compile so many at once")
     parser.add_argument(
-        "--out", type=Path, default=measured.PATH.parents[1],
+        "--out", type=Path, default=tiles.PATH.parents[1],
         help="folder for <backend>/measured.json, default: the one that the package reads",
     )  # fmt: skip
     options = parser.parse_args(arguments)
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "triton" in options.backend:
             from .tuning.problems import Problem
 
-            family = configs.family(torch.cuda.get_device_capability())
+            family = tiles.family(torch.cuda.get_device_capability())
             triton_jobs = searches(options.kernel, shapes, options.dtype, family)
             written += tune(
                 triton_jobs, lambda job: Problem(job, "cuda"), clock, until - time.monotonic(),

@@ -12,7 +12,7 @@ from .objectives.shaping.shape import observed_entropy, weight_tokens
 from .ops.dispatch import available_backends
 from .ops.nucleus import nucleus_entropy
 from .ops.token_stats import token_stats
-from .ops.vocab_parallel import VocabShard
+from .ops.vocab_shard import VocabShard
 from .types import LossOutput, Options, TokenBatch, TokenStats
 
 __version__ = "0.1.0"

@@ -1,16 +1,19 @@
 """Where ops and objectives meet: a policy loss from hidden states, the head and a batch of sampled responses.
 
-Two schedules of the same mathematics. *autograd*: ``token_stats`` and vector maths, any loss. *one_pass*: loss and gradients
-chunk by chunk with one logit computation, for losses in which a token's coefficient depends on its own statistics.
+Two schedules of the same mathematics. *autograd*: ``token_stats`` and vector maths, for any loss.
+*one_pass*: loss and gradients chunk by chunk with one logit computation, for losses in which a token's
+coefficient depends on its own statistics.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .checks import describe, require_number, require_tensor
 from .errors import EapoError, ShapeError, require
@@ -20,16 +23,14 @@ from .objectives.controllers import EntropyRatio
 from .objectives.method import resolve_positive_weight
 from .objectives.methods import METHODS, Method, get_method
 from .objectives.policy import PolicyTerms, loss_and_sums, prepare
-from .one_pass import one_pass
-from .ops import plans
-from .ops.collective_checks import propagate_errors
-from .ops.inputs import build_projection, call_signature, check_values, split_over
+from .ops import chunking, dispatch, gradients
+from .ops.collective_checks import compare, propagate_errors
+from .ops.dispatch import Chunk, Coefficients, LogitCotangents, SurrogateTerms
+from .ops.gradients import MainGrad
+from .ops.lm_head import Projection, build_projection, check_values, resolve_compaction, scatter_rows, select_valid
 from .ops.nucleus import project_nucleus_entropy
-from .ops.projection import Projection
-from .ops.rows import resolve_compaction
 from .ops.token_stats import project_stats
-from .ops.vocab_parallel import VocabShard
-from .ops.weight_gradient import MainGrad
+from .ops.vocab_shard import VocabShard
 from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch
 
 SCHEDULES = ("auto", "one_pass", "autograd")
@@ -128,44 +129,45 @@ def policy_loss(
         ``eapo/entropy_ratio``, ``eapo/entropy_init`` when ``positive_weight`` is an EntropyRatio. With ``metrics=False`` those
         that need no log-probs: without entropy, clip fraction, ratio and KL.
     """
-    with propagate_errors(process_group, weight, hidden):
+    shard = VocabShard.resolve(process_group, weight)
+    with propagate_errors(shard, options):
         options = Options() if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         method = get_method(method)
-        require(isinstance(method.config, EAPOConfig), "config", "an EAPOConfig or None", method.config)
+        config = method.config
+        require(isinstance(config, EAPOConfig), "config", "an EAPOConfig or None", config)
         require(schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
-        check_batch(batch, method.config, debug=options.debug)
-        shaped = method.token_weighting is None or batch.advantages is not None
-        require(shaped, "batch.advantages", f"those of weight_tokens with method {method.name!r}", None)
+        check_batch(batch, config, debug=options.debug)
+        weighted = method.token_weighting is None or batch.advantages is not None
+        require(weighted, "batch.advantages", f"those of weight_tokens with method {method.name!r}", None)
         if not (isinstance(weight, Tensor) and weight.device == batch.targets.device):
             raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
         lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
-        whole_rows = process_group is None or method.config.entropy_top_p is None
-        require(whole_rows, "process_group", "None with entropy_top_p: a nucleus is chosen from whole rows", process_group)
-        whole = prepare(batch, method.config, lam)
-        terms = whole if metrics else whole.without_idle()
-        rows_shape = batch.targets.shape
-        projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, rows_shape)
+        full_rows = shard is None or config.entropy_top_p is None
+        require(
+            full_rows, "process_group", "None with entropy_top_p: a nucleus is chosen from all logits of a row", process_group
+        )
+        all_terms = prepare(batch, config, lam)
+        terms = all_terms if metrics else all_terms.without_idle()
+        projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape, shard)
         targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
-        options = resolve_compaction(options, targets, batch.mask is not None or method.config.drop_zero_weight or not metrics)
+        options = resolve_compaction(options, targets, batch.mask is not None or config.drop_zero_weight or not metrics)
         main = None
         if main_grad is not None:
             require_tensor("main_grad", main_grad, tuple(weight.shape), (projection.statistics_dtype,), projection.hidden)
             require_number("main_grad_scale", main_grad_scale)
             main = MainGrad(main_grad.detach(), main_grad_scale)
-        schedule = _choose_schedule(schedule, method, backend, projection, options.plan, main is not None)
-        facts = call_signature(
-            process_group, "policy_loss", projection, backend, schedule, options,
-            method=method.name[:80], metrics=metrics, main_grad=main is not None, old_logp=batch.old_logp is not None,
-            entropy_bonus=terms.has_entropy_bonus,
-        )  # fmt: skip
-    projection = split_over(process_group, projection, targets, facts)
+        schedule = _choose_schedule(schedule, config, backend, projection, options.plan, main is not None)
+    compare(
+        projection, targets, options, call="policy_loss", backend=backend, schedule=schedule, method=method.name, metrics=metrics,
+        main_grad=main is not None, old_logp=batch.old_logp is not None, entropy_bonus=terms.has_entropy_bonus,
+    )  # fmt: skip
     if schedule == "one_pass":
         check_values(projection, targets, options.debug)
-        loss, sums = one_pass(projection, targets, terms, backend, options, main, metrics=metrics)
+        loss, sums = _one_pass(projection, targets, terms, backend, options, main, metrics)
     else:
         loss, sums = _autograd(projection, targets, terms, backend, options, metrics)
-    return LossOutput(loss, _metrics(whole, sums if metrics else None, positive_weight))
+    return LossOutput(loss, _metrics(all_terms, sums if metrics else None, positive_weight))
 
 
 def loss_denominator(
@@ -212,27 +214,11 @@ class EAPOLoss(nn.Module):
         self.controller = controller or EntropyRatio()
         self.schedule, self.backend, self.options = schedule, backend, options
 
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        batch: TokenBatch,
-        *,
-        bias: Tensor | None = None,
-        inv_temperature: float | Tensor = 1.0,
-        softcap: float | None = None,
-        logit_scale: float | None = None,
-        process_group: dist.ProcessGroup | VocabShard | None = None,
-        main_grad: Tensor | None = None,
-        main_grad_scale: float = 1.0,
-        metrics: bool = True,
-    ) -> LossOutput:
-        """See ``eapo_loss``; the positive weight is the controller's."""
+    def forward(self, hidden: Tensor, weight: Tensor, batch: TokenBatch, **arguments: Any) -> LossOutput:
+        """``eapo_loss`` with its other keyword arguments (bias, inv_temperature, ...); the positive weight is the controller's."""
         return eapo_loss(
-            hidden, weight, batch, positive_weight=self.controller, config=self.config, bias=bias,
-            inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, process_group=process_group,
-            schedule=self.schedule, backend=self.backend, options=self.options, main_grad=main_grad,
-            main_grad_scale=main_grad_scale, metrics=metrics,
+            hidden, weight, batch, positive_weight=self.controller, config=self.config, schedule=self.schedule,
+            backend=self.backend, options=self.options, **arguments,
         )  # fmt: skip
 
     def get_extra_state(self) -> dict[str, object]:
@@ -240,6 +226,93 @@ class EAPOLoss(nn.Module):
 
     def set_extra_state(self, state: dict[str, object]) -> None:
         self.controller.load_state_dict(state)
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A loss whose gradients are already known; backward scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, known: Any) -> Tensor:
+        ctx.known = known
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.known is None:
+            raise EapoError("backward: expected one call per one_pass loss, got a second one; use schedule='autograd'")
+        known, ctx.known = ctx.known, None
+        scaled = (None if g is None else g.mul_(grad_loss).to(d) for g, d in zip(known, ctx.dtypes, strict=True))
+        return (None, *scaled, None)
+
+
+def _one_pass(
+    projection: Projection, targets: Tensor, terms: PolicyTerms, backend_name: str, options: Options, main_grad: MainGrad | None,
+    metrics: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss, sums) of the one-pass schedule; ``loss.backward()`` hands out the gradients computed along the way.
+
+    targets: [N] int64, -100 where ``terms.valid`` is False.
+    """
+    inputs = (projection.hidden, projection.weight, projection.bias)
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+    needs = (wanted[0], wanted[1] or (main_grad is not None and torch.is_grad_enabled()), wanted[2])
+    backend = dispatch.resolve(backend_name, projection, "one_pass")
+    rows, index = select_valid(projection.detach(), terms.valid, options.compact)
+    targets = torch.where(terms.valid, targets, 0)
+    if index is not None:
+        targets, terms = targets[index], terms.rows(index)
+    has_bonus, is_clipped = terms.has_entropy_bonus, _is_clipped_surrogate(terms)
+
+    def coefficients(chunk: Chunk, rows: slice) -> Coefficients:
+        part = terms.rows(rows)
+        fused = chunk.surrogate(_surrogate_terms(part)) if is_clipped else None
+        if fused is not None:
+            return fused
+        stats = chunk.statistics()
+        with torch.enable_grad():
+            logp = stats.logp.detach().requires_grad_()
+            entropy = None if stats.entropy is None else stats.entropy.detach().requires_grad_(has_bonus)
+            loss, sums = loss_and_sums(part, logp, entropy)
+            if not any(needs):
+                return Coefficients(LogitCotangents(None), sums)
+            leaves = [logp, entropy] if entropy is not None and has_bonus else [logp]
+            return Coefficients(LogitCotangents(*torch.autograd.grad(loss, leaves)), sums)
+
+    sums, (d_hidden, d_weight, d_bias) = gradients.one_pass(
+        rows, targets, coefficients, backend, entropy=metrics or has_bonus, entropy_gradient=has_bonus,
+        logp_guess=terms.old_logp, needs=needs, options=options, main_grad=main_grad,
+    )  # fmt: skip
+    if d_hidden is not None:
+        d_hidden = scatter_rows(d_hidden, index, projection.n_rows)
+    return _KnownGradients.apply(sums[0], *inputs, (d_hidden, d_weight, d_bias)), sums
+
+
+def _is_clipped_surrogate(terms: PolicyTerms) -> bool:
+    """Whether ``SurrogateTerms`` can express the loss."""
+    c = terms.config
+    plain = c.surrogate == "ppo_clip" and not terms.has_entropy_bonus and terms.ref_logp is None and terms.ratio_penalty is None
+    return plain and terms.old_logp is not None and not terms.token_advantages
+
+
+def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms:
+    assert terms.old_logp is not None
+    c = terms.config
+    return SurrogateTerms(
+        sequence_ids=terms.sequence_ids,
+        old_logp=terms.old_logp,
+        scale=terms.scale if terms.importance is None else terms.scale * terms.importance,
+        advantages=terms.advantages,
+        rewards=terms.split.values,
+        thresholds=terms.split.thresholds,
+        positive_weight=terms.positive_weight,
+        negative_weight=c.negative_weight,
+        clip_low=c.clip_low,
+        clip_high=c.clip_high,
+        dual_clip=c.dual_clip,
+        valid=terms.valid,
+    )
 
 
 def _autograd(
@@ -259,9 +332,8 @@ def _autograd(
 
 
 def _choose_schedule(
-    schedule: str, method: Method, backend: str, projection: Projection, plan: str, has_main_grad: bool
+    schedule: str, config: EAPOConfig, backend: str, projection: Projection, plan: str, has_main_grad: bool
 ) -> str:
-    config = method.config
     forced = "main_grad" if has_main_grad else "Options(plan='chunks')" if plan == "chunks" else None
     if forced and schedule == "autograd":
         raise EapoError(f"schedule: expected 'one_pass' or 'auto' with {forced}, got 'autograd'")
@@ -278,7 +350,7 @@ def _choose_schedule(
     if schedule != "auto":
         return schedule
     name = "torch" if backend == "auto" else backend
-    proven = (projection.hidden.device.type, name, "one_pass") in plans.PROVEN
+    proven = (projection.hidden.device.type, name, "one_pass") in chunking.PROVEN
     return "one_pass" if token_scope and proven and not torch.compiler.is_compiling() else "autograd"
 
 

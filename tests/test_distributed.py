@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from shaped import SIZES, Step, make_step
 
 from eapo_kernels import (
@@ -144,19 +143,9 @@ def check_mismatch(rank: int) -> None:
         gather_step(batch, stats, extras if rank == 0 else {})
 
 
-def work(rank: int, check: Callable[[int], None], store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        check(rank)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("check", [check_methods, check_bits, check_advantages, check_mismatch], ids=lambda f: f.__name__)
-def test_two_ranks(check: Callable[[int], None], tmp_path: Path) -> None:
-    mp.spawn(work, args=(check, str(tmp_path / "store")), nprocs=2)
+def test_two_ranks(check: Callable[[int], None]) -> None:
+    run_ranks(check)
 
 
 def test_one_process_keeps_what_it_has() -> None:

@@ -16,7 +16,7 @@ from eapo_kernels import (
     Options,
     eapo_loss,
 )
-from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.testing import make_inputs
 
 

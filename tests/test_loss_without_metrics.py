@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eapo_kernels import EAPOConfig, TokenBatch
 from eapo_kernels.integrations.cross_entropy import linear_cross_entropy
-from eapo_kernels.ops import torch_chunked
+from eapo_kernels.ops import torch_backend
 from eapo_kernels.testing import Inputs, make_inputs
 
 KEPT = {"eapo/positive_weight", "eapo/positive_fraction", "tokens"}
@@ -106,13 +106,13 @@ def test_a_step_without_any_advantage(schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["one_pass", "autograd"])
 def test_cross_entropy_computes_no_entropies(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, plain = [], torch_chunked._range_sums
+    wanted, plain = [], torch_backend._range_sums
 
     def spied(*args: Any, entropy: bool, **rest: Any) -> list[Tensor]:
         wanted.append(entropy)
         return plain(*args, entropy=entropy, **rest)
 
-    monkeypatch.setattr(torch_chunked, "_range_sums", spied)
+    monkeypatch.setattr(torch_backend, "_range_sums", spied)
     inputs = make_inputs(N, D, V)
     linear_cross_entropy(*inputs.leaves(), inputs.targets, schedule=schedule, backend="torch").backward()
     assert wanted

@@ -34,7 +34,7 @@ def work(inputs: Inputs, schedule: str) -> list[torch.Tensor]:
 def test_workspace_is_bounded_whatever_the_number_of_tokens(schedule: str, dtype: torch.dtype, device: str) -> None:
     work(make_inputs(8, D, V, dtype=dtype, device=device), schedule)
     peaks = {}
-    for n in (512, 1024, 2048):
+    for n in (512, 2048):
         inputs = make_inputs(n, D, V, dtype=dtype, device=device)
         peaks[n] = peak_memory(lambda inputs=inputs: work(inputs, schedule), device)
     gradients = 2 * V * D * 4 + 3 * 2048 * D * 4  # d_weight with its accumulator, d_hidden with its

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from eapo_kernels import EapoError, Options, ShapeError, TokenBatch, eapo_loss, policy_loss
-from eapo_kernels.ops import policy_gradient
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.rows import fill_holes_
+from eapo_kernels.ops import gradients
+from eapo_kernels.ops.lm_head import Projection, fill_holes_
 from eapo_kernels.testing import Inputs, make_inputs, peak_memory
 
 N, D, V = 96, 24, 700
@@ -149,7 +148,7 @@ def test_clipped_rows_cost_no_gradient_product(far: float, options: Options, mon
     inputs = make_inputs(N, D, V)
     batch = _batch(inputs, far=far)
     multiplied = []
-    original = policy_gradient.products.add_product_
+    original = gradients.products.add_product_
 
     def spy(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) -> Tensor:
         if b.shape == (V, D):
@@ -157,7 +156,7 @@ def test_clipped_rows_cost_no_gradient_product(far: float, options: Options, mon
         return original(out, a, b, overwrite=overwrite)
 
     expected = _run(inputs, batch, schedule="autograd", options=Options(plan="recompute"))
-    monkeypatch.setattr(policy_gradient.products, "add_product_", spy)
+    monkeypatch.setattr(gradients.products, "add_product_", spy)
     got = _run(inputs, batch, schedule="one_pass", options=options)
     for ours, plain in zip(got, expected, strict=True):
         assert float((ours - plain).norm() / plain.norm()) < 2e-5

@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from eapo_kernels.ops.budget import workspace_bytes
-from eapo_kernels.ops.plans import row_chunk
+from eapo_kernels.ops.chunking import row_chunk, workspace_bytes
 
 from ..case import MODES, Case
 from ..truth import Results

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from eapo_kernels.ops.triton import configs
-from eapo_kernels.ops.triton.tile import PRODUCTS, Entry, Tile
+from eapo_kernels.ops.triton import tiles
+from eapo_kernels.ops.triton.tiles import PRODUCTS, Entry, Tile
 
 if TYPE_CHECKING:
     from eapo_kernels.ops.triton.report import Usage
@@ -73,7 +73,7 @@ class Search:
     """One line of the table to be measured.
 
     Attributes:
-        kernel, family, itemsize: as in ``configs.Entry``.
+        kernel, family, itemsize: as in ``tiles.Entry``.
         n, d, v: rows, depth and vocabulary of the operands.
         dtype: name of the operands' dtype ("bfloat16").
     """
@@ -101,7 +101,7 @@ class Search:
 
     def current(self) -> Tile:
         """The tile that is used today."""
-        return configs.find(self.kernel, self.family, self.itemsize, self.d, self.v, descriptors=self.describable)
+        return tiles.find(self.kernel, self.family, self.itemsize, self.d, self.v, descriptors=self.describable)
 
     def candidates(self) -> list[Tile]:
         """See the function of this name."""

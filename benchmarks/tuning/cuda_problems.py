@@ -11,9 +11,8 @@ from eapo_kernels.ops.cuda import products, report
 from eapo_kernels.ops.cuda.build import BuildError
 from eapo_kernels.ops.cuda.configs import Build, Tile
 from eapo_kernels.ops.cuda.launch import Launch
-from eapo_kernels.ops.triton.finalize import finalize
-from eapo_kernels.ops.triton.offsets import row_offsets
-from eapo_kernels.ops.triton.scaled_exp_finalize import scaled_exp_finalize
+from eapo_kernels.ops.triton.online_softmax import finalize
+from eapo_kernels.ops.triton.scaled_exp import row_offsets, scaled_exp_finalize
 
 from .cuda_candidates import CudaSearch
 from .problems import Problem, Results

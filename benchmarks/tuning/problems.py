@@ -11,25 +11,24 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from eapo_kernels.ops import plans, products, torch_chunked
-from eapo_kernels.ops.backend import LogitCotangents, TargetRows
-from eapo_kernels.ops.budget import workspace_bytes
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.statistics import RowStatistics
+from eapo_kernels.ops import chunking, gemm, torch_backend
+from eapo_kernels.ops.chunking import workspace_bytes
+from eapo_kernels.ops.dispatch import LogitCotangents, RowStatistics, TargetRows
+from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.ops.triton import report
-from eapo_kernels.ops.triton.backward import logit_gradient
-from eapo_kernels.ops.triton.finalize import finalize
-from eapo_kernels.ops.triton.forward import stream_statistics
-from eapo_kernels.ops.triton.launch import Launch
-from eapo_kernels.ops.triton.math import LOG2E
-from eapo_kernels.ops.triton.offsets import ScaledExpSums, row_offsets
-from eapo_kernels.ops.triton.one_pass import workspace
-from eapo_kernels.ops.triton.rows import row_gradient, row_statistics
-from eapo_kernels.ops.triton.scaled_exp_finalize import scaled_exp_finalize
-from eapo_kernels.ops.triton.scaled_exp_gemm import scaled_exp_gemm
-from eapo_kernels.ops.triton.scaled_exp_rescue import collect_rescue_ids
-from eapo_kernels.ops.triton.target_rows import add_target_rows
-from eapo_kernels.ops.triton.tile import PRODUCTS, Tile
+from eapo_kernels.ops.triton.backend import logit_gradient
+from eapo_kernels.ops.triton.common import LOG2E, Launch, workspace
+from eapo_kernels.ops.triton.logit_grad import row_gradient
+from eapo_kernels.ops.triton.online_softmax import finalize, row_statistics, stream_statistics
+from eapo_kernels.ops.triton.scaled_exp import (
+    ScaledExpSums,
+    add_target_rows,
+    collect_rescue_ids,
+    row_offsets,
+    scaled_exp_finalize,
+    scaled_exp_gemm,
+)
+from eapo_kernels.ops.triton.tiles import PRODUCTS, Tile
 
 from .candidates import Search, flaw
 
@@ -79,12 +78,12 @@ class Problem:
 
     def _chunk_rows(self, dtype: torch.dtype) -> int:
         raw = 0 if self.search.kernel in PRODUCTS or self.search.kernel.startswith(("exp", "list")) else 4
-        return plans.row_chunk(self.search.n, plans.padded(self.search.v) * (raw + dtype.itemsize), self._budget)
+        return chunking.row_chunk(self.search.n, chunking.padded(self.search.v) * (raw + dtype.itemsize), self._budget)
 
     @functools.cached_property
     def statistics(self) -> RowStatistics:
         """By the torch backend."""
-        return torch_chunked.BACKEND.statistics(
+        return torch_backend.BACKEND.statistics(
             self.projection, self.targets, entropy=True, second_moments=False, budget=self._budget
         )
 
@@ -92,7 +91,7 @@ class Problem:
     def raw(self) -> Tensor:
         """[N, V] fp32, hidden @ weight.T with padded rows."""
         out = workspace(self.projection, torch.float32)
-        return products.project_(out, self.projection.hidden, self.projection.weight)
+        return gemm.project_(out, self.projection.hidden, self.projection.weight)
 
     @functools.cached_property
     def matrix(self) -> Tensor:
@@ -104,7 +103,7 @@ class Problem:
     @functools.cached_property
     def columns(self) -> slice:
         """The slab of the backward pass that has the first target in it."""
-        _, width = plans.slab(self.n, self.search.v, self.projection.operand_dtype.itemsize, self._budget)
+        _, width = chunking.slab(self.n, self.search.v, self.projection.operand_dtype.itemsize, self._budget)
         start = int(self.targets[0]) // width * width
         return slice(start, min(start + width, self.search.v))
 
@@ -113,7 +112,7 @@ class Problem:
         """dL/d(raw logits) of the slab (of all columns for the row kernels), by the torch backend."""
         columns = self.columns if self.search.kernel == "logit_gradient" else slice(0, self.search.v)
         out = torch.empty(self.n, columns.stop - columns.start, dtype=self.projection.operand_dtype, device=self.targets.device)
-        torch_chunked.BACKEND.logit_gradient(
+        torch_backend.BACKEND.logit_gradient(
             out, self.projection, self.targets, columns, self.statistics, self.cotangents, None
         )
         return out

@@ -9,8 +9,8 @@ from typing import Any
 
 from eapo_kernels.ops import measured_tiles
 from eapo_kernels.ops.cuda import measured as cuda_measured
-from eapo_kernels.ops.triton import configs as triton_configs
-from eapo_kernels.ops.triton import measured as triton_measured
+from eapo_kernels.ops.triton import tiles as triton_configs
+from eapo_kernels.ops.triton import tiles as triton_measured
 
 from .search import Job
 

@@ -13,7 +13,7 @@ from ..objectives.config import EAPOConfig
 from ..objectives.methods import Method
 from ..ops.collective_checks import propagate_errors
 from ..ops.token_stats import token_stats
-from ..ops.vocab_parallel import VocabShard
+from ..ops.vocab_shard import VocabShard
 from ..types import IGNORE_INDEX, Options, TokenBatch
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -61,7 +61,8 @@ def linear_cross_entropy(
     Raises:
         ShapeError, EapoError, BackendUnavailable: bad input; the message says expected and got.
     """
-    with propagate_errors(process_group, weight, hidden):
+    shard = VocabShard.resolve(process_group, weight)
+    with propagate_errors(shard, options):
         require_choice("reduction", reduction, REDUCTIONS)
         if not (isinstance(targets, Tensor) and targets.dtype == torch.int64):
             raise ShapeError(f"targets: expected int64 [...], got {describe(targets)}")
@@ -74,7 +75,7 @@ def linear_cross_entropy(
     if reduction == "none":
         return -token_stats(
             hidden, weight, targets, bias=bias, inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale,
-            mask=targets != IGNORE_INDEX, process_group=process_group, entropy="none", backend=backend, options=options,
+            mask=targets != IGNORE_INDEX, process_group=shard, entropy="none", backend=backend, options=options,
         ).logp  # fmt: skip
     rows = targets.reshape(-1)
     if isinstance(inv_temperature, Tensor) and inv_temperature.dim():
@@ -88,6 +89,6 @@ def linear_cross_entropy(
     )
     return policy_loss(
         hidden.reshape(rows.numel(), hidden.shape[-1]), weight, batch, method=_METHOD, bias=bias,
-        inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, process_group=process_group,
+        inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale, process_group=shard,
         schedule=schedule, backend=backend, options=options, metrics=False,
     ).loss  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checks import is_number
 from ..errors import EapoError, require
 from ..ops.token_stats import token_stats
-from ..ops.vocab_parallel import VocabShard
+from ..ops.vocab_shard import VocabShard
 from ..types import IGNORE_INDEX, Options, TokenStats
 
 T = TypeVar("T")

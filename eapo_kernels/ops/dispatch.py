@@ -1,38 +1,240 @@
-"""The table of backends. "auto" takes the first one that is proven for the device and supports the inputs."""
+"""The records that the op and its backends exchange, and the table of backends.
+
+"auto" takes the first backend that is proven for the device and supports the inputs.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from ..errors import BackendUnavailable, require
-from . import plans
-from .backend import Backend
-from .projection import Projection
+from . import chunking
+from .lm_head import Projection
+from .vocab_shard import INVALID
 
 logger = logging.getLogger("eapo_kernels")
 
-_MODULES = MappingProxyType({"cuda": ".cuda.backend", "triton": ".triton.backend", "torch": ".torch_chunked"})
-"""name -> module with a ``BACKEND``, imported at first use, in the order in which "auto" tries them."""
+
+class RowStatistics(NamedTuple):
+    """What the caller gets and the backward needs, [N] each in the statistics dtype (None: not asked for).
+
+    Attributes:
+        logp, entropy, lse, p2, p2_logp, varentropy: as in ``TokenStats``.
+        row_offset: the offset m of E3: the row's largest logit, or another number near lse.
+        log_sum: log sum e^(z - row_offset), so that p = e^(z - row_offset - log_sum).
+        mean_shifted: E_p[z - row_offset] (xbar of E3), or None.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+    row_offset: Tensor
+    log_sum: Tensor
+    mean_shifted: Tensor | None = None
+    p2: Tensor | None = None
+    p2_logp: Tensor | None = None
+    varentropy: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
+        """The same record with a function applied to every tensor in it."""
+        return RowStatistics._make(None if t is None else function(t) for t in self)
+
+    def rows(self, index: slice | Tensor) -> RowStatistics:
+        """The statistics of some of the rows."""
+        return self.map(lambda t: t[index])
+
+
+class LogitCotangents(NamedTuple):
+    """dL/dlogp, dL/dentropy, dL/dlse of every row ([N] statistics dtype; None: zero): all that E6 needs."""
+
+    logp: Tensor | None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LogitCotangents:
+        """The same record with a function applied to every tensor in it."""
+        return LogitCotangents._make(None if t is None else function(t) for t in self)
+
+    def rows(self, index: slice | Tensor) -> LogitCotangents:
+        """The cotangents of some of the rows."""
+        return self.map(lambda t: t[index])
+
+    def nonzero(self) -> Tensor:
+        """[N] bool: rows with a cotangent that is not zero."""
+        return torch.stack([c != 0 for c in self if c is not None]).any(0)
+
+    def split_pow2(self, dtype: torch.dtype) -> tuple[LogitCotangents, Tensor]:
+        """(cotangents near 1, row_scale [N]) whose product is this record; row_scale is a power of two.
+
+        Only logit gradients stored in fp16 need a scale: a mean over tokens makes cotangents that fp16
+        loses. For other dtypes row_scale is 1 everywhere.
+        """
+        given = [c for c in self if c is not None]
+        if dtype != torch.float16:
+            return self, torch.ones_like(given[0])
+        largest = torch.stack([c.abs() for c in given]).amax(0)
+        scale = torch.where(largest > 0, torch.exp2(largest.log2().floor()), 1.0)
+        return self.map(lambda c: c / scale), scale
+
+
+class LogitGradient(NamedTuple):
+    """dL/d(hidden @ weight.T + bias) of C rows: ``row_scale[:, None] * matrix``, plus ``target_grads`` at the targets.
+
+    The target's entry is a row's largest by far. Apart from the matrix it is not rounded to the operands' dtype.
+
+    Attributes:
+        matrix: [C, V] operand dtype.
+        row_scale: [C] statistics dtype.
+        target_grads: [C] statistics dtype, where the matrix has zeros at the targets; None: the matrix has all entries.
+    """
+
+    matrix: Tensor
+    row_scale: Tensor
+    target_grads: Tensor | None = None
+
+
+class TargetRows(NamedTuple):
+    """Rows to add to the rows of d_weight that belong to their targets.
+
+    Attributes:
+        targets: [C] int64, sorted; INVALID where ``scale`` is zero.
+        order: [C] int64, the row at each place of ``targets``.
+        hidden: [C, D].
+        scale: [C] statistics dtype, by row.
+    """
+
+    targets: Tensor
+    order: Tensor
+    hidden: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def sort(targets: Tensor, hidden: Tensor, scale: Tensor) -> TargetRows:
+        """Rows in the order of their targets (stable). targets: [C] int64.
+
+        Rows of scale zero are taken out: masked rows all have the same target, and one program would
+        add them one by one.
+        """
+        return TargetRows(*torch.where(scale == 0, INVALID, targets).sort(stable=True), hidden, scale)
+
+
+@dataclass(frozen=True)
+class SurrogateTerms:
+    """A clipped, sign-weighted policy surrogate as numbers per token and per sequence (E9, E10), for one fused launch.
+
+    With i the sequence of token t, w_i = ``positive_weight`` where rewards_i > thresholds_i and ``negative_weight``
+    elsewhere, rho = exp(clamp(logp - old_logp, -60, 60)) and c(rho) = clamp(rho, 1 - clip_low, 1 + clip_high):
+
+        surrogate_t = min(rho * A_i, c(rho) * A_i);  where A_i < 0 and dual_clip: max(surrogate_t, dual_clip * A_i)
+        loss = - sum_t scale_t * w_i * surrogate_t
+
+    Attributes:
+        sequence_ids: [C] int64 in [0, B).
+        old_logp: [C] fp32.
+        scale: [C] fp32, the reduction's weight of a token (and its importance weight).
+        advantages, rewards, thresholds: [B] fp32; a threshold is the reward mean of the sequence's group.
+        positive_weight: 0-dim fp32 tensor on the device.
+        negative_weight: number.
+        clip_low, clip_high: numbers >= 0.
+        dual_clip: number > 1, or None.
+        valid: [C] bool; other tokens add to no sum and get a zero coefficient. None: all tokens are valid.
+    """
+
+    sequence_ids: Tensor
+    old_logp: Tensor
+    scale: Tensor
+    advantages: Tensor
+    rewards: Tensor
+    thresholds: Tensor
+    positive_weight: Tensor
+    negative_weight: float
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    valid: Tensor | None = None
+
+
+class Coefficients(NamedTuple):
+    """The loss of a chunk: cotangents of its statistics, and sums [len(SUMS)] fp32."""
+
+    cotangents: LogitCotangents
+    sums: Tensor
+
+
+class Chunk(Protocol):
+    """One chunk of rows between its first and its second matrix product."""
+
+    def statistics(self) -> RowStatistics:
+        """Statistics of the chunk's rows."""
+        ...
+
+    def surrogate(self, terms: SurrogateTerms) -> Coefficients | None:
+        """Statistics and a clipped surrogate in one launch; None where the backend has no such kernel."""
+        ...
+
+    def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
+        """Turn the chunk's workspace into its logit gradient. At most one call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute the op.
+
+    Attributes:
+        name: the caller's ``backend=``.
+        supports: (projection) -> why these inputs cannot run here, or None.
+        statistics: (projection, targets, entropy=, second_moments=, budget=) -> RowStatistics. The forward pass; it
+            reads each logit once and stores none beyond ``budget`` bytes.
+        logit_gradient: (out, projection, targets, columns, statistics, cotangents). Recomputes a slab of logits and
+            writes dL/d(hidden @ weight.T + bias) (E6) to ``out`` [N, columns] in the operand dtype.
+        slab_bytes: (projection) -> bytes of workspace per logit of such a slab.
+        open_chunk: (projection, targets, entropy=, entropy_gradient=, logp_guess=) -> Chunk. The first product of a chunk of
+            rows and its sums. entropy_gradient: the cotangent of the entropy will not be None. logp_guess: [C] fp32, a
+            guess of each log-prob (an older policy's), or None; a good one may save a pass, any value gives the same result.
+        chunk_row_bytes: (projection, entropy_gradient) -> bytes of workspace per row of a chunk.
+        add_target_rows: (out, first, rows). Adds to ``out`` [V', D] fp32, whose first row belongs to target
+            ``first``; targets outside are skipped. None: the chunks' matrices have all entries.
+    """
+
+    name: str
+    supports: Callable[[Projection], str | None]
+    statistics: Callable[..., RowStatistics]
+    logit_gradient: Callable[[Tensor, Projection, Tensor, slice, RowStatistics, LogitCotangents], None]
+    slab_bytes: Callable[[Projection], int]
+    open_chunk: Callable[..., Chunk]
+    chunk_row_bytes: Callable[[Projection, bool], int]
+    add_target_rows: Callable[[Tensor, int, TargetRows], None] | None = None
+
+
+_MODULES = MappingProxyType(
+    {
+        "cuda": (".cuda.backend", "triton and the packages of eapo-kernels[cuda]"),
+        "triton": (".triton.backend", "triton (eapo-kernels[triton])"),
+        "torch": (".torch_backend", "torch"),
+    }
+)
+"""name -> (module with a ``BACKEND``, imported at first use; what it imports), in the order in which "auto" tries them."""
 
 NAMES = ("auto", *_MODULES)
-
-_NEEDS = MappingProxyType(
-    {"cuda": "triton and the packages of eapo-kernels[cuda]", "triton": "triton (eapo-kernels[triton])", "torch": "torch"}
-)
-"""name -> what its module imports."""
 
 
 def _load(name: str) -> Backend:
     """Import a backend; raises BackendUnavailable when a package it needs is missing."""
+    module, needs = _MODULES[name]
     try:
-        return importlib.import_module(_MODULES[name], __package__).BACKEND
+        return importlib.import_module(module, __package__).BACKEND
     except ImportError as error:
-        raise BackendUnavailable(f"backend {name!r}: it needs {_NEEDS[name]}: {error}") from error
+        raise BackendUnavailable(f"backend {name!r}: it needs {needs}: {error}") from error
 
 
 def resolve(name: str, projection: Projection, schedule: str) -> Backend:
@@ -51,7 +253,7 @@ def resolve(name: str, projection: Projection, schedule: str) -> Backend:
         return backend
     device = projection.hidden.device.type
     for candidate in _MODULES:
-        if (device, candidate, schedule) in plans.PROVEN:
+        if (device, candidate, schedule) in chunking.PROVEN:
             backend = _load(candidate)
             if backend.supports(projection) is None:
                 _log_choice(device, schedule, candidate)
@@ -66,7 +268,7 @@ def _log_choice(device: str, schedule: str, name: str) -> None:
 
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
     """Backend name -> None when it can run on the device, else the reason why it cannot."""
-    probe = torch.empty(1, 8, device=device, dtype=torch.bfloat16)  # which every backend takes
+    probe = torch.empty(1, 8, device=device, dtype=torch.bfloat16)  # supported by every backend
     answer: dict[str, str | None] = {}
     for name in _MODULES:
         try:

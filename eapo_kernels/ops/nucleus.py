@@ -15,12 +15,11 @@ from torch.autograd.function import once_differentiable
 from ..checks import describe, require_number, require_tensor
 from ..errors import ShapeError, require
 from ..types import IGNORE_INDEX, Options
-from . import plans, products
-from .backend import LogitCotangents
-from .budget import of_options, workspace_bytes
-from .inputs import build_projection, check_values
-from .projection import Projection
-from .rows import may_compact, resolve_compaction, scatter_rows, valid_index
+from . import chunking, gemm
+from .dispatch import LogitCotangents, LogitGradient
+from .gradients import GradientSum
+from .lm_head import Projection, build_projection, check_values, resolve_compaction, scatter_rows, select_valid
+from .torch_backend import BACKEND
 
 _FIRST_GUESS = 256
 """Tokens that are sorted first; eight times as many, and so on, while the nucleus of some row is larger."""
@@ -75,14 +74,14 @@ def _find(z: Tensor, top_p: float) -> _Nucleus:
 def _logits(projection: Projection) -> Tensor:
     """z [R, V] of a chunk."""
     out = projection.hidden.new_empty(projection.n_rows, projection.vocab, dtype=projection.statistics_dtype)
-    products.project_(out, projection.hidden, projection.weight)
-    return projection.shape_logits_(out, slice(0, projection.vocab))
+    gemm.project_(out, projection.hidden, projection.weight)
+    return projection.transform_logits_(out, slice(0, projection.vocab))
 
 
 def _chunks(projection: Projection, budget: int) -> list[slice]:
     """Rows that are worked on together: logits, their gradient and temporaries of the same size."""
     row_bytes = projection.vocab * (5 * projection.statistics_dtype.itemsize + projection.operand_dtype.itemsize)
-    step = plans.row_chunk(projection.n_rows, row_bytes, budget)
+    step = chunking.row_chunk(projection.n_rows, row_bytes, budget)
     return [slice(start, start + step) for start in range(0, projection.n_rows, step)]
 
 
@@ -119,40 +118,28 @@ class _NucleusEntropy(torch.autograd.Function):
         hidden, weight, bias, temperatures = ctx.saved_tensors
         inv_temperature, logit_scale, softcap, top_p, budget = ctx.scalars
         projection = Projection(hidden, weight, bias, inv_temperature, temperatures, logit_scale, softcap)
-        dtype, operand = projection.statistics_dtype, projection.operand_dtype
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
-        d_weight = weight.new_zeros(weight.shape, dtype=dtype) if need_weight else None
-        d_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if need_bias else None
-        cotangent = cotangent.to(dtype)
-        gain: Tensor | float = 1.0
-        if operand == torch.float16 and cotangent.numel():  # so that small gradients do not underflow
-            gain = LogitCotangents(cotangent).power_of_two().amax()
-        for rows in _chunks(projection, budget):
-            chunk = projection.rows(rows)
-            gradient = _gradient(chunk, cotangent[rows] / gain, top_p)
-            if d_bias is not None:
-                d_bias += gradient.sum(0)
-            gradient = gradient.to(operand)
-            if d_hidden is not None:
-                products.add_product_(d_hidden[rows], gradient, weight)
-            if d_weight is not None:
-                products.add_product_(d_weight, gradient.t(), chunk.hidden)
-        outputs = ((d_hidden, hidden), (d_weight, weight), (d_bias, weight))
-        return (*(None if g is None else g.mul_(gain).to(like.dtype) for g, like in outputs), None, None, None)
+        chunks = _chunks(projection, budget)
+        needs = ctx.needs_input_grad[:3]
+        total = GradientSum(projection, BACKEND, needs, dtype=hidden.dtype, one_chunk=len(chunks) <= 1)
+        cotangents, row_scale = LogitCotangents(None, cotangent.to(projection.statistics_dtype)).split_pow2(
+            projection.operand_dtype
+        )
+        assert cotangents.entropy is not None
+        targets = torch.zeros(projection.n_rows, dtype=torch.int64, device=hidden.device)  # no entry is kept apart
+        for rows in chunks:
+            gradient = _gradient(projection.rows(rows), cotangents.entropy[rows], top_p)
+            total.add(LogitGradient(gradient.to(projection.operand_dtype), row_scale[rows]), rows, targets[rows])
+        return (*total.result(), None, None, None)
 
 
 def project_nucleus_entropy(projection: Projection, valid: Tensor, top_p: float, options: Options) -> Tensor:
     """``nucleus_entropy`` of a checked projection; valid: [N] bool. Returns [N], exact zeros where it is False."""
-    n_rows, index = projection.n_rows, None
-    if not may_compact(valid, options.compact):
-        projection = projection.zero_invalid_rows(valid)
-    elif (index := valid_index(valid)) is not None:
-        projection = projection.rows(index)
+    n_rows = projection.n_rows
+    projection, index = select_valid(projection, valid, options.compact)
     if projection.n_rows == 0:
         nothing = projection.hidden[:0].sum() + projection.weight[:0].sum()  # zeros that can be differentiated
         return projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype) + nothing
-    budget = workspace_bytes(of_options(options), projection.hidden.device)
+    budget = chunking.workspace_bytes(options, projection.hidden.device)
     values = _NucleusEntropy.apply(projection.hidden, projection.weight, projection.bias, projection, top_p, budget)
     if index is None:
         return torch.where(valid, values, 0.0)

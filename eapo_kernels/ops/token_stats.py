@@ -1,11 +1,17 @@
-"""THE op: log-prob, entropy and lse of every token from hidden states and the head, differentiable, without the logits.
+"""THE op: log-prob, entropy and lse of every token from hidden states and the head, differentiable (docs/math.md E1-E6).
 
-This file is the custom op, its autograd and the public function; the work is in ``recompute``. docs/math.md E1-E6.
+The forward reads each logit once (2NDV operations). Where the logit gradient of the log-probs fits the
+memory budget the forward saves it, and the backward takes two products (4NDV). Else the backward
+recomputes the logits (6NDV), a slab of the vocabulary at a time. So a slab of d_weight is complete after
+one sum over all tokens, rounded once, and no fp32 copy of d_weight is needed.
+
+In this file: the two computations, the custom op with its autograd, and the public function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,18 +20,157 @@ from torch import Tensor
 from ..checks import describe, require_tensor
 from ..errors import ShapeError, require
 from ..types import IGNORE_INDEX, Options, TokenStats
-from . import dispatch, plans
-from .backend import Backend, LogitCotangents
-from .budget import of_options, workspace_bytes
-from .collective_checks import Fact, propagate_errors
-from .inputs import build_projection, call_signature, check_values, split_over
-from .projection import Projection
-from .recompute import Kept, compute_gradients, compute_statistics
-from .rows import resolve_compaction
-from .statistics import RowStatistics
-from .vocab_parallel import VocabShard
+from . import chunking, dispatch, gemm
+from .collective_checks import compare, propagate_errors
+from .dispatch import Backend, LogitCotangents, LogitGradient, RowStatistics
+from .gradients import GradientSum
+from .lm_head import (
+    Projection,
+    build_projection,
+    check_values,
+    may_compact,
+    resolve_compaction,
+    scatter_rows,
+    select_valid,
+    valid_index,
+)
+from .vocab_shard import VocabShard
 
 ENTROPY_MODES = ("grad", "nograd", "none")
+
+
+class SavedRows(NamedTuple):
+    """dlogp/d(hidden @ weight.T + bias) of all M rows that count, as in ``LogitGradient``.
+
+    Attributes:
+        matrix: [M, V] operand dtype.
+        scales: [1 or 2, M] statistics dtype: row_scale, and target_grads where the matrix lacks them.
+        index: [M] int64, the places of the rows; without elements where all rows count.
+    """
+
+    matrix: Tensor
+    scales: Tensor
+    index: Tensor
+
+
+def compute_statistics(
+    projection: Projection,
+    targets: Tensor,
+    backend: Backend,
+    *,
+    entropy: bool,
+    second_moments: bool,
+    options: Options,
+    save: bool = False,
+) -> tuple[RowStatistics, SavedRows | None]:
+    """Statistics of every row, zeros where the target is -100; and the rows for the backward.
+
+    save: save the rows where ``chunking.autograd`` says so; not with second moments.
+    """
+    n_rows, valid = projection.n_rows, targets != IGNORE_INDEX
+    projection, index = select_valid(projection, valid, options.compact)
+    if index is not None:
+        targets, valid = targets[index], valid[index]
+    if projection.n_rows == 0:
+        zeros = projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype)
+        moment = zeros if second_moments else None
+        mean = zeros if entropy else None
+        return RowStatistics(zeros, mean, zeros, zeros, zeros, mean, moment, moment, moment), None
+    targets = projection.local_targets(torch.where(valid, targets, 0))
+    budget, saved = chunking.workspace_bytes(options, targets.device), None
+    if save:
+        row_bytes = backend.chunk_row_bytes(projection, False)
+        save = chunking.autograd(projection.n_rows, row_bytes, budget, options.plan).rows > 0
+    if save:
+        chunk = backend.open_chunk(projection, targets, entropy=entropy, entropy_gradient=False)
+        statistics = chunk.statistics()
+        matrix, *scales = (t for t in chunk.gradient(LogitCotangents(torch.ones_like(statistics.logp))) if t is not None)
+        saved = SavedRows(matrix, torch.stack(scales), targets.new_empty(0) if index is None else index)
+    else:
+        statistics = backend.statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
+    return statistics.map(lambda values: scatter_rows(torch.where(valid, values, 0), index, n_rows)), saved
+
+
+def gradients_of_saved(
+    projection: Projection, targets: Tensor, saved: SavedRows, grad_logp: Tensor, backend: Backend, needs: tuple[bool, bool, bool],
+    options: Options,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(d_hidden, d_weight, d_bias) from the rows that the forward saved and the cotangent of logp [N]."""
+    index = saved.index if saved.index.numel() else None
+    valid = targets != IGNORE_INDEX
+    if index is None and not may_compact(targets, options.compact):
+        projection = projection.zero_invalid_rows(valid)
+    rows = slice(0, projection.n_rows) if index is None else index
+    grad = torch.where(valid, grad_logp.to(projection.statistics_dtype), 0)[rows]
+    gradient = LogitGradient(saved.matrix, *(grad * saved.scales))
+    local = projection.local_targets(torch.where(valid, targets, 0))[rows]
+    total = GradientSum(projection, backend, needs, dtype=projection.hidden.dtype, one_chunk=True)
+    total.add(gradient, rows, local, valid_index(grad != 0) if may_compact(grad, options.compact) else None)
+    return total.result()
+
+
+def gradients_by_recomputing(
+    projection: Projection, targets: Tensor, statistics: RowStatistics, cotangents: LogitCotangents, backend: Backend,
+    needs: tuple[bool, bool, bool], options: Options,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(d_hidden, d_weight, d_bias) by E6 in the inputs' dtypes, None where not needed.
+
+    Rows whose target is -100 or whose cotangents are all zero do not enter the products. On a split head
+    d_weight and d_bias are those of this rank's rows; d_hidden is summed over the ranks before it is rounded.
+    """
+    n_rows, dtype = projection.n_rows, projection.statistics_dtype
+    live = targets != IGNORE_INDEX
+    if may_compact(targets, options.compact):
+        live = live & cotangents.nonzero()
+    projection, index = select_valid(projection, live, options.compact)
+    if index is not None:
+        targets, live, statistics, cotangents = targets[index], live[index], statistics.rows(index), cotangents.rows(index)
+    cotangents = cotangents.map(lambda c: torch.where(live, c.to(dtype), 0))
+    targets = projection.local_targets(torch.where(live, targets, 0))
+
+    hidden, weight, count, vocab = projection.hidden, projection.weight, projection.n_rows, projection.vocab
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs[0] else None
+    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    d_bias = weight.new_zeros(vocab, dtype=dtype) if needs[2] else None
+    if count > 0:
+        cotangents, row_scale = cotangents.split_pow2(projection.operand_dtype)
+        operand, pow2_scale = hidden, None
+        if projection.operand_dtype == torch.float16 and d_weight is not None:
+            operand, pow2_scale = gemm.scale_rows(hidden, row_scale, projection.operand_dtype)
+        budget = chunking.workspace_bytes(options, hidden.device)
+        rows, columns = chunking.slab(count, vocab, backend.slab_bytes(projection), budget)
+        in_place = d_weight is not None and d_weight.dtype == dtype
+        if d_weight is not None and not in_place:
+            columns = min(columns, chunking.weight_slab(vocab, projection.dim))
+        workspace = hidden.new_empty(rows, chunking.padded(columns), dtype=projection.operand_dtype)
+        for start in range(0, vocab, columns):
+            here = slice(start, min(start + columns, vocab))
+            slab_weight = None
+            if d_weight is not None:
+                slab_weight = d_weight[here] if in_place else weight.new_zeros((here.stop - start, projection.dim), dtype=dtype)
+            for first in range(0, count, rows):
+                part = slice(first, min(first + rows, count))
+                matrix = workspace[: part.stop - first, : here.stop - start]
+                backend.logit_gradient(
+                    matrix, projection.rows(part), targets[part], here, statistics.rows(part), cotangents.rows(part)
+                )
+                if d_hidden is not None:
+                    gemm.add_product_(d_hidden[part], matrix, weight[here])
+                if slab_weight is not None:
+                    gemm.add_product_(slab_weight, matrix.t(), operand[part])
+                if d_bias is not None:
+                    gemm.add_weighted_rows_(d_bias[here], matrix, row_scale[part])
+            if slab_weight is not None and pow2_scale is not None:
+                slab_weight.mul_(pow2_scale)
+            if d_weight is not None and slab_weight is not None and not in_place:
+                d_weight[here] = slab_weight
+        if d_hidden is not None:
+            d_hidden.mul_(row_scale.unsqueeze(1))
+            if projection.shard is not None:
+                projection.shard.all_reduce_(d_hidden)
+    if d_hidden is not None:
+        d_hidden = scatter_rows(d_hidden.to(hidden.dtype), index, n_rows)
+    return d_hidden, d_weight, None if d_bias is None else d_bias.to(weight.dtype)
 
 
 @torch.library.custom_op("eapo_kernels::token_stats", mutates_args=())
@@ -38,74 +183,71 @@ def _forward_op(
     inv_temperature: float,
     logit_scale: float,
     softcap: float | None,
-    entropy: bool,
-    second_moments: bool,
+    group: str,
+    shard: Sequence[int],
     backend: str,
     memory_budget: int | None,
     compact: bool,
-    debug: bool,
     plan: str,
-    group: str,
-    shard: Sequence[int],
+    debug: bool,
+    entropy: bool,
+    second_moments: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N], lse [N], moments [3, N], state [3, N], matrix [R, V], factors [1 or 2, R], rows [R]).
+    """(logp [N], entropy [N], lse [N], moments [3, N], state [3, N], and the three fields of ``SavedRows``).
 
-    group, shard: the fields of a ``VocabShard``; none: the weight is whole.
-    What is not asked for has no elements. The last three are ``recompute.Kept`` of the rows that ``plan`` keeps; without
-    elements ``rows`` is None.
+    group, shard: the fields of a ``VocabShard``; none where the weight is not split.
+    A result that is not asked for has no elements.
     """
-    projection = Projection(
-        hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, _shard(group, shard)
-    )
+    projection = _projection(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
     check_values(projection, targets, debug)
-    resolved = dispatch.resolve(backend, projection, "autograd")
-    s, kept = compute_statistics(
+    s, saved = compute_statistics(
         projection,
         targets,
-        resolved,
+        dispatch.resolve(backend, projection, "autograd"),
         entropy=entropy,
         second_moments=second_moments,
-        options=Options(memory_budget, compact, debug),
-        keep=_kept_rows(projection, resolved, memory_budget, plan),
+        options=Options(memory_budget, compact, debug, plan),
+        save=save,
     )
-    none = s.logp.new_empty(0)
-    moments = s.logp.new_empty(3, 0)
+    none, moments = s.logp.new_empty(0), s.logp.new_empty(3, 0)
     if s.p2 is not None and s.p2_logp is not None and s.varentropy is not None:
         moments = torch.stack([s.p2, s.p2_logp, s.varentropy])
     mean = s.mean_shifted if s.mean_shifted is not None else torch.zeros_like(s.logp)
-    state = torch.stack([s.row_max, s.log_sum, mean])
-    matrix, factors, index = kept or Kept(hidden.new_empty(0, 0), none.new_empty(2, 0))
-    index = targets.new_empty(0) if index is None else index
+    state = torch.stack([s.row_offset, s.log_sum, mean])
+    saved = saved or SavedRows(hidden.new_empty(0, 0), s.logp.new_empty(2, 0), targets.new_empty(0))
     entropies = s.entropy.clone() if entropy and s.entropy is not None else none
-    return s.logp, entropies, s.lse.clone(), moments, state, matrix, factors, index
+    return s.logp, entropies, s.lse.clone(), moments, state, *saved
 
 
-def _shard(group: str, numbers: Sequence[int]) -> VocabShard | None:
-    """A VocabShard from what an op's schema can carry."""
-    return VocabShard(group, *numbers) if numbers else None
-
-
-def _kept_rows(projection: Projection, backend: Backend, memory_budget: int | None, plan: str) -> int:
-    """Rows to keep. Nothing is asked of the backend for "recompute", so that it compiles for any, also an unknown, N."""
-    if plan == "recompute":
-        return 0
-    budget = workspace_bytes(memory_budget, projection.hidden.device)
-    return plans.autograd(projection.n_rows, backend.chunk_row_bytes(projection, False), budget, plan).rows
+def _projection(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_inv_temperature: Tensor | None,
+    inv_temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    group: str,
+    shard: Sequence[int],
+) -> Projection:
+    """The projection from what an op's schema can carry."""
+    split = VocabShard(group, *shard) if shard else None
+    return Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, split)
 
 
 @_forward_op.register_fake
 def _forward_fake(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, row_inv_temperature, inv_temperature, logit_scale, softcap, entropy, second_moments,
-    backend, memory_budget, compact, debug, plan, group, shard,
+    hidden, weight, bias, targets, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard, backend,
+    memory_budget, compact, plan, debug, entropy, second_moments, save,
 ):  # fmt: skip
-    projection = Projection(
-        hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, _shard(group, shard)
-    )
-    room = 0
-    if plan != "recompute":
-        room = _kept_rows(projection, dispatch.resolve(backend, projection, "autograd"), memory_budget, plan)
-    n = hidden.shape[0]
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    n, rows = hidden.shape[0], 0
+    projection = _projection(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
+    if save:  # else nothing is asked of the backend, so that any N, also an unknown one, compiles
+        row_bytes = dispatch.resolve(backend, projection, "autograd").chunk_row_bytes(projection, False)
+        budget = chunking.workspace_bytes(Options(memory_budget, compact, debug, plan), hidden.device)
+        rows = chunking.autograd(n, row_bytes, budget, plan).rows  # at most: masked rows are not saved
+    dtype = projection.statistics_dtype
     row = hidden.new_empty(n, dtype=dtype)
     return (
         row,
@@ -113,10 +255,8 @@ def _forward_fake(  # type: ignore[no-untyped-def]
         torch.empty_like(row),
         hidden.new_empty(3, n if second_moments else 0, dtype=dtype),
         hidden.new_empty(3, n, dtype=dtype),
-        hidden.new_empty(
-            room, weight.shape[0] if room else 0, dtype=projection.operand_dtype
-        ),  # at most: masked rows are not kept
-        hidden.new_empty(2, room, dtype=dtype),
+        hidden.new_empty(rows, weight.shape[0] if rows else 0, dtype=projection.operand_dtype),
+        hidden.new_empty(2, rows, dtype=dtype),
         targets.new_empty(0),
     )
 
@@ -128,52 +268,44 @@ def _backward_op(
     bias: Tensor | None,
     targets: Tensor,
     row_inv_temperature: Tensor | None,
-    logp: Tensor,
-    state: Tensor,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    matrix: Tensor,
-    factors: Tensor,
-    kept_index: Tensor,
     inv_temperature: float,
     logit_scale: float,
     softcap: float | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    group: str,
+    shard: Sequence[int],
     backend: str,
     memory_budget: int | None,
     compact: bool,
-    group: str,
-    shard: Sequence[int],
+    plan: str,
+    logp: Tensor,
+    state: Tensor,
+    matrix: Tensor,
+    scales: Tensor,
+    index: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_hidden, d_weight, d_bias); what is not needed has no elements."""
-    projection = Projection(
-        hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, _shard(group, shard)
-    )
-    row_max, log_sum, mean = state.unbind(0)
-    statistics = RowStatistics(logp, None, row_max, row_max, log_sum, mean)
-    gradients = compute_gradients(
-        projection,
-        targets,
-        statistics,
-        LogitCotangents(grad_logp, grad_entropy, grad_lse),
-        dispatch.resolve(backend, projection, "autograd"),
-        needs=(need_hidden, need_weight, need_bias),
-        options=Options(memory_budget, compact),
-        kept=Kept(matrix, factors, kept_index if kept_index.numel() else None) if factors.numel() else None,
-    )
+    """(d_hidden, d_weight, d_bias); a gradient that is not needed has no elements."""
+    projection = _projection(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
+    resolved, options = dispatch.resolve(backend, projection, "autograd"), Options(memory_budget, compact, plan=plan)
+    wanted = (needs[0], needs[1], needs[2])
+    if scales.numel() and grad_entropy is None and grad_lse is None and grad_logp is not None:
+        saved = SavedRows(matrix, scales, index)
+        gradients = gradients_of_saved(projection, targets, saved, grad_logp, resolved, wanted, options)
+    else:
+        row_offset, log_sum, mean = state.unbind(0)
+        statistics = RowStatistics(logp, None, row_offset, row_offset, log_sum, mean)
+        cotangents = LogitCotangents(grad_logp, grad_entropy, grad_lse)
+        gradients = gradients_by_recomputing(projection, targets, statistics, cotangents, resolved, wanted, options)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return d_hidden, d_weight, d_bias
 
 
 @_backward_op.register_fake
-def _backward_fake(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy, grad_lse, matrix, factors,
-    kept_index, inv_temperature, logit_scale, softcap, need_hidden, need_weight, need_bias, backend, memory_budget, compact,
-    group, shard,
-):  # fmt: skip
+def _backward_fake(hidden, weight, *arguments):  # type: ignore[no-untyped-def]
+    need_hidden, need_weight, need_bias = arguments[-1]
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else hidden.new_empty(0),
@@ -182,28 +314,21 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, row_inv_temperature, *scalars = inputs
-    logp, _, _, moments, state, matrix, factors, kept_index = output
+    logp, _, _, moments, state, *saved = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(moments, state, matrix, factors, kept_index)
-    ctx.save_for_backward(hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, factors, kept_index)
-    ctx.scalars = scalars
+    ctx.mark_non_differentiable(moments, state, *saved)
+    ctx.save_for_backward(*inputs[:5], logp, state, *saved)
+    ctx.scalars, ctx.entropy = inputs[5:14], inputs[15]
 
 
 def _backward(ctx, grad_logp, grad_entropy, grad_lse, *_):  # type: ignore[no-untyped-def]
-    inv_temperature, logit_scale, softcap, entropy, _, backend, memory_budget, compact, _, _, group, shard = ctx.scalars
-    hidden, weight, bias, targets, row_inv_temperature, logp, state, matrix, factors, kept_index = ctx.saved_tensors
+    operands, rows = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     needs = ctx.needs_input_grad[:3]
-    if grad_logp is None and grad_lse is None and (grad_entropy is None or not entropy):
-        return (None,) * 17
-    if grad_lse is not None or (grad_entropy is not None and entropy):
-        matrix, factors = matrix[:0], factors[:0]  # what is kept is the gradient of logp alone
-    gradients = _backward_op(
-        hidden, weight, bias, targets, row_inv_temperature, logp, state, grad_logp, grad_entropy if entropy else None,
-        grad_lse, matrix, factors, kept_index, inv_temperature, logit_scale, softcap, *needs, backend,
-        memory_budget, compact, group, shard,
-    )  # fmt: skip
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 14)
+    grad_entropy = grad_entropy if ctx.entropy else None
+    if grad_logp is None and grad_lse is None and grad_entropy is None:
+        return (None,) * 18
+    gradients = _backward_op(*operands, *ctx.scalars, *rows, grad_logp, grad_entropy, grad_lse, needs)
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 15)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -212,33 +337,18 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def project_stats(
     projection: Projection, targets: Tensor, *, entropy: str, second_moments: bool, backend: str, options: Options
 ) -> TokenStats:
-    """``token_stats`` of a checked projection; targets: [N] int64, -100 leaves a row out. Returns [N] each.
-
-    The gradient matrix of the rows that fit the memory budget is kept for a backward of log-probs alone.
-    """
-    leaves = (projection.hidden, projection.weight, projection.bias)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    shard = projection.shard
-    keep = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
+    """``token_stats`` of a checked projection; targets: [N] int64, -100 masks a row. Returns [N] each."""
+    p = projection
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (p.hidden, p.weight, p.bias))
+    save = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
+    assert isinstance(options.compact, bool)
     logp, entropies, lse, moments, *_ = _forward_op(
-        projection.hidden,
-        projection.weight,
-        projection.bias,
-        targets,
-        projection.row_inv_temperature,
-        projection.inv_temperature,
-        projection.logit_scale,
-        projection.softcap,
-        entropy != "none",
-        second_moments,
-        backend,
-        of_options(options),
-        options.compact,
-        options.debug,
-        options.plan if keep else "recompute",
-        "" if shard is None else shard.group,
-        () if shard is None else (shard.start, shard.total, shard.max_shard_vocab),
-    )
+        p.hidden, p.weight, p.bias, targets, p.row_inv_temperature, p.inv_temperature, p.logit_scale, p.softcap,
+        "" if p.shard is None else p.shard.group,
+        () if p.shard is None else (p.shard.start, p.shard.total, p.shard.max_shard_vocab),
+        backend, options.memory_budget, options.compact, options.plan, options.debug,
+        entropy != "none", second_moments, save,
+    )  # fmt: skip
     return TokenStats(
         logp,
         None if entropy == "none" else entropies if entropy == "grad" else entropies.detach(),
@@ -263,57 +373,57 @@ def token_stats(
     backend: str = "auto",
     options: Options | None = None,
 ) -> TokenStats:
-    """Log-prob, entropy and lse of every token, without the logits (docs/math.md E1-E6).
+    """Log-prob, entropy and lse of every token; logits are processed in chunks within a memory budget (E1-E6).
 
     Args:
-        hidden: [..., D] bf16/fp16/fp32 (fp64 on the torch backend), hidden states at the positions that predict ``targets``.
+        hidden: [..., D] bf16/fp16/fp32 (fp64 on the torch backend), hidden states at the positions that
+            predict ``targets``.
         weight: [V, D], the head's weight, dtype and device of ``hidden``.
-        targets: [...] int64, the sampled token at each position (already shifted); -100 leaves a row out of the results, and on
-            a CPU or with a mask of the work (``Options.compact``).
+        targets: [...] int64, the sampled token at each position (already shifted); -100 masks a row.
         bias: [V] or None; -inf removes a column (under a soft-cap, which maps -inf to -softcap, it only lowers it).
         inv_temperature: 1 / temperature > 0, a number or a tensor [...].
         softcap: c of c * tanh(logits / c), or None.
         logit_scale: factor on the logits before the soft-cap, or None.
-        mask: [...] bool or None, False leaves a row out.
+        mask: [...] bool or None, False masks a row.
         entropy: "grad" (differentiable), "nograd" (value only), "none" (not computed, ``stats.entropy`` is None).
         second_moments: also return sum p^2, sum p^2 log p and the varentropy.
-        process_group: the processes over which the rows of ``weight`` and ``bias`` are split in the order of their ranks, into
-            parts of any sizes (tensor parallelism of the head), or this process's ``VocabShard``; None: they are whole.
-            ``weight`` is then this process's part; ``targets`` stay tokens of the whole vocabulary. Every process of the group
-            makes the same call with the same other arguments and the same loss from it. The results are the same bits on all;
-            d_hidden is the whole one on all (do not reduce it again), d_weight and d_bias are the part's. With a group, what
-            one process refuses, and arguments that differ (but for the values of ``hidden``), raise on every process, in one
-            exchange before the work; with a VocabShard nothing is exchanged. An error that no check foresees (no memory left
-            on one process, tensors on another kind of device) leaves the others in a collective until its time-out.
-        backend: "auto", "torch" or "triton".
+        process_group: None, or for a head whose rows (of ``weight`` and ``bias``) are split over ranks in
+            their order, into parts of any sizes: the group, or this rank's ``VocabShard``. ``weight`` is
+            then this rank's part, and ``targets`` are tokens of the full vocabulary. Every rank makes the
+            same call with the same other arguments and the same loss from it. The results are the same
+            bits on all ranks; d_hidden is complete on all (do not reduce it again), d_weight and d_bias
+            are the part's. A group's shard is made at the first call with a weight, with one all-gather.
+            ``Options(debug=True)`` compares the arguments of the ranks in every call; without it a
+            difference can leave ranks waiting in a collective until its time-out.
+        backend: "auto", "torch", "triton" or "cuda".
         options: memory budget and the like.
 
     Returns:
-        TokenStats of [...] fp32 tensors (fp64 for fp64 inputs). Left-out rows are exact zeros, have zero gradient and cost
-        nothing.
+        TokenStats of [...] fp32 tensors (fp64 for fp64 inputs). Masked rows are exact zeros with zero
+        gradient; where rows are compacted (``Options.compact``) they cost nothing.
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.
-        EapoError: a value is out of range (targets and tensor temperatures: on CUDA only with ``Options(debug=True)``, else the
-            row of such a target is NaN), or an option is unknown; the processes of a group differ, or one of them has no rows.
+        EapoError: a value is out of range (targets and tensor temperatures: on CUDA only with
+            ``Options(debug=True)``, else the row of such a target is NaN), an option is unknown, or the
+            ranks' weights do not fit together.
         BackendUnavailable: the backend named cannot run these inputs.
     """
-    with propagate_errors(process_group, weight, hidden):
+    shard = VocabShard.resolve(process_group, weight)
+    with propagate_errors(shard, options):
         options = Options() if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         require(entropy in ENTROPY_MODES, "entropy", f"one of {', '.join(ENTROPY_MODES)}", repr(entropy))
         if not isinstance(targets, Tensor):
             raise ShapeError(f"targets: expected an int64 tensor [...], got {describe(targets)}")
         options, shape = resolve_compaction(options, targets, mask is not None), targets.shape
-        projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, shape)
+        projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, shape, shard)
         require_tensor("targets", targets, tuple(shape), (torch.int64,), projection.hidden)
         if mask is not None:
             require_tensor("mask", mask, tuple(shape), (torch.bool,), projection.hidden)
             targets = torch.where(mask, targets, IGNORE_INDEX)
         require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
         targets = targets.reshape(-1)
-        wanted: dict[str, Fact] = {"entropy": entropy, "second_moments": second_moments}
-        facts = call_signature(process_group, "token_stats", projection, backend, "autograd", options, **wanted)
-    projection = split_over(process_group, projection, targets, facts)
+    compare(projection, targets, options, call="token_stats", backend=backend, entropy=entropy, second_moments=second_moments)
     flat = project_stats(projection, targets, entropy=entropy, second_moments=second_moments, backend=backend, options=options)
     return TokenStats._make(None if values is None else values.reshape(shape) for values in flat)

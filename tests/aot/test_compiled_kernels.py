@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 
-from eapo_kernels.ops.triton import configs, measured
-from eapo_kernels.ops.triton.configs import Entry
-from eapo_kernels.ops.triton.tile import PRODUCTS
+from eapo_kernels.ops.triton import tiles
+from eapo_kernels.ops.triton.tiles import PRODUCTS, Entry
 
 pytestmark = [
     pytest.mark.aot,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs its own process: pytest tests/aot"),
 ]
 
-SHIPPED = [entry for entry in (*configs.TABLE, *measured.entries()) if entry.family != "interpreter"]
+SHIPPED = [entry for entry in (*tiles.TABLE, *tiles.entries()) if entry.family != "interpreter"]
 BUILDS = [(entry, variant) for entry in SHIPPED for variant in ("plain", "full")]
 TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA"}
 SHARED_LIMIT = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
@@ -59,7 +58,7 @@ REDONE = [
     for family in TENSOR_CORES
     for itemsize in (2, 4)
     for block_v in sorted(
-        {e.tile.block_v for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_gemm", family, itemsize)}
+        {e.tile.block_v for e in tiles.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_gemm", family, itemsize)}
     )
 ]
 
@@ -71,7 +70,7 @@ def test_rows_are_redone_without_spills_whatever_the_columns(family: str, itemsi
 
     from eapo_kernels.ops.triton import report
 
-    (entry,) = (e for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_rescue", family, itemsize))
+    (entry,) = (e for e in tiles.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_rescue", family, itemsize))
     entry = replace(entry, tile=replace(entry.tile, block_v=block_v))
     u = report.usage(report.example(entry, "full"), report.ARCHITECTURES[family])
     assert u.spills == 0
@@ -98,7 +97,7 @@ def test_half_precision_and_bfloat16_compile_alike() -> None:
     """The table has one line for both: fp16 operands change neither registers nor instructions."""
     from eapo_kernels.ops.triton import report
 
-    (entry, *_) = (e for e in configs.TABLE if e.family == "sm90" and e.tile.descriptors and not e.tile.stores)
+    (entry, *_) = (e for e in tiles.TABLE if e.family == "sm90" and e.tile.descriptors and not e.tile.stores)
     launch = report.example(entry, "plain")
     assert report.usage(in_fp16(launch), 90) == report.usage(launch, 90)
 
@@ -126,7 +125,7 @@ def test_rows_are_judged_by_tile_and_by_all_processes_without_spills(family: str
 
     from eapo_kernels.ops.triton import report
 
-    (entry,) = (e for e in configs.TABLE if (e.family, e.kernel) == (family, "collect_rescue_ids"))
+    (entry,) = (e for e in tiles.TABLE if (e.family, e.kernel) == (family, "collect_rescue_ids"))
     launch = report.example(entry, "full")
     given = {"largest": 65504.0, "everywhere": launch.arguments["row_inv_temperature"]}
     u = report.usage(replace(launch, arguments=launch.arguments | given), report.ARCHITECTURES[family])
@@ -147,6 +146,6 @@ def test_report_prints_a_line_per_build(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(report, "usage", lambda launch, architecture: report.Usage(128, 0, 0, 1024, {"HGMMA": 4}, 6, 2, 0, 256))
     lines = list(report.rows("sm90"))
-    assert len(lines) == 2 + 2 * sum(entry.family == "sm90" for entry in configs.TABLE)
+    assert len(lines) == 2 + 2 * sum(entry.family == "sm90" for entry in tiles.TABLE)
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     assert "| 4 HGMMA | 6 + 2 |" in lines[2]

@@ -1,4 +1,4 @@
-"""The tuner's logic with injected times: candidates, pruning, halving, merging, and what ``configs.find`` reads back."""
+"""The tuner's logic with injected times: candidates, pruning, halving, merging, and what ``tiles.find`` reads back."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from benchmarks.tuning import search as searching
 from benchmarks.tuning.candidates import SPACES, UNTUNED, Search, candidates, flaw, misfit, register_cap
 from benchmarks.tuning.table import TRITON
 from eapo_kernels import EapoError
-from eapo_kernels.ops.triton import configs, measured
-from eapo_kernels.ops.triton.tile import PRODUCTS, Tile
+from eapo_kernels.ops.triton import tiles
+from eapo_kernels.ops.triton.tiles import PRODUCTS, Tile
 
 ROOT = Path(__file__).parents[2]
 MADE = {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "date": "today", "clocks": {}}
@@ -34,10 +34,10 @@ def path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Where the package looks for measured lines."""
 
     def forget() -> None:
-        measured.entries.cache_clear()
-        configs.find.cache_clear()
+        tiles.entries.cache_clear()
+        tiles.find.cache_clear()
 
-    monkeypatch.setattr(measured, "PATH", tmp_path / "measured.json")
+    monkeypatch.setattr(tiles, "PATH", tmp_path / "measured.json")
     forget()
     yield tmp_path / "measured.json"
     forget()
@@ -80,7 +80,7 @@ def by_size(tile: Tile) -> float:
 
 
 def test_every_kernel_is_searched_or_has_a_reason() -> None:
-    assert set(SPACES) | set(UNTUNED) == {entry.kernel for entry in configs.TABLE}
+    assert set(SPACES) | set(UNTUNED) == {entry.kernel for entry in tiles.TABLE}
     assert not set(SPACES) & set(UNTUNED)
 
 
@@ -165,7 +165,7 @@ def test_no_time_at_all_still_gives_an_answer() -> None:
 
 
 def test_measured_lines_are_written_merged_and_read_back(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = configs.find("logit_gradient", "sm90", 2, 4096, 131072, descriptors=True)
+    before = tiles.find("logit_gradient", "sm90", 2, 4096, 131072, descriptors=True)
     jobs = tune.searches(["stream_statistics", "finalize"], [(4096, 4096, 131072), (8192, 1024, 151936)], ["bfloat16"], "sm90")
     assert tune.tune(jobs, lambda job: FakeContest(by_size), FakeClock(), 4.0, path, MADE) == 4
     content = json.loads(path.read_text())
@@ -176,11 +176,11 @@ def test_measured_lines_are_written_merged_and_read_back(path: Path, capsys: pyt
     last = content["lines"][-1]
     assert last["shape"] == {"N": 4096, "D": 4096, "V": 131072, "dtype": "bfloat16"}
     assert last["commit"] == "abc"
-    tile = configs.find("stream_statistics", "sm90", 2, 4000, 128256, descriptors=True)
+    tile = tiles.find("stream_statistics", "sm90", 2, 4000, 128256, descriptors=True)
     assert tile == Tile(**last["tile"])
     assert last["ms"] == pytest.approx(by_size(tile))
-    assert configs.find("logit_gradient", "sm90", 2, 4096, 131072, descriptors=True) == before
-    assert configs.find("stream_statistics", "sm100", 2) in [e.tile for e in configs.TABLE]
+    assert tiles.find("logit_gradient", "sm90", 2, 4096, 131072, descriptors=True) == before
+    assert tiles.find("stream_statistics", "sm100", 2) in [e.tile for e in tiles.TABLE]
 
     # A second run on another GPU: its line replaces one of the same key, the rest stays.
     job = [one for one in jobs if one.key == ("stream_statistics", "sm90", 2, 4096, 131072)]
@@ -190,7 +190,7 @@ def test_measured_lines_are_written_merged_and_read_back(path: Path, capsys: pyt
     assert again["lines"][:-1] == content["lines"][:-1]
     assert again["lines"][-1]["gpu"] == "another"
     assert again["environment"]["gpu"] == "another"
-    assert configs.find("stream_statistics", "sm90", 2, 4096, 131072, descriptors=True) == Tile(**again["lines"][-1]["tile"])
+    assert tiles.find("stream_statistics", "sm90", 2, 4096, 131072, descriptors=True) == Tile(**again["lines"][-1]["tile"])
     assert [p.name for p in path.parent.iterdir()] == ["measured.json"]
     assert "the tile of today" in capsys.readouterr().out
 
@@ -201,7 +201,7 @@ def test_a_tile_that_spills_with_other_switches_is_not_written(path: Path) -> No
     contest = FakeContest(by_size, full={first: "2 spills"})
     contest.prepare = lambda tile: lambda: None if tile in (first, second) else "not asked for"  # type: ignore[method-assign]
     assert tune.tune([FORWARD], lambda _: contest, FakeClock(), 2.0, path, MADE) == 1
-    assert configs.find("stream_statistics", "sm90", 2, 4096, 131072, descriptors=True) == second
+    assert tiles.find("stream_statistics", "sm90", 2, 4096, 131072, descriptors=True) == second
 
 
 def test_nothing_right_writes_nothing(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,10 +220,10 @@ def entry(tile: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
 def test_lines_for_rows_that_no_descriptor_can_describe_stay_apart(path: Path) -> None:
     odd, even = entry({"stages": 2}, dim=4097), entry({"stages": 5})
     path.write_text(json.dumps({"environment": {}, "lines": [odd]}))
-    assert configs.find("stream_statistics", "sm90", 2, 4096, descriptors=True).descriptors, "the table's"
-    assert configs.find("stream_statistics", "sm90", 2, 4097).stages == 2
+    assert tiles.find("stream_statistics", "sm90", 2, 4096, descriptors=True).descriptors, "the table's"
+    assert tiles.find("stream_statistics", "sm90", 2, 4097).stages == 2
     TRITON.save(path, {"environment": {}, "lines": [odd, even]})
-    assert configs.find("stream_statistics", "sm90", 2, 4096, descriptors=True).stages == 5, "measured without descriptors"
+    assert tiles.find("stream_statistics", "sm90", 2, 4096, descriptors=True).stages == 5, "measured without descriptors"
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_lines_for_rows_that_no_descriptor_can_describe_stay_apart(path: Path) -
 )
 def test_a_malformed_file_is_named(path: Path, text: str, message: str) -> None:
     path.write_text(text)
-    for read in (lambda: configs.find("stream_statistics", "sm90", 2), lambda: TRITON.read(path)):
+    for read in (lambda: tiles.find("stream_statistics", "sm90", 2), lambda: TRITON.read(path)):
         with pytest.raises(EapoError, match=message) as error:
             read()
         assert str(path) in str(error.value)

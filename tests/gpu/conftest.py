@@ -14,6 +14,6 @@ import torch
 def freed() -> Iterator[None]:
     """Every test starts with the memory of the one before it given back, so that processes beside this one can have it."""
     yield
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import multiprocessing
 import os
 import tempfile
 import time
@@ -26,8 +27,10 @@ def run_ranks(function: Callable[..., None], *args: Any, world: int = WORLD) -> 
         TimeoutError: it took longer than LIMIT.
         ProcessRaisedException: one of them failed.
     """
+    multiprocessing.set_forkserver_preload(["torch"])  # imported once by the server, not by every process
     with tempfile.TemporaryDirectory() as directory:
-        context = mp.spawn(_rank, args=(function, args, directory, world), nprocs=world, join=False)
+        started = (function, args, directory, world)
+        context = mp.start_processes(_rank, args=started, nprocs=world, join=False, start_method="forkserver")
         end = time.monotonic() + LIMIT + 20
         while not context.join(timeout=1):
             if time.monotonic() > end:

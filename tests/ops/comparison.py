@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from eapo_kernels import Options, TokenBatch, reference, token_stats
-from eapo_kernels.ops.backend import ChunkGradient
-from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.dispatch import LogitGradient
+from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats, make_inputs
 from eapo_kernels.types import TokenStats
 
@@ -64,12 +64,12 @@ def compare(
         assert_no_worse_than(got, plain, exact, floor=GRADIENT_FLOOR[dtype], name=f"d_{name}")
 
 
-def dense(gradient: ChunkGradient, targets: Tensor) -> Tensor:
+def dense(gradient: LogitGradient, targets: Tensor) -> Tensor:
     """[C, V] float64, a chunk's gradient written out."""
-    whole = gradient.matrix.double() * gradient.row_factor.double().unsqueeze(1)
-    if gradient.target is None:
+    whole = gradient.matrix.double() * gradient.row_scale.double().unsqueeze(1)
+    if gradient.target_grads is None:
         return whole
-    return whole.scatter_add_(1, targets.unsqueeze(1), gradient.target.double().unsqueeze(1))
+    return whole.scatter_add_(1, targets.unsqueeze(1), gradient.target_grads.double().unsqueeze(1))
 
 
 def projection(inputs: Inputs, **transform: Any) -> Projection:
@@ -78,7 +78,7 @@ def projection(inputs: Inputs, **transform: Any) -> Projection:
     return Projection(inputs.hidden.detach(), inputs.weight.detach(), bias, **transform)
 
 
-def compare_kept(inputs: Inputs, budget: int, *, backend: str = "auto", mask: Tensor | None = None, **transform: Any) -> None:
+def compare_saved(inputs: Inputs, budget: int, *, backend: str = "auto", mask: Tensor | None = None, **transform: Any) -> None:
     """``compare`` for log-probs alone, whose gradient matrix the forward keeps as far as ``budget`` bytes go."""
     dtype = inputs.hidden.dtype
     weights = cotangents(inputs.targets.numel(), "logp", str(inputs.targets.device))
@@ -107,11 +107,11 @@ def check_custom_op(
     hidden, weight = inputs.leaves()
     targets, rows = inputs.targets.clone(), torch.ones(9, device=device)
     targets[2] = -100
-    transform = (rows, 1.0, 1.0, None)
-    how = (backend, 2**20, True, False, "recompute", "", ())
+    transform = (rows, 1.0, 1.0, None, "", ())
+    how = (backend, 2**20, True, "recompute", False)
     torch.library.opcheck(
         torch.ops.eapo_kernels.token_stats.default,
-        (hidden, weight, None, targets, *transform, entropy, second_moments, *how),
+        (hidden, weight, None, targets, *transform, *how, entropy, second_moments, False),
     )
 
 

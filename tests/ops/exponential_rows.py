@@ -10,11 +10,10 @@ from comparison import dense
 from torch import Tensor
 
 from eapo_kernels import reference
-from eapo_kernels.ops.backend import LogitCotangents
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.triton.launch import product_tile
-from eapo_kernels.ops.triton.offsets import window
-from eapo_kernels.ops.triton.one_pass import ScaledExpChunk
+from eapo_kernels.ops.dispatch import LogitCotangents
+from eapo_kernels.ops.lm_head import Projection
+from eapo_kernels.ops.triton.common import product_tile
+from eapo_kernels.ops.triton.scaled_exp import ScaledExpChunk, window
 from eapo_kernels.testing import assert_no_worse_than, eager_token_stats
 
 
@@ -63,7 +62,7 @@ def check(p: Projection, targets: Tensor, logp_guess: Tensor | None) -> int:
         if p.hidden.dtype != torch.float32:
             assert float((value.double() - getattr(truth, name)).abs().max()) <= 1e-5, name
     assert (stats.logp <= 0).all()
-    torch.testing.assert_close(stats.row_max + stats.log_sum, stats.lse, rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(stats.row_offset + stats.log_sum, stats.lse, rtol=1e-6, atol=4e-6)
     torch.testing.assert_close(stats.log_sum - stats.mean_shifted, stats.entropy, rtol=1e-6, atol=1e-6)
     error = (got - gradient).norm(dim=1)
     assert (error <= floor(p) * gradient.norm(dim=1) + 1e-30).all(), (error / gradient.norm(dim=1)).max()

@@ -8,9 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eapo_kernels.ops.backend import SurrogateTerms
-from eapo_kernels.ops.statistics import RowStatistics
-from eapo_kernels.ops.triton.sums import PartialSums
+from eapo_kernels.ops.dispatch import RowStatistics, SurrogateTerms
+from eapo_kernels.ops.triton.online_softmax import PartialSums
 
 B = 7
 

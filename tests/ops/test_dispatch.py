@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from eapo_kernels import BackendUnavailable, available_backends, token_stats
-from eapo_kernels.ops import dispatch, plans, torch_chunked
-from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops import chunking, dispatch, torch_backend
+from eapo_kernels.ops.lm_head import Projection
 
 TENSOR = torch.zeros(2, 8)
 
 
 def test_auto_takes_only_what_is_proven() -> None:
-    for device, backend, schedule in plans.PROVEN:
+    for device, backend, schedule in chunking.PROVEN:
         assert backend == "torch", f"{backend} on {device} ({schedule}) needs a committed result from that hardware"
-    assert dispatch.resolve("auto", Projection(TENSOR, TENSOR), "autograd") is torch_chunked.BACKEND
+    assert dispatch.resolve("auto", Projection(TENSOR, TENSOR), "autograd") is torch_backend.BACKEND
 
 
 def test_available_backends_gives_a_reason_for_each_refusal() -> None:
@@ -30,23 +30,25 @@ def test_available_backends_gives_a_reason_for_each_refusal() -> None:
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    picky = replace(torch_chunked.BACKEND, supports=lambda projection: "only on Sundays")
-    monkeypatch.setattr(torch_chunked, "BACKEND", picky)
+    picky = replace(torch_backend.BACKEND, supports=lambda projection: "only on Sundays")
+    monkeypatch.setattr(torch_backend, "BACKEND", picky)
     with pytest.raises(BackendUnavailable, match="backend 'torch': only on Sundays"):
         token_stats(TENSOR, TENSOR, torch.tensor([0, 1]), backend="torch")
 
 
 @pytest.mark.parametrize(
-    ("missing", "backend"), [("triton", "triton"), ("triton", "cuda"), ("cuda", "cuda"), ("cuda.core", "cuda")]
+    ("missing", "backends"), [("triton", ("triton", "cuda")), ("cuda", ("cuda",)), ("cuda.core", ("cuda",))]
 )
-def test_without_a_package_the_torch_backend_works_and_the_other_says_so(missing: str, backend: str) -> None:
+def test_without_a_package_the_torch_backend_works_and_the_others_say_so(missing: str, backends: tuple[str, ...]) -> None:
     code = (
         f"import sys; sys.modules['{missing}'] = None; import torch; "
         "from eapo_kernels import available_backends, token_stats; "
-        f"h = torch.zeros(2, 8); token_stats(h, h, torch.tensor([0, 1])); print(available_backends()['{backend}'])"
+        "h = torch.zeros(2, 8); token_stats(h, h, torch.tensor([0, 1])); found = available_backends(); "
+        f"[print(found[name]) for name in {backends}]"
     )
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert out.stdout.startswith(f"backend '{backend}': it needs ")
-    assert f"eapo-kernels[{backend}]" in out.stdout
-    assert missing in out.stdout.split(": ", 2)[2], "and what the import said"
+    for backend, said in zip(backends, out.stdout.splitlines(), strict=True):
+        assert said.startswith(f"backend '{backend}': it needs ")
+        assert f"eapo-kernels[{backend}]" in said
+        assert missing in said.split(": ", 2)[2], "and what the import said"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eapo_kernels import EapoError, Options, ShapeError, reference
-from eapo_kernels.ops import plans
+from eapo_kernels.ops import chunking
 from eapo_kernels.ops.nucleus import nucleus_entropy
 from eapo_kernels.testing import assert_no_worse_than, make_inputs, peak_memory
 
@@ -194,7 +194,7 @@ def test_bad_shapes_are_refused() -> None:
 
 
 def test_the_plan_of_least_memory_bounds_its_workspace_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "RECOMPUTE_BUDGET", 100)
+    monkeypatch.setattr(chunking, "RECOMPUTE_BUDGET", 100)
     inputs = make_inputs(6, 8, 64)
     with pytest.raises(EapoError, match=r"Options.memory_budget: expected at least \d+ bytes, .*, got 100"):
         nucleus_entropy(inputs.hidden, inputs.weight, top_p=0.9, options=Options(plan="recompute"))

@@ -10,7 +10,7 @@ import torch
 from comparison import policy_batch
 
 from eapo_kernels import Options, loss, policy_loss, token_stats
-from eapo_kernels.ops import plans, torch_chunked
+from eapo_kernels.ops import chunking, torch_backend
 from eapo_kernels.ops import token_stats as op
 from eapo_kernels.testing import make_inputs
 
@@ -43,8 +43,8 @@ def test_statistics(
     backend: str, options: Options, dtype: torch.dtype, slabs: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if slabs:
-        monkeypatch.setattr(plans, "_MIN_SLAB", 256)
-        monkeypatch.setattr(torch_chunked, "_CACHE_BYTES", N * 256 * 8)
+        monkeypatch.setattr(chunking, "_MIN_SLAB", 256)
+        monkeypatch.setattr(torch_backend, "_CACHE_BYTES", N * 256 * 8)
     inputs, targets, wrong = problem(dtype, device)
     hidden, weight = (t.detach().requires_grad_() for t in (inputs.hidden, inputs.weight))
     stats = token_stats(hidden, weight, targets, entropy="nograd", backend=backend, options=options)

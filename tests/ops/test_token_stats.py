@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eapo_kernels import Options, reference, token_stats
-from eapo_kernels.ops import products, torch_chunked
+from eapo_kernels.ops import gemm, torch_backend
 from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats, make_inputs, oracle_token_stats
 
 SHAPES = [(1, 8, 1), (1, 72, 257), (63, 72, 1031), (200, 64, 257), (5, 72, 50257), (3, 8, 151936)]
@@ -171,8 +171,8 @@ def test_target_on_a_removed_column_is_minus_infinity(device: str) -> None:
 
 def test_frozen_parts_get_no_gradient(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = products.add_product_
-    monkeypatch.setattr(products, "add_product_", lambda out, *a, **k: calls.append(tuple(out.shape)) or real(out, *a, **k))
+    real = gemm.add_product_
+    monkeypatch.setattr(gemm, "add_product_", lambda out, *a, **k: calls.append(tuple(out.shape)) or real(out, *a, **k))
     inputs = make_inputs(20, 12, 77, device=device)
     token_stats(inputs.hidden.requires_grad_(), inputs.weight, inputs.targets).logp.sum().backward()
     assert (77, 12) not in calls
@@ -184,13 +184,13 @@ def test_frozen_parts_get_no_gradient(device: str, monkeypatch: pytest.MonkeyPat
 
 def test_rows_with_zero_cotangent_do_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    real = torch_chunked.BACKEND
+    real = torch_backend.BACKEND
 
     def counting(out: Tensor, *args: Any) -> None:
         rows.append(out.shape[0])
         real.logit_gradient(out, *args)
 
-    monkeypatch.setattr(torch_chunked, "BACKEND", replace(real, logit_gradient=counting))
+    monkeypatch.setattr(torch_backend, "BACKEND", replace(real, logit_gradient=counting))
     inputs = make_inputs(20, 12, 77)
     hidden, weight = inputs.leaves()
     (token_stats(hidden, weight, inputs.targets).logp * (torch.arange(20) < 5)).sum().backward()

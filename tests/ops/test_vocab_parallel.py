@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,25 +57,17 @@ def _work(rank: int, world: int, directory: str) -> None:
     torch.save(found, f"{directory}/{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
-    """What each of that many processes found, by (case, backend)."""
-
-    @functools.cache
-    def of(world: int) -> list[Any]:
-        directory = tmp_path_factory.mktemp("ranks")
-        run_ranks(_work, world, str(directory), world=world)
-        return [torch.load(directory / f"{rank}.pt") for rank in range(world)]
-
-    return of
+@pytest.mark.parametrize("world", CALLS)
+def test_a_split_head_is_the_whole_one_to_rounding(world: int, tmp_path: Path) -> None:
+    run_ranks(_work, world, str(tmp_path), world=world)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for name, backend in CALLS[world]:
+        _check(name, backend, [found[name, backend] for found in results])
 
 
-@pytest.mark.parametrize(("world", "name", "backend"), [(w, *call) for w, calls in CALLS.items() for call in calls])
-def test_a_split_head_is_the_whole_one_to_rounding(
-    world: int, name: str, backend: str, results: Callable[[int], list[Any]]
-) -> None:
+def _check(name: str, backend: str, found: list[dict[str, torch.Tensor]]) -> None:
+    """found: results of each process."""
     case = CASES[name]
-    found: list[dict[str, torch.Tensor]] = [found[name, backend] for found in results(world)]
     truth = run(replace(case, dtype=torch.float64), _widened(case), WHOLE, "torch", None)
     plain = run(case, case.inputs(), WHOLE, "torch", None)
     assert found[0].keys() == truth.keys()
@@ -85,12 +76,14 @@ def test_a_split_head_is_the_whole_one_to_rounding(
             actual = torch.cat([part[key] for part in found])
         else:
             actual = found[0][key]
-            assert all(torch.equal(part[key], actual) for part in found), f"{key}: processes differ"
+            assert all(torch.equal(part[key], actual) for part in found), f"{name} {backend} {key}: processes differ"
         if case.dtype == torch.float64:
-            torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(
+                actual, exact, rtol=1e-11, atol=1e-11, msg=lambda m, key=key: f"{name} {backend} {key}: {m}"
+            )
         else:
             floor = GRADIENT_FLOOR[case.dtype] if key.startswith("d_") else 2 * STATISTICS_FLOOR
-            assert_no_worse_than(actual, plain[key], exact, floor=floor, name=key)
+            assert_no_worse_than(actual, plain[key], exact, floor=floor, name=f"{name} {backend} {key}")
 
 
 def _widened(case: Case) -> Any:

@@ -1,22 +1,25 @@
-"""The ``triton`` backend: streaming statistics, recomputed slabs, one-pass chunks and a fused surrogate, as Triton kernels.
+"""The ``triton`` backend: which inputs the kernels take, which form a chunk has, and the backend's record.
 
-Correct in the interpreter, compiled for sm_80, sm_90 and sm_100 without spills, their code right on an emulator
-(tests/emulator), but not yet run on a GPU: ``plans.PROVEN`` does not list it, so "auto" does not choose it. Ask for it by name.
+Correct in the interpreter, compiled for sm_80, sm_90 and sm_100 without spills, their code right on an
+emulator (tests/emulator), but not yet run on a GPU: ``chunking.PROVEN`` does not list it, so "auto" does not
+choose it. Ask for it by name.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
-from ..backend import Backend, LogitCotangents, TargetRows
-from ..projection import Projection
-from ..statistics import RowStatistics
-from . import backward, target_rows
-from .finalize import finalize
-from .forward import stream_statistics
-from .launch import INTERPRETED, capability
-from .one_pass import chunk_row_bytes, open_chunk, surrogate
+from ..chunking import padded
+from ..dispatch import Backend, Chunk, LogitCotangents, RowStatistics, TargetRows
+from ..lm_head import Projection
+from . import logit_grad, scaled_exp, tiles
+from .common import INTERPRETED, capability, family, product_tile
+from .online_softmax import finalize, stream_statistics
+
+_LEAST_BLOCK_V = 64
+"""Columns of the narrowest tile of ``scaled_exp_gemm``."""
 
 
 def supports(projection: Projection) -> str | None:
@@ -38,32 +41,57 @@ def supports(projection: Projection) -> str | None:
     return None
 
 
+def uses_logits(projection: Projection, entropy_gradient: bool) -> bool:
+    """Whether a chunk stores raw fp32 logits instead of scaled exponentials.
+
+    The entropy's gradient and a soft-cap's slope need each logit; fp32 logits become the gradient in place.
+    Elsewhere exponentials take half the memory, no pass over the chunk, and statistics come from fp32 accumulators.
+    """
+    return entropy_gradient or projection.softcap is not None or projection.hidden.dtype == torch.float32
+
+
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
-    """See ``backend.Statistics``. Two launches: the stream over the vocabulary, and ``finalize``."""
+    """See ``Backend.statistics``. Two launches: the stream over the vocabulary, and ``finalize``."""
     launch, sums = stream_statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
     launch()
-    launch, final = finalize(sums.whole(projection.shard, targets))
+    launch, final = finalize(sums.all_gathered(projection.shard, targets))
     launch()
     return final.statistics
 
 
 def logit_gradient(
-    out: Tensor,
-    projection: Projection,
-    targets: Tensor,
-    columns: slice,
-    statistics: RowStatistics,
-    cotangents: LogitCotangents,
-    gain: Tensor | None,
+    out: Tensor, projection: Projection, targets: Tensor, columns: slice, statistics: RowStatistics, cotangents: LogitCotangents
 ) -> None:
-    """See ``backend.LogitGradient``. One launch."""
-    backward.logit_gradient(out, projection, targets, columns, statistics, cotangents, gain)()
+    """See ``Backend.logit_gradient``. One launch."""
+    logit_grad.logit_gradient(out, projection, targets, columns, statistics, cotangents)()
+
+
+def open_chunk(
+    projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, logp_guess: Tensor | None = None
+) -> Chunk:
+    """See ``Backend.open_chunk``."""
+    if uses_logits(projection, entropy_gradient):
+        return logit_grad.LogitChunk(projection, targets, entropy=entropy or entropy_gradient)
+    return scaled_exp.ScaledExpChunk(projection, targets, logp_guess, entropy=entropy)
+
+
+def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
+    """Exponentials: the gradient's matrix. Logits: fp32, and the gradient's matrix if not fp32. Both: partial sums a tile.
+
+    On a split head it is the same on all ranks, whose tiles may differ with the size of their shards.
+    """
+    dtype, vocab = projection.operand_dtype, projection.max_shard_vocab
+    if not uses_logits(projection, entropy_gradient):
+        block = product_tile("scaled_exp_gemm", projection).block_v if projection.shard is None else _LEAST_BLOCK_V
+        return padded(vocab) * dtype.itemsize + 8 * triton.cdiv(vocab, block)
+    sums = 16 * triton.cdiv(vocab, tiles.find("row_statistics", family(projection.hidden.device), 4).block_v)
+    return padded(vocab) * (4 if dtype == torch.float32 else 4 + dtype.itemsize) + sums
 
 
 def add_target_rows(out: Tensor, first: int, rows: TargetRows) -> None:
-    """See ``backend.Backend``. One launch."""
+    """See ``Backend.add_target_rows``. One launch."""
     if rows.targets.numel():
-        target_rows.add_target_rows(out, first, rows)()
+        scaled_exp.add_target_rows(out, first, rows)()
 
 
 BACKEND = Backend(
@@ -75,5 +103,4 @@ BACKEND = Backend(
     open_chunk=open_chunk,
     chunk_row_bytes=chunk_row_bytes,
     add_target_rows=add_target_rows,
-    surrogate=surrogate,
 )

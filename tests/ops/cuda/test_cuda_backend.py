@@ -168,11 +168,11 @@ def test_chunk(
     gradient = chunk.gradient(LogitCotangents(a))
     (exact,) = torch.autograd.grad(logp, [z], a.double())
     exact = exact * temperature.double()[:, None]
-    got = gradient.row_factor.double()[:, None] * gradient.matrix.double()
-    assert gradient.target is not None
-    got.scatter_add_(1, inputs.targets[:, None], gradient.target.double()[:, None])
+    got = gradient.row_scale.double()[:, None] * gradient.matrix.double()
+    assert gradient.target_grads is not None
+    got.scatter_add_(1, inputs.targets[:, None], gradient.target_grads.double()[:, None])
     error = (got - exact).norm(dim=1)
-    least = 2**-25 * shape[2] ** 0.5 * gradient.row_factor.double().abs() if dtype == torch.float16 else 1e-30  # subnormal E
+    least = 2**-25 * shape[2] ** 0.5 * gradient.row_scale.double().abs() if dtype == torch.float16 else 1e-30  # subnormal E
     assert (error <= torch.finfo(dtype).eps / 2 * exact.norm(dim=1) + least).all()
 
 

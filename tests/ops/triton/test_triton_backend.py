@@ -10,9 +10,9 @@ from comparison import check_compiles_once, check_custom_op, projection
 from torch import Tensor
 
 from eapo_kernels import BackendUnavailable, available_backends, token_stats
-from eapo_kernels.ops import plans
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.triton import backend, launch
+from eapo_kernels.ops import chunking
+from eapo_kernels.ops.lm_head import Projection
+from eapo_kernels.ops.triton import backend, common
 from eapo_kernels.testing import make_inputs
 
 CPU = Projection(torch.zeros(2, 8), torch.zeros(3, 8))
@@ -29,7 +29,7 @@ def test_runs_here(device: str) -> None:
 
 def test_auto_does_not_take_it() -> None:
     """Until a committed result from hardware shows it correct and faster."""
-    assert not any(name == "triton" for _, name, _ in plans.PROVEN)
+    assert not any(name == "triton" for _, name, _ in chunking.PROVEN)
 
 
 def test_float64_is_refused(device: str) -> None:
@@ -56,21 +56,21 @@ def test_every_refusal_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_a_descriptor_can_describe(dtype: torch.dtype, device: str) -> None:
     matrix = torch.zeros(40, 64, dtype=dtype, device=device)
-    assert launch.describable(matrix)
-    assert launch.describable(matrix[3:, :40])
-    assert not launch.describable(matrix[:, 1:])
-    assert not launch.describable(matrix.t())
-    assert not launch.describable(matrix[:, ::2])
-    assert not launch.describable(matrix[:1].expand(40, 64))
-    assert not launch.describable(torch.zeros(40, 7, dtype=dtype, device=device))
+    assert common.describable(matrix)
+    assert common.describable(matrix[3:, :40])
+    assert not common.describable(matrix[:, 1:])
+    assert not common.describable(matrix.t())
+    assert not common.describable(matrix[:, ::2])
+    assert not common.describable(matrix[:1].expand(40, 64))
+    assert not common.describable(torch.zeros(40, 7, dtype=dtype, device=device))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's table")
 def test_descriptors_are_used_where_they_can_be() -> None:
     inputs = make_inputs(4, 16, 99, dtype=torch.bfloat16)
-    assert launch.product_tile("stream_statistics", projection(inputs)).descriptors
+    assert common.product_tile("stream_statistics", projection(inputs)).descriptors
     odd = make_inputs(4, 7, 99, dtype=torch.bfloat16)
-    assert not launch.product_tile("stream_statistics", projection(odd)).descriptors
+    assert not common.product_tile("stream_statistics", projection(odd)).descriptors
 
 
 @pytest.mark.parametrize(("second_moments", "entropy"), [(False, True), (True, True), (False, False)])
@@ -85,7 +85,7 @@ def test_compiles_in_one_graph_without_recompiling_for_a_new_length(device: str)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_temperature_and_length_do_not_recompile(device: str) -> None:
-    from eapo_kernels.ops.triton.forward import stream_statistics_kernel
+    from eapo_kernels.ops.triton.online_softmax import stream_statistics_kernel
 
     inputs = make_inputs(100, 64, 1000, dtype=torch.bfloat16, device=device)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from eapo_kernels.ops.triton import configs, measured
-from eapo_kernels.ops.triton.configs import family, find, tiles_per_split
-from eapo_kernels.ops.triton.tile import PRODUCTS
+from eapo_kernels.ops.triton import tiles
+from eapo_kernels.ops.triton.common import family
+from eapo_kernels.ops.triton.tiles import PRODUCTS, find, tiles_per_split
 
 FAMILIES = ("interpreter", "sm80", "sm90", "sm100")
 KERNELS = (
@@ -28,7 +28,7 @@ KERNELS = (
 @pytest.fixture(autouse=True)
 def _nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The table alone, also where a tuner has written its file."""
-    monkeypatch.setattr(measured, "PATH", tmp_path / "measured.json")
+    monkeypatch.setattr(tiles, "PATH", tmp_path / "measured.json")
     find.cache_clear()
     yield
     find.cache_clear()
@@ -52,7 +52,7 @@ def test_the_nearest_line_wins() -> None:
 
 
 def test_tiles_are_legal() -> None:
-    for entry in configs.TABLE:
+    for entry in tiles.TABLE:
         t = entry.tile
         sizes = [t.block_n, *([t.block_v] if t.block_v else []), *([t.block_d] if t.block_d else [])]
         assert all(size & (size - 1) == 0 for size in sizes), entry
@@ -66,8 +66,8 @@ def test_tiles_are_legal() -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_rows_are_redone_with_the_columns_of_the_first_run(name: str, itemsize: int) -> None:
     """The launcher replaces the columns of the line by those of the first run, which must not need more registers."""
-    first = [e.tile for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_gemm", name, itemsize)]
-    (again,) = (e.tile for e in configs.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_rescue", name, itemsize))
+    first = [e.tile for e in tiles.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_gemm", name, itemsize)]
+    (again,) = (e.tile for e in tiles.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_rescue", name, itemsize))
     assert not again.descriptors
     assert not again.stores
     for tile in first:
@@ -106,17 +106,17 @@ def test_ranges_respect_their_limit() -> None:
 
 
 def test_no_line_appears_twice() -> None:
-    assert len(set(configs.TABLE)) == len(configs.TABLE)
+    assert len(set(tiles.TABLE)) == len(tiles.TABLE)
 
 
 def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line for each line of the table that is used, however many shapes use it."""
-    configs.find.cache_clear()
-    configs._log_choice.cache_clear()
+    tiles.find.cache_clear()
+    tiles._log_choice.cache_clear()
     with caplog.at_level("INFO", logger="eapo_kernels"):
         for vocab in (128256, 131072, 151936, 131072):
-            configs.find("scaled_exp_gemm", "sm90", 2, 4096, vocab, descriptors=True)
-        configs.find("scaled_exp_gemm", "sm90", 2, 1024, 131072, descriptors=True)
+            tiles.find("scaled_exp_gemm", "sm90", 2, 4096, vocab, descriptors=True)
+        tiles.find("scaled_exp_gemm", "sm90", 2, 1024, 131072, descriptors=True)
     assert len(caplog.messages) == 2
     assert caplog.messages[0].startswith(
         "tile of scaled_exp_gemm on sm90, near D=4096 V=131072 (not measured on hardware): Tile("

@@ -10,10 +10,8 @@ import torch
 from finalize_cases import exact_statistics, make_terms, partial_sums, sums_with_logp, typed_again
 from torch import Tensor
 
-from eapo_kernels.ops.backend import Coefficients, SurrogateTerms
-from eapo_kernels.ops.statistics import RowStatistics
-from eapo_kernels.ops.triton.finalize import finalize
-from eapo_kernels.ops.triton.sums import PartialSums
+from eapo_kernels.ops.dispatch import Coefficients, RowStatistics, SurrogateTerms
+from eapo_kernels.ops.triton.online_softmax import PartialSums, finalize
 from eapo_kernels.types import SUMS
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eapo_kernels.ops.triton import math as device_math
+from eapo_kernels.ops.triton import common as device_math
 
 
 @triton.jit
@@ -39,19 +39,18 @@ def _magnitudes(device: str) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("which", "function", "sign", "ulps"),
+    ("which", "sign", "ulps"),
     [
-        ("log1p", torch.log1p, 1, 4),
-        ("expm1", torch.expm1, -1, 8),
-        ("expm1", torch.expm1, 1, 64),  # e^x itself carries |x| ulp / 2 there
-        ("tanh", torch.tanh, 1, 4),
-        ("tanh", torch.tanh, -1, 4),
+        ("log1p", 1, 4),
+        ("expm1", -1, 8),
+        ("expm1", 1, 64),  # e^x itself carries |x| ulp / 2 there
+        ("tanh", 1, 4),
+        ("tanh", -1, 4),
     ],
-    ids=str,
 )
-def test_relative_precision(which: str, function: object, sign: int, ulps: int, device: str) -> None:
+def test_relative_precision(which: str, sign: int, ulps: int, device: str) -> None:
     x = sign * _magnitudes(device)
-    exact = function(x.double())
+    exact = getattr(torch, which)(x.double())
     error = ((_run(which, x).double() - exact) / exact).abs().max()
     assert error <= ulps * 2**-23, f"{float(error) * 2**23:.1f} ulp"
 

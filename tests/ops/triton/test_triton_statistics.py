@@ -12,12 +12,11 @@ import torch
 from comparison import cotangents, projection, run
 
 from eapo_kernels import Options, token_stats
-from eapo_kernels.ops import torch_chunked
+from eapo_kernels.ops import torch_backend
 from eapo_kernels.ops.triton.backend import BACKEND
-from eapo_kernels.ops.triton.configs import Tile
-from eapo_kernels.ops.triton.finalize import finalize
-from eapo_kernels.ops.triton.forward import stream_statistics
-from eapo_kernels.ops.triton.launch import describable
+from eapo_kernels.ops.triton.common import describable
+from eapo_kernels.ops.triton.online_softmax import finalize, stream_statistics
+from eapo_kernels.ops.triton.tiles import Tile
 from eapo_kernels.testing import Inputs, assert_no_worse_than, make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -30,8 +29,7 @@ triton_token_stats = partial(token_stats, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "uniform"])
+@pytest.mark.parametrize(("shape", "peaked"), [*((shape, True) for shape in SHAPES), ((63, 72, 1031), False)], ids=str)
 def test_matches_the_oracle(shape: tuple[int, int, int], dtype: torch.dtype, peaked: bool, device: str) -> None:
     inputs = make_inputs(*shape, dtype=dtype, peaked=peaked, device=device)
     compare(inputs, cotangents(shape[0], device=device))
@@ -45,17 +43,17 @@ def test_each_cotangent_alone(which: str, bias: bool, dtype: torch.dtype, device
 
 
 @pytest.mark.parametrize(
-    "transform",
+    ("transform", "bias"),
     [
-        {"softcap": 5.0},
-        {"logit_scale": 0.3},
-        {"inv_temperature": 1 / 0.7},
-        {"inv_temperature": "rows"},
-        {"softcap": 3.0, "logit_scale": 0.5, "inv_temperature": "rows"},
+        ({"softcap": 5.0}, True),
+        ({"logit_scale": 0.3}, True),
+        ({"inv_temperature": 1 / 0.7}, True),
+        ({"inv_temperature": "rows"}, True),
+        ({"softcap": 3.0, "logit_scale": 0.5, "inv_temperature": "rows"}, True),
+        ({"softcap": 3.0, "logit_scale": 0.5, "inv_temperature": "rows"}, False),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logit_transforms(transform: dict[str, Any], bias: bool, dtype: torch.dtype, device: str) -> None:
     rows = 0.5 + torch.rand(63, generator=torch.Generator().manual_seed(1)).to(device)
@@ -197,9 +195,8 @@ def test_strided_and_misaligned_inputs(dtype: torch.dtype, device: str) -> None:
     compare(odd, cotangents(20, device=device))
 
 
-@pytest.mark.parametrize("descriptors", [True, False])
+@pytest.mark.parametrize(("splits", "descriptors"), [(1, True), (3, True), (3, False), (1000, False)])
 @pytest.mark.parametrize(("rows", "columns", "depth", "slices"), [(16, 32, 32, 1), (32, 128, 64, 4), (64, 64, 32, 2)])
-@pytest.mark.parametrize("splits", [1, 3, 1000])
 def test_tiles_and_ranges_change_only_the_rounding(
     rows: int, columns: int, depth: int, slices: int, splits: int, descriptors: bool, device: str
 ) -> None:
@@ -213,7 +210,7 @@ def test_tiles_and_ranges_change_only_the_rounding(
     launch()
     launch, final = finalize(sums)
     launch()
-    expected = torch_chunked.BACKEND.statistics(p, inputs.targets, entropy=True, second_moments=True, budget=2**20)
+    expected = torch_backend.BACKEND.statistics(p, inputs.targets, entropy=True, second_moments=True, budget=2**20)
     for name, got in final.statistics._asdict().items():
         torch.testing.assert_close(got, getattr(expected, name), rtol=3e-6, atol=3e-6, msg=lambda m, n=name: f"{n}: {m}")
 

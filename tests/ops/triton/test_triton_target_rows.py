@@ -8,11 +8,11 @@ from comparison import policy_batch
 from torch import Tensor
 
 from eapo_kernels import Options, eapo_loss
-from eapo_kernels.ops.backend import TargetRows
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.triton import target_rows
+from eapo_kernels.ops.dispatch import TargetRows
+from eapo_kernels.ops.lm_head import Projection
+from eapo_kernels.ops.triton import scaled_exp
 from eapo_kernels.ops.triton.backend import BACKEND
-from eapo_kernels.ops.triton.configs import Tile
+from eapo_kernels.ops.triton.tiles import Tile
 from eapo_kernels.testing import make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -35,13 +35,20 @@ def expected(out: Tensor, first: int, targets: Tensor, hidden: Tensor, factor: T
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (63, 7, 50), (200, 72, 257), (9, 1500, 4)], ids=str)
-@pytest.mark.parametrize("tile", [None, Tile(1, 0, 64), Tile(16, 0, 16), Tile(64, 0, 512)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tile"),
+    [
+        (torch.float32, None),
+        (torch.float16, None),
+        *((torch.bfloat16, tile) for tile in (None, Tile(1, 0, 64), Tile(16, 0, 16), Tile(64, 0, 512))),
+    ],
+    ids=str,
+)
 def test_adds_every_row_to_its_target(shape: tuple[int, int, int], tile: Tile | None, dtype: torch.dtype, device: str) -> None:
     targets, hidden, factor = problem(*shape, device, dtype)
     before = torch.randn(shape[2], shape[1], generator=torch.Generator().manual_seed(1)).to(device)
     out = before.clone()
-    target_rows.add_target_rows(out, 0, TargetRows.sort(targets, hidden, factor), tile=tile)()
+    scaled_exp.add_target_rows(out, 0, TargetRows.sort(targets, hidden, factor), tile=tile)()
     torch.testing.assert_close(out.double(), expected(before, 0, targets, hidden, factor), rtol=1e-5, atol=2e-5)
 
 
@@ -74,7 +81,7 @@ def test_strides(device: str) -> None:
     targets, hidden, factor = problem(63, 24, 50, device)
     wide = hidden.repeat_interleave(2, 1)[:, ::2]
     out = torch.zeros(24, 100, device=device).t()[::2]
-    target_rows.add_target_rows(out, 0, TargetRows.sort(targets, wide, factor))()
+    scaled_exp.add_target_rows(out, 0, TargetRows.sort(targets, wide, factor))()
     torch.testing.assert_close(out.double(), expected(torch.zeros_like(out), 0, targets, hidden, factor), rtol=1e-5, atol=2e-5)
 
 
@@ -82,7 +89,7 @@ def test_bitwise_reproducible(device: str) -> None:
     targets, hidden, factor = problem(500, 72, 7, device)
     first, second = torch.zeros(2, 7, 72, device=device)
     for out in (first, second):
-        target_rows.add_target_rows(out, 0, TargetRows.sort(targets, hidden, factor))()
+        scaled_exp.add_target_rows(out, 0, TargetRows.sort(targets, hidden, factor))()
     assert torch.equal(first, second)
 
 

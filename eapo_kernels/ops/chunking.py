@@ -1,48 +1,71 @@
-"""How the work is cut: pure functions from shapes and a byte budget to chunk sizes, and what is proven where."""
+"""How the work is cut: byte budgets and pure functions from shapes to chunk sizes, and which backend is proven where."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import require
+from ..types import Options
 
 PROVEN = frozenset({("cpu", "torch", "autograd"), ("cpu", "torch", "one_pass"), ("cuda", "torch", "autograd")})
 """(device type, backend, schedule) that "auto" may choose: each needs a committed result from that hardware, except
-("cuda", "torch", "autograd"), which is plain PyTorch and what a caller without this package would write."""
+("cuda", "torch", "autograd"), which is plain PyTorch."""
 
+_CPU_BUDGET = 2**29
 _LEAST_BUDGET, _MOST_BUDGET = 2**28, 2**30
 _SHARE_OF_DEVICE = 32
 
 RECOMPUTE_BUDGET = 96 * 2**20
-"""What plan "recompute" takes where it is asked for by name without a budget: with d_hidden in fp32 and a slab of d_weight less
-than 0.25 GiB at N = 4096, D = 4096, whatever V is."""
+"""Budget of plan "recompute" where the caller names no other: with d_hidden in fp32 and a slab of d_weight less than
+0.25 GiB at N = 4096, D = 4096, whatever V is."""
 
 _ROW_ALIGNMENT = 64
 _COLUMN_ALIGNMENT = 256
 _MIN_SLAB = 2048
 
 
-def padded(columns: int) -> int:
-    """Row stride of a block of logits: a multiple of 16 elements, so that kernels load vectors and the library's products take
-    the block on tensor cores whatever V is. Adds less than 16 columns to the memory budget."""
-    return -(-columns // 16) * 16
-
-
 def default_budget(device_bytes: int | None) -> int:
     """Bytes of logit-sized workspace where the caller names none.
 
-    256 MiB on a CPU. On an accelerator a 32nd of its memory, between 256 MiB and 1 GiB: every chunk adds to d_weight in fp32,
-    8VD bytes beside 6CVD operations, so chunks of 1024 rows are too few (docs/plans.md).
-
-    Rounded down to a power of two: devices of one model may differ a little in size, and have to cut the same chunks of a head
-    that is split over them.
+    512 MiB on a CPU. On an accelerator a 32nd of its memory, between 256 MiB and 1 GiB: every chunk adds
+    to d_weight in fp32, 8VD bytes beside 6CVD operations, so chunks of 1024 rows are too few
+    (docs/plans.md). Rounded down to a power of two: devices of one model may differ a little in size, and
+    have to cut the same chunks of a head that is split over them.
 
     device_bytes: memory of the accelerator, None for a CPU.
     """
     if device_bytes is None:
-        return _LEAST_BUDGET
+        return _CPU_BUDGET
     share = 1 << max(device_bytes // _SHARE_OF_DEVICE, 1).bit_length() - 1
     return min(max(share, _LEAST_BUDGET), _MOST_BUDGET)
+
+
+@functools.cache
+def _device_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+def workspace_bytes(options: Options, device: torch.device) -> int:
+    """``Options.memory_budget`` or the default of the plan and the device. Does not synchronize."""
+    if options.memory_budget is not None:
+        return options.memory_budget
+    if options.plan == "recompute":
+        return RECOMPUTE_BUDGET
+    if device.type != "cuda":
+        return default_budget(None)
+    return default_budget(_device_memory(torch.cuda.current_device() if device.index is None else device.index))
+
+
+def padded(columns: int) -> int:
+    """Row stride of a block of logits: a multiple of 16 elements.
+
+    Kernels then load vectors, and library products use tensor cores whatever V is. Adds less than 16
+    columns to the memory budget.
+    """
+    return -(-columns // 16) * 16
 
 
 def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:
@@ -66,53 +89,49 @@ class Plan:
     """How a schedule cuts its rows.
 
     Attributes:
-        name: "one_chunk": all rows at once. "chunks": one pass in chunks of rows. "recompute": statistics in the forward, and
-            again logits in the backward for the rows that were not kept.
-        rows: rows of a chunk (one pass), or rows that the forward keeps for the backward (autograd).
-        products: matrix products of 2NDV operations that forward and backward take together, both gradients wanted.
+        name: "one_chunk": all rows at once. "chunks": one pass in chunks of rows. "recompute": statistics in
+            the forward, logits recomputed in the backward.
+        rows: rows of a chunk (one pass), or rows whose logit gradient the forward saves (autograd: all or 0).
+        products: matrix products of 2NDV operations that forward and backward take, both gradients wanted.
     """
 
     name: str
     rows: int
-    products: float
+    products: int
 
 
 def one_pass(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto") -> Plan:
     """The plan of the one-pass schedule. ``wanted``: see ``Options.plan``.
 
-    Raises EapoError when not even one row fits, or the plan asked for is another schedule's or does not fit.
+    Raises EapoError when not even one row fits, or when the plan is another schedule's or does not fit.
     """
     require(wanted != "recompute", "Options.plan", "auto, one_chunk or chunks with the one-pass schedule", repr(wanted))
     rows = row_chunk(n_rows, bytes_per_row, budget)
     if wanted == "one_chunk":
-        _require_whole(rows == max(n_rows, 1), n_rows, bytes_per_row, budget)
+        _require_all(rows == max(n_rows, 1), n_rows, bytes_per_row, budget)
     elif wanted == "chunks" and rows >= n_rows > 1:
         rows = -(-n_rows // 2)
     return Plan("one_chunk" if rows >= n_rows else "chunks", rows, 3)
 
 
 def autograd(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto") -> Plan:
-    """The plan of the op under autograd: how many rows' gradient matrix the forward keeps for the backward.
+    """The plan of the op under autograd: the forward saves the logit gradient of all rows or of none.
 
-    All when they fit the budget, else as many as half of it holds: the other half remains the workspace.
     wanted: see ``Options.plan``. Raises EapoError when "one_chunk" does not fit.
     """
-    whole = n_rows * bytes_per_row <= budget
+    fits = n_rows * bytes_per_row <= budget
     if wanted == "one_chunk":
-        _require_whole(whole, n_rows, bytes_per_row, budget)
-    rows = 0
-    if wanted != "recompute":
-        half = budget // 2 // max(bytes_per_row, 1)
-        rows = n_rows if whole else half - half % _ROW_ALIGNMENT
-    return Plan("one_chunk" if n_rows and rows == n_rows else "recompute", rows, 4 - rows / max(n_rows, 1))
+        _require_all(fits, n_rows, bytes_per_row, budget)
+    save = fits and wanted != "recompute" and n_rows > 0
+    return Plan("one_chunk", n_rows, 3) if save else Plan("recompute", 0, 4)
 
 
-def _require_whole(fits: bool, n_rows: int, bytes_per_row: int, budget: int) -> None:
+def _require_all(fits: bool, n_rows: int, bytes_per_row: int, budget: int) -> None:
     require(fits, "Options.memory_budget", f"at least {n_rows * bytes_per_row} bytes for plan 'one_chunk'", budget)
 
 
-def columns_at_once(vocab: int, dim: int) -> int:
-    """Columns of a slab where no logits are recomputed: 64 MiB of the fp32 rows of d_weight that are then rounded."""
+def weight_slab(vocab: int, dim: int) -> int:
+    """Columns of logits whose fp32 rows of d_weight are summed at once where d_weight is rounded: 64 MiB."""
     return min(vocab, max(_MIN_SLAB, 2**24 // max(dim, 1) // _COLUMN_ALIGNMENT * _COLUMN_ALIGNMENT))
 
 

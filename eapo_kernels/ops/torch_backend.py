@@ -1,22 +1,23 @@
 """The ``torch`` backend: plain PyTorch on chunks of tokens, any device, any float dtype.
 
-Statistics alone stream over slabs of the vocabulary through one buffer that stays in the processor's cache. Where the
-gradient's matrix is kept, a chunk's raw logits come from one large product, and the element-wise passes walk over blocks of its
-rows. On CUDA a slab fills the memory budget and a block is the whole chunk, to launch less.
+Statistics alone stream over slabs of the vocabulary through one buffer that stays in the processor's
+cache. Where the gradient's matrix is kept, the raw logits of a chunk come from one large product, and the
+element-wise passes walk over blocks of its rows. On CUDA a slab fills the memory budget and a block is
+the whole chunk, which needs fewer launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import plans, products
-from .backend import Backend, ChunkGradient, LogitCotangents
-from .projection import Projection
-from .statistics import RowStatistics, RowSums, finish, merge_ranges
-from .vocab_parallel import NOWHERE, VocabShard
+from . import chunking, gemm
+from .dispatch import Backend, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
+from .lm_head import Projection
+from .vocab_shard import INVALID, VocabShard, merge_ranges
 
 _CACHE_BYTES = 32 * 2**20
 """Logits processed together, about a server's last-level cache. Smaller blocks gain nothing and cost thread barriers, above all
@@ -28,6 +29,57 @@ _UNDERFLOWN = -1e4
 _NEGLIGIBLE = 60.0
 """Where a shard's largest logit lies further below the row's (nats), its probabilities are given as if it lay this far: all
 below e^-60, and the products stay finite."""
+
+
+class RowSums(NamedTuple):
+    """Sums over the vocabulary without the target column, x_v = z_v - row_max. All [N] in the statistics dtype.
+
+    Without the target ``1 - p_y`` is a quotient, ``sum_exp_excl_target / s0``, and the log-prob of a confident
+    token is ``-log1p(sum_exp_excl_target)``: exact where a difference would cancel.
+
+    Attributes:
+        row_max: max_v z_v, the target included.
+        x_target: z_y - row_max <= 0.
+        sum_exp_excl_target: sum e^x.
+        x_exp: sum x e^x, or None without entropy.
+        exp2: sum e^(2x), or None.
+        x_exp2: sum x e^(2x), or None.
+        xx_exp: sum x^2 e^x, or None.
+    """
+
+    row_max: Tensor
+    x_target: Tensor
+    sum_exp_excl_target: Tensor
+    x_exp: Tensor | None = None
+    exp2: Tensor | None = None
+    x_exp2: Tensor | None = None
+    xx_exp: Tensor | None = None
+
+
+def finish(sums: RowSums) -> RowStatistics:
+    """E2-E4 from the sums. A row of nothing but -inf has no distribution and gives NaN."""
+    row_max, x, sum_exp = sums.row_max, sums.x_target, sums.sum_exp_excl_target
+    e = x.exp()
+    s0 = sum_exp + e
+    log_s0 = s0.log()
+    log_sum = torch.where(x == 0, sum_exp.log1p(), log_s0)
+    logp = torch.where(x == 0, -log_sum, x - log_s0)  # below the maximum both parts are <= 0: nothing cancels
+    entropy = mean = p2 = p2_logp = varentropy = None
+    if sums.x_exp is not None:
+        mean = (sums.x_exp + _x_times(x, e)) / s0
+        entropy = (log_sum - mean).clamp_min(0)
+    if sums.exp2 is not None and sums.x_exp2 is not None and sums.xx_exp is not None:
+        assert sums.x_exp is not None
+        centre = (sums.x_exp + _x_times(x, e)) / s0
+        varentropy = ((sums.xx_exp + torch.where(e > 0, x * x * e, torch.zeros_like(e))) / s0 - centre * centre).clamp_min(0)
+        p2 = (sums.exp2 + e * e) / (s0 * s0)
+        p2_logp = (sums.x_exp2 + _x_times(x, e * e)) / (s0 * s0) - log_sum * p2
+    return RowStatistics(logp, entropy, row_max + log_sum, row_max, log_sum, mean, p2, p2_logp, varentropy)
+
+
+def _x_times(x: Tensor, e: Tensor) -> Tensor:
+    """x * e with the limit 0 at x = -inf."""
+    return torch.where(e > 0, x * e, torch.zeros_like(e))
 
 
 def _blocks(z: Tensor) -> Iterator[slice]:
@@ -42,19 +94,19 @@ def _raw_logits(projection: Projection, columns: slice) -> Tensor:
     """hidden @ weight[columns].T: [N, columns] statistics dtype."""
     weight = projection.weight[columns]
     out = projection.hidden.new_empty(projection.n_rows, weight.shape[0], dtype=projection.statistics_dtype)
-    return products.project_(out, projection.hidden, weight)
+    return gemm.project_(out, projection.hidden, weight)
 
 
-def _range_sums(z: Tensor, targets: Tensor, *, entropy: bool, second_moments: bool, whole: bool) -> list[Tensor]:
+def _range_sums(z: Tensor, targets: Tensor, *, entropy: bool, second_moments: bool, all_columns: bool) -> list[Tensor]:
     """The sums of a block z [R, columns] of logits, as ``merge_ranges`` takes them: 3, 4 or 7 of [R].
 
     z is overwritten by e^(z - row_max), the target's column by 0; with second moments by anything.
-    targets: [R] columns of z; others: not here. whole: all columns of the vocabulary are here.
+    targets: [R] columns of z, or numbers outside. all_columns: z has all columns of the full vocabulary.
     """
     row_max = z.amax(1, keepdim=True)
     index = targets.unsqueeze(1)
-    if not whole:
-        row_max.clamp_(min=torch.finfo(z.dtype).min)  # a range may have lost all its columns, the row not
+    if not all_columns:
+        row_max.clamp_(min=torch.finfo(z.dtype).min)  # -inf may remove all columns of a range, but not of the row
     inside = (index >= 0) & (index < z.shape[1])
     z_target = torch.where(inside, z.gather(1, index.clamp(0, z.shape[1] - 1)), 0.0)
     x = torch.sub(z, row_max)
@@ -73,19 +125,19 @@ def _range_sums(z: Tensor, targets: Tensor, *, entropy: bool, second_moments: bo
 
 
 def _row_sums(fields: Tensor, targets: Tensor, shard: VocabShard | None) -> RowSums:
-    """The sums over the whole vocabulary from those [fields, N] over the columns that are here; NaN where no target is."""
-    fields[1].masked_fill_(targets == NOWHERE, torch.nan)
+    """The sums over the full vocabulary from those of this shard [fields, N]; NaN for an invalid target."""
+    fields[1].masked_fill_(targets == INVALID, torch.nan)
     if shard is not None:
-        fields = merge_ranges(shard.gather(fields))
-    top, z_target, *rest = fields.unbind(0)
-    return RowSums(top, z_target - top, *rest)
+        fields = merge_ranges(shard.all_gather(fields))
+    row_max, z_target, *others = fields.unbind(0)
+    return RowSums(row_max, z_target - row_max, *others)
 
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
-    """See ``backend.Statistics``. One exchange for all rows where the vocabulary is split."""
+    """See ``Backend.statistics``. One all-gather for all rows of a split head."""
     if not projection.hidden.is_cuda:
         budget = min(budget, _CACHE_BYTES)
-    rows, columns = plans.slab(projection.n_rows, projection.vocab, chunk_bytes(projection), budget)
+    rows, columns = chunking.slab(projection.n_rows, projection.vocab, chunk_bytes(projection), budget)
     parts = [
         _streamed(projection.rows(slice(start, start + rows)), targets[start : start + rows], columns, entropy, second_moments)
         for start in range(0, projection.n_rows, rows)
@@ -94,18 +146,18 @@ def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second
 
 
 def _streamed(projection: Projection, targets: Tensor, columns: int, entropy: bool, second_moments: bool) -> Tensor:
-    """[fields, N] over the columns that are here, ``columns`` of them at a time."""
+    """[fields, N] over the columns of this shard, ``columns`` of them at a time."""
     n_rows, vocab = projection.n_rows, projection.vocab
     logits = projection.hidden.new_empty(n_rows * min(columns, vocab), dtype=projection.statistics_dtype)
     ranges = []
     for start in range(0, vocab, columns):
         slab = slice(start, min(start + columns, vocab))
         z = logits[: n_rows * (slab.stop - start)].view(n_rows, -1)
-        products.project_(z, projection.hidden, projection.weight[slab])
+        gemm.project_(z, projection.hidden, projection.weight[slab])
         blocks = [
             _range_sums(
-                projection.rows(block).shape_logits_(z[block], slab), targets[block] - start,
-                entropy=entropy, second_moments=second_moments, whole=z.shape[1] == projection.whole_vocab,
+                projection.rows(block).transform_logits_(z[block], slab), targets[block] - start,
+                entropy=entropy, second_moments=second_moments, all_columns=z.shape[1] == projection.full_vocab,
             )
             for block in _blocks(z)
         ]  # fmt: skip
@@ -120,25 +172,22 @@ def logit_gradient(
     columns: slice,
     statistics: RowStatistics,
     cotangents: LogitCotangents,
-    gain: Tensor | None,
 ) -> None:
-    """See ``backend.LogitGradient``."""
+    """See ``Backend.logit_gradient``."""
     z = out if out.dtype == projection.statistics_dtype else _raw_logits(projection, columns)
     if z is out:
-        products.project_(z, projection.hidden, projection.weight[columns])
+        gemm.project_(z, projection.hidden, projection.weight[columns])
     for block in _blocks(z):
         part = projection.rows(block)
-        logits = part.shape_logits_(z[block], columns)
+        logits = part.transform_logits_(z[block], columns)
         s = statistics.rows(block)
-        coefficients = _row_coefficients(s, cotangents.rows(block), part, gain)
+        coefficients = _row_coefficients(s, cotangents.rows(block), part)
         gradient = _gradient_from_logits_(logits, part, targets[block], columns, s, coefficients)
         if z is not out:
             out[block] = gradient
 
 
-def _row_coefficients(
-    s: RowStatistics, c: LogitCotangents, projection: Projection, gain: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def _row_coefficients(s: RowStatistics, c: LogitCotangents, projection: Projection) -> tuple[Tensor, Tensor | None, Tensor]:
     """(alpha, beta, target) with dL/dz_v = p_v (alpha - beta x_v) for v != y and ``target`` for v = y (E6), [R] each."""
     zero = torch.zeros_like(s.logp)
     a = zero if c.logp is None else c.logp
@@ -152,8 +201,6 @@ def _row_coefficients(
         x_target = s.logp + s.log_sum
         target = target - torch.where(p_target > 0, beta * p_target * (x_target - s.mean_shifted), zero)
     scale = projection.row_scale()
-    if gain is not None:
-        scale = scale * gain
     return alpha * scale, None if beta is None else beta * scale, target * scale
 
 
@@ -170,7 +217,7 @@ def _gradient_from_logits_(
     assert alpha is not None
     assert target is not None
     slope = projection.softcap_slope(z) if projection.softcap is not None else None
-    x = z.sub_(s.row_max.unsqueeze(1))
+    x = z.sub_(s.row_offset.unsqueeze(1))
     p = torch.sub(x, s.log_sum.unsqueeze(1)).exp_()
     if beta is None:
         gradient = torch.mul(p, alpha, out=z)
@@ -190,10 +237,11 @@ def _put_target_(gradient: Tensor, targets: Tensor, columns: slice, value: Tenso
 
 
 class _TorchChunk:
-    """See ``backend.Chunk``. Without soft-cap and entropy gradient the forward's exponentials are the gradient's matrix.
+    """See ``Chunk``. Without soft-cap and entropy gradient the exponentials of the forward are the gradient's matrix.
 
-    There e^(z - m), m the row's maximum here, stands in every column but the target's, which holds -rest, both times the same
-    ``unit``: (cotangent of logp) / -s0 of it is the gradient with respect to z (E6, E12), s0 being times ``unit`` too.
+    The matrix then holds e^(z - m), m the row's maximum in this shard, and -sum_exp_excl_target at the target,
+    all times ``shard_scale``: the gradient with respect to z is (cotangent of logp) / -s0 times the matrix
+    (E6, E12), with s0 times ``shard_scale`` too.
     """
 
     def __init__(self, projection: Projection, targets: Tensor, entropy: bool, keep_logits: bool) -> None:
@@ -202,53 +250,51 @@ class _TorchChunk:
         self._z = _raw_logits(projection, columns)
         parts = []
         for block in _blocks(self._z):
-            logits = projection.rows(block).shape_logits_(self._z[block], columns)
+            logits = projection.rows(block).transform_logits_(self._z[block], columns)
             parts.append(
                 _range_sums(
                     logits.clone() if keep_logits else logits, targets[block],
-                    entropy=entropy, second_moments=False, whole=projection.shard is None,
+                    entropy=entropy, second_moments=False, all_columns=projection.shard is None,
                 )
             )  # fmt: skip
         fields = torch.stack([torch.cat(field) for field in zip(*parts, strict=True)])
         sums, row_max = _row_sums(fields, targets, projection.shard), fields[0]
         self._statistics = finish(sums)
-        unit = (sums.row_max - row_max).clamp_(max=_NEGLIGIBLE).exp_()  # 1 where the whole vocabulary is here
-        self._s0 = (sums.rest + sums.x_target.exp()) * unit
+        shard_scale = (sums.row_max - row_max).clamp_(max=_NEGLIGIBLE).exp_()  # 1 without a shard
+        self._s0 = (sums.sum_exp_excl_target + sums.x_target.exp()) * shard_scale
         if not keep_logits:
-            _put_target_(self._z, targets, columns, (sums.rest * -unit).unsqueeze(1))
+            _put_target_(self._z, targets, columns, (sums.sum_exp_excl_target * -shard_scale).unsqueeze(1))
 
     def statistics(self) -> RowStatistics:
         return self._statistics
 
-    def gradient(self, cotangents: LogitCotangents) -> ChunkGradient:
+    def surrogate(self, terms: SurrogateTerms) -> None:
+        """No fused launch: the caller does the vector maths."""
+
+    def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
         z, self._z = self._z, self._z.new_empty(0)
         dtype = self._projection.operand_dtype
         if not self._keep_logits:
             assert cotangents.logp is not None
             assert cotangents.entropy is None
-            factor = cotangents.logp * self._projection.row_scale() / -self._s0
-            return ChunkGradient(z.to(dtype), factor)
-        factor = torch.ones_like(self._s0)
-        if dtype == torch.float16:
-            factor = cotangents.power_of_two()
-            cotangents = cotangents.map(lambda c: c / factor)
+            return LogitGradient(z.to(dtype), cotangents.logp * self._projection.row_scale() / -self._s0)
+        cotangents, row_scale = cotangents.split_pow2(dtype)
         columns = slice(0, self._projection.vocab)
         for block in _blocks(z):
             part, s = self._projection.rows(block), self._statistics.rows(block)
-            coefficients = _row_coefficients(s, cotangents.rows(block), part, None)
+            coefficients = _row_coefficients(s, cotangents.rows(block), part)
             _gradient_from_logits_(z[block], part, self._targets[block], columns, s, coefficients)
-        return ChunkGradient(z.to(dtype), factor)
+        return LogitGradient(z.to(dtype), row_scale)
 
 
 def open_chunk(
     projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, logp_guess: Tensor | None = None
 ) -> _TorchChunk:
-    """See ``backend.OpenChunk``. The true maximum is at hand, so ``logp_guess`` is not looked at.
+    """See ``Backend.open_chunk``. The row's maximum is known, so ``logp_guess`` is not read.
 
-    fp16 cannot hold the exponentials' target column, which reaches -V: there logits are kept.
+    fp16 cannot hold the target's column of the exponentials, which reaches -V: logits are kept instead.
     """
-    narrow = projection.operand_dtype == torch.float16
-    keep_logits = entropy_gradient or projection.softcap is not None or narrow
+    keep_logits = entropy_gradient or projection.softcap is not None or projection.operand_dtype == torch.float16
     return _TorchChunk(projection, targets, entropy, keep_logits)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eapo_kernels.ops import products
+from eapo_kernels.ops import gemm
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -19,7 +19,7 @@ def test_add_product(dtype: torch.dtype, shape: tuple[int, int, int], overwrite:
     out = torch.full((m, k), float("nan")) if overwrite else torch.randn(m, k, generator=generator)
     out = out.to(device)
     expected = a.double() @ b.double() + (0 if overwrite else out.double())
-    products.add_product_(out, a, b, overwrite=overwrite)
+    gemm.add_product_(out, a, b, overwrite=overwrite)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5 * j**0.5)
 
 
@@ -30,14 +30,14 @@ def test_add_weighted_rows(dtype: torch.dtype, vocab: int, device: str) -> None:
     matrix = torch.randn(7, vocab, generator=generator).to(device, dtype)
     factor, out = (torch.randn(n, generator=generator).to(device) for n in (7, vocab))
     expected = out.double() + factor.double() @ matrix.double()
-    products.add_weighted_rows_(out, matrix, factor)
+    gemm.add_weighted_rows_(out, matrix, factor)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_project_takes_the_weight_as_it_is(device: str) -> None:
     hidden, weight = torch.randn(5, 8, device=device), torch.randn(9, 8, device=device)
     out = torch.empty(5, 9, device=device)
-    torch.testing.assert_close(products.project_(out, hidden, weight), hidden @ weight.T)
+    torch.testing.assert_close(gemm.project_(out, hidden, weight), hidden @ weight.T)
 
 
 def test_scaled_rows_take_the_range_of_fp16(device: str) -> None:
@@ -48,16 +48,16 @@ def test_scaled_rows_take_the_range_of_fp16(device: str) -> None:
     for size in (1e-30, 1e-8, 1.0, 1e8, 1e20):
         factor = size * torch.randn(50, generator=torch.Generator().manual_seed(7)).to(device)
         factor[5] = 0.0
-        scaled, unit = products.scale_rows(rows, factor, torch.float16)
+        scaled, unit = gemm.scale_rows(rows, factor, torch.float16)
         assert unit is not None
         assert 2**14 <= float(scaled.abs().max()) < 2**15
         exact = rows.double() * factor.double()[:, None]
         assert float((scaled.double() * unit.double() - exact).abs().max()) <= 2**-11 * float(exact.abs().max())
         assert (scaled[5] == 0).all()
-    zeros, unit = products.scale_rows(rows, torch.zeros(50, device=device), torch.float16)
+    zeros, unit = gemm.scale_rows(rows, torch.zeros(50, device=device), torch.float16)
     assert unit == 1.0
     assert (zeros == 0).all()
-    assert products.scale_rows(rows[:0], factor[:0], torch.float16)[0].shape == (0, 33)
-    plain, unit = products.scale_rows(rows, factor, torch.float32)
+    assert gemm.scale_rows(rows[:0], factor[:0], torch.float16)[0].shape == (0, 33)
+    plain, unit = gemm.scale_rows(rows, factor, torch.float32)
     assert unit is None
     assert torch.equal(plain, rows * factor[:, None])

@@ -49,42 +49,43 @@ def _add_widened_(out: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
             out.addmm_(a[:, piece].to(out.dtype), b[piece].to(out.dtype))
 
 
-def scale_rows(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(factor[:, None] * matrix rounded to ``dtype``, the power of two that this lacks, 0-dim; None: none).
+def scale_rows(matrix: Tensor, row_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(row_scale[:, None] * matrix / pow2_scale rounded to ``dtype``, pow2_scale: 0-dim, or None for 1).
 
-    Only fp16 needs one: it holds neither a mean's coefficients nor a scaled loss's, and the factors of a chunk may differ by
-    2^25 (``ops/triton/offsets.py``, the sums S). So the largest number is brought to 2^14 or more, and takes most of the range.
+    Only fp16 needs a pow2_scale: it holds neither the coefficients of a mean nor those of a scaled loss,
+    and the row scales of a chunk may differ by 2^25 (``triton/scaled_exp.py``, the sums S). The largest
+    number becomes 2^14 or more, which uses most of the range.
 
-    matrix: [N, D] dtype or wider; factor: [N] fp32/fp64.
+    matrix: [N, D] dtype or wider; row_scale: [N] fp32/fp64.
     """
     if dtype != torch.float16 or len(matrix) == 0:
-        return (matrix * factor.unsqueeze(1)).to(dtype), None
-    largest = (torch.linalg.vector_norm(matrix, math.inf, dim=1).to(factor.dtype) * factor.abs()).amax()
-    unit = torch.where(largest > 0, torch.exp2(largest.log2().floor() - 14), 1.0)
-    return (matrix * (factor / unit).unsqueeze(1)).to(dtype), unit
+        return (matrix * row_scale.unsqueeze(1)).to(dtype), None
+    largest = (torch.linalg.vector_norm(matrix, math.inf, dim=1).to(row_scale.dtype) * row_scale.abs()).amax()
+    pow2_scale = torch.where(largest > 0, torch.exp2(largest.log2().floor() - 14), 1.0)
+    return (matrix * (row_scale / pow2_scale).unsqueeze(1)).to(dtype), pow2_scale
 
 
-def add_gathered_rows_(out: Tensor, matrix: Tensor, index: Tensor, factor: Tensor) -> Tensor:
-    """out[i] += factor[i] * matrix[index[i]], in out's precision, some rows at a time. An index out of range reads any row.
+def add_gathered_rows_(out: Tensor, matrix: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    """out[i] += scale[i] * matrix[index[i]], in out's precision, some rows at a time. An index out of range reads any row.
 
-    out: [N, D] fp32/fp64; matrix: [V, D]; index: [N] int64; factor: [N] dtype of out.
+    out: [N, D] fp32/fp64; matrix: [V, D]; index: [N] int64; scale: [N] dtype of out.
     """
     for start in range(0, len(out), _GATHERED_ROWS):
         rows = slice(start, start + _GATHERED_ROWS)
         gathered = matrix[index[rows].clamp(0, len(matrix) - 1)].to(out.dtype)
-        out[rows].addcmul_(gathered, factor[rows].unsqueeze(1))
+        out[rows].addcmul_(gathered, scale[rows].unsqueeze(1))
     return out
 
 
-def add_weighted_rows_(out: Tensor, matrix: Tensor, factor: Tensor) -> Tensor:
-    """out += factor @ matrix, in out's precision; a narrower matrix is widened a slab of columns at a time.
+def add_weighted_rows_(out: Tensor, matrix: Tensor, row_scale: Tensor) -> Tensor:
+    """out += row_scale @ matrix, in out's precision; a narrower matrix is widened a slab of columns at a time.
 
-    out: [V] fp32/fp64; matrix: [N, V] of out's or a narrower dtype; factor: [N] dtype of out.
+    out: [V] fp32/fp64; matrix: [N, V] of out's or a narrower dtype; row_scale: [N] dtype of out.
     """
     step = matrix.shape[1] if matrix.dtype == out.dtype else _WIDEN_ROWS
     for start in range(0, matrix.shape[1], step):
         piece = slice(start, start + step)
-        out[piece].addmv_(matrix[:, piece].t().to(out.dtype), factor)
+        out[piece].addmv_(matrix[:, piece].t().to(out.dtype), row_scale)
     return out
 
 

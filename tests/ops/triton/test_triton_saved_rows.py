@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import compare_kept
+from comparison import compare_saved
 
 from eapo_kernels.testing import make_inputs
 
@@ -21,11 +21,11 @@ N, D, V = 70, 32, 300
 @pytest.mark.parametrize("budget", [2**24, 40 * 2 * 2 * 304 * 64, 2**14], ids=["all", "some", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients(budget: int, dtype: torch.dtype, device: str) -> None:
-    compare_kept(make_inputs(N, D, V, dtype=dtype, bias=True, device=device), budget, backend="triton")
+    compare_saved(make_inputs(N, D, V, dtype=dtype, bias=True, device=device), budget, backend="triton")
 
 
 @pytest.mark.parametrize("transform", [{"softcap": 5.0}, {"logit_scale": 0.5, "inv_temperature": 1.3}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_transforms_and_masks(transform: dict[str, Any], dtype: torch.dtype, device: str) -> None:
     mask = torch.rand(N, generator=torch.Generator().manual_seed(1)) > 0.3
-    compare_kept(make_inputs(N, D, V, dtype=dtype, device=device), 2**24, backend="triton", mask=mask.to(device), **transform)
+    compare_saved(make_inputs(N, D, V, dtype=dtype, device=device), 2**24, backend="triton", mask=mask.to(device), **transform)

@@ -8,17 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eapo_kernels import EapoError, Options
-from eapo_kernels.ops import plans
-from eapo_kernels.ops.budget import of_options, workspace_bytes
+from eapo_kernels.ops import chunking
+from eapo_kernels.ops.chunking import workspace_bytes
 
 
 @given(st.integers(1, 10**6), st.integers(1, 2**21), st.integers(1, 2**34))
 def test_row_chunks_fit_the_budget(n_rows: int, bytes_per_row: int, budget: int) -> None:
     if budget < bytes_per_row:
         with pytest.raises(EapoError, match="the workspace of one row"):
-            plans.row_chunk(n_rows, bytes_per_row, budget)
+            chunking.row_chunk(n_rows, bytes_per_row, budget)
         return
-    chunk = plans.row_chunk(n_rows, bytes_per_row, budget)
+    chunk = chunking.row_chunk(n_rows, bytes_per_row, budget)
     assert chunk >= 1
     assert chunk * bytes_per_row <= budget
     assert chunk >= min(n_rows, budget // bytes_per_row) / 2
@@ -26,41 +26,41 @@ def test_row_chunks_fit_the_budget(n_rows: int, bytes_per_row: int, budget: int)
 
 @given(st.integers(1, 10**6), st.integers(1, 300_000), st.sampled_from([2, 4, 8, 14]), st.integers(2**16, 2**34))
 def test_slabs_fit_the_budget(n_rows: int, vocab: int, size: int, budget: int) -> None:
-    rows, columns = plans.slab(n_rows, vocab, size, budget)
+    rows, columns = chunking.slab(n_rows, vocab, size, budget)
     assert 1 <= rows <= max(n_rows, 64)
     assert 1 <= columns <= vocab
     assert rows * columns * size <= budget
 
 
 def test_even_chunks() -> None:
-    assert plans.row_chunk(2048, 4, 4 * 1365) == 1024
-    assert plans.row_chunk(2048, 4, 4 * 4096) == 2048
-    assert plans.slab(2048, 49152, 4, 2**28) == (2048, 24576)
+    assert chunking.row_chunk(2048, 4, 4 * 1365) == 1024
+    assert chunking.row_chunk(2048, 4, 4 * 4096) == 2048
+    assert chunking.slab(2048, 49152, 4, 2**28) == (2048, 24576)
 
 
 @pytest.mark.parametrize(
     ("device", "budget"),
-    [(None, 2**28), (4 * 2**30, 2**28), (24 * 2**30, 2**29), (80 * 2**30, 2**30), (141 * 10**9, 2**30)],
+    [(None, 2**29), (4 * 2**30, 2**28), (24 * 2**30, 2**29), (80 * 2**30, 2**30), (141 * 10**9, 2**30)],
 )
 def test_the_default_budget_follows_the_device(device: int | None, budget: int) -> None:
-    assert plans.default_budget(device) == budget
-    assert workspace_bytes(None, torch.device("cpu")) == 2**28
-    assert workspace_bytes(12, torch.device("cpu")) == 12
+    assert chunking.default_budget(device) == budget
+    assert workspace_bytes(Options(), torch.device("cpu")) == 2**29
+    assert workspace_bytes(Options(12), torch.device("cpu")) == 12
 
 
 def test_devices_of_nearly_one_size_have_one_default_budget() -> None:
     """Else processes that share a head would cut different chunks, and wait for each other."""
     for nominal in (16, 24, 32, 40, 48, 80):
-        budgets = {plans.default_budget(int(nominal * 2**30 * share)) for share in (0.93, 0.95, 0.97, 0.99)}
+        budgets = {chunking.default_budget(int(nominal * 2**30 * share)) for share in (0.93, 0.95, 0.97, 0.99)}
         assert len(budgets) == 1
 
 
 @pytest.mark.parametrize(("n", "vocab", "rows"), [(8192, 128256, 4096), (8192, 151936, 2752), (8192, 262144, 1664)])
 def test_large_devices_get_long_chunks(n: int, vocab: int, rows: int) -> None:
     """Of the scaled-exponential form: bf16, and 8 bytes of sums a tile."""
-    row_bytes = plans.padded(vocab) * 2 + 8 * -(-vocab // 256)
-    plan = plans.one_pass(n, row_bytes, plans.default_budget(141 * 10**9))
-    assert plan == plans.Plan("chunks", rows, 3)
+    row_bytes = chunking.padded(vocab) * 2 + 8 * -(-vocab // 256)
+    plan = chunking.one_pass(n, row_bytes, chunking.default_budget(141 * 10**9))
+    assert plan == chunking.Plan("chunks", rows, 3)
 
 
 @pytest.mark.parametrize("slab_bytes", [2, 14], ids=["triton", "torch"])
@@ -68,8 +68,7 @@ def test_large_devices_get_long_chunks(n: int, vocab: int, rows: int) -> None:
 def test_the_plan_of_least_memory(vocab: int, limit: int, slab_bytes: int) -> None:
     """N = D = 4096 in bf16: slab of logit gradients, fp32 d_hidden and fp32 slab of d_weight within 0.25 (0.5) GiB."""
     n = d = 4096
-    budget = of_options(Options(plan="recompute"))
-    rows, columns = plans.slab(n, vocab, slab_bytes, budget)
-    assert rows * columns * slab_bytes + 4 * n * d + 4 * plans.columns_at_once(vocab, d) * d <= limit
-    assert of_options(Options(2**20, plan="recompute")) == 2**20
-    assert of_options(Options()) is None
+    budget = workspace_bytes(Options(plan="recompute"), torch.device("cpu"))
+    rows, columns = chunking.slab(n, vocab, slab_bytes, budget)
+    assert rows * columns * slab_bytes + 4 * n * d + 4 * chunking.weight_slab(vocab, d) * d <= limit
+    assert workspace_bytes(Options(2**20, plan="recompute"), torch.device("cpu")) == 2**20

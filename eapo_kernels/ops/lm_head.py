@@ -1,0 +1,268 @@
+"""The language-model head as an operand: logits that are never stored whole (docs/math.md E1), the
+checks of a call's arguments, and the selection of the rows that count."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..checks import FLOATS, describe, require_tensor
+from ..errors import EapoError, ShapeError, require
+from ..types import IGNORE_INDEX, Options
+from .vocab_shard import INVALID, VocabShard
+
+_MOVED_AT_ONCE = 16
+"""Rows that ``fill_holes_`` moves at once."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """z = inv_temperature * cap(logit_scale * (hidden @ weight.T + bias)), cap(u) = softcap * tanh(u / softcap).
+
+    Attributes:
+        hidden: [N, D] bf16, fp16, fp32 or fp64.
+        weight: [V, D], dtype of ``hidden``.
+        bias: [V] or None, dtype of ``hidden``; -inf removes a column.
+        inv_temperature: > 0; 1 where ``row_inv_temperature`` is given.
+        row_inv_temperature: [N] fp32 (fp64 for fp64 inputs) > 0, or None.
+        logit_scale: > 0.
+        softcap: > 0, or None.
+        shard: which rows of the full weight ``weight`` and ``bias`` are; None: all of them.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    inv_temperature: float = 1.0
+    row_inv_temperature: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    shard: VocabShard | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def vocab(self) -> int:
+        """Rows of ``weight`` in this process."""
+        return self.weight.shape[0]
+
+    @property
+    def max_shard_vocab(self) -> int:
+        """Rows of the largest shard: the size that all ranks cut their chunks by."""
+        return self.vocab if self.shard is None else self.shard.max_shard_vocab
+
+    @property
+    def full_vocab(self) -> int:
+        """Rows of all shards: targets lie below it."""
+        return self.vocab if self.shard is None else self.shard.total
+
+    @property
+    def dim(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        """fp32, or fp64 for fp64 inputs."""
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """Dtype of the operands of the matrix products: the inputs' on CUDA, at least fp32 on a CPU.
+
+        A CPU product of half-precision operands would round its result to half precision.
+        """
+        return self.hidden.dtype if self.hidden.is_cuda else self.statistics_dtype
+
+    def detach(self) -> Projection:
+        """The same projection without gradients."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+
+    def rows(self, index: slice | Tensor) -> Projection:
+        """The same projection for some of the rows."""
+        temperature = None if self.row_inv_temperature is None else self.row_inv_temperature[index]
+        return replace(self, hidden=self.hidden[index], row_inv_temperature=temperature)
+
+    def local_targets(self, targets: Tensor) -> Tensor:
+        """Targets [N] as columns of ``weight``; ``vocab_shard.ELSEWHERE`` or ``INVALID`` for others."""
+        if self.shard is not None:
+            return self.shard.local_targets(targets, self.vocab)
+        return torch.where((targets >= 0) & (targets < self.vocab), targets, INVALID)
+
+    def zero_invalid_rows(self, valid: Tensor) -> Projection:
+        """The same projection with hidden 0 and temperature 1 in the rows that do not count.
+
+        Their cotangents are 0, and 0 times a NaN would be NaN.
+        """
+        temperature = self.row_inv_temperature
+        if temperature is not None:
+            temperature = torch.where(valid, temperature, 1)
+        return replace(self, hidden=torch.where(valid.unsqueeze(1), self.hidden, 0), row_inv_temperature=temperature)
+
+    def row_scale(self) -> float | Tensor:
+        """dz / d(hidden @ weight.T + bias) without the soft-cap's factor: a number, or [N]."""
+        scale = self.logit_scale * self.inv_temperature
+        return scale if self.row_inv_temperature is None else self.row_inv_temperature * scale
+
+    def transform_logits_(self, raw: Tensor, columns: slice) -> Tensor:
+        """Turn ``raw = hidden @ weight[columns].T`` into z in place (E1). raw: [N, columns] statistics dtype."""
+        if self.bias is not None:
+            raw += self.bias[columns]
+        scale = self.row_scale()
+        if self.softcap is not None:
+            raw.mul_(self.logit_scale / self.softcap).tanh_()
+            scale = scale * (self.softcap / self.logit_scale)
+        if isinstance(scale, Tensor):
+            raw.mul_(scale.unsqueeze(1))
+        elif scale != 1.0:
+            raw.mul_(scale)
+        return raw
+
+    def softcap_slope(self, z: Tensor) -> Tensor:
+        """1 - tanh^2 of the soft-cap at the logits z [N, columns], newly allocated."""
+        assert self.softcap is not None
+        inverse: float | Tensor = 1.0 / (self.softcap * self.inv_temperature)
+        if self.row_inv_temperature is not None:
+            inverse = (inverse / self.row_inv_temperature).unsqueeze(1)
+        tanh = z * inverse
+        return tanh.mul_(tanh).neg_().add_(1.0).clamp_(min=0.0)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cast that autocast applies to an argument of ``F.linear``: every float dtype but fp64."""
+    castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor
+
+
+def build_projection(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inv_temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float | None,
+    rows_shape: torch.Size,
+    shard: VocabShard | None = None,
+) -> Projection:
+    """Check the arguments that define the logits and flatten them to rows: hidden [..., D] -> [N, D].
+
+    Under autocast the operands are cast as ``F.linear`` casts them.
+
+    Raises:
+        ShapeError: a shape, dtype or device does not fit.
+        EapoError: a temperature, soft-cap or scale is not a positive finite number.
+    """
+    if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS and weight.numel() > 0):
+        raise ShapeError(f"weight: expected a floating-point [V, D] with V, D >= 1, got {describe(weight)}")
+    if torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
+        hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    if not torch.compiler.is_compiling():
+        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise EapoError(f"{name}: expected a tensor without forward-mode tangent (reverse mode only), got one with")
+    require_tensor("hidden", hidden, (*rows_shape, weight.shape[1]), (weight.dtype,), weight)
+    if bias is not None:
+        require_tensor("bias", bias, (weight.shape[0],), (weight.dtype,), weight)
+    row_inv_temperature = None
+    if isinstance(inv_temperature, Tensor):
+        require(not inv_temperature.requires_grad, "inv_temperature", "a tensor without gradient", "requires_grad=True")
+        if inv_temperature.dim():
+            require_tensor("inv_temperature", inv_temperature, tuple(rows_shape), FLOATS, weight)
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        row_inv_temperature = inv_temperature.to(hidden.device, dtype).expand(rows_shape).reshape(-1)
+        inv_temperature = 1.0
+    for name, value in (("inv_temperature", inv_temperature), ("softcap", softcap), ("logit_scale", logit_scale)):
+        if value is not None:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            require(number and 0 < value < math.inf, name, "a positive finite number", repr(value))
+    return Projection(
+        hidden=hidden.reshape(-1, weight.shape[1]),
+        weight=weight,
+        bias=bias,
+        inv_temperature=float(inv_temperature),
+        row_inv_temperature=row_inv_temperature,
+        logit_scale=1.0 if logit_scale is None else float(logit_scale),
+        softcap=None if softcap is None else float(softcap),
+        shard=shard,
+    )
+
+
+def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:
+    """Check the values of targets and temperatures: always on a CPU; on CUDA only with ``debug``, as it synchronizes.
+
+    Raises:
+        EapoError: a target outside [0, V) (V of all shards) other than -100, or a temperature that is
+            not positive and finite.
+    """
+    if targets.is_cuda and not debug:
+        return
+    vocab = projection.full_vocab
+    bad = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        raise EapoError(f"targets: expected values in [0, {vocab}) or {IGNORE_INDEX}, got {int(targets[row])} in row {row}")
+    rows = projection.row_inv_temperature
+    if rows is not None:
+        wrong = ~((rows > 0) & rows.isfinite()) & (targets != IGNORE_INDEX)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            raise EapoError(f"inv_temperature: expected positive finite values, got {float(rows[row])} in row {row}")
+
+
+def resolve_compaction(options: Options, like: Tensor, announced: bool) -> Options:
+    """The options with ``compact`` decided. announced: a mask or the like says that some rows do not count."""
+    return options if options.compact != "auto" else replace(options, compact=announced or not like.is_cuda)
+
+
+def may_compact(tensor: Tensor, compact: bool | str) -> bool:
+    """Whether rows may be selected now: it reads a count on the host, which a CUDA graph under capture forbids."""
+    assert isinstance(compact, bool), "resolve_compaction comes first"
+    return compact and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def valid_index(valid: Tensor) -> Tensor | None:
+    """Indices [M] of the rows that count, or None when all do. Synchronizes on CUDA."""
+    index = valid.nonzero().squeeze(1)
+    return None if index.numel() == valid.numel() else index
+
+
+def select_valid(projection: Projection, valid: Tensor, compact: bool | str) -> tuple[Projection, Tensor | None]:
+    """(the rows that count, their index [M]); where none may leave, or all count, (all rows, None).
+
+    Rows that do not count but stay are zeroed. valid: [N] bool.
+    """
+    if not may_compact(valid, compact):
+        return projection.zero_invalid_rows(valid), None
+    index = valid_index(valid)
+    return (projection, None) if index is None else (projection.rows(index), index)
+
+
+def scatter_rows(values: Tensor, index: Tensor | None, n_rows: int) -> Tensor:
+    """Undo the selection: zeros [n_rows, ...] with ``values`` [M, ...] at ``index``."""
+    if index is None:
+        return values
+    return values.new_zeros((n_rows, *values.shape[1:])).index_copy_(0, index, values)
+
+
+def fill_holes_(matrix: Tensor, live: Tensor) -> Tensor:
+    """Move the rows of ``matrix`` [C, K] that are ``live`` [C] to its front; returns their old places [L].
+
+    Each row moves at most once, from behind the first L into the place of a dead one, a few at a time,
+    so that no second matrix is needed. Synchronizes on CUDA.
+    """
+    count = int(live.sum())
+    order = torch.arange(len(live), device=live.device)
+    holes = (~live[:count]).nonzero().squeeze(1)
+    movers = live[count:].nonzero().squeeze(1) + count
+    for some_holes, some_movers in zip(holes.split(_MOVED_AT_ONCE), movers.split(_MOVED_AT_ONCE), strict=True):
+        matrix[some_holes] = matrix[some_movers]
+    order[holes] = movers
+    return order[:count]

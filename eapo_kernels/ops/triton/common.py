@@ -1,0 +1,324 @@
+"""What the kernels share: device functions (products, accurate scalar functions, the logit transform) and the launch.
+
+Device functions use only operations that the interpreter has too: no libdevice by name, no inline
+assembly. Arithmetic is fp32; loads are widened first.
+
+A tile of logits travels as ``y`` [BLOCK_N, BLOCK_V] with z = scale * y and a scale > 0 per row: y is
+hidden @ weight.T + bias, or tanh of it under a soft-cap (E1). With the scale kept apart one
+multiplication applies temperature, logit scale and log2(e) together, after the row maximum is
+subtracted, so that the maximum is not rounded by it.
+
+A logit that does not take part (behind the last column, the target's, -inf by its bias) is ``LOWEST``, not
+-inf: e^x is still exactly 0, but differences and products with it stay finite, so that the hot loop needs
+no guards. Real logits lie far above it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..chunking import padded
+from ..lm_head import Projection
+from . import tiles
+from .tiles import Tile
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether the kernels of this process are interpreted on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e20)
+NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0 to a few ulp, also where 1 + x rounds to 1 (Kahan's correction)."""
+    u = 1.0 + x
+    d = u - 1.0
+    plain = (d == 0.0) | (u == float("inf"))
+    return tl.where(plain, x, tl.log(u) * (x / tl.where(plain, 1.0, d)))
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 for x <= 80 to a few ulp, also near 0 (Kahan's correction)."""
+    u = tl.exp(x)
+    d = u - 1.0
+    plain = (d == 0.0) | (u < 1e-8)
+    corrected = d * x / tl.where(plain, 1.0, tl.log(tl.where(plain, 2.0, u)))
+    return tl.where(d == 0.0, x, tl.where(plain, d, corrected))
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    """x fp32 in another dtype, rounded to nearest. WIDEN: the interpreter truncates to bf16, so the bits are rounded first."""
+    if WIDEN and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where((x == x) & (tl.abs(x) < float("inf")), rounded, x)
+    return x.to(dtype)
+
+
+@triton.jit
+def tanh_and_slope(u):
+    """(tanh u, 1 - tanh^2 u), each to a few ulp: a polynomial near 0 (Cephes ``tanhf``), e^(-2|u|) elsewhere."""
+    w = tl.exp(-2.0 * tl.abs(u))
+    far = (1.0 - w) / (1.0 + w)
+    s = u * u
+    p = -5.70498872745e-3 * s + 2.06390887954e-2
+    p = p * s - 5.37397155531e-2
+    p = p * s + 1.33314422036e-1
+    p = p * s - 3.33332819422e-1
+    value = tl.where(s < 0.390625, u + u * (s * p), tl.where(u < 0.0, -far, far))
+    return value, 4.0 * w / ((1.0 + w) * (1.0 + w))
+
+
+@triton.jit
+def row_scale(row_inv_temperature, scale, rows):
+    """scale of z = scale * y, [BLOCK_N].
+
+    row_inv_temperature: pointer to [N] fp32, or None. rows: [BLOCK_N] int64, clamped to the valid ones.
+    """
+    factor = tl.zeros(rows.shape, tl.float32) + scale
+    if row_inv_temperature is not None:
+        factor *= tl.load(row_inv_temperature + rows)  # [BLOCK_N]
+    return factor
+
+
+@triton.jit
+def shape_logits(raw, bias, bias_stride, columns, cap):
+    """(y, slope) from raw logits: E1 without the scale; slope = dy / d(cap * (raw + bias)), or 1 without soft-cap.
+
+    raw: [BLOCK_N, BLOCK_V]. bias: pointer or None. columns: [BLOCK_V], clamped to the valid ones. cap: logit_scale / softcap,
+    or None.
+    """
+    y = raw
+    slope = 1.0
+    if bias is not None:
+        y += tl.load(bias + columns.to(tl.int64) * bias_stride).to(tl.float32)[None, :]  # [1, BLOCK_V]
+    if cap is not None:
+        y, slope = tanh_and_slope(y * cap)
+    elif bias is not None:
+        y = tl.where(y < LOWEST, LOWEST, y)
+    return y, slope
+
+
+@triton.jit
+def tile_has_target_or_tail(target, first_column, n_columns, BLOCK_V: tl.constexpr):
+    """Whether the tile from ``first_column`` on holds a target or columns behind the last: one bool.
+
+    For most tiles it is False, and a branch on it saves the comparison of every column with every target.
+    target: [BLOCK_N] int32, column of each row's target.
+    """
+    inside = (target >= first_column) & (target < first_column + BLOCK_V)
+    return (first_column + BLOCK_V > n_columns) | (tl.max(inside.to(tl.int32), 0) > 0)
+
+
+@triton.jit
+def split_columns(tile, BLOCK_V: tl.constexpr):
+    """The left and the right half of a tile [BLOCK_N, BLOCK_V]; in a product's layout this moves nothing."""
+    return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, BLOCK_V // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def group_order(pid, n_row_tiles, n_columns, GROUP_N: tl.constexpr):
+    """(row tile, column) of a program: GROUP_N row tiles sweep the columns together, so that both operands stay in L2."""
+    per_group = GROUP_N * n_columns
+    first = pid // per_group * GROUP_N
+    size = tl.minimum(n_row_tiles - first, GROUP_N)
+    inside = pid % per_group
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def raw_logits(
+    hidden, weight, first_row, first_column, n_rows, n_columns, dim,
+    hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, rescue_ids=None,
+):  # fmt: skip
+    """(hidden @ weight.T)[first_row : + BLOCK_N, first_column : + BLOCK_V], [BLOCK_N, BLOCK_V] fp32.
+
+    What lies behind the last row or column means nothing (copies of the last one, or zeros). fp32 operands are multiplied in
+    fp32, not in tf32.
+
+    hidden [n_rows, dim], weight [n_columns, dim]: with DESCRIPTORS, descriptors of blocks [BLOCK_N, BLOCK_D] and
+    [BLOCK_V, BLOCK_D], else pointers with strides. EVEN_D: dim is a multiple of BLOCK_D. WIDEN: multiply in fp32, because the
+    interpreter's product of bf16 is wrong. rescue_ids: None, or pointer to [n_rows] int32, the rows of hidden to take instead of
+    0 ... n_rows - 1 (without DESCRIPTORS).
+    """
+    product = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if DESCRIPTORS:
+        for d in range(0, dim, BLOCK_D):
+            h = hidden.load([first_row, d])  # [BLOCK_N, BLOCK_D]
+            w = weight.load([first_column, d])  # [BLOCK_V, BLOCK_D]
+            if WIDEN:
+                h, w = h.to(tl.float32), w.to(tl.float32)
+            product = tl.dot(h, tl.trans(w), product, input_precision="ieee")
+    else:
+        rows = tl.minimum(first_row + tl.arange(0, BLOCK_N), n_rows - 1).to(tl.int64)
+        if rescue_ids is not None:
+            rows = tl.load(rescue_ids + rows).to(tl.int64)  # [BLOCK_N]
+        columns = tl.minimum(first_column + tl.arange(0, BLOCK_V), n_columns - 1).to(tl.int64)
+        dims = tl.arange(0, BLOCK_D)
+        h_at = hidden + rows[:, None] * hidden_stride_n + dims[None, :].to(tl.int64) * hidden_stride_d
+        w_at = weight + columns[:, None] * weight_stride_v + dims[None, :].to(tl.int64) * weight_stride_d
+        for d in range(0, dim, BLOCK_D):
+            if EVEN_D:
+                h = tl.load(h_at)  # [BLOCK_N, BLOCK_D]
+                w = tl.load(w_at)  # [BLOCK_V, BLOCK_D]
+            else:
+                inside = (dims < dim - d)[None, :]
+                h = tl.load(h_at, mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
+                w = tl.load(w_at, mask=inside, other=0.0)  # [BLOCK_V, BLOCK_D]
+            if WIDEN:
+                h, w = h.to(tl.float32), w.to(tl.float32)
+            product = tl.dot(h, tl.trans(w), product, input_precision="ieee")
+            h_at += BLOCK_D * tl.cast(hidden_stride_d, tl.int64)
+            w_at += BLOCK_D * tl.cast(weight_stride_d, tl.int64)
+    return product
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all its arguments, for a launch or for a compilation ahead of time.
+
+    Attributes:
+        kernel: the jitted function.
+        grid: number of programs along x.
+        arguments: by parameter name; tensors and descriptors, numbers, None.
+        options: compile options (``num_warps`` and the like).
+        device: where the tensors are.
+    """
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    options: dict[str, int]
+    device: torch.device
+
+    def __call__(self) -> None:
+        if INTERPRETED:
+            self.kernel[(self.grid,)](**self.arguments)
+            return
+        with torch.cuda.device(self.device):
+            self.kernel[(self.grid,)](**self.arguments, **self.options)
+
+
+def options(tile: Tile) -> dict[str, int]:
+    """Compile options of a tile. ``enable_fp_fusion`` is explicit because triton's default changes in 3.10."""
+    chosen = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return chosen if tile.max_registers is None else chosen | {"maxnreg": tile.max_registers}
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _properties(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    properties = _properties(_index(device))
+    return properties.major, properties.minor
+
+
+def family(device: torch.device) -> str:
+    """The family of tile configurations of a device; the CPU's is the interpreter's."""
+    return tiles.family(capability(device) if device.type == "cuda" else None)
+
+
+def slots(device: torch.device, tile: Tile) -> int:
+    """Programs that run at once."""
+    return tile.resident * _properties(_index(device)).multi_processor_count if device.type == "cuda" else 1
+
+
+def describable(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor can stand for a matrix: contiguous rows, 16-byte aligned."""
+    dense = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return dense and matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def product_tile(kernel: str, projection: Projection) -> Tile:
+    """The tile of a kernel that multiplies hidden and weight."""
+    hidden, weight = projection.hidden, projection.weight
+    return tiles.find(
+        kernel,
+        family(hidden.device),
+        hidden.element_size(),
+        projection.dim,
+        projection.vocab,
+        descriptors=describable(hidden) and describable(weight),
+    )
+
+
+def row_scale_arguments(projection: Projection) -> dict[str, Any]:
+    """The arguments of ``row_scale``."""
+    p = projection
+    return {
+        "row_inv_temperature": None if p.row_inv_temperature is None else p.row_inv_temperature.contiguous(),
+        "scale": (p.logit_scale if p.softcap is None else p.softcap) * p.inv_temperature,
+    }
+
+
+def bias_arguments(projection: Projection) -> dict[str, Any]:
+    """The bias and its stride."""
+    bias = projection.bias
+    return {"bias": bias, "bias_stride": 0 if bias is None else bias.stride(0)}
+
+
+def transform_arguments(projection: Projection) -> dict[str, Any]:
+    """The logit transform E1 with the soft-cap: the arguments of ``row_scale`` and ``shape_logits``."""
+    cap = None if projection.softcap is None else projection.logit_scale / projection.softcap
+    return row_scale_arguments(projection) | bias_arguments(projection) | {"cap": cap}
+
+
+def operand_arguments(projection: Projection) -> dict[str, Any]:
+    """The operands with their strides: a contiguous copy of a [V, D] weight would need more memory than the op saves."""
+    hidden, weight = projection.hidden, projection.weight
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "n_rows": projection.n_rows,
+        "n_columns": projection.vocab,
+        "dim": projection.dim,
+        "hidden_stride_n": hidden.stride(0),
+        "hidden_stride_d": hidden.stride(1),
+        "weight_stride_v": weight.stride(0),
+        "weight_stride_d": weight.stride(1),
+    }
+
+
+def product_arguments(projection: Projection, tile: Tile) -> dict[str, Any]:
+    """The arguments of ``raw_logits``: the operands (by descriptor where the tile has it) and the tile."""
+    arguments = operand_arguments(projection) | {
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+        "GROUP_N": tile.group_n,
+        "EVEN_D": projection.dim % tile.block_d == 0,
+        "DESCRIPTORS": tile.descriptors,
+        "WIDEN": INTERPRETED,
+    }
+    if tile.descriptors:
+        arguments["hidden"] = TensorDescriptor.from_tensor(projection.hidden, [tile.block_n, tile.block_d])
+        arguments["weight"] = TensorDescriptor.from_tensor(projection.weight, [tile.block_v, tile.block_d])
+    return arguments
+
+
+def workspace(projection: Projection, dtype: torch.dtype) -> Tensor:
+    """[N, V] uninitialised, with padded rows."""
+    n_rows, vocab = projection.n_rows, projection.vocab
+    return projection.hidden.new_empty(n_rows, padded(vocab), dtype=dtype)[:, :vocab]

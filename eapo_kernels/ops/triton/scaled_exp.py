@@ -1,0 +1,730 @@
+"""Scaled exponentials (E11, E12): a chunk of the one-pass schedule whose first product stores E = e^(z - k).
+
+k is one offset a row, known before the product (``row_offsets``). So no maximum is tracked, nothing is
+rescaled, and E in the operands' dtype is a plain operand of the gradient products: no kernel passes over
+the chunk again. In order: offsets, the product with its epilogue, the rescue of rows whose offset was
+wrong, the last step, the targets' rows of d_weight, and the chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..dispatch import Coefficients, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms, TargetRows
+from ..lm_head import Projection
+from . import scaled_exp_shard, tiles
+from .common import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    NEG_INF,
+    Launch,
+    bias_arguments,
+    describable,
+    family,
+    group_order,
+    log1p,
+    operand_arguments,
+    options,
+    product_arguments,
+    product_tile,
+    raw_logits,
+    round_to,
+    row_scale,
+    row_scale_arguments,
+    shape_logits,
+    slots,
+    split_columns,
+    tile_has_target_or_tail,
+    workspace,
+)  # fmt: skip
+from .surrogate import Finalized, store_surrogate, surrogate_arguments
+from .tiles import Tile
+
+
+class Window(NamedTuple):
+    """Where the numbers E = 2^x of a row stand in the range of their dtype, and which rows' are sound.
+
+    Attributes:
+        with_guess: log2 S that a perfect logp_guess leads to, S the row's sum of E with the target.
+        without_guess: log2 E of the target itself, where there is no logp_guess.
+        peak: log2 of the largest E of a row that is redone.
+        least, most: bounds of S between which a row is sound.
+        largest: what a column tile of a sound row may sum to, so that none of its E is larger; None: nothing to watch.
+    """
+
+    with_guess: float
+    without_guess: float
+    peak: float
+    least: float
+    most: float
+    largest: float | None
+
+
+_MOST_BITS = 48.0
+"""|log2 S| of a sound row is less (33 nats). In fp32's range E would stay a normal number up to 88 bits and more, but sum x E
+has terms of the size of the offset's error, which cost the entropy 1e-5 nats at 60 nats; and no honest logp_guess is off by e^33."""
+
+
+_WIDE = Window(with_guess=0.0, without_guess=0.0, peak=0.0, least=2.0**-_MOST_BITS, most=2.0**_MOST_BITS, largest=None)
+
+
+_FP16 = Window(with_guess=8.0, without_guess=1.0, peak=8.0, least=1.0, most=2.0**_MOST_BITS, largest=65504.0)
+"""fp16 ends at 65504, and rounds to multiples of 2^-24 below 2^-14 (docs/math.md, "In fp16"). So S stands 8 bits above 1, with
+8 bits of room for the policy's drift, 5.5 nats either way; S > 1 keeps every p_v = E_v / S as fine as a logit gradient rounded
+to fp16. Without a logp_guess S = 2 / p_y, and rows are redone where a token is 2^15 times more likely than the target: 0.9 % of the
+tokens that a model sampled itself."""
+
+
+def window(dtype: torch.dtype) -> Window:
+    """The window of E stored in ``dtype``."""
+    return _FP16 if dtype == torch.float16 else _WIDE
+
+
+@dataclass(frozen=True)
+class ScaledExpSums:
+    """Offsets and partial sums of the scaled-exponential form, from the kernels that fill them to ``scaled_exp_finalize``.
+
+    x_v = z_v / log(2) - k is in bits: E_v = 2^x_v.
+
+    Attributes:
+        offsets: [2, N] fp32: k in bits; y_y with z_y = scale * y_y (``math``), at most LOWEST where z_y is -inf.
+        values: [1 or 2, column tiles, N] fp32 over the columns of a tile without the target: sum E, then sum x E (entropy).
+        block_v: columns of a tile.
+        rescue_ids, n_rescue: [N] and [1] int32, the rows that had to be redone with their maximum, in no order, and how many.
+    """
+
+    offsets: Tensor
+    values: Tensor
+    block_v: int
+    rescue_ids: Tensor
+    n_rescue: Tensor
+
+    @staticmethod
+    def empty(projection: Projection, entropy: bool, *, tile: Tile | None = None) -> ScaledExpSums:
+        """Uninitialised, for the tile of ``scaled_exp_gemm``."""
+        tile = tile or product_tile("scaled_exp_gemm", projection)
+        n_rows, new = projection.n_rows, projection.hidden.new_empty
+        tiles = triton.cdiv(projection.vocab, tile.block_v)
+        return ScaledExpSums(
+            offsets=new(2, n_rows, dtype=torch.float32),
+            values=new(1 + entropy, tiles, n_rows, dtype=torch.float32),
+            block_v=tile.block_v,
+            rescue_ids=new(n_rows, dtype=torch.int32),
+            n_rescue=new(1, dtype=torch.int32),
+        )
+
+    @property
+    def entropy(self) -> bool:
+        return self.values.shape[0] == 2
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def row_offsets_kernel(
+    offsets, n_rescue, logp_guess, with_guess, without_guess, hidden, weight, bias, targets, row_inv_temperature, scale, n_rows, n_columns, dim,
+    hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """offsets [2, n_rows]: see ``ScaledExpSums``; n_rescue becomes 0. logp_guess: [n_rows] fp32 or None; one that is not finite is none.
+
+    with_guess, without_guess: see ``Window``, subtracted from the offset of a row with or without a logp_guess.
+    hidden [n_rows, dim], weight [*, dim] with strides; targets: [n_rows] int64. Products and sums in fp32.
+    """
+    if tl.program_id(0) == 0:
+        tl.store(n_rescue, 0)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = rows < n_rows
+    rows = tl.minimum(rows, n_rows - 1)
+    target = tl.load(targets + rows)  # [BLOCK_N]
+    outside = (target < 0) | (target >= n_columns)  # a NaN row, not a read beyond the weight
+    target = tl.where(outside, 0, target)
+    dims = tl.arange(0, BLOCK_D)
+    h_at = hidden + rows[:, None] * hidden_stride_n + dims[None, :].to(tl.int64) * hidden_stride_d
+    w_at = weight + target[:, None] * weight_stride_v + dims[None, :].to(tl.int64) * weight_stride_d
+    product = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for d in range(0, dim, BLOCK_D):
+        inside = (dims < dim - d)[None, :]
+        h = tl.load(h_at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        w = tl.load(w_at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        product += h * w
+        h_at += BLOCK_D * tl.cast(hidden_stride_d, tl.int64)
+        w_at += BLOCK_D * tl.cast(weight_stride_d, tl.int64)
+    y = tl.sum(product, 1)
+    if bias is not None:
+        y += tl.load(bias + target * bias_stride).to(tl.float32)  # [BLOCK_N]
+        y = tl.where(y < LOWEST, LOWEST, y)
+    y = tl.where(outside, float("nan"), y)
+    below = tl.zeros([BLOCK_N], tl.float32) + without_guess
+    if logp_guess is not None:
+        given = tl.load(logp_guess + rows)  # [BLOCK_N]
+        below = tl.where(tl.abs(given) < float("inf"), given * LOG2E + with_guess, below)
+    k = tl.fma(y, row_scale(row_inv_temperature, scale, rows) * LOG2E, -below)
+    k = tl.where(y <= LOWEST, float("inf"), k)  # E = 0: to be redone
+    tl.store(offsets + rows, k, mask=mask)  # [BLOCK_N]
+    tl.store(offsets + n_rows + rows, y, mask=mask)  # [BLOCK_N]
+
+
+def row_offsets(
+    projection: Projection, targets: Tensor, logp_guess: Tensor | None, sums: ScaledExpSums, *, tile: Tile | None = None
+) -> Launch:
+    """The launch that fills ``sums.offsets``. targets: [N] int64 in [0, V). logp_guess: [N] fp32 or None."""
+    hidden, limits = projection.hidden, window(projection.operand_dtype)
+    tile = tile or tiles.find("row_offsets", family(hidden.device), hidden.element_size())
+    arguments = operand_arguments(projection) | bias_arguments(projection) | row_scale_arguments(projection) | {
+        "offsets": sums.offsets,
+        "n_rescue": sums.n_rescue,
+        "logp_guess": None if logp_guess is None else logp_guess.contiguous(),
+        "with_guess": limits.with_guess,
+        "without_guess": limits.without_guess,
+        "targets": targets.contiguous(),
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": tile.block_d,
+    }  # fmt: skip
+    return Launch(row_offsets_kernel, triton.cdiv(projection.n_rows, tile.block_n), arguments, options(tile), hidden.device)
+
+
+@triton.jit
+def store_slice(
+    matrix, matrix_stride, e, first_row, rows, exists, first_column, n_columns,
+    BLOCK_V: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Write [BLOCK_N, BLOCK_V] numbers in the dtype of ``matrix``, cut off at the last row and column.
+
+    STORE: by descriptor at ``first_row``, else to ``rows`` where they exist. EDGE: columns may lie behind the last.
+    """
+    if STORE:
+        matrix.store([first_row, first_column], round_to(e, matrix.dtype, WIDEN))  # [BLOCK_N, BLOCK_V]
+    else:
+        columns = first_column + tl.arange(0, BLOCK_V)
+        mask = exists[:, None]
+        if EDGE:
+            mask = mask & (columns < n_columns)[None, :]
+        at = matrix + rows[:, None] * matrix_stride + columns[None, :]
+        tl.store(at, round_to(e, matrix.dtype.element_ty, WIDEN), mask=mask)  # [BLOCK_N, BLOCK_V]
+
+
+@triton.jit
+def store_exponentials(
+    matrix, matrix_stride, raw, bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows, exists, first_column,
+    n_columns, BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """(sum_exp + sum 2^x, x_exp + sum x 2^x) of a tile, x = scale2 * y - offset in bits, and 2^x written (0 for the target).
+
+    One fused multiply-add a logit: only its result is rounded, so a large offset costs no precision. Branches and SLICES as in
+    ``common.online_softmax_update``.
+    """
+    if SLICES == 1:
+        columns = tl.minimum(first_column + tl.arange(0, BLOCK_V), n_columns - 1)
+        y, _ = shape_logits(raw, bias, bias_stride, columns, None)
+        x = tl.fma(y, scale2[:, None], -offset[:, None])
+        if tile_has_target_or_tail(target, first_column, n_columns, BLOCK_V):
+            column = tl.arange(0, BLOCK_V)[None, :]
+            out = (column == (target - first_column)[:, None]) | (column >= n_columns - first_column)
+            e = tl.where(out, 0.0, tl.exp2(x))
+            sum_exp += tl.sum(e, 1)
+            if ENTROPY:
+                x_exp += tl.sum(x * e, 1)
+            store_slice(matrix, matrix_stride, e, first_row, rows, exists, first_column, n_columns, BLOCK_V, STORE, True, WIDEN)
+        else:
+            e = tl.exp2(x)
+            sum_exp += tl.sum(e, 1)
+            if ENTROPY:
+                x_exp += tl.sum(x * e, 1)
+            store_slice(
+                matrix, matrix_stride, e, first_row, rows, exists, first_column, n_columns, BLOCK_V, STORE, False, WIDEN
+            )
+    else:
+        left, right = split_columns(raw, BLOCK_V)
+        sum_exp, x_exp = store_exponentials(
+            matrix, matrix_stride, left, bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows, exists,
+            first_column, n_columns, BLOCK_V // 2, SLICES // 2, ENTROPY, STORE, WIDEN,
+        )  # fmt: skip
+        sum_exp, x_exp = store_exponentials(
+            matrix, matrix_stride, right, bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows, exists,
+            first_column + BLOCK_V // 2, n_columns, BLOCK_V // 2, SLICES // 2, ENTROPY, STORE, WIDEN,
+        )  # fmt: skip
+    return sum_exp, x_exp
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def scaled_exp_gemm_kernel(
+    matrix, sums, offsets, rescue_ids, n_rescue, hidden, weight, bias, targets, row_inv_temperature, scale,
+    n_rows, n_columns, dim, hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride, matrix_stride,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+    SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """Programs walk over the tiles of [n_rows, n_columns] in grouped order, as many apart as there are programs.
+
+    matrix: [n_rows, n_columns], row stride ``matrix_stride``; with STORE a descriptor of blocks [BLOCK_N, BLOCK_V / SLICES].
+    sums: [1 or 2, column tiles, n_rows] fp32, see ``ScaledExpSums``; every element has one owner.
+    offsets: [2, n_rows] fp32, of which the first row is read: k in bits.
+    rescue_ids, n_rescue: None, or [n_rows] int32 of which the first ``n_rescue[0]`` name the rows to be done; the others are left
+    alone (their hidden is gathered: no DESCRIPTORS, no STORE).
+    FLATTEN: one pipeline over all tiles of a program, so that a tile's loads start before its predecessor's epilogue.
+    The others: see ``common.raw_logits`` and ``common.shape_logits``.
+    """
+    todo = n_rows
+    if rescue_ids is not None:
+        todo = tl.load(n_rescue)
+    row_tiles, column_tiles = tl.cdiv(todo, BLOCK_N), tl.cdiv(n_columns, BLOCK_V)
+    field = tl.cast(column_tiles, tl.int64) * n_rows
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
+        row_tile, column_tile = group_order(tile, row_tiles, column_tiles, GROUP_N)
+        first_row, first = row_tile * BLOCK_N, column_tile * BLOCK_V
+        raw = raw_logits(
+            hidden, weight, first_row, first, todo, n_columns, dim, hidden_stride_n, hidden_stride_d, weight_stride_v,
+            weight_stride_d, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN, rescue_ids,
+        )  # fmt: skip
+        rows = first_row + tl.arange(0, BLOCK_N)
+        exists = rows < todo
+        rows = tl.minimum(rows, todo - 1)
+        if rescue_ids is not None:
+            rows = tl.load(rescue_ids + rows)  # [BLOCK_N]
+        rows = rows.to(tl.int64)
+        sum_exp, x_exp = store_exponentials(
+            matrix, matrix_stride, raw, bias, bias_stride, tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32),
+            tl.load(targets + rows).to(tl.int32), row_scale(row_inv_temperature, scale, rows) * LOG2E, tl.load(offsets + rows),
+            first_row, rows, exists, first, n_columns, BLOCK_V, SLICES, ENTROPY, STORE, WIDEN,
+        )  # fmt: skip
+        at = sums + tl.cast(column_tile, tl.int64) * n_rows + rows
+        tl.store(at, sum_exp, mask=exists)  # [BLOCK_N]
+        if ENTROPY:
+            tl.store(at + field, x_exp, mask=exists)  # [BLOCK_N]
+
+
+def rescue_tile(projection: Projection, sums: ScaledExpSums) -> Tile:
+    """The tile for rescue_ids rows, with the columns of the first run: both fill the same sums."""
+    return replace(product_tile("scaled_exp_rescue", projection), block_v=sums.block_v)
+
+
+def scaled_exp_gemm(
+    projection: Projection,
+    targets: Tensor,
+    sums: ScaledExpSums,
+    matrix: Tensor,
+    *,
+    rescue_ids: bool = False,
+    tile: Tile | None = None,
+) -> Launch:
+    """The launch that fills ``matrix`` [N, V] with E and ``sums.values``, from ``sums.offsets``.
+
+    targets: [N] int64 in [0, V). matrix: contiguous rows in the dtype of the gradient products. rescue_ids: only the rows that
+    ``sums`` lists as unsound, by gathered loads. tile: instead of the table's.
+    """
+    assert projection.softcap is None
+    assert matrix.stride(1) == 1
+    tile = tile or (rescue_tile(projection, sums) if rescue_ids else product_tile("scaled_exp_gemm", projection))
+    assert tile.block_v == sums.block_v
+    store = tile.stores and describable(matrix)
+    arguments = product_arguments(projection, tile) | bias_arguments(projection) | row_scale_arguments(projection) | {
+        "matrix": TensorDescriptor.from_tensor(matrix, [tile.block_n, tile.block_v // tile.slices]) if store else matrix,
+        "matrix_stride": matrix.stride(0),
+        "sums": sums.values,
+        "offsets": sums.offsets,
+        "rescue_ids": sums.rescue_ids if rescue_ids else None,
+        "n_rescue": sums.n_rescue if rescue_ids else None,
+        "targets": targets.contiguous(),
+        "SLICES": tile.slices,
+        "ENTROPY": sums.entropy,
+        "STORE": store,
+        "FLATTEN": tile.persistent,
+    }  # fmt: skip
+    device = projection.hidden.device
+    tiles = triton.cdiv(projection.n_rows, tile.block_n) * triton.cdiv(projection.vocab, tile.block_v)
+    grid = min(tiles, slots(device, tile)) if tile.persistent or rescue_ids else tiles
+    return Launch(scaled_exp_gemm_kernel, grid, arguments, options(tile), device)
+
+
+@triton.jit
+def merge_tiles(sums, rows, n_rows, n_tiles, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, shift=None):
+    """sum E over the column tiles (``ScaledExpSums.values``), [BLOCK_N], in a fixed order, BLOCK_V tiles at a time.
+
+    With ``shift`` [BLOCK_N]: sum (x - shift) E instead.
+    """
+    field = tl.cast(n_tiles, tl.int64) * n_rows
+    total = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
+    for first in range(0, n_tiles, BLOCK_V):
+        tiles = first + tl.arange(0, BLOCK_V)
+        at = sums + tiles[:, None].to(tl.int64) * n_rows + rows[None, :]
+        mask = (tiles < n_tiles)[:, None]
+        part = tl.load(at, mask=mask, other=0.0)  # [BLOCK_V, BLOCK_N]
+        if shift is not None:
+            part = tl.fma(part, -shift[None, :], tl.load(at + field, mask=mask, other=0.0))  # [BLOCK_V, BLOCK_N]
+        total += part
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def largest_tile(sums, rows, n_rows, n_tiles, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The largest sum E of a column tile, [BLOCK_N]: no E but the target's is larger. Arguments as in ``merge_tiles``."""
+    largest = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
+    for first in range(0, n_tiles, BLOCK_V):
+        tiles = first + tl.arange(0, BLOCK_V)
+        at = sums + tiles[:, None].to(tl.int64) * n_rows + rows[None, :]
+        largest = tl.maximum(largest, tl.load(at, mask=(tiles < n_tiles)[:, None], other=0.0))  # [BLOCK_V, BLOCK_N]
+    return tl.max(largest, 0)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def collect_rescue_ids_kernel(
+    rescue_ids, n_rescue, offsets, sums, over_ranks, row_inv_temperature, scale, least, most, largest, n_rows, n_tiles,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Append the rows that are not sound to ``rescue_ids``, and set their offset to -inf.
+
+    Not sound: the sum of E, with the target, is NaN or not between ``least`` and ``most``, or a column tile's sum is above
+    ``largest`` (None: any may be); see ``Window``. over_ranks: [n_rows] fp32, sum E over the columns of all processes
+    instead of those in ``sums``, or None.
+    The rows' order depends on the hardware, their results do not. The others: see ``ScaledExpSums``.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = rows < n_rows
+    safe_rows = tl.minimum(rows, n_rows - 1).to(tl.int64)
+    if over_ranks is None:
+        sum_exp = merge_tiles(sums, safe_rows, n_rows, n_tiles, BLOCK_N, BLOCK_V)
+    else:
+        sum_exp = tl.load(over_ranks + safe_rows)  # [BLOCK_N]
+    k = tl.load(offsets + safe_rows)  # [BLOCK_N]
+    y = tl.load(offsets + n_rows + safe_rows)  # [BLOCK_N]
+    total = sum_exp + tl.exp2(tl.fma(y, row_scale(row_inv_temperature, scale, safe_rows) * LOG2E, -k))
+    sound = (total > least) & (total < most)
+    if largest is not None:
+        sound = sound & (largest_tile(sums, safe_rows, n_rows, n_tiles, BLOCK_N, BLOCK_V) <= largest)
+    unsound = (mask & (sound == 0)).to(tl.int32)
+    count = tl.sum(unsound, 0)
+    if count > 0:
+        index = tl.arange(0, BLOCK_N)
+        place = tl.atomic_add(n_rescue, count) + tl.sum(tl.where(index[None, :] < index[:, None], unsound[None, :], 0), 1)
+        tl.store(rescue_ids + place, rows, mask=unsound > 0)  # [BLOCK_N]
+        tl.store(offsets + rows, NEG_INF, mask=unsound > 0)  # [BLOCK_N]
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def row_maxima_kernel(
+    offsets, rescue_ids, n_rescue, peak, hidden, weight, bias, row_inv_temperature, scale, n_rows, n_columns, dim,
+    hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """offsets[row] = max_v z_v in bits, less ``peak``, for every rescue_ids row, the target included; -inf where every logit is.
+
+    Arguments and order of the tiles as in ``scaled_exp_gemm.scaled_exp_gemm_kernel``. A maximum is exact, so atomics do not make it random.
+    """
+    todo = tl.load(n_rescue)
+    row_tiles, column_tiles = tl.cdiv(todo, BLOCK_N), tl.cdiv(n_columns, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        row_tile, column_tile = group_order(tile, row_tiles, column_tiles, GROUP_N)
+        first_row, first = row_tile * BLOCK_N, column_tile * BLOCK_V
+        raw = raw_logits(
+            hidden, weight, first_row, first, todo, n_columns, dim, hidden_stride_n, hidden_stride_d, weight_stride_v,
+            weight_stride_d, BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, DESCRIPTORS, WIDEN, rescue_ids,
+        )  # fmt: skip
+        columns = first + tl.arange(0, BLOCK_V)
+        y, _ = shape_logits(raw, bias, bias_stride, tl.minimum(columns, n_columns - 1), None)
+        top = tl.max(tl.where((columns < n_columns)[None, :], y, LOWEST), 1)
+        places = first_row + tl.arange(0, BLOCK_N)
+        rows = tl.load(rescue_ids + tl.minimum(places, todo - 1)).to(tl.int64)  # [BLOCK_N]
+        k = tl.where(top <= LOWEST, NEG_INF, top * (row_scale(row_inv_temperature, scale, rows) * LOG2E) - peak)
+        tl.atomic_max(offsets + rows, k, mask=places < todo)
+
+
+def collect_rescue_ids(
+    projection: Projection, sums: ScaledExpSums, *, over_ranks: Tensor | None = None, tile: Tile | None = None
+) -> Launch:
+    """The launch that lists the rows to be redone in ``sums``. over_ranks: [N] fp32, see ``scaled_exp_split.sum_over_ranks``."""
+    device, limits = projection.hidden.device, window(projection.operand_dtype)
+    tile = tile or tiles.find("collect_rescue_ids", family(device), 4)
+    arguments = row_scale_arguments(projection) | {
+        "rescue_ids": sums.rescue_ids,
+        "n_rescue": sums.n_rescue,
+        "offsets": sums.offsets,
+        "sums": sums.values,
+        "over_ranks": over_ranks,
+        "least": limits.least,
+        "most": limits.most,
+        "largest": limits.largest,
+        "n_rows": projection.n_rows,
+        "n_tiles": sums.values.shape[1],
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+    }
+    return Launch(collect_rescue_ids_kernel, triton.cdiv(projection.n_rows, tile.block_n), arguments, options(tile), device)
+
+
+def row_maxima(projection: Projection, sums: ScaledExpSums, *, tile: Tile | None = None) -> Launch:
+    """The launch that replaces the offsets of the rescue_ids rows by their maxima, less the window's ``peak``."""
+    device = projection.hidden.device
+    tile = tile or product_tile("row_maxima", projection)
+    arguments = product_arguments(projection, tile) | bias_arguments(projection) | row_scale_arguments(projection) | {
+        "offsets": sums.offsets,
+        "rescue_ids": sums.rescue_ids,
+        "n_rescue": sums.n_rescue,
+        "peak": window(projection.operand_dtype).peak,
+    }  # fmt: skip
+    tiles = triton.cdiv(projection.n_rows, tile.block_n) * triton.cdiv(projection.vocab, tile.block_v)
+    return Launch(row_maxima_kernel, min(tiles, slots(device, tile)), arguments, options(tile), device)
+
+
+def rescue(projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix: Tensor) -> None:
+    """Rewrite E and the sums of the rows whose sum is out of range, with their maximum as the offset.
+
+    Three launches and no synchronization; without such rows the last two return after reading one number.
+    """
+    over_ranks = None
+    if projection.shard is not None:
+        over_ranks = scaled_exp_shard.sum_over_ranks(projection, sums, window(projection.operand_dtype))
+    collect_rescue_ids(projection, sums, over_ranks=over_ranks)()
+    row_maxima(projection, sums)()
+    if projection.shard is not None:
+        scaled_exp_shard.mark_empty(sums)
+    scaled_exp_gemm(projection, targets, sums, matrix, rescue_ids=True)()
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def scaled_exp_finalize_kernel(
+    out, sums, offsets, row_inv_temperature, slope, n_rows, n_tiles,
+    coefficient, totals, sequence_ids, valid, old_logp, scale, advantages, rewards, thresholds, positive_weight,
+    negative_weight, ratio_low, ratio_high, dual_clip,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, SURROGATE: tl.constexpr,
+):  # fmt: skip
+    """Finish a block of tokens (E13); each program owns its rows of every output.
+
+    With x_v = z_v - k, x = x_y, R = sum over v != y of e^(x_v), X the same of x_v e^(x_v), S = R + e^x:
+
+        p_y >= 1/2:  logp = -log1p(R e^-x),  H = -logp - (X - x R) / S      exact however small 1 - p_y is
+        else:        logp = x - log S,       H = log S - (X + x e^x) / S
+
+    k is any offset; a wrong one would leave differences of large numbers. So the sums are taken relative to k + c first, 2^c
+    the power of two nearest to S: X -> X - c R tile by tile, S -> S 2^-c. A row without any column gives NaN.
+
+    out: [6 or 8, n_rows] fp32: logp, lse, k + c, log_sum, factor, target, then entropy and mean_shifted. factor = -slope / S,
+    target = slope R / S, with ``slope`` dz / d(hidden @ weight.T): the row's cotangent of logp times them is the factor of E
+    and the target's entry in the gradient (E12). sums, offsets: see ``ScaledExpSums``. n_tiles: column tiles in ``sums``.
+    The others: see ``online_softmax.finalize_kernel``.
+    """
+    block = tl.program_id(0)
+    rows = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = rows < n_rows
+    rows = tl.minimum(rows, n_rows - 1)
+    field = tl.cast(n_rows, tl.int64)
+    sum_exp = merge_tiles(sums, rows, n_rows, n_tiles, BLOCK_N, BLOCK_V)
+    k = tl.load(offsets + rows)  # [BLOCK_N]
+    y = tl.load(offsets + field + rows)  # [BLOCK_N]
+    factor = row_scale(row_inv_temperature, slope, rows)
+    bits = tl.where(y <= LOWEST, NEG_INF - k, tl.fma(y, factor * LOG2E, -k))  # NaN if every logit is -inf
+    e = tl.exp2(bits)
+    total = sum_exp + e
+    c = tl.floor(tl.log2(total) + 0.5)
+    unit = tl.exp2(-c)
+    x = (bits - c) * LN2
+    confident = sum_exp <= e
+    excess = log1p(sum_exp / tl.where(confident, e, 1.0))
+    log_sum = tl.where(confident, x + excess, tl.log(total * unit))
+    logp = tl.where(confident, -excess, x - log_sum)
+    centre = k + c
+    moved = centre - k
+    lost = (k - (centre - moved)) + (c - moved)  # what the addition rounded away
+    offset = centre * LN2
+    fitted = log_sum + (
+        tl.fma(centre, LN2, -offset) + lost * LN2
+    )  # fits the offset that is written: a backward recomputes x from it
+    at = out + rows
+    tl.store(at, logp, mask=mask)  # [BLOCK_N]
+    tl.store(at + field, tl.where(confident, y * factor - logp, offset + fitted), mask=mask)  # [BLOCK_N]
+    tl.store(at + 2 * field, offset, mask=mask)  # [BLOCK_N]
+    tl.store(at + 3 * field, fitted, mask=mask)  # [BLOCK_N]
+    tl.store(at + 4 * field, -factor / total, mask=mask)  # [BLOCK_N]
+    tl.store(at + 5 * field, factor * (sum_exp / total), mask=mask)  # [BLOCK_N]
+    entropy = tl.zeros([BLOCK_N], tl.float32)
+    if ENTROPY:
+        x_exp = merge_tiles(sums, rows, n_rows, n_tiles, BLOCK_N, BLOCK_V, c) * LN2
+        x = tl.where(e > 0.0, x, 0.0)  # x e^x -> 0 at x = -inf
+        entropy = tl.where(confident, excess - (x_exp - x * sum_exp) / total, log_sum - (x_exp + x * e) / total)
+        entropy = tl.where(entropy < 0.0, 0.0, entropy)
+        tl.store(at + 6 * field, entropy, mask=mask)  # [BLOCK_N]
+        tl.store(at + 7 * field, fitted - entropy, mask=mask)  # [BLOCK_N]
+    if SURROGATE:
+        store_surrogate(
+            coefficient, totals, block, rows, mask, logp, entropy, sequence_ids, valid, old_logp, scale, advantages, rewards,
+            thresholds, positive_weight, negative_weight, ratio_low, ratio_high, dual_clip,
+        )  # fmt: skip
+
+
+def scaled_exp_statistics(out: Tensor) -> tuple[RowStatistics, Tensor]:
+    """The rows of ``out`` [6 or 8, N] by name, and [2, N]: factor and target."""
+    logp, lse, offset, log_sum, _, _, *moments = out
+    entropy, mean = moments or (None, None)
+    return RowStatistics(logp, entropy, lse, offset, log_sum, mean), out[4:6]
+
+
+def scaled_exp_finalize(
+    projection: Projection,
+    sums: ScaledExpSums,
+    terms: SurrogateTerms | None = None,
+    *,
+    tile: Tile | None = None,
+) -> tuple[Launch, Finalized, Tensor]:
+    """The launch, its outputs, and [2, N] fp32: what the cotangent of logp is multiplied by to give E's row factor, and the
+    target's entry of the gradient.
+
+    ``row_max`` of the statistics is an offset, not the maximum.
+    Running it again changes nothing, so coefficients may follow plain statistics.
+    """
+    n_rows, device = projection.n_rows, projection.hidden.device
+    tile = tile or tiles.find("scaled_exp_finalize", family(device), 4)
+    programs = triton.cdiv(n_rows, tile.block_n)
+    out = sums.offsets.new_empty(8 if sums.entropy else 6, n_rows)
+    scale = row_scale_arguments(projection)
+    arguments = surrogate_arguments(terms, out, programs, n_rows) | {
+        "out": out,
+        "sums": sums.values,
+        "offsets": sums.offsets,
+        "row_inv_temperature": scale["row_inv_temperature"],
+        "slope": scale["scale"],
+        "n_rows": n_rows,
+        "n_tiles": sums.values.shape[1],
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+        "ENTROPY": sums.entropy,
+    }
+    statistics, slopes = scaled_exp_statistics(out)
+    final = Finalized(statistics, arguments["coefficient"], arguments["totals"])
+    return Launch(scaled_exp_finalize_kernel, programs, arguments, options(tile), device), final, slopes
+
+
+@triton.jit(do_not_specialize=["n_rows", "first"])
+def target_rows_kernel(
+    out, hidden, targets, order, scale, first, n_rows, n_columns, dim, out_stride_v, out_stride_d, hidden_stride_n,
+    hidden_stride_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[v - first] += sum over the rows i with target v of scale[i] hidden[i], first <= v < first + n_columns.
+
+    A program a place of the sorted ``targets`` [n_rows]: the first place of each target adds all its rows up, BLOCK_N at a
+    time, the others leave. out: [n_columns, dim] fp32; hidden: [n_rows, dim]; order: [n_rows], the row at a place; scale:
+    [n_rows] fp32, by row.
+    """
+    place = tl.program_id(0)
+    target = tl.load(targets + place)
+    before = tl.load(targets + tl.maximum(place - 1, 0))
+    inside = (target >= first) & (target < n_columns + first)
+    if inside & ((place == 0) | (target != before)):
+        at = out + (target - first) * out_stride_v
+        for d in range(0, dim, BLOCK_D):
+            dims = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
+            total = tl.zeros([BLOCK_D], tl.float32)
+            start = place
+            more = True
+            while more:
+                places = start + tl.arange(0, BLOCK_N)
+                mine = places < n_rows
+                mine = mine & (tl.load(targets + places, mask=mine, other=0) == target)
+                rows = tl.load(order + places, mask=mine, other=0)  # [BLOCK_N]
+                weight = tl.load(scale + rows, mask=mine, other=0.0)  # [BLOCK_N]
+                mask = mine[:, None] & (dims < dim)[None, :]
+                h = hidden + rows[:, None] * hidden_stride_n + dims[None, :] * hidden_stride_d
+                total += tl.sum(weight[:, None] * tl.load(h, mask=mask, other=0.0).to(tl.float32), 0)  # [BLOCK_N, BLOCK_D]
+                start += BLOCK_N
+                more = tl.sum(mine.to(tl.int32), 0) == BLOCK_N
+            here = at + dims * out_stride_d
+            tl.store(here, tl.load(here, mask=dims < dim, other=0.0) + total, mask=dims < dim)  # [BLOCK_D]
+
+
+def add_target_rows(out: Tensor, first: int, rows: TargetRows, *, tile: Tile | None = None) -> Launch:
+    """The launch that adds to ``out`` [V', D] fp32, whose first row is that of target ``first``."""
+    tile = tile or tiles.find("target_rows", family(out.device), rows.hidden.element_size())
+    arguments = {
+        "out": out,
+        "hidden": rows.hidden,
+        "targets": rows.targets,
+        "order": rows.order,
+        "scale": rows.scale.contiguous(),
+        "first": first,
+        "n_rows": rows.targets.shape[0],
+        "n_columns": out.shape[0],
+        "dim": out.shape[1],
+        "out_stride_v": out.stride(0),
+        "out_stride_d": out.stride(1),
+        "hidden_stride_n": rows.hidden.stride(0),
+        "hidden_stride_d": rows.hidden.stride(1),
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": tile.block_d,
+    }
+    return Launch(target_rows_kernel, rows.targets.shape[0], arguments, options(tile), out.device)
+
+
+class ScaledExpKernels(NamedTuple):
+    """The first product and its sums. Another backend may bring its own, with the same outputs.
+
+    Attributes:
+        sums: makes the ``ScaledExpSums`` that suit ``product``.
+        product: see ``scaled_exp_gemm``.
+    """
+
+    sums: Callable[[Projection, bool], ScaledExpSums] = ScaledExpSums.empty
+    product: Callable[..., Callable[[], None]] = scaled_exp_gemm
+
+
+class ScaledExpChunk:
+    """See ``dispatch.Chunk``. No logit is kept: only a cotangent of logp may follow.
+
+    Attributes:
+        sums: offsets and partial sums; ``sums.n_rescue`` [1] int32 on the device counts the rescued rows.
+    """
+
+    def __init__(
+        self,
+        projection: Projection,
+        targets: Tensor,
+        logp_guess: Tensor | None,
+        *,
+        entropy: bool,
+        kernels: ScaledExpKernels | None = None,
+    ) -> None:
+        kernels = kernels or ScaledExpKernels()
+        self._projection, self._targets = projection, targets
+        self.sums = kernels.sums(projection, entropy)
+        self._matrix: Tensor | None = workspace(projection, projection.operand_dtype)
+        row_offsets(projection, targets, logp_guess, self.sums)()
+        if projection.shard is not None:
+            scaled_exp_shard.share_offsets(projection, targets, logp_guess, self.sums, window(projection.operand_dtype))
+        kernels.product(projection, targets, self.sums, self._matrix)()
+        rescue(projection, targets, self.sums, self._matrix)
+        shard = projection.shard
+        self._gathered = self.sums if shard is None else scaled_exp_shard.gather_sums(shard, self.sums)
+        self._final: tuple[Finalized, Tensor] | None = None
+
+    def _finalize(self, terms: SurrogateTerms | None) -> tuple[Finalized, Tensor]:
+        """The finished rows, and the two factors of the cotangent of logp (``scaled_exp_finalize``)."""
+        if self._final is None or terms is not None:
+            launch, final, factors = scaled_exp_finalize(self._projection, self._gathered, terms)
+            launch()
+            if self._projection.shard is not None:
+                factors = scaled_exp_shard.fit_factors(factors, self._targets, self.sums, self._gathered, final.statistics)
+            self._final = final, factors
+        return self._final
+
+    def statistics(self) -> RowStatistics:
+        """One launch. ``row_offset`` is the offset of the exponentials, not the row's maximum."""
+        return self._finalize(None)[0].statistics
+
+    def surrogate(self, terms: SurrogateTerms) -> Coefficients:
+        """One launch."""
+        return self._finalize(terms)[0].coefficients()
+
+    def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
+        """No launch over the matrix: row_scale = -(cotangent) * scale / S, target_grads = (cotangent) * scale * R / S (E12)."""
+        assert self._matrix is not None, "gradient: expected one call per chunk, got a second one"
+        assert cotangents.logp is not None
+        assert cotangents.entropy is None
+        assert cotangents.lse is None
+        matrix, self._matrix = self._matrix, None
+        return LogitGradient(matrix, *(cotangents.logp * self._finalize(None)[1]))

@@ -1,0 +1,114 @@
+"""The clipped, sign-weighted surrogate of a token inside a finalize launch (E9, E10; ``dispatch.SurrogateTerms``).
+
+Together with the statistics of a token it gives the loss and the coefficient of the log-prob's gradient.
+``objectives`` has the same formulas as vector maths; they are the oracle of this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...types import SUMS
+from ..dispatch import Coefficients, LogitCotangents, RowStatistics, SurrogateTerms
+from .common import expm1
+
+N_SUMS = tl.constexpr(len(SUMS))
+
+
+@triton.jit
+def bounded_log_ratio(logp, other):
+    """logp - other within +-60, NaN kept."""
+    gap = logp - other
+    return tl.where(gap < -60.0, -60.0, tl.where(gap > 60.0, 60.0, gap))
+
+
+@triton.jit
+def clipped_surrogate(logp, old_logp, advantage, low, high, dual_clip):
+    """(term, d term / d logp, ratio, clipped) of ``SurrogateTerms``, without weight and scale. All [BLOCK_N].
+
+    Where two branches are equal the unclipped one counts: its gradient is kept and the token is not called clipped.
+    low, high: bounds of the ratio. dual_clip: number or None.
+    """
+    log_ratio = bounded_log_ratio(logp, old_logp)
+    ratio = tl.exp(log_ratio)
+    free = ratio * advantage
+    limit = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
+    clipped = limit < free
+    term = tl.where(clipped, limit, free)
+    if dual_clip is not None:
+        floor = dual_clip * advantage
+        under = (advantage < 0.0) & (term < floor)
+        term = tl.where(under, floor, term)
+        clipped = clipped | under
+    flat = clipped | (log_ratio != logp - old_logp)
+    return term, tl.where(flat, 0.0, free), ratio, clipped
+
+
+@triton.jit
+def store_surrogate(
+    coefficient, totals, block, rows, mask, logp, entropy, sequence_ids, valid, old_logp, scale, advantages, rewards,
+    thresholds, positive_weight, negative_weight, ratio_low, ratio_high, dual_clip,
+):  # fmt: skip
+    """Coefficients of a block of tokens, and its share of the sums.
+
+    Arguments as in ``online_softmax.finalize_kernel``; vectors are [BLOCK_N].
+    """
+    counts = mask
+    if valid is not None:
+        counts = mask & tl.load(valid + rows).to(tl.int1)  # [BLOCK_N]
+    sequence = tl.load(sequence_ids + rows)  # [BLOCK_N]
+    advantage = tl.load(advantages + sequence)  # [BLOCK_N]
+    positive = tl.load(rewards + sequence) > tl.load(thresholds + sequence)  # [BLOCK_N]
+    weight = tl.where(positive, tl.load(positive_weight), negative_weight)
+    factor = -tl.load(scale + rows) * weight  # [BLOCK_N]
+    old = tl.load(old_logp + rows)  # [BLOCK_N]
+    term, slope, ratio, clipped = clipped_surrogate(logp, old, advantage, ratio_low, ratio_high, dual_clip)
+    tl.store(coefficient + rows, tl.where(counts, factor * slope, 0.0), mask=mask)  # [BLOCK_N]
+    gap = -bounded_log_ratio(logp, old)
+    totals += block * N_SUMS
+    tl.store(totals, tl.sum(tl.where(counts, factor * term, 0.0), 0))
+    tl.store(totals + 1, tl.sum(tl.where(counts, entropy, 0.0), 0))
+    tl.store(totals + 2, tl.sum(tl.where(counts, ratio, 0.0), 0))
+    tl.store(totals + 3, tl.sum(tl.where(counts & clipped, 1.0, 0.0), 0))
+    tl.store(totals + 4, tl.sum(tl.where(counts, expm1(gap) - gap, 0.0), 0))
+    tl.store(totals + 5, 0.0)
+
+
+def surrogate_arguments(terms: SurrogateTerms | None, like: Tensor, programs: int, n_rows: int) -> dict[str, Any]:
+    """What ``store_surrogate`` takes, its outputs allocated; all None without terms."""
+    names = [f.name for f in fields(SurrogateTerms) if f.name not in ("clip_low", "clip_high")]
+    names += ["coefficient", "totals", "ratio_low", "ratio_high"]
+    if terms is None:
+        return dict.fromkeys(names) | {"SURROGATE": False}
+    given = {name: getattr(terms, name, None) for name in names}
+    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in given.items()} | {
+        "coefficient": like.new_empty(n_rows),
+        "totals": like.new_empty(programs, len(SUMS)),
+        "ratio_low": 1.0 - terms.clip_low,
+        "ratio_high": 1.0 + terms.clip_high,
+        "SURROGATE": True,
+    }
+
+
+class Finalized(NamedTuple):
+    """What a finalize launch writes.
+
+    Attributes:
+        statistics: of every row.
+        coefficient: [N] fp32, d loss / d logp, or None without terms.
+        totals: [programs, len(SUMS)] fp32, or None without terms.
+    """
+
+    statistics: RowStatistics
+    coefficient: Tensor | None
+    totals: Tensor | None
+
+    def coefficients(self) -> Coefficients:
+        """Coefficients, and the sums of the programs' totals in a fixed order."""
+        assert self.totals is not None
+        return Coefficients(LogitCotangents(self.coefficient), self.totals.sum(0))
