@@ -1,4 +1,4 @@
-"""EAPO in a plain PyTorch loop around any transformers model: sample, measure, weigh, update. Runs on a CPU in seconds.
+"""EAPO in a plain PyTorch loop with a transformers model. Runs on a CPU in seconds.
 
 .venv/bin/python examples/hf_eapo.py
 """
@@ -15,7 +15,7 @@ PROMPTS, RESPONSES, LENGTH, STEPS = 4, 8, 12, 20
 
 
 def reward(tokens: torch.Tensor) -> torch.Tensor:
-    """Share of the words with an even number: something that a random model can learn."""
+    """Share of words with an even number, which a random model can learn."""
     return (tokens % 2 == 0).float().mean(-1)
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = patch_causal_lm(tiny.model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    controller = EntropyRatio()  # belongs into your checkpoint: controller.state_dict()
+    controller = EntropyRatio()  # save controller.state_dict() in your checkpoint
     prompts = torch.randint(4, len(tiny.WORDS), (PROMPTS, 3)).repeat_interleave(RESPONSES, 0)
     group_ids = torch.arange(PROMPTS).repeat_interleave(RESPONSES)
     for step in range(STEPS):
@@ -32,7 +32,7 @@ def main() -> None:
         targets = next_token_targets(ids, response)
         counted = targets != -100
 
-        with torch.no_grad():  # the old policy's log-probs; their entropies give the weight
+        with torch.no_grad():  # old policy: log-probs for the ratio, entropies for the weight
             old = model(input_ids=ids, targets=targets)
         weight = controller.update(old.entropy.sum(), counted.sum())
         rewards = reward(ids[:, prompts.shape[1] :])
@@ -42,11 +42,11 @@ def main() -> None:
             rewards=rewards,
             group_ids=group_ids,
             old_logp=old.logp.flatten(),
-            mask=counted.flatten(),  # what the targets say already, but said so that on a GPU the other rows cost nothing
+            mask=counted.flatten(),  # on a GPU, masked rows are compacted away
         )
 
         def loss_of(hidden, head, batch=batch, weight=weight, **options):
-            """Runs inside the model's forward, with the head's weight; the logits never exist."""
+            """Called inside the model's forward with hidden states and the head's weight."""
             return eapo_loss(hidden.flatten(0, 1), head, batch, positive_weight=weight, **options).loss
 
         loss = model(input_ids=ids, compute=loss_of)

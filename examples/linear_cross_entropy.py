@@ -1,4 +1,4 @@
-"""Drop-ins: cross-entropy and Liger's fused GRPO loss, one line each, beside the plain way. Runs on a CPU in a second.
+"""Drop-ins for cross-entropy and for Liger's fused GRPO loss. Runs on a CPU in a second.
 
 .venv/bin/python examples/linear_cross_entropy.py
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from eapo_kernels.integrations.cross_entropy import linear_cross_entropy
+from eapo_kernels.integrations import linear_cross_entropy
 from eapo_kernels.integrations.liger import FusedLinearGRPOLoss  # was: from liger_kernel.chunked_loss import Liger...
 
 

@@ -1,6 +1,6 @@
-"""A tiny random model and a tokenizer made in code, so that every example runs at once, without a download.
+"""A tiny random model and a tokenizer, so that the examples run without a download.
 
-Put your own model's name in its place: nothing else of an example depends on it.
+Any causal language model of transformers can replace them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(252))]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """One token per word."""
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer with the EAPO weight: change one class. Runs on a CPU in seconds.
+"""TRL's GRPO trainer with the EAPO weight. Runs on a CPU in seconds.
 
 .venv/bin/python -m pip install --no-deps trl==1.16.0
 .venv/bin/python examples/trl_eapo.py
@@ -46,7 +46,7 @@ def main() -> None:
                 bf16=False,
                 disable_tqdm=True,
             ),
-            controller=EntropyRatio(kappa=1.0, low=0.2, high=5.0),  # optional, as is all that follows
+            controller=EntropyRatio(kappa=1.0, low=0.2, high=5.0),  # optional, as the next argument
             fused_head="eapo",  # this package's op instead of TRL's chunked head
         )
         trainer.remove_callback(PrinterCallback)

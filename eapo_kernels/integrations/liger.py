@@ -1,13 +1,14 @@
-"""A loss with the calling convention of Liger-Kernel's LigerFusedLinearGRPOLoss (0.8.5), on this package's op.
+"""Drop-ins for Liger-Kernel 0.8.5 on this package's op; Liger itself is not needed.
 
     loss_of = FusedLinearGRPOLoss(beta=0.0, loss_type="dapo")  # was LigerFusedLinearGRPOLoss(...)
     loss, metrics = loss_of(hidden, lm_head.weight, ids, mask, advantages, old_per_token_logps=old)
 
-Liger need not be installed. On top of its convention: ``positive_weight``, the EAPO weight of positive advantages.
+``FusedLinearGRPOLoss`` takes the arguments of LigerFusedLinearGRPOLoss and ``positive_weight``, the
+EAPO weight. ``LinearCrossEntropyLoss`` takes those of LigerFusedLinearCrossEntropyLoss.
 
-The clipped losses and CISPO are those of objectives/surrogates.py. SAPO (arXiv 2511.20347) and VESPO are written here: each has
-numbers that no other surrogate reads, two temperatures and four exponents, and VESPO's factor is a whole response's. In the
-library they would widen every config for the sake of this one calling convention; ``EAPOConfig.surrogate`` takes a function.
+The clipped losses and CISPO come from objectives/surrogates.py. SAPO (arXiv 2511.20347) and VESPO
+are defined here: their temperatures and exponents would widen every config for this one calling
+convention (``EAPOConfig.surrogate`` takes a function).
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from ..checks import FLOATS, describe, require_choice, require_number
 from ..errors import EapoError, ShapeError, require
 from ..objectives.surrogates import Clip, cispo, kl_k3, log_ratio, ppo_clip
 from ..ops.token_stats import token_stats
-from ..types import Options
+from ..types import IGNORE_INDEX, Options
+from .cross_entropy import REDUCTIONS, linear_cross_entropy
 from .weight import scale_positive
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-LEVELS = ("token", "sequence")
 _BOUND = 20.0  # VESPO's clamp of log-ratios
 _FLOOR = math.log(1e-8)
 
 
 class FusedLinearGRPOLoss(nn.Module):
-    """GRPO and its relatives from hidden states and the head, without logits.
+    """GRPO-like losses from hidden states and the head, with Liger's names, defaults and meanings.
 
-    The names, defaults and meanings are Liger's. ``compiled`` and ``chunk_size`` say how Liger works and change nothing here:
-    memory is bounded by ``options.memory_budget``. Three differences: luspo's mean and vespo's ``vllm_is_ratio`` leave out
-    padding, whose values Liger takes in, and log-ratios are clamped to +-60, beyond which Liger's ratio overflows.
+    ``compiled`` and ``chunk_size`` have no effect: ``options.memory_budget`` bounds the memory.
+    Differences from Liger: luspo's mean and vespo's ``vllm_is_ratio`` mask padding, and log-ratios
+    are clamped to +-60, beyond which Liger's ratio overflows.
     """
 
     def __init__(
@@ -68,22 +69,22 @@ class FusedLinearGRPOLoss(nn.Module):
     ) -> None:
         """
         Args:
-            beta: factor of the k3 estimate of the KL to the reference; 0: none.
-            use_ref_model: the call brings reference log-probs or hidden states.
-            loss_type: see ``LOSS_TYPES``.
+            beta: factor of the k3 estimate of the KL to the reference; 0: no KL term.
+            use_ref_model: the call gets reference log-probs or hidden states.
+            loss_type: one of ``LOSS_TYPES``.
             importance_sampling_level: "token" or "sequence" (mean log-ratio of the response).
-            delta: upper clamp of the ratio beside the clip's bounds (two-sided clipping), above 1 - epsilon_low, or None. Above
-                1 + epsilon_high it is the dual clip (arXiv 1912.09729); below, it is the positive advantages' upper bound, and
-                1 + epsilon_high the negative ones'.
+            delta: upper clamp of the ratio (two-sided clipping), above 1 - epsilon_low, or None.
+                Above 1 + epsilon_high it is the dual clip (arXiv 1912.09729). Below, it is the
+                upper bound for positive advantages; 1 + epsilon_high stays that of negative ones.
             use_bias_correction_kl: multiply the KL by the ratio.
             softcap, logit_scale, backend, options: as in ``token_stats``; not in Liger.
 
         Raises:
-            EapoError: a value out of range, or a combination that the losses do not define.
+            EapoError: a value out of range, or a combination that the loss does not define.
         """
         super().__init__()
         require_choice("loss_type", loss_type, LOSS_TYPES)
-        require_choice("importance_sampling_level", importance_sampling_level, LEVELS)
+        require_choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
         for name, value in (("sapo_temperature_pos", sapo_temperature_pos), ("sapo_temperature_neg", sapo_temperature_neg),
                             ("temperature", temperature), ("delta", 1.0 if delta is None else delta)):  # fmt: skip
             require_number(name, value, 0)
@@ -94,7 +95,6 @@ class FusedLinearGRPOLoss(nn.Module):
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise EapoError("max_completion_length: expected a number of tokens for loss_type 'dr_grpo', got None")
         self.beta, self.use_ref_model, self.loss_type = beta, use_ref_model, loss_type
-        self.compiled, self.chunk_size = compiled, chunk_size
         self.epsilon_low, self.epsilon_high, self.delta = epsilon_low, epsilon_high, delta
         self.max_completion_length, self.importance_sampling_level = max_completion_length, importance_sampling_level
         self.sapo_temperature_pos, self.sapo_temperature_neg = sapo_temperature_pos, sapo_temperature_neg
@@ -131,18 +131,21 @@ class FusedLinearGRPOLoss(nn.Module):
             selected_token_ids: [B, T] int64.
             attention_mask: [B, T] bool or 0/1, the tokens that count.
             advantages: [B] float.
-            ref_per_token_logps, old_per_token_logps: [B, T] float or None; without old ones the ratio is 1 with gradient.
-            ref_input, ref_weight, ref_bias: hidden states [B, T, D] and head of the reference, instead of its log-probs.
-            vllm_is_ratio: [B], [B, 1] or [B, T] or None, factor of the policy term.
-            num_items_in_batch: tokens of the whole generation batch over all processes (dapo, cispo, vespo); None: counted in
-                this call, over all processes.
-            positive_weight: the EAPO weight (docs/math.md E9), applied here; do not scale the advantages as well.
+            ref_per_token_logps, old_per_token_logps: [B, T] float or None; without old log-probs
+                the ratio is 1 with gradient.
+            ref_input, ref_weight, ref_bias: hidden states [B, T, D] and head of the reference, in
+                place of its log-probs.
+            vllm_is_ratio: [B], [B, 1], [B, T] or None, factor of the policy term.
+            num_items_in_batch: tokens of the generation batch over all ranks (dapo, cispo, vespo);
+                None: the tokens of this call, summed over all ranks.
+            positive_weight: the EAPO weight (docs/math.md E9). Do not also scale the advantages.
 
         Returns:
-            (0-dim loss, metrics): the mean KL where beta is not 0, then the fraction of clipped tokens.
+            (0-dim loss, metrics): the mean KL if beta is not 0, then the fraction of clipped
+                tokens.
 
         Raises:
-            ShapeError, EapoError: bad input; the message says what was expected and what was given.
+            ShapeError, EapoError: bad input; the message says expected and got.
         """
         shape = tuple(attention_mask.shape)
         if attention_mask.dim() != 2 or tuple(selected_token_ids.shape) != shape:
@@ -179,9 +182,12 @@ class FusedLinearGRPOLoss(nn.Module):
     def _policy_term(
         self, logp: Tensor, difference: Tensor, advantage: Tensor, mask: Tensor, correction: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(term to maximise, what Liger counts as clipped), [B, T] or [B, 1]; difference is the log-ratio, advantage [B, 1]."""
+        """(term to maximise, tokens that Liger counts as clipped), [B, T] or [B, 1].
+
+        difference: the log-ratio; advantage: [B, 1].
+        """
         never = torch.zeros_like(difference, dtype=torch.bool)
-        if self.loss_type == "cispo":  # Liger's epsilon_high is the bound itself, and there is no lower one
+        if self.loss_type == "cispo":  # Liger's epsilon_high is the upper bound itself; no lower bound
             term, _ = cispo(logp, difference, advantage, Clip(1.0, self.epsilon_high - 1))
             return term, (difference.exp() > self.epsilon_high) & (advantage > 0)
         if self.loss_type == "sapo":
@@ -191,12 +197,15 @@ class FusedLinearGRPOLoss(nn.Module):
             return self._vespo_factor(difference.detach(), advantage, mask, correction) * advantage * logp, never
         low, high, delta = self.epsilon_low, self.epsilon_high, self.delta
         term, clipped = ppo_clip(logp, difference, advantage, Clip(low, high))
-        if delta is not None:  # not in Liger's count
+        if delta is not None:  # Liger does not count these as clipped
             term, _ = ppo_clip(logp, difference, advantage, Clip(low, min(high, delta - 1), max(delta, 1 + high)))
         return term, clipped
 
     def _vespo_factor(self, difference: Tensor, advantage: Tensor, mask: Tensor, correction: Tensor | None) -> Tensor:
-        """phi(w) = w^k e^(lambda (1 - w)) of the response's ratio w, [B, 1]; k and lambda by the advantage's sign."""
+        """phi(w) = w^k e^(lambda (1 - w)) of the response's ratio w, [B, 1].
+
+        k and lambda depend on the sign of the advantage.
+        """
         log_w = (difference.clamp(-_BOUND, _BOUND) * mask).sum(1, keepdim=True)
         if correction is not None:
             counts = mask if correction.shape[1] > 1 else 1.0
@@ -228,7 +237,7 @@ class FusedLinearGRPOLoss(nn.Module):
         self, logp: Tensor, counted: Tensor, ids: Tensor, given: Tensor | None, hidden: Tensor | None, weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """[B, T] log-probs of the reference; the policy's own where there is none."""
+        """[B, T] log-probs of the reference; the policy's own without a reference."""
         if not self.use_ref_model:
             return logp.detach()
         if given is not None:
@@ -240,8 +249,55 @@ class FusedLinearGRPOLoss(nn.Module):
 
 
 def _is_ratio(ratio: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[B, 1] or [B, T]."""
+    """The importance ratio as [B, 1] or [B, T]."""
     ratio = ratio[:, None] if ratio.dim() == 1 else ratio
     if ratio.dim() != 2 or ratio.shape[0] != shape[0] or ratio.shape[1] not in (1, shape[1]):
         raise ShapeError(f"vllm_is_ratio: expected [{shape[0]}], [{shape[0]}, 1] or {list(shape)}, got {describe(ratio)}")
     return ratio
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """``linear_cross_entropy`` with the arguments of LigerFusedLinearCrossEntropyLoss."""
+
+    def __init__(
+        self,
+        ce_weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        accum_dtype: torch.dtype | None = None,
+        use_token_scaling: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ) -> None:
+        """
+        Args:
+            ignore_index, reduction, softcap: as in ``linear_cross_entropy``.
+            accum_dtype: None or torch.float32; gradients are always accumulated in fp32.
+            others: only their defaults are supported.
+
+        Raises:
+            EapoError: an argument that is not supported.
+        """
+        super().__init__()
+        for name, value, only in (
+            ("ce_weight", ce_weight, None), ("lse_square_scale", lse_square_scale, 0.0),
+            ("label_smoothing", label_smoothing, 0.0), ("return_z_loss", return_z_loss, False),
+            ("use_token_scaling", use_token_scaling, False), ("return_token_accuracy", return_token_accuracy, False),
+            ("return_predicted_tokens", return_predicted_tokens, False),
+        ):  # fmt: skip
+            got = describe(value) if isinstance(value, Tensor) else value
+            require(not isinstance(value, Tensor) and value == only, name, f"{only} (not supported)", got)
+        require(accum_dtype in (None, torch.float32), "accum_dtype", "None or torch.float32", accum_dtype)
+        require_choice("reduction", reduction, REDUCTIONS)
+        self.ignore_index, self.reduction, self.softcap = ignore_index, reduction, softcap
+
+    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The loss; lin_weight: [V, D], _input: [N, D], target: [N] int64, bias: [V] or None."""
+        return linear_cross_entropy(
+            _input, lin_weight, target, bias=bias, ignore_index=self.ignore_index, reduction=self.reduction,
+            softcap=self.softcap,
+        )  # fmt: skip

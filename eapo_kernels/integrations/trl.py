@@ -1,11 +1,12 @@
-"""TRL's GRPOTrainer with the EAPO weight, and this package's op behind TRL's fused-head contract. TRL 1.16.
+"""TRL 1.16: GRPOTrainer with the EAPO weight, and this package's op behind TRL's fused-head contract.
 
     from eapo_kernels.integrations.trl import EAPOTrainer
     trainer = EAPOTrainer(model=..., reward_funcs=..., args=GRPOConfig(...), train_dataset=...)
 
-Everything of TRL stays as it is (losses, clipping, KL, vLLM corrections, logging): positive advantages are scaled once, where
-TRL has just computed them, by the weight of that generation batch (docs/math.md E9, E10). A trainer derived from GRPOTrainer
-becomes one with ``class Mine(EAPOMixin, TheirTrainer)``.
+TRL's losses, clipping, KL, vLLM corrections and logging stay as they are. Where TRL has just
+computed the advantages of a generation batch, the positive ones are scaled once by the weight of
+that batch (docs/math.md E9, E10). For a trainer derived from GRPOTrainer:
+``class Mine(EAPOMixin, TheirTrainer)``.
 """
 
 from __future__ import annotations
@@ -21,32 +22,37 @@ import torch
 from torch import Tensor
 
 from ..checks import require_choice
-from ..errors import EapoError, require
+from ..errors import require
 from ..objectives.controllers import EntropyRatio
 from ..types import IGNORE_INDEX, Options, TokenStats
+from . import require_version
 from .head import head_statistics
 from .hf import causal_lm, install_head, run_backbone
-from .versions import require_version
 from .weight import AdvantageWeight
 
-require_version("trl", "1.16", "1.17")
+require_version("trl", ">=1.16,<1.17")
 
 from trl import GRPOTrainer  # noqa: E402
 from trl.trainer.utils import FusedCausalLMOutput  # noqa: E402
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
-"""TRL 1.16's losses; all are positively homogeneous in the advantage, so that the weight may go into it."""
+"""TRL 1.16's losses. All are positively homogeneous in the advantage, as the weight requires."""
 
 ENTROPY_FROM = ("rollout", "previous")
 HEADS = ("trl", "eapo")
 _FIELDS = ("log_probs", "entropy", "log_sum_sq_probs")
+_MULTIMODAL = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes",
+    "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
 
 
 class EAPOMixin:
-    """Put before a GRPOTrainer in the bases of a class.
+    """Place it before a GRPOTrainer in the bases of a class.
 
-    Metrics: eapo/entropy, eapo/entropy_init, eapo/entropy_ratio, eapo/positive_weight, eapo/positive_fraction. The controller's
-    state is in every checkpoint (``eapo_state.json``). Evaluation is left alone: neither measured nor weighted.
+    Metrics: eapo/entropy, eapo/entropy_init, eapo/entropy_ratio, eapo/positive_weight,
+    eapo/positive_fraction. The controller's state is in every checkpoint (``eapo_state.json``).
+    Evaluation is neither measured nor weighted.
 
     Attributes:
         eapo: AdvantageWeight, with the controller.
@@ -67,15 +73,17 @@ class EAPOMixin:
         """
         Args:
             args, kwargs: GRPOTrainer's.
-            controller: what computes the weight; default ``EntropyRatio()``.
-            entropy_from: "rollout" measures H_k on the batch just sampled, under the policy that sampled it: for nothing
-                where TRL computes old log-probs anyway, else by one more forward without gradient. "previous" takes the
-                entropy of the previous batch's training forwards: for nothing, one batch late.
+            controller: computes the weight; default ``EntropyRatio()``.
+            entropy_from: "rollout" measures H_k on the batch just sampled, under the policy that
+                sampled it. This costs nothing where TRL computes old log-probs, else one forward
+                without gradient. "previous" takes the entropy of the previous batch's training
+                forwards: no extra forward, one batch late.
             fused_head: "trl" keeps TRL's head, "eapo" puts this package's op behind its contract.
             op_backend, op_options: for "eapo", as in ``token_stats``.
 
         Raises:
-            EapoError: an unknown choice, a loss that is not homogeneous in the advantage, or a combination that does not work.
+            EapoError: an unknown choice, a loss that is not homogeneous in the advantage, or a
+                combination that is not supported.
         """
         require_choice("entropy_from", entropy_from, ENTROPY_FROM)
         require_choice("fused_head", fused_head, HEADS)
@@ -84,38 +92,45 @@ class EAPOMixin:
         require_choice("args.loss_type", trainer.loss_type, LOSS_TYPES)
         self.eapo = AdvantageWeight(controller)
         self._entropy_from = entropy_from
-        self._passes: list[Tensor] = []
-        self._listen_to: Any = None
+        self._recorded: list[Tensor] = []
+        self._recorded_model: Any = None
         if fused_head == "eapo":
-            if trainer.args.cast_lm_head_to_fp32:
-                raise EapoError("fused_head: expected 'trl' together with cast_lm_head_to_fp32, got 'eapo'")
+            require(not trainer.args.cast_lm_head_to_fp32, "fused_head", "'trl' together with cast_lm_head_to_fp32", "'eapo'")
             how: dict[str, Any] = {"temperature": trainer.temperature, "backend": op_backend, "options": op_options}
             add_eapo_head(trainer.model, outputs=("log_probs", "entropy"), **how)
             if trainer.ref_model is not None:
                 add_eapo_head(trainer.accelerator.unwrap_model(trainer.ref_model), outputs=("log_probs",), **how)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, compute_entropy: bool = False, **kwargs: Any) -> Any:
-        """TRL's, listening in: what entropies the policy's passes have."""
-        listen = self._listen_to is not None and model is self._listen_to
+        """TRL's; while a model is recorded, the entropies of its forwards are kept."""
+        record = self._recorded_model is not None and model is self._recorded_model
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
-            model, *args, compute_entropy=compute_entropy or listen, **kwargs
+            model, *args, compute_entropy=compute_entropy or record, **kwargs
         )
-        if listen:
-            self._passes.append(entropies.detach())
+        if record:
+            self._recorded.append(entropies.detach())
         return logps, entropies if compute_entropy else None, aux_loss
 
+    @contextmanager
+    def _record_entropies(self, model: Any) -> Iterator[None]:
+        """Keep the entropies of this model's forwards in ``_recorded``."""
+        self._recorded, self._recorded_model = [], model
+        try:
+            yield
+        finally:
+            self._recorded_model = None
+
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        """TRL's rollout, then the batch's weight and the one place where it is applied."""
+        """TRL's rollout and advantages, then the batch's weight on the advantages."""
         trainer: Any = self
         if not trainer.model.training:
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         measure = self._entropy_from == "rollout"
-        with self._listening(trainer.model if measure else None):
+        with self._record_entropies(trainer.model if measure else None):
             output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         if measure:
             self.eapo.observe(self._rollout_entropies(output), _loss_mask(output))
-            self.eapo.step()
-        elif self.eapo.pending:
+        if measure or self.eapo.pending:
             self.eapo.step()
         advantages = output["advantages"]
         output["advantages"] = self.eapo.apply(advantages)
@@ -127,10 +142,10 @@ class EAPOMixin:
         return output
 
     def _rollout_entropies(self, output: dict[str, Any]) -> Tensor:
-        """[B, T]: of TRL's own old-policy pass where it made one (its first), else of a pass made here."""
-        passes, self._passes = self._passes, []
+        """[B, T]: from TRL's old-policy forward (its first), else from a forward made here."""
+        recorded, self._recorded = self._recorded, []
         if "old_per_token_logps" in output:
-            return passes[0]
+            return recorded[0]
         trainer: Any = self
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
@@ -143,24 +158,15 @@ class EAPOMixin:
         return entropies
 
     def _compute_loss(self, model: Any, inputs: Any) -> Any:
-        """TRL's loss, on advantages that were weighted before; for "previous" it is where entropies are heard."""
+        """TRL's loss on the weighted advantages; with "previous" its entropies are observed."""
         trainer: Any = self
         if self._entropy_from != "previous" or not trainer.model.training:
             return super()._compute_loss(model, inputs)  # type: ignore[misc]
-        with self._listening(model):
+        with self._record_entropies(model):
             loss = super()._compute_loss(model, inputs)  # type: ignore[misc]
-        for entropies in self._passes:
+        for entropies in self._recorded:
             self.eapo.observe(entropies, _loss_mask(inputs))
         return loss
-
-    @contextmanager
-    def _listening(self, model: Any) -> Iterator[None]:
-        """While it lasts, the entropies of this model's passes are kept."""
-        self._passes, self._listen_to = [], model
-        try:
-            yield
-        finally:
-            self._listen_to = None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -175,7 +181,7 @@ class EAPOMixin:
 
 
 class EAPOTrainer(EAPOMixin, GRPOTrainer):
-    """TRL's GRPOTrainer with the EAPO weight; see ``EAPOMixin`` for what comes on top of its arguments."""
+    """TRL's GRPOTrainer with the EAPO weight; ``EAPOMixin`` describes the additional arguments."""
 
 
 def add_eapo_head(
@@ -186,15 +192,17 @@ def add_eapo_head(
     backend: str = "auto",
     options: Options | None = None,
 ) -> None:
-    """This package's op behind the contract of TRL's ``add_fused_lm_head``, on a model that has TRL's or none.
+    """Put this package's op behind the contract of TRL's ``add_fused_lm_head``.
 
-    ``model(..., fused_lm_head=True, labels= | shift_labels=)`` returns TRL's ``FusedCausalLMOutput``; any other call goes where
-    it went before. LoRA on the head is applied (TRL's own head leaves it out, and its trainers refuse it).
+    ``model(..., fused_lm_head=True, labels= | shift_labels=)`` returns TRL's
+    ``FusedCausalLMOutput``. Other calls go to the previous forward. LoRA on the head is applied;
+    TRL's own head ignores it, and its trainers refuse it.
 
     Args:
-        model: a transformers causal language model, or a peft model around one; not yet wrapped by FSDP2, DDP or DeepSpeed.
+        model: a transformers causal language model, or a peft model around one, not yet wrapped by
+            FSDP2, DDP or DeepSpeed. It may already have TRL's head.
         temperature: the logits are divided by it.
-        outputs: per-token fields to fill, some of log_probs, entropy, log_sum_sq_probs.
+        outputs: per-token fields to fill: log_probs, entropy, log_sum_sq_probs.
         backend, options: as in ``token_stats``.
 
     Raises:
@@ -222,13 +230,13 @@ def add_eapo_head(
         if getattr(text, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         body = run_backbone(self, *args, **kwargs)
-        head, hidden, targets, keep = self.get_output_embeddings(), body.last_hidden_state, shift_labels, slice(None)
+        targets, keep = shift_labels, slice(None)
         if targets is None:
             require(isinstance(labels, Tensor), "labels", "int64 [b, L] with fused_lm_head", labels)
             assert labels is not None
             targets, keep = torch.full_like(labels, IGNORE_INDEX), slice(None, -1)
             targets[:, :-1] = labels[:, 1:]
-        stats = head_statistics(head, hidden, targets, **statistics)
+        stats = head_statistics(self.get_output_embeddings(), body.last_hidden_state, targets, **statistics)
         return _output(stats, targets, keep, num_items_in_batch, _router_loss(body, text, kwargs), text)
 
     base.forward = types.MethodType(forward, base)
@@ -237,9 +245,8 @@ def add_eapo_head(
 def _output(
     stats: TokenStats, targets: Tensor, keep: slice, items: Any, aux_loss: Tensor | None, text: Any
 ) -> FusedCausalLMOutput:
-    """TRL's output record from [b, L] statistics; ``keep`` drops the last position where the labels were shifted here."""
-    mask = targets[:, keep] != IGNORE_INDEX
-    logp = stats.logp[:, keep]
+    """TRL's output from [b, L] statistics; ``keep`` drops the last position of shifted labels."""
+    mask, logp = targets[:, keep] != IGNORE_INDEX, stats.logp[:, keep]
     loss = -logp.sum() / (mask.sum().clamp(min=1) if items is None else items)
     if aux_loss is not None:
         loss = loss + getattr(text, "router_aux_loss_coef", 0.0) * aux_loss
@@ -251,7 +258,7 @@ def _output(
 
 
 def _router_loss(body: Any, text: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """The load-balancing loss of a mixture of experts, when router logits were asked for."""
+    """The load-balancing loss of a mixture of experts, if the call asks for router logits."""
     if not kwargs.get("output_router_logits"):
         return None
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -259,12 +266,6 @@ def _router_loss(body: Any, text: Any, kwargs: dict[str, Any]) -> Tensor | None:
     return load_balancing_loss_func(
         body.router_logits, text.num_experts, text.num_experts_per_tok, kwargs.get("attention_mask")
     )
-
-
-_MULTIMODAL = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes",
-    "token_type_ids", "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:

@@ -1,17 +1,21 @@
-"""verl 0.9: policy loss ``eapo``, advantage estimator ``eapo``, and the op behind ``FusedLinearForPPO``'s contract.
+"""verl 0.9: loss ``eapo``, estimator ``eapo``, the ``eapo_*`` trainers, the op for fused kernels.
 
-This module is the entry point ``eapo_kernels`` of the group ``verl.plugins``: where both packages are installed, ``import
-verl`` imports it in every process, which adds the two names to verl's tables and changes nothing else.
+This module is the entry point ``eapo_kernels`` of the group ``verl.plugins``: ``import verl``
+imports it in every process. That adds the loss and the estimator to verl's registries and changes
+nothing else. The trainers and the op are requested by name: verl_trainer.py, verl_fused.py.
 
-    actor_rollout_ref.actor.policy_loss.loss_mode=eapo   # the clipped surrogate of E10; any homogeneous loss does as well
-    algorithm.adv_estimator=eapo                         # GRPO's advantages, positives times the weight, once
-    trainer.v1.trainer_mode=eapo_sync                    # measures H_k; needs VERL_USE_EXTERNAL_MODULES (verl_trainer.py)
+    actor_rollout_ref.actor.policy_loss.loss_mode=eapo  # or any of HOMOGENEOUS_LOSSES
+    algorithm.adv_estimator=eapo                        # GRPO's advantages, positives weighted
+    trainer.v1.trainer_mode=eapo_sync                   # measures H_k and updates the weight
 
-The estimator runs in the trainer's own process on the whole batch, so the weight is one number for all ranks and micro-batches.
+verl computes advantages in the trainer's process on the whole batch. The weight is therefore one
+number for all ranks and micro-batches of a step.
 """
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +23,14 @@ from torch import Tensor, nn
 
 from ..checks import describe, require_choice
 from ..errors import EapoError, ShapeError, require
+from ..objectives.controllers import EntropyRatio
 from ..objectives.surrogates import Clip, log_ratio, ppo_clip
 from ..ops.token_stats import token_stats
 from ..types import Options
-from .versions import require_version
+from . import require_version
 from .weight import AdvantageWeight
 
-require_version("verl", "0.9", "0.10")
+require_version("verl", ">=0.9,<0.10")
 
 from verl.trainer.ppo.core_algos import (  # noqa: E402
     agg_loss,
@@ -35,42 +40,44 @@ from verl.trainer.ppo.core_algos import (  # noqa: E402
 )
 
 HOMOGENEOUS_LOSSES = ("eapo", "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "cispo")
-"""verl's losses with loss(w A) = w loss(A): those that the weighted advantages may be given to. clip_cov and kl_cov select
-tokens by the advantage, dro has a term without it, bypass_mode has no entropy of the policy."""
+"""verl's losses with loss(w A) = w loss(A), which may take weighted advantages.
 
-_ACTIVE: list[AdvantageWeight] = []
+Not among them: clip_cov and kl_cov select tokens by the advantage, dro has a term without it, and
+bypass_mode has no entropy of the policy."""
+
+TRAINERS = ("sync", "colocate_async", "separate_async")
+PREFIX = "eapo_"
+_SETTINGS = ("kappa", "scale", "low", "high", "ema")
+_active: AdvantageWeight | None = None
 
 
-def activate(weight: AdvantageWeight) -> None:
-    """Make this the weight that the estimator ``eapo`` applies in this process. The trainers of verl_trainer.py call it."""
-    require(isinstance(weight, AdvantageWeight), "weight", "an AdvantageWeight", weight)
-    _ACTIVE[:] = [weight]
-
-
-def deactivate() -> None:
-    """Forget the active weight."""
-    _ACTIVE.clear()
+def activate(weight: AdvantageWeight | None) -> None:
+    """Set the weight that the estimator ``eapo`` applies in this process; None: no weight."""
+    global _active
+    require(weight is None or isinstance(weight, AdvantageWeight), "weight", "an AdvantageWeight or None", weight)
+    _active = weight
 
 
 @register_adv_est("eapo")
 def eapo_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index: Any = None, config: Any = None, **others: Any
 ) -> tuple[Tensor, Tensor]:
-    """Another estimator's advantages with the positive ones weighted (docs/math.md E10).
+    """Another estimator's advantages, with the positive ones weighted (docs/math.md E10).
 
     Args:
         token_level_rewards, response_mask: [B, T].
         index: [B], the prompt of each response.
-        config: verl's ``algorithm`` section; ``eapo.advantage`` names the estimator (default "grpo").
-        others: what else verl passes; handed on.
+        config: verl's ``algorithm`` section; ``eapo.advantage`` names the other estimator (default
+            "grpo").
+        others: further arguments of verl, passed to the other estimator.
 
     Returns:
-        (advantages [B, T], returns [B, T] as the estimator gave them).
+        (advantages [B, T], returns [B, T] of the other estimator).
 
     Raises:
-        EapoError: no trainer has measured the entropy in this process, or ``eapo.advantage`` names "eapo".
+        EapoError: no active weight in this process, or ``eapo.advantage`` names "eapo".
     """
-    if not _ACTIVE:
+    if _active is None:
         raise EapoError(
             "algorithm.adv_estimator=eapo: expected a trainer that measures the policy's entropy in this process, got none: "
             "set trainer.v1.trainer_mode=eapo_sync and VERL_USE_EXTERNAL_MODULES=eapo_kernels.integrations.verl_trainer"
@@ -84,7 +91,7 @@ def eapo_advantage(
     if name == "grpo":
         given["norm_adv_by_std_in_grpo"] = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
     advantages, returns = get_adv_estimator_fn(name)(**given, **others)
-    return _ACTIVE[0].apply(advantages), returns
+    return _active.apply(advantages), returns
 
 
 @register_policy_loss("eapo")
@@ -97,9 +104,10 @@ def eapo_policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """E10's clipped surrogate, -min(rho A, clip(rho, 1 - clip_ratio_low, 1 + clip_ratio_high) A), without verl's dual clip.
+    """E10's clipped surrogate without verl's dual clip.
 
-    The weight is not applied here: the advantages bring it.
+    -min(rho A, clip(rho, 1 - clip_ratio_low, 1 + clip_ratio_high) A) per token. The advantages
+    already carry the weight.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: [B, T].
@@ -108,7 +116,7 @@ def eapo_policy_loss(
         rollout_is_weights: [B, T] or None, factor per token.
 
     Returns:
-        (0-dim loss, metrics as of verl's vanilla loss).
+        (0-dim loss, the metrics of verl's vanilla loss).
 
     Raises:
         EapoError: no config.
@@ -132,10 +140,11 @@ def eapo_policy_loss(
 
 
 class FusedLinearForPPO(nn.Module):
-    """This package's op with the calling convention of verl's FusedLinearForPPO (``use_fused_kernels``).
+    """This package's op with the calling convention of verl's FusedLinearForPPO.
 
-    Differences: the entropy is fp32 whatever the hidden states are, and memory is bounded in bytes, not by ``chunk_size``. The
-    contract has no mask, so prompts, and without ``use_remove_padding`` padding, cost what responses cost, as they do in verl.
+    Differences: the entropy is fp32 for hidden states of any dtype, and memory is bounded in bytes,
+    not by ``chunk_size``. The convention has no mask: prompts, and padding without
+    ``use_remove_padding``, cost as much as responses, as in verl.
     """
 
     options: Options | None = None
@@ -144,15 +153,14 @@ class FusedLinearForPPO(nn.Module):
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         """
         Args:
-            chunk_size: verl's; not used.
-            impl_backend: verl's "torch" or "liger"; both mean this op.
+            chunk_size: no effect.
+            impl_backend: verl's "torch" or "liger"; both select this op.
 
         Raises:
             EapoError: another backend.
         """
         super().__init__()
         require_choice("impl_backend", impl_backend, ("torch", "liger"))
-        self.chunk_size, self.impl_backend = chunk_size, impl_backend
 
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float | Tensor = 1.0
@@ -181,11 +189,102 @@ class FusedLinearForPPO(nn.Module):
 
 
 def install_fused_op() -> None:
-    """Put ``FusedLinearForPPO`` in the place of verl's, for all model families, in this process.
+    """Replace verl's FusedLinearForPPO in this process, for all model families.
 
-    verl looks the class up at every forward when ``actor_rollout_ref.model.use_fused_kernels=True`` and ``impl_backend`` is
-    "torch" or "liger". In Ray's workers: VERL_USE_EXTERNAL_MODULES=eapo_kernels.integrations.verl_fused.
+    verl looks the class up at every forward with ``actor_rollout_ref.model.use_fused_kernels=True``
+    and ``impl_backend`` "torch" or "liger". In Ray workers, verl_fused.py calls this function.
     """
     from verl.utils.experimental import torch_functional
 
     torch_functional.FusedLinearForPPO = FusedLinearForPPO
+
+
+class EAPOMixin:
+    """Place it before a V1 ``PPOTrainer`` in the bases of a class.
+
+    The trainer measures H_k where verl computes the old log-probs: same batch, mask and
+    temperature, no further forward. The controller is updated before the advantages are computed.
+    Metrics: ``eapo/*``. The state is saved in ``global_step_N/eapo_state.json``.
+
+    Attributes:
+        eapo: AdvantageWeight, with the controller.
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        """
+        Args:
+            config: verl's; ``algorithm.eapo`` may hold kappa, scale, low, high, ema and advantage.
+
+        Raises:
+            EapoError: an estimator, loss or rollout correction that the weight does not support, or
+                an unknown setting.
+        """
+        config = copy.deepcopy(config)
+        # verl compares this name with "sync", so the trainer has to carry the name of its base.
+        config.trainer.v1.trainer_mode = str(config.trainer.v1.trainer_mode).removeprefix(PREFIX)
+        _check_config(config)
+        section = config.algorithm.get("eapo", None) or {}
+        self.eapo = AdvantageWeight(EntropyRatio(**{name: float(section[name]) for name in _SETTINGS if name in section}))
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """verl's forward of the old policy; its entropies give the weight of the step."""
+        batch = super()._compute_old_log_prob(batch, metrics=metrics)  # type: ignore[misc]
+        from verl.trainer.ppo.v1 import trainer_base
+
+        data = trainer_base.tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["entropy", "response_mask"]
+        )
+        padded = data.to_padded_tensor()
+        self.eapo.observe(padded["entropy"], padded["response_mask"])
+        self.eapo.step()
+        metrics.update({name: float(value) for name, value in self.eapo.metrics().items()})
+        return batch
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """verl's; its estimator ``eapo`` applies the weight."""
+        activate(self.eapo)
+        return super()._compute_advantage(batch, metrics)  # type: ignore[misc]
+
+    def _save_checkpoint(self) -> Any:
+        """The controller first: verl's last write marks the checkpoint as the latest."""
+        trainer: Any = self
+        folder = Path(trainer.config.trainer.default_local_dir) / f"global_step_{trainer.global_steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.eapo.save(folder)
+        return super()._save_checkpoint()  # type: ignore[misc]
+
+    def _load_checkpoint(self) -> Any:
+        result = super()._load_checkpoint()  # type: ignore[misc]
+        trainer: Any = self
+        settings = trainer.config.trainer
+        if trainer.global_steps:
+            resume_path = settings.resume_mode == "resume_path"
+            latest = f"{settings.default_local_dir}/global_step_{trainer.global_steps}"
+            self.eapo.load(settings.resume_from_path if resume_path else latest)
+        return result
+
+
+def _check_config(config: Any) -> None:
+    estimator, loss = config.algorithm.adv_estimator, config.actor_rollout_ref.actor.policy_loss.get("loss_mode", "vanilla")
+    require(estimator == "eapo", "algorithm.adv_estimator", "'eapo' with an eapo_ trainer", repr(estimator))
+    homogeneous = f"one of {', '.join(HOMOGENEOUS_LOSSES)} (positively homogeneous in the advantage)"
+    require(loss in HOMOGENEOUS_LOSSES, "actor.policy_loss.loss_mode", homogeneous, repr(loss))
+    correction = config.algorithm.get("rollout_correction", None) or {}
+    name = "algorithm.rollout_correction.bypass_mode"
+    require(not correction.get("bypass_mode", False), name, "False (the entropy comes from the old-policy forward)", True)
+    known = (*_SETTINGS, "advantage")
+    unknown = sorted(set(config.algorithm.get("eapo", None) or {}) - set(known))
+    require(not unknown, "algorithm.eapo", f"some of {', '.join(known)}", unknown)
+
+
+def register_trainers() -> None:
+    """Add ``eapo_sync``, ``eapo_colocate_async`` and ``eapo_separate_async`` to verl's registry.
+
+    They need TransferQueue. verl_trainer.py calls this function.
+    """
+    from verl.trainer.ppo.v1 import get_trainer_cls, register_trainer
+
+    for name in TRAINERS:
+        base = get_trainer_cls(name)
+        register_trainer(PREFIX + name)(type(f"EAPO{base.__name__}", (EAPOMixin, base), {"__module__": __name__}))

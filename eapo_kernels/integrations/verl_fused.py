@@ -1,4 +1,7 @@
-"""Imported by name only, as the request to use this package's op: VERL_USE_EXTERNAL_MODULES is what reaches verl's workers."""
+"""Importing this module swaps the op of verl's fused kernels (``verl.install_fused_op``).
+
+verl imports the modules named in VERL_USE_EXTERNAL_MODULES and cannot call a function of them.
+"""
 
 from .verl import install_fused_op
 

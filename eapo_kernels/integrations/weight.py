@@ -1,8 +1,10 @@
-"""The EAPO weight for trainers with a loss of their own: measure the entropy once a step, scale positive advantages once.
+"""The EAPO weight for a trainer that keeps its own loss: measure the entropy and scale positive
+advantages once a step.
 
-Surrogates that are positively homogeneous in the advantage (PPO's, GRPO's, GSPO's, CISPO's, SAPO's, VESPO's) satisfy
-loss(w A) = w loss(A) for w >= 0, so A' = where(A > 0, w A, A) gives the exact EAPO policy term (docs/math.md E10), whatever
-the trainer does with it. Losses that select tokens by the advantage (clip_cov, kl_cov) do not: adapters refuse them.
+The surrogates of PPO, GRPO, GSPO, CISPO, SAPO and VESPO are positively homogeneous in the
+advantage: loss(w A) = w loss(A) for w >= 0. With A' = where(A > 0, w A, A) they give the exact EAPO
+policy term (docs/math.md E10). Losses that select tokens by the advantage (clip_cov, kl_cov) are
+not homogeneous, and the adapters refuse them.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,18 +26,21 @@ STATE_FILE = "eapo_state.json"
 
 
 def scale_positive(advantages: Tensor, weight: float | Tensor) -> Tensor:
-    """where(A > 0, weight * A, A), detached: the one place where adapters apply the EAPO weight (docs/math.md E10).
+    """where(A > 0, weight * A, A), detached (docs/math.md E10). Every adapter applies the EAPO
+    weight with it.
 
     Args:
-        advantages: [...] float, after every normalisation. Padding may hold anything.
-        weight: lambda >= 0, a number or 0-dim tensor, the same on all ranks and micro-batches of a step.
+        advantages: [...] float, after every normalisation. Padding may hold any value.
+        weight: lambda >= 0, a number or 0-dim tensor, the same on all ranks and micro-batches of a
+            step.
 
     Returns:
         [...] in the dtype and on the device of ``advantages``; bit-equal to it for weight 1.
 
     Raises:
         ShapeError: the advantages are not a floating-point tensor.
-        EapoError: the weight is not a number >= 0 (a tensor on an accelerator is not looked at).
+        EapoError: the weight is not a number >= 0 (the value of a tensor on an accelerator is not
+            read).
     """
     if not (isinstance(advantages, Tensor) and advantages.dtype in FLOATS):
         raise ShapeError(f"advantages: expected a floating-point tensor, got {describe(advantages)}")
@@ -50,9 +54,11 @@ def scale_positive(advantages: Tensor, weight: float | Tensor) -> Tensor:
 
 
 class AdvantageWeight:
-    """Entropy in, weight out, once a step: ``observe`` every micro-batch, ``step`` once, ``apply`` to the step's advantages.
+    """Entropy in, weight out, once a step: ``observe`` every micro-batch, ``step`` once, ``apply``
+    to the step's advantages.
 
-    Holds the controller, whose state (H_0 above all) belongs into the trainer's checkpoint.
+    It holds the controller. The controller's state, with the initial entropy H_0, belongs in every
+    checkpoint (``save``, ``load``).
     """
 
     def __init__(self, controller: EntropyRatio | None = None) -> None:
@@ -61,15 +67,15 @@ class AdvantageWeight:
             controller: what computes the weight; default ``EntropyRatio()``.
         """
         self.controller = EntropyRatio() if controller is None else controller
-        ok = isinstance(self.controller, EntropyRatio)
-        require(ok, "controller", "an EntropyRatio or None", controller)
+        require(isinstance(self.controller, EntropyRatio), "controller", "an EntropyRatio or None", controller)
         self._sums: Tensor | None = None
 
     def observe(self, entropy: Tensor, mask: Tensor) -> None:
         """Add a micro-batch of this rank. No gradient, no synchronisation.
 
         Args:
-            entropy: [...] float, entropy of the temperature-scaled distribution at every token (nats).
+            entropy: [...] float, entropy of the temperature-scaled distribution at every token
+                (nats).
             mask: [...] bool or 0/1, the tokens that count, as in the loss.
 
         Raises:
@@ -82,32 +88,36 @@ class AdvantageWeight:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def observe_sampled(self, logp: Tensor, mask: Tensor) -> None:
-        """``observe`` with -log p of the sampled tokens, for trainers that hand out no entropy.
+        """``observe`` with -log p of the sampled tokens, for a trainer that does not expose the
+        entropy.
 
-        Its mean over tokens sampled from the policy (same temperature, no top-p) is an unbiased estimate of the mean entropy;
-        log-probs that are not finite are left out.
+        The mean over tokens sampled from the policy (same temperature, no top-p) is an unbiased
+        estimate of the mean entropy. Log-probs that are not finite are masked.
 
         Args:
-            logp: [...] float, log-prob of each sampled token under the policy that sampled it (nats).
+            logp: [...] float, log-prob of each sampled token under the policy that sampled it
+                (nats).
             mask: [...] bool or 0/1, the tokens that count.
         """
         known = logp.isfinite()
         self.observe(torch.where(known, -logp, 0.0), mask.bool() & known)
 
     def step(self, group: dist.ProcessGroup | None = None) -> Tensor:
-        """All-reduce sum and count of what was observed, together, and update the controller.
+        """All-reduce the observed sum and count in one collective, and update the controller.
 
-        Every rank of the group must call it; a rank that observed nothing calls ``observe`` with empty tensors before. A step
-        without any token leaves the weight as it was.
+        Every rank of the group must call it. A rank without tokens calls ``observe`` with empty
+        tensors first. A step without any token leaves the weight unchanged.
 
         Args:
-            group: the data-parallel ranks; None: all. Without torch.distributed nothing is reduced.
+            group: the data-parallel ranks; None: all ranks. Without torch.distributed there is no
+                collective.
 
         Returns:
             The step's weight, 0-dim fp64.
 
         Raises:
-            EapoError: nothing was observed since the last step, or the entropy is not positive and finite (looked at on CPU).
+            EapoError: nothing was observed since the last step, or the entropy is not positive and
+                finite (checked on a CPU only).
         """
         if self._sums is None:
             raise EapoError("step: expected observe() since the last step, got none")
@@ -129,11 +139,13 @@ class AdvantageWeight:
         return self.controller.weight
 
     def apply(self, advantages: Tensor) -> Tensor:
-        """``scale_positive`` with this step's weight. Once per advantage: twice is the classic mistake."""
+        """``scale_positive`` with this step's weight. Call it once per tensor: a second call
+        applies the weight twice."""
         return scale_positive(advantages, self.weight)
 
     def metrics(self) -> dict[str, Tensor]:
-        """``eapo/entropy``, ``eapo/entropy_init``, ``eapo/entropy_ratio``, ``eapo/positive_weight``: 0-dim."""
+        """``eapo/entropy``, ``eapo/entropy_init``, ``eapo/entropy_ratio``,
+        ``eapo/positive_weight``: 0-dim."""
         return self.controller.metrics()
 
     def save(self, directory: str | Path) -> Path:
@@ -151,7 +163,5 @@ class AdvantageWeight:
             EapoError: the folder has no such state, or it was written with other settings.
         """
         path = Path(directory) / STATE_FILE
-        if not path.is_file():
-            raise EapoError(f"checkpoint: expected {STATE_FILE} (H_0 of the run) in {directory}, got none")
-        state: dict[str, Any] = json.loads(path.read_text())
-        self.controller.load_state_dict(state)
+        require(path.is_file(), "checkpoint", f"{STATE_FILE} (H_0 of the run) in {directory}", "none")
+        self.controller.load_state_dict(json.loads(path.read_text()))

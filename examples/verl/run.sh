@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# EAPO in verl 0.9 on one node. Needs verl with a rollout engine, and this package: pip install eapo-kernels
-# (its plugin registers the loss and the estimator in every process). Put your data and model in the three variables.
+# EAPO in verl 0.9 on one node. Needs verl with a rollout engine and this package (pip install eapo-kernels),
+# whose plugin registers the loss and the estimator in every process. Set the three variables below.
 set -euo pipefail
 : "${TRAIN_FILE:?a parquet file in the format of verl}" "${VAL_FILE:?another}" "${MODEL:?a model path or name}"
 
-# The trainers that measure the entropy, and this package's op in all workers.
+# The eapo_* trainers, and this package's op in all workers.
 export VERL_USE_EXTERNAL_MODULES=eapo_kernels.integrations.verl_trainer,eapo_kernels.integrations.verl_fused
 
 python -m verl.trainer.main_ppo \

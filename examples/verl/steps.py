@@ -1,4 +1,6 @@
-"""verl's own parts around this package's loss, estimator and op, in one process on a CPU: what run.sh does on GPUs.
+"""verl's functions with this package's loss, estimator and op, in one process on a CPU.
+
+run.sh runs the same training with verl's trainer on GPUs.
 
 make test-verl                                # sets up .venv-verl
 .venv-verl/bin/python examples/verl/steps.py
@@ -19,8 +21,8 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.workers.config import ActorConfig
 
+from eapo_kernels.integrations import AdvantageWeight
 from eapo_kernels.integrations.verl import activate, install_fused_op
-from eapo_kernels.integrations.weight import AdvantageWeight
 
 sys.path.append(str(Path(__file__).parent.parent))
 import tiny

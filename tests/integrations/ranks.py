@@ -1,4 +1,4 @@
-"""Run a function on two or more gloo processes; what hangs fails instead, with the stacks of all threads."""
+"""Run a function on gloo processes, with a time limit that dumps the stacks of all threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The patched tiny models that are trained on several processes, and a loss of them."""
+"""Patched tiny models for tests with several processes, and a loss on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eapo_kernels.integrations.hf import next_token_targets, patch_causal_lm
 
 
 def sharded_model(case: str) -> Any:
-    """A patched Llama in training mode; names with "tied" share the head with the embeddings, with "lora_head" adapt it."""
+    """A patched Llama in training mode: "..._tied" ties the head, "...lora_head" adapts it."""
     model = tiny_model("llama_tied" if case.endswith("_tied") else "llama")
     if case.endswith("lora_head"):
         from peft import LoraConfig, get_peft_model
@@ -27,14 +27,14 @@ def sharded_model(case: str) -> Any:
 
 
 def sharded_loss(model: Any, rows: slice) -> torch.Tensor:
-    """A sum over these of four rows, through log-probs and entropies."""
+    """A sum of log-probs and entropies over these rows of a batch of four."""
     ids, attention, response = (t[rows] for t in tiny_batch(rows=4))
     stats = model(input_ids=ids, attention_mask=attention, targets=next_token_targets(ids, response))
     return stats.logp.sum() + 0.3 * stats.entropy.sum()
 
 
 def assert_gradients_of_one_process(found: dict[str, torch.Tensor], case: str) -> None:
-    """``found``: the gradients after every process took its share of the four rows; they were averaged over the processes."""
+    """``found``: gradients, averaged over the processes, of a batch of four rows split over them."""
     model = sharded_model(case)
     sharded_loss(model, slice(0, 4)).backward()
     expected = {name: p.grad / WORLD for name, p in model.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""The examples run as they stand in the repository, and what they print is what they promise: the reward goes up."""
+"""The examples run, and their printed rewards rise."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def _run(name: str) -> str:
-    """What an example prints.
+    """The output of an example.
 
     Raises:
-        CalledProcessError: it failed.
+        CalledProcessError: the example failed.
     """
     return subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, check=True, timeout=300).stdout
 
@@ -36,7 +36,7 @@ def test_training_examples_learn(name: str, framework: str) -> None:
     assert weights[-1] < 1, "the entropy has fallen, and the weight of the positives with it"
 
 
-def test_drop_ins_agree_with_the_plain_way() -> None:
+def test_drop_ins_agree_with_plain_pytorch() -> None:
     printed = _run("linear_cross_entropy.py")
     (plain, ours), (error,) = re.findall(r"(?:plain|ours) (\d+\.\d+)", printed), re.findall(r"at most (\S+)", printed)
     assert plain == ours

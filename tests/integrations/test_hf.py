@@ -1,4 +1,4 @@
-"""patch_causal_lm on tiny models of every family: statistics and gradients against the model's own logits; reversible."""
+"""patch_causal_lm on tiny models of every family, against the model's own logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tiny_models import FAMILIES, tiny_batch, tiny_model
 
 from eapo_kernels import EAPOConfig, EapoError, ShapeError, TokenBatch, TokenStats, eapo_loss
-from eapo_kernels.integrations.head import FusedLMHead
+from eapo_kernels.integrations import FusedLMHead
 from eapo_kernels.integrations.hf import logit_options, next_token_targets, patch_causal_lm, unpatch_causal_lm
 
 
@@ -32,7 +32,7 @@ def _gradients(model: Any, logp: torch.Tensor, entropy: torch.Tensor) -> dict[st
 
 
 def _assert_close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
-    """fp32 rounding of two ways to the same numbers: 1e-5 of the largest element."""
+    """Equal up to fp32 rounding: 1e-5 of the largest element."""
     bound = 1e-5 * max(theirs.abs().max().item(), 1.0)
     assert (ours - theirs).abs().max().item() <= bound, what
 
@@ -74,7 +74,7 @@ def test_options_come_from_the_config() -> None:
     assert logit_options(tiny_model("llama").config) == (None, None)
 
 
-def test_a_head_that_does_more_is_found() -> None:
+def test_check_rejects_a_wrong_scale() -> None:
     model = tiny_model("cohere_scale")
     with pytest.raises(EapoError, match="expected log-probs within"):
         patch_causal_lm(model, logit_scale=3.0)
@@ -92,7 +92,7 @@ def test_bfloat16_matches_its_logits() -> None:
     assert (stats.logp - logp).abs().max() < 0.1, "bf16 logits carry 8 bits"
 
 
-def test_generation_saving_and_copying_go_on(tmp_path: Any) -> None:
+def test_generation_saving_and_copying_still_work(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     model = tiny_model("llama_tied")
@@ -235,7 +235,7 @@ def test_mistakes_say_what_was_expected() -> None:
         next_token_targets(ids, response[:, 1:])
 
 
-def test_a_head_others_have_changed_is_refused() -> None:
+def test_a_head_with_hooks_or_a_replaced_forward_is_refused() -> None:
     linear = torch.nn.Linear(4, 7)
     linear.register_forward_hook(lambda *_: None)
     with pytest.raises(EapoError, match="_forward_hooks"):
@@ -252,11 +252,11 @@ def test_a_head_others_have_changed_is_refused() -> None:
     assert again.bias is not None
 
 
-def test_a_head_that_something_wraps_is_not_unpatched() -> None:
+def test_a_wrapped_head_cannot_be_unpatched() -> None:
     model = patch_causal_lm(tiny_model("llama"))
     ids, _, _ = tiny_batch()
     hook = model.lm_head.register_forward_pre_hook(lambda *_: None)
-    with pytest.raises(EapoError, match=r"unpatch without, what wraps the model.*_forward_pre_hooks"):
+    with pytest.raises(EapoError, match=r"unpatch before FSDP2 or DeepSpeed wraps the model.*_forward_pre_hooks"):
         unpatch_causal_lm(model)
     assert isinstance(model(input_ids=ids, targets=next_token_targets(ids)), TokenStats), "still patched"
     hook.remove()

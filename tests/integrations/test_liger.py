@@ -1,4 +1,4 @@
-"""The Liger-style losses against the originals: same calls, same numbers, same gradients."""
+"""Our Liger drop-ins against Liger's losses: same calls, values, gradients and metrics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from eapo_kernels import EapoError, ShapeError
-from eapo_kernels.integrations.cross_entropy import REDUCTIONS, LinearCrossEntropyLoss, linear_cross_entropy
-from eapo_kernels.integrations.liger import LOSS_TYPES, FusedLinearGRPOLoss
+from eapo_kernels.integrations import linear_cross_entropy
+from eapo_kernels.integrations.cross_entropy import REDUCTIONS
+from eapo_kernels.integrations.liger import LOSS_TYPES, FusedLinearGRPOLoss, LinearCrossEntropyLoss
 
 B, T, D, V = 4, 7, 24, 131
 
@@ -54,13 +55,13 @@ _CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("loss_type", "settings", "extras"), _CASES)
-def test_grpo_losses_are_ligers(loss_type: str, settings: dict[str, Any], extras: tuple[str, ...]) -> None:
+def test_grpo_loss_matches_liger(loss_type: str, settings: dict[str, Any], extras: tuple[str, ...]) -> None:
     liger = pytest.importorskip(
         "liger_kernel.chunked_loss", reason="liger-kernel (and triton) not installed: pip install --no-deps liger-kernel==0.8.5"
     )
     given = _inputs()
     if loss_type == "luspo":
-        given["mask"] = torch.ones_like(given["mask"])  # Liger averages over padding too; TRL, as we, does not
+        given["mask"] = torch.ones_like(given["mask"])  # Liger averages over padding too; TRL and this package mask it
     common = {"loss_type": loss_type, "use_ref_model": "ref" in extras or "ref_input" in extras, **settings}
     if loss_type == "dr_grpo":
         common["max_completion_length"] = 9
@@ -98,7 +99,7 @@ def test_the_weight_scales_the_positive_part() -> None:
         torch.testing.assert_close(found, 0.3 * a + b, rtol=1e-4, atol=1e-6)
 
 
-def test_poisoned_padding_does_not_matter() -> None:
+def test_nan_in_padding_has_no_effect() -> None:
     given, loss_of = _inputs(), FusedLinearGRPOLoss(use_ref_model=True)
     out = given["mask"] == 0
     nan = torch.where(out, float("nan"), -4.0)

@@ -1,4 +1,4 @@
-"""EAPOTrainer on the real TRL: real training steps on a CPU, bit-equal to stock at weight 1, parity for every loss type."""
+"""EAPOTrainer and the fused head on the real TRL: training on a CPU, parity for every loss type."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import VOCABULARY, tiny_batch, tiny_model, tiny_tokenizer
 
 from eapo_kernels import EapoError, EntropyRatio
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl==1.16.0")
 
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
-from eapo_kernels.integrations.trl import LOSS_TYPES, EAPOTrainer
+from eapo_kernels.integrations.trl import LOSS_TYPES, EAPOTrainer, add_eapo_head
 
 ONE = {"kappa": 0.0}
 
@@ -46,19 +47,19 @@ def _trainer(kind: type, directory: Path, *, model: Any = None, extra: dict[str,
 
 
 def _saved(family: str, directory: Path) -> str:
-    """A tiny model on disk: with beta > 0 TRL loads the reference model from where the policy came from."""
+    """A tiny model on disk: with beta > 0 TRL loads the reference from the policy's path."""
     path = directory / family
     tiny_model(family).save_pretrained(path)
     return str(path)
 
 
 def _settings(loss_type: str) -> dict[str, Any]:
-    """What TRL asks for with a loss type."""
+    """The settings that TRL requires with a loss type."""
     own: dict[str, dict[str, Any]] = {"luspo": {"importance_sampling_level": "sequence"}, "cispo": {"epsilon_high": 3.0}}
     return {"loss_type": loss_type, **own.get(loss_type, {})}
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", ["dapo", "luspo", "vespo"])
 def test_weight_one_trains_bit_for_bit_like_stock(loss_type: str, tmp_path: Path) -> None:
     settings = {**_settings(loss_type), "max_steps": 2}
     stock = _trainer(GRPOTrainer, tmp_path / "a", **settings)
@@ -75,7 +76,7 @@ def test_weight_one_trains_bit_for_bit_like_stock(loss_type: str, tmp_path: Path
 
 
 def _batch(trainer: Any, *, off_policy: bool) -> dict[str, Any]:
-    """One micro-batch as the trainer makes it, with old log-probs away from the policy so that clips act."""
+    """One micro-batch of the trainer; off_policy moves the old log-probs so that clips act."""
     trainer.model.train()
     torch.manual_seed(5)
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
@@ -102,7 +103,7 @@ def _loss_and_gradients(trainer: Any, batch: dict[str, Any]) -> tuple[torch.Tens
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_same_batch_through_the_stock_path_and_ours(loss_type: str, tmp_path: Path) -> None:
-    """loss(ours) = w * stock(positives only) + stock(negatives only), value and gradient; with KL: its term untouched."""
+    """loss(ours) = w * stock(positives only) + stock(negatives only), value and gradient."""
     weight = 0.4
     stock = _trainer(GRPOTrainer, tmp_path / "a", **_settings(loss_type))
     ours = _trainer(EAPOTrainer, tmp_path / "b", extra={"controller": EntropyRatio(scale=weight)}, **_settings(loss_type))
@@ -226,7 +227,7 @@ def test_resume_keeps_the_initial_entropy(tmp_path: Path) -> None:
         _trainer(EAPOTrainer, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_evaluation_is_left_alone(tmp_path: Path) -> None:
+def test_evaluation_is_neither_measured_nor_weighted(tmp_path: Path) -> None:
     from datasets import Dataset
 
     trainer = _trainer(
@@ -266,7 +267,7 @@ def test_two_processes_share_one_weight(tmp_path: Path) -> None:
     assert float(state["weight"]) == pytest.approx(entropies[1] / entropies[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", ["dapo", "luspo"])
 def test_our_op_behind_the_fused_head_contract(loss_type: str, tmp_path: Path) -> None:
     settings = {**_settings(loss_type), "beta": 0.04, "entropy_coef": 0.01}
     model = _saved("gemma2_softcap", tmp_path)
@@ -285,7 +286,7 @@ def test_our_op_behind_the_fused_head_contract(loss_type: str, tmp_path: Path) -
 
 
 def test_our_head_trains_with_lora(tmp_path: Path) -> None:
-    """On the head itself TRL refuses adapters before our head is there; the reference is the model without them."""
+    """LoRA beside the head (TRL refuses it on the head); the reference is the model without it."""
     from peft import LoraConfig
 
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -310,3 +311,44 @@ def test_our_head_trains_with_lora(tmp_path: Path) -> None:
 def test_unsupported_combinations_raise(settings: dict[str, Any], extra: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(EapoError, match=message):
         _trainer(EAPOTrainer, tmp_path, extra=extra, **settings)
+
+
+def test_the_fused_head_contract_beside_trls_own_head() -> None:
+    fields = ("log_probs", "entropy", "log_sum_sq_probs")
+    theirs, ours = tiny_model("cohere_scale"), tiny_model("cohere_scale")
+    add_fused_lm_head(theirs, temperature=0.7, outputs=fields)
+    add_eapo_head(ours, temperature=0.7, outputs=fields)
+    ids, attention, response = tiny_batch()
+    labels = torch.where(response, ids, -100)
+    shifted = torch.full_like(labels, -100)
+    shifted[:, :-1] = labels[:, 1:]
+    for given in ({"labels": labels}, {"shift_labels": shifted}, {"labels": labels, "num_items_in_batch": 11}):
+        a = theirs(input_ids=ids, attention_mask=attention, fused_lm_head=True, **given)
+        b = ours(input_ids=ids, attention_mask=attention, fused_lm_head=True, **given)
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    masked = ours(input_ids=ids, attention_mask=attention, fused_lm_head=True, labels=torch.full_like(ids, -100))
+    masked.loss.backward()
+    assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    with pytest.raises(EapoError, match="outputs"):
+        add_eapo_head(tiny_model("llama"), outputs=("is_top1",))
+
+
+def test_fused_head_of_a_mixture_of_experts() -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    models = []
+    for add in (add_fused_lm_head, add_eapo_head):
+        torch.manual_seed(0)
+        models.append(Qwen3MoeForCausalLM(config).eval())
+        add(models[-1])
+    ids, attention, response = tiny_batch()
+    given = {"labels": torch.where(response, ids, -100), "fused_lm_head": True, "output_router_logits": True}
+    a, b = (model(input_ids=ids, attention_mask=attention, **given) for model in models)
+    torch.testing.assert_close(b.aux_loss, a.aux_loss)
+    torch.testing.assert_close(b.loss, a.loss, rtol=1e-5, atol=1e-5)

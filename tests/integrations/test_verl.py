@@ -1,4 +1,4 @@
-"""The verl adapter on the real verl 0.9.1; `make test-verl` sets up the environment it needs (transformers < 5.11, ray)."""
+"""The verl adapter on the real verl 0.9.1 in its own environment: `make test-verl`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from tiny_models import VOCABULARY, tiny_batch, tiny_model
 
 from eapo_kernels import EapoError, EntropyRatio, ShapeError
-from eapo_kernels.integrations.weight import STATE_FILE, AdvantageWeight
+from eapo_kernels.integrations import AdvantageWeight
+from eapo_kernels.integrations.weight import STATE_FILE
 
 pytest.importorskip(
     "verl", reason="verl does not import here, it needs transformers < 5.11 and ray: make test-verl", exc_type=ImportError
@@ -29,7 +30,7 @@ B, T = 6, 5
 @pytest.fixture(autouse=True)
 def _forget() -> Any:
     yield
-    adapter.deactivate()
+    adapter.activate(None)
 
 
 def _actor_config(**changes: Any) -> Any:
@@ -85,7 +86,7 @@ def test_the_loss_is_vanilla_without_the_dual_clip(mode: str, micro: bool) -> No
 @pytest.mark.parametrize("name", adapter.HOMOGENEOUS_LOSSES)
 def test_these_losses_are_homogeneous_in_the_advantage(name: str) -> None:
     """loss(A with weighted positives) = w loss(positives) + loss(negatives), on verl's own functions."""
-    from eapo_kernels.integrations.weight import scale_positive
+    from eapo_kernels.integrations import scale_positive
 
     given, config, w = _tokens(1), _actor_config(), 0.35
     a = given["advantages"]
@@ -114,7 +115,7 @@ def _rewarded(seed: int = 0) -> Any:
     ("base", "settings"),
     [("grpo", {}), ("grpo", {"norm_adv_by_std_in_grpo": False}), ("rloo", {"eapo": {"advantage": "rloo"}})],
 )
-def test_the_estimator_weighs_another_ones_positives_once(base: str, settings: dict[str, Any]) -> None:
+def test_the_estimator_weights_positive_advantages_once(base: str, settings: dict[str, Any]) -> None:
     from omegaconf import OmegaConf
     from verl.trainer.ppo.ray_trainer import compute_advantage
 
@@ -135,7 +136,7 @@ def test_the_estimator_weighs_another_ones_positives_once(base: str, settings: d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_op_behind_their_contract(dtype: torch.dtype) -> None:
+def test_the_op_behind_verls_contract(dtype: torch.dtype) -> None:
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
     g = torch.Generator().manual_seed(0)
@@ -156,8 +157,8 @@ def test_the_op_behind_their_contract(dtype: torch.dtype) -> None:
         adapter.FusedLinearForPPO(impl_backend="triton")
 
 
-def test_training_steps_with_their_functions_and_our_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    """verl's patched forward, advantages, loss registry and aggregation, our op, weight and loss: the reward goes up."""
+def test_training_steps_with_verls_functions_and_our_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl's patched forward, advantages and loss registry with our op, weight and loss: the reward rises."""
     from omegaconf import OmegaConf
     from verl.models.transformers.monkey_patch import patch_forward_with_backends
     from verl.trainer.ppo.ray_trainer import compute_advantage
@@ -165,7 +166,7 @@ def test_training_steps_with_their_functions_and_our_op(monkeypatch: pytest.Monk
 
     model = tiny_model("qwen2")
     kind = type(model)
-    monkeypatch.setattr(kind, "forward", kind.forward)  # what verl replaces for good is put back after the test
+    monkeypatch.setattr(kind, "forward", kind.forward)  # restored after the test
     patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
     ids, attention, _ = tiny_batch(rows=B)
     theirs = model(input_ids=ids, attention_mask=attention, return_dict=True, temperature=0.9)
@@ -209,7 +210,7 @@ def test_training_steps_with_their_functions_and_our_op(monkeypatch: pytest.Monk
 
 
 class _Store:
-    """verl's TransferQueue, as far as the two stages use it."""
+    """A stand-in for verl's TransferQueue with the calls of the two stages."""
 
     def __init__(self, fields: Any) -> None:
         self.fields = fields
@@ -252,7 +253,7 @@ def _config(directory: Path, **changes: Any) -> Any:
 
 
 def _trainer(directory: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
-    """verl's own sync trainer class; only its constructor, which needs Ray, is replaced."""
+    """verl's own sync trainer class; only the constructor, which needs Ray, is replaced."""
     base = pytest.importorskip("verl.trainer.ppo.v1.trainer_base", reason="needs TransferQueue: make test-verl")
     from eapo_kernels.integrations import verl_trainer  # noqa: F401  registers
 
@@ -260,7 +261,7 @@ def _trainer(directory: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -
     return base.get_trainer_cls("eapo_sync")(_config(directory, **changes))
 
 
-def test_their_trainer_measures_weighs_and_keeps_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sync_trainer_measures_weights_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensordict import NonTensorStack, TensorDict
     from verl.trainer.ppo.v1 import trainer_base
 
@@ -324,7 +325,7 @@ def test_their_trainer_measures_weighs_and_keeps_the_state(tmp_path: Path, monke
         ({"algorithm__eapo": {"kapa": 1.0}}, r"algorithm\.eapo"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
+def test_unsupported_configurations_are_refused(
     changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(EapoError, match=message):

@@ -1,4 +1,4 @@
-"""A patched model under DeepSpeed ZeRO-3 on two gloo processes: the gradients of one process; `make test-zero3`."""
+"""A patched model under DeepSpeed ZeRO-3 on two gloo processes: `make test-zero3`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sharded_model import assert_gradients_of_one_process, sharded_loss, sharded
 from eapo_kernels import EapoError
 from eapo_kernels.integrations.hf import unpatch_causal_lm
 
-if importlib.util.find_spec("deepspeed") is None:  # not imported here: it looks for an accelerator at once
+if importlib.util.find_spec("deepspeed") is None:  # not imported here: the import selects an accelerator
     pytest.skip("DeepSpeed is not installed: make test-zero3", allow_module_level=True)
 
 CASES = ["untied", "zero3_tied", "lora_head"]
@@ -48,12 +48,12 @@ def _gradients(case: str, rank: int, deepspeed: Any) -> dict[str, torch.Tensor]:
     )
     assert all(p.numel() == 0 for p in model.parameters()), "every parameter is sharded"
     found = {}
-    for _ in range(2):  # twice: what is gathered in one backward must be there again in the next
+    for _ in range(2):  # twice: the second forward must gather again
         engine.backward(sharded_loss(engine, slice(2 * rank, 2 * rank + 2)))
         found = {n: deepspeed.utils.safe_get_full_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad}
         engine.step()
     if case == "untied":
-        with pytest.raises(EapoError, match="unpatch without, what wraps"):
+        with pytest.raises(EapoError, match="unpatch before FSDP2 or DeepSpeed wraps"):
             unpatch_causal_lm(model)
     return found
 
@@ -66,5 +66,5 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_one_process(case: str, gradients: Path) -> None:
+def test_gradients_match_one_process(case: str, gradients: Path) -> None:
     assert_gradients_of_one_process(torch.load(gradients / f"{case}.pt"), case)

@@ -1,4 +1,4 @@
-"""Tiny random causal language models of many families, and a tokenizer made in code: nothing is fetched."""
+"""Tiny random causal language models of many families, and a tokenizer, without downloads."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi_bias": ("Phi", {}),
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
 }
-"""Family -> (transformers' class prefix, what differs from the common sizes)."""
+"""Family -> (class prefix in transformers, changes to the common sizes)."""
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A random model in eval mode, with weights large enough for soft-caps and scales to matter."""
+    """A random model in eval mode, with weights large enough for softcap and scale to act."""
     import transformers
 
     prefix, own = FAMILIES[family]
@@ -48,7 +48,7 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def tiny_batch(*, rows: int = 3, length: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask, response_mask), each [rows, length]; right-padded, the response starts at position 3."""
+    """(input_ids, attention_mask, response_mask), each [rows, length]; right-padded, response from 3."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
     lengths = torch.arange(rows) % 3 + length - 2

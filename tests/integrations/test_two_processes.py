@@ -1,4 +1,4 @@
-"""A patched model under FSDP2 and DDP, and with a tensor-parallel head, on two gloo processes: the gradients of one process."""
+"""Two gloo processes: patched models under FSDP2 and DDP, a tensor-parallel head, the weight."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from eapo_kernels import EapoError, TokenBatch, TokenStats, policy_loss
-from eapo_kernels.integrations.head import FusedLMHead
+from eapo_kernels.integrations import AdvantageWeight, FusedLMHead
 from eapo_kernels.integrations.hf import next_token_targets
 
 CASES = ["fsdp2_untied", "fsdp2_tied", "fsdp2_head_apart", "fsdp2_lora_head", "ddp"]
 
 
 def _rank(rank: int, directory: str) -> None:
-    """Every case on one pair of processes: starting them takes longer than all the rest."""
+    """All cases on one pair of processes, because starting the processes takes most of the time."""
     for case in CASES:
         found = _sharded_gradients(case, rank)
         if rank == 0:
@@ -32,6 +32,7 @@ def _rank(rank: int, directory: str) -> None:
     _assert_the_head_alone_is_refused()
     _assert_a_head_split_by_rows_is_not_gathered()
     _assert_tensor_parallel_head_under_fsdp2(rank)
+    torch.save(_advantage_weight(rank), f"{directory}/weight{rank}.pt")
 
 
 def _sharded_gradients(case: str, rank: int) -> dict[str, torch.Tensor]:
@@ -47,7 +48,7 @@ def _sharded_gradients(case: str, rank: int) -> dict[str, torch.Tensor]:
         if case == "fsdp2_head_apart":
             fully_shard(base.lm_head)
         fully_shard(model)
-    for _ in range(2):  # twice: what is unsharded in one backward must be there again in the next
+    for _ in range(2):  # twice: the second forward must gather again what the first backward resharded
         model.zero_grad()
         sharded_loss(model, slice(2 * rank, 2 * rank + 2)).backward()
     found = {}
@@ -59,15 +60,31 @@ def _sharded_gradients(case: str, rank: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
     run_ranks(_rank, str(directory))
     return directory
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_one_process(case: str, gradients: Path) -> None:
-    assert_gradients_of_one_process(torch.load(gradients / f"{case}.pt"), case)
+def test_gradients_match_one_process(case: str, results: Path) -> None:
+    assert_gradients_of_one_process(torch.load(results / f"{case}.pt"), case)
+
+
+def _advantage_weight(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = AdvantageWeight()
+    for step in range(2):
+        entropies = torch.arange(1.0, 2.0 + 3 * rank) / (1 + step)  # 1 token on rank 0, 4 on rank 1
+        weight.observe(entropies, torch.ones_like(entropies))
+        weight.step()
+    return weight.weight, weight.controller.initial_entropy
+
+
+def test_advantage_weight_is_one_number_and_every_token_counts_the_same(results: Path) -> None:
+    found = [torch.load(results / f"weight{rank}.pt") for rank in range(WORLD)]
+    assert found[0] == found[1]
+    assert float(found[0][1]) == (1 + 1 + 2 + 3 + 4) / 5
+    assert float(found[0][0]) == 0.5
 
 
 def _assert_the_head_alone_is_refused() -> None:
@@ -80,7 +97,7 @@ def _assert_the_head_alone_is_refused() -> None:
 
 
 def _assert_a_head_split_by_rows_is_not_gathered() -> None:
-    """Statistics, gradients and a loss of a DTensor head, plain or DTensor hidden states; no collective but the op's own."""
+    """A DTensor head: statistics, gradients and a loss, with no collective of DTensor."""
     mesh = init_device_mesh("cpu", (WORLD,))
     group = mesh.get_group()
     torch.manual_seed(3)
@@ -122,7 +139,7 @@ def _assert_a_head_split_by_rows_is_not_gathered() -> None:
 
 
 def _assert_tensor_parallel_head_under_fsdp2(rank: int) -> None:
-    """A model patched before its head is split and FSDP2 wraps it: the mesh inside the forward is the tensor-parallel one."""
+    """A tensor-parallel head inside an FSDP2 model: in the forward it is on the tensor mesh."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "tensor"))
