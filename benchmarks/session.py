@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eapo_kernels.ops.cuda import measured as cuda_measured
+from eapo_kernels.ops.cuda import tiles as cuda_tiles
 from eapo_kernels.ops.triton import measured as triton_measured
 
 from . import first_light
@@ -154,7 +154,7 @@ def run(call: int, out: Path, seconds: float, *, commit: str | None = None, tiny
                 arguments = step.arguments(out / "again", limit, hangs=hangs, tiny=tiny)
                 execute(f"{step.name} again", limit, [*arguments, "--no-tests", "--without", *names])
     if call == 2 and not tiny:
-        for path in (cuda_measured.PATH, triton_measured.PATH):
+        for path in (cuda_tiles.MEASURED, triton_measured.PATH):
             if path.exists():
                 (out / path.parent.name).mkdir(exist_ok=True)
                 shutil.copy(path, out / path.parent.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eapo_kernels.ops import measured_tiles
-from eapo_kernels.ops.cuda import measured as cuda_measured
+from eapo_kernels.ops.cuda import tiles as cuda_tiles
 from eapo_kernels.ops.triton import configs as triton_configs
 from eapo_kernels.ops.triton import measured as triton_measured
 
@@ -74,4 +74,4 @@ class Table:
 
 
 TRITON = Table(("kernel", "family", "itemsize", "dim", "vocab"), triton_measured.entries, (triton_configs.find,))
-CUDA = Table(("kernel", "dim", "rows"), cuda_measured.entries)
+CUDA = Table(("kernel", "dim", "rows"), cuda_tiles.measured)

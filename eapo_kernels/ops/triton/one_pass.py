@@ -105,17 +105,15 @@ class LogitChunk(FinalizedChunk):
 
 
 class ScaledExpKernels(NamedTuple):
-    """The launchers of the scaled-exponential form's vectors and of its first product. A backend may bring its own, with the same outputs.
+    """The first product of the scaled-exponential form, which a backend may replace by one with the same outputs.
 
     Attributes:
-        sums: makes the ``ScaledExpSums`` that suit ``product``.
-        offsets, product, finalize: see ``offsets.row_offsets``, ``scaled_exp_gemm.scaled_exp_gemm`` and ``scaled_exp_finalize.scaled_exp_finalize``.
+        sums: allocates the ``ScaledExpSums`` of ``product``.
+        product: see ``scaled_exp_gemm.scaled_exp_gemm``.
     """
 
     sums: Callable[[Projection, bool], ScaledExpSums] = ScaledExpSums.empty
-    offsets: Callable[..., Callable[[], None]] = row_offsets
     product: Callable[..., Callable[[], None]] = scaled_exp_gemm
-    finalize: Callable[..., tuple[Callable[[], None], Finalized, Tensor]] = scaled_exp_finalize
 
 
 class ScaledExpChunk(FinalizedChunk):
@@ -134,21 +132,21 @@ class ScaledExpChunk(FinalizedChunk):
         entropy: bool,
         kernels: ScaledExpKernels | None = None,
     ) -> None:
-        self._kernels = kernels or ScaledExpKernels()
+        kernels = kernels or ScaledExpKernels()
         self._projection, self._targets = projection, targets
-        self.sums = self._kernels.sums(projection, entropy)
+        self.sums = kernels.sums(projection, entropy)
         matrix = workspace(projection, projection.operand_dtype)
-        self._kernels.offsets(projection, targets, logp_guess, self.sums)()
+        row_offsets(projection, targets, logp_guess, self.sums)()
         if projection.shard is not None:
             share_offsets(projection, targets, logp_guess, self.sums)
-        self._kernels.product(projection, targets, self.sums, matrix)()
+        kernels.product(projection, targets, self.sums, matrix)()
         rescue(projection, targets, self.sums, matrix)
         self._whole = self.sums if projection.shard is None else gather_sums(projection.shard, self.sums)
         self._matrix: Tensor | None = matrix
         self._slopes: Tensor | None = None
 
     def _finalize(self, terms: SurrogateTerms | None) -> Finalized:
-        launch, final, slopes = self._kernels.finalize(self._projection, self._whole, terms)
+        launch, final, slopes = scaled_exp_finalize(self._projection, self._whole, terms)
         launch()
         if self._projection.shard is not None:
             slopes = fit_slopes(slopes, self._targets, self.sums, self._whole, final.statistics)
