@@ -39,7 +39,7 @@ u8* Machine::generic(Warp& warp, const Instruction& in, u64 address, u32 size, b
     if (in_shared(in) || window) {
         if (in_shared(in) && !in.has("shared::cluster")) own(warp, in, u32(address));
         auto [cta, offset] = locate(warp, u32(address));
-        return write ? cta->shared.write(offset, size, warp.thread(lane)) : cta->shared.read(offset, size, false);
+        return write ? cta->shared.write(offset, size, warp.thread(lane)) : cta->shared.read(offset, size);
     }
     if (in.has("param")) {
         const u64 start = u64(reinterpret_cast<uintptr_t>(launch_.parameters.data()));

@@ -18,7 +18,8 @@ Step Machine::do_bar(Warp& warp, const Instruction& in, u32 lanes) {
         return Step::NEXT;
     }
     if (!in.has("sync") && !in.has("arrive")) throw Fault("not emulated: " + in.mnemonic());
-    if (barrier.arrived == 0) barrier.expected = expected;
+    if (barrier.arrived == 0) barrier.expected = expected, barrier.synchronizes = true;
+    if (in.has("arrive")) barrier.synchronizes = false;
     if (barrier.expected != expected) throw Fault("bar: expected all warps to name the same number of threads");
     ++events_;
     const u64 generation = barrier.generation;
@@ -26,6 +27,7 @@ Step Machine::do_bar(Warp& warp, const Instruction& in, u32 lanes) {
     if (barrier.arrived == barrier.expected) {
         barrier.arrived = 0;
         ++barrier.generation;
+        if (barrier.synchronizes && expected == threads()) ++warp.cta->shared.epoch;
         return Step::NEXT;
     }
     if (in.has("arrive")) return Step::NEXT;
@@ -153,7 +155,10 @@ Step Machine::do_mapa(Warp& warp, const Instruction& in, u32 lanes) {
 Step Machine::do_fence(Warp& warp, const Instruction& in, u32 lanes) {
     if (in.has("proxy") && (in.has("async") || in.has("async::generic"))) {
         for (int lane = 0; lane < LANES; ++lane)
-            if (lanes >> lane & 1) warp.cta->shared.fence(warp.thread(lane));
+            if (lanes >> lane & 1) {
+                warp.cta->shared.fence(warp.thread(lane));
+                warp.proxy_fence[lane] = warp.cta->shared.epoch;
+            }
     } else if (!in.has("mbarrier_init")) {
         return Step::NEXT;
     }

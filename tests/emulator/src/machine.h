@@ -30,7 +30,8 @@ struct Product {
     const Instruction* instruction;
     u64 a, b;
     bool accumulate;
-    int group;  // number of the committed group it belongs to
+    int group;   // number of the committed group it belongs to
+    u64 fenced;  // see Shared::read_fenced
 };
 
 struct Copy {  // cp.async of a thread
@@ -68,6 +69,7 @@ struct Warp {
     std::vector<std::deque<Copy>> copies;  // by lane
     std::array<int, LANES> copy_group{};
     std::array<int, LANES> store_group{};  // TMA stores: the open group
+    std::array<u64, LANES> proxy_fence{};  // epoch of shared memory at the last fence.proxy.async
     int registers_held = 0;  // of a thread: setmaxnreg
     int thread(int lane) const { return index * LANES + lane; }
 };
@@ -92,10 +94,12 @@ struct TensorProduct {
     bool commits, accumulate;
     u32 to, shape, barrier;
     u64 a, b;
+    u64 fenced;  // see Shared::read_fenced
 };
 
 struct NamedBarrier {
     int arrived = 0, expected = 0;
+    bool synchronizes = true;  // all threads so far wait (bar.sync)
     u64 generation = 0;
 };
 

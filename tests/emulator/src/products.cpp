@@ -81,7 +81,8 @@ Step Machine::do_wgmma(Warp& warp, const Instruction& in, u32 lanes) {
     for (size_t i = at + 3; i < in.operands.size(); ++i)
         if (in.at(i).value != (i < at + 5 ? 1 : 0)) throw Fault("wgmma: signs and transposed operands are not emulated");
     const Product product{&in, read_one(warp, in.at(at), 0), read_one(warp, in.at(at + 1), 0),
-                          (predicate(warp, in.at(at + 2)) & 1) != 0, warp.product_group};
+                          (predicate(warp, in.at(at + 2)) & 1) != 0, warp.product_group,
+                          *std::min_element(warp.proxy_fence.begin(), warp.proxy_fence.end())};
     for (int lane = 1; lane < LANES; ++lane)
         if (read_one(warp, in.at(at), lane) != product.a || read_one(warp, in.at(at + 1), lane) != product.b)
             throw Fault("wgmma: expected one descriptor in all threads");
@@ -112,7 +113,7 @@ void Machine::multiply(Warp& warp, const Product& product) {
     std::vector<float> a(256), b(n * 16);
     const auto fetch = [&](const SharedOperand& operand, int first_row, int rows, std::vector<float>& to) {
         operand_pieces(operand, first_row, rows, [&](int row, int half, u32 address) {
-            const u8* piece = shared.read(address, 16, true);
+            const u8* piece = shared.read_fenced(address, 16, product.fenced);
             for (int i = 0; i < 8; ++i) {
                 u16 bits;
                 std::memcpy(&bits, piece + 2 * i, 2);
@@ -187,7 +188,7 @@ Step Machine::do_ldmatrix(Warp& warp, const Instruction& in, u32) {
             const u32 address = u32(read_one(warp, in.at(matrices), 8 * m + lane / 4));
             auto [cta, offset] = locate(warp, address + 4 * (lane % 4));
             u32 value;
-            std::memcpy(&value, cta->shared.read(offset, 4, false), 4);
+            std::memcpy(&value, cta->shared.read(offset, 4), 4);
             values[m][lane] = value;
         }
     for (int m = 0; m < matrices; ++m) std::copy(values[m].begin(), values[m].end(), write(warp, in.at(m)));
