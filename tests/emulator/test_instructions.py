@@ -16,7 +16,7 @@ HEAD = ".version 8.0\n.target sm_90a\n.address_size 64\n"
 
 
 def apply(body: str, *inputs: Tensor, threads: int = 32, shared: int = 0) -> Tensor:
-    """``body`` reads %a0, %a1, ... of its thread and writes %d; all 32 bits wide. Inputs [threads]."""
+    """``body`` reads %a0, %a1, ... of its thread and writes %d, all 32 bits. Inputs [threads]."""
     assert all(one.element_size() == 4 and one.numel() == threads for one in inputs)
     out = torch.zeros(threads, dtype=torch.int32)
     loads = "".join(
@@ -73,9 +73,7 @@ def test_rounding_to_half_precision(type: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("instruction", ["add", "mul", "fma"])
 def test_rounding_in_every_direction(instruction: str) -> None:
-    """rm and rp enclose what is exact in float64, a number apart at most; rz is the one nearer to
-    zero, rn the nearer one.
-    """
+    """rm and rp enclose the exact result, one ulp apart; rz is nearer to zero, rn nearer to it."""
     g = torch.Generator().manual_seed(1)
     a, b, c = (torch.randn(32, generator=g) * 10.0 ** torch.randint(-3, 4, (32,), generator=g) for _ in range(3))
     operands = "%a0, %a1, %a2" if instruction == "fma" else "%a0, %a1"
@@ -157,10 +155,8 @@ def test_bits(body: str, a: int, b: int, expected: int) -> None:
     assert torch.equal(apply(body, bits([a] * 32), bits([b] * 32)), bits([expected] * 32))
 
 
-def test_threads_that_part_meet_again() -> None:
-    """Each lane goes round a loop as often as its number says; the shuffle after it finds all of
-    them.
-    """
+def test_diverged_threads_reconverge() -> None:
+    """Each lane takes as many rounds of a loop as its number; all reconverge at the shuffle."""
     body = """mov.u32 %t0, 0;
     again:
     setp.ge.u32 %p0, %t0, %a0;
@@ -212,7 +208,7 @@ def test_rules(body: str, complaint: str) -> None:
     ],
 )
 def test_a_proxy_fence_lies_between_the_write_and_the_asynchronous_read(writer: str, reader: str, allowed: bool) -> None:
-    """Warp 1 writes shared memory, warp 0 stores it by TMA: either may fence, on the causality path."""
+    """Warp 1 writes shared memory, warp 0 stores it by TMA; either of them may fence."""
     text = f"""{HEAD}
 .visible .entry one(.param .align 64 .b8 map[128])
 {{

@@ -1,4 +1,4 @@
-// Copies that take their time: cp.async, TMA.
+// Asynchronous copies: cp.async and TMA.
 #include "lanes.h"
 
 namespace ptx {

@@ -1,4 +1,4 @@
-// Memory with its rules. Global memory is the process's own, but only the ranges that a test has named may be touched.
+// Global and shared memory with their rules. Global memory is the process's, restricted to the given tensors.
 #pragma once
 
 #include <map>
@@ -38,7 +38,7 @@ class Global {
     }
 };
 
-constexpr u32 GRANULE = 16;  // bytes whose state is kept together
+constexpr u32 GRANULE = 16;  // bytes of one unit of state
 
 // One program's shared memory. Three things are watched per granule: whether it has been written; the thread that wrote it through the
 // generic proxy and has not executed fence.proxy.async since; and the number of pending asynchronous reads, during which a write is an

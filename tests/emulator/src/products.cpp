@@ -1,4 +1,4 @@
-// Tensor cores up to Hopper, and the matrices that go through their fragments.
+// Tensor cores up to Hopper; ldmatrix and stmatrix.
 #include "lanes.h"
 
 namespace ptx {
@@ -16,9 +16,9 @@ int columns_of(const Instruction& in) {
 
 float operand_number(const Type& type, u16 bits) { return type.letter == 'h' ? from_fp16(bits) : from_bf16(bits); }
 
-// c + a . b over 16 numbers as published tests say of Hopper's tensor cores (Khattak and Mikaitis, arXiv 2512.07004): everything is
-// aligned to the largest and cut off two bits below its last place, then added up exactly, then cut off to fp32. So sums of one
-// sign come out too small: a logit of 40 by about 2e-4 over 4096 numbers.
+// c + a . b over 16 numbers, as published tests describe Hopper's tensor cores (Khattak and Mikaitis, arXiv 2512.07004): all terms are
+// aligned to the largest, truncated two bits below its last place, summed exactly, and truncated to fp32. Sums of one sign come out too
+// small: a logit of 40 by about 2e-4 over 4096 numbers.
 float accumulated(float c, const float* a, const float* b) {
     constexpr int EXTRA = 2, PLACES = 23;
     double products[17], top = std::fabs(c);
@@ -29,7 +29,7 @@ float accumulated(float c, const float* a, const float* b) {
     products[16] = c;
     double plain = c;
     for (int k = 0; k < 16; ++k) plain += products[k];
-    // Zeros, numbers near the ends of the range, infinity and NaN.
+    // Zeros, values near the ends of the range, infinity and NaN.
     if (!(top > 1e-30 && top < 1e37) || !(std::fabs(plain) < 1e38)) return float(plain);
     const double unit = as<double>((bits_of(top) & 0x7FF0000000000000ull) - (u64(PLACES + EXTRA) << 52)), inverse = 1.0 / unit;
     i32 sum = 0;
@@ -47,7 +47,7 @@ void operand_pieces(const SharedOperand& operand, int first_row, int rows, Visit
 
 }  // namespace
 
-// The four warps of a warp group issue the same products in the same order, each in its own time.
+// The four warps of a warp group must issue the same products in the same order, at any time.
 void Machine::issue_together(Warp& warp, const Product& product) {
     const std::pair<int, u64> key{warp.index / 4, warp.product_number++};
     const u32 all = 15, self = 1u << warp.index % 4;
@@ -195,7 +195,7 @@ Step Machine::do_ldmatrix(Warp& warp, const Instruction& in, u32) {
     return Step::NEXT;
 }
 
-// Warps trade with what the program has to spare: nothing, until some have given.
+// Warps take registers from those that other warps have released; at first there are none.
 Step Machine::do_setmaxnreg(Warp& warp, const Instruction& in, u32) {
     const int registers = int(in.at(0).value), gained = (registers - warp.registers_held) * LANES;
     if (registers < 24 || registers > 256 || registers % 8) throw Fault("setmaxnreg: expected a multiple of 8 from 24 to 256");

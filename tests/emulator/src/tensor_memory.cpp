@@ -1,4 +1,4 @@
-// Blackwell's tensor cores: products of shared memory into tensor memory, issued by one thread, finished in their order.
+// Blackwell's tensor cores: products of shared memory into tensor memory, issued by one thread, completed in order.
 #include "machine.h"
 
 namespace ptx {
