@@ -4,11 +4,12 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help demo test test-verl test-vllm test-zero3 lint format bench bench-cpu gpu report clean
+.PHONY: help demo test test-emulator test-verl test-vllm test-zero3 lint format bench bench-cpu gpu report clean
 
 help:
 	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (about 6 minutes on 2 free cores)"
 	@echo "make test       set up, then run all tests"
+	@echo "make test-emulator  compiled kernels of both backends on an emulator of PTX (tests/emulator), no GPU"
 	@echo "make test-verl  the verl adapter's tests in an environment of their own (.venv-verl): verl pins other versions"
 	@echo "make test-vllm  the vLLM engine's tests in an environment of their own (.venv-vllm, 4 GB): vLLM for CPUs pins other versions"
 	@echo "make test-zero3 a patched model under DeepSpeed ZeRO-3, in an environment of its own (.venv-zero3)"
@@ -45,6 +46,10 @@ demo: $(VENV)/.train
 test: $(VENV)/.peers
 	$(RUN) -m pytest tests --ignore=tests/aot
 	$(RUN) -m pytest tests/aot
+
+# A process of its own: compiling and interpreting Triton kernels exclude each other.
+test-emulator: $(VENV)/.peers
+	$(RUN) -m pytest tests/emulator
 
 .venv-verl/.created: requirements-verl.txt pyproject.toml
 	$(PYTHON) -m venv .venv-verl

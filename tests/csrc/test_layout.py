@@ -51,7 +51,7 @@ def test_swizzle(host: ctypes.CDLL) -> None:
 
 
 def test_operand_descriptor(host: ctypes.CDLL) -> None:
-    """PTX ISA, "Matrix Descriptor Format": fields of a K-major operand with the 128-byte swizzle."""
+    """PTX ISA, "Matrix Descriptor Format", for a K-major operand with the 128-byte swizzle."""
     host.descriptor.restype = ctypes.c_uint64
     for address in (0, 1024, 3 * 49152 + 16384, 227 * 1024 // 1024 * 1024):
         bits = host.descriptor(address)

@@ -17,13 +17,13 @@ N, V = 64, 8
 
 
 def unit(x: Tensor, places: int) -> Tensor:
-    """The value of the ``places``-th binary place behind the leading one."""
+    """The value of the ``places``-th binary place after the leading one."""
     return torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent - 1 - places)
 
 
-def cut_off(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Row by row, 16 numbers at a time: aligned to the largest, cut off two bits behind fp32, added
-    up, cut off to fp32.
+def truncated(hidden: Tensor, weight: Tensor) -> Tensor:
+    """16 products and the sum so far: aligned to the largest, truncated two bits below fp32, added,
+    truncated to fp32.
     """
     total = torch.zeros(hidden.shape[0], dtype=torch.float64)
     for a, b in zip(hidden.double().split(16, 1), weight.double().split(16, 1), strict=True):
@@ -35,8 +35,8 @@ def cut_off(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dim", [64, 4096])
-def test_sums_are_cut_off(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits near 40, of the targets, as they leave the accumulators. With D = 4096 they are 1.7e-4
+def test_sums_are_truncated(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits near 40 of the targets, as stored from the accumulators. With D = 4096 they are 1.7e-4
     too small on average.
     """
     monkeypatch.setattr(launch, "slots", lambda device, tile: 1)
@@ -50,6 +50,6 @@ def test_sums_are_cut_off(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     emulated_cuda.run(one)
     got = sums.values[1, 0].double()
-    assert torch.equal(got, cut_off(hidden, weight[targets]))
+    assert torch.equal(got, truncated(hidden, weight[targets]))
     exact = (hidden.double() * weight[targets].double()).sum(1)
     assert ((exact - got).mean() - 4.2e-8 * dim).abs() < 1e-8 * dim

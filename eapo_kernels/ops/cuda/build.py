@@ -51,7 +51,7 @@ class BuildError(EapoError):
 
 
 def source_folder() -> Path:
-    """The folder of the sources: in a wheel beside the package's modules, in a checkout ``csrc``."""
+    """The folder of the sources: ``_csrc`` in a wheel's package, ``csrc`` in a checkout."""
     package = Path(__file__).parents[2]
     shipped = package / "_csrc"
     return shipped if shipped.is_dir() else package.parent / "csrc"
@@ -111,7 +111,7 @@ def cubin(build: Build, *, sources: Path | None = None, cache: Path | None = Non
 
 
 def ptx(build: Build, *, sources: Path | None = None, cache: Path | None = None) -> str:
-    """The PTX of a build, from which its machine code is made; cache and errors as for ``cubin``."""
+    """The PTX that the machine code is made from; cache and errors as for ``cubin``."""
     return _stored(build, "ptx", sources, cache).decode()
 
 

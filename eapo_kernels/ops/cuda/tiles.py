@@ -62,7 +62,7 @@ class Tile:
     group_n: int = 8
 
     def shared_bytes(self, kernel: KernelName) -> int:
-        """Dynamic shared memory: alignment, operands, slices of E before they are stored, barriers."""
+        """Dynamic shared memory: alignment, operands, slices of E, barriers."""
         operands = self.stages * (self.block_n + self.block_v) * BLOCK_D * 2
         staging = 2 * 2 * 64 * 64 * 2 if kernel == "scaled_exp_gemm" else 0
         return 1024 + operands + staging + 16 * self.stages
@@ -103,7 +103,7 @@ def measured(path: Path) -> tuple[Entry, ...]:
 
 
 def _check(where: str, entry: Entry) -> None:
-    """The sources support the block shapes of ``TILES``; the other fields are free within limits."""
+    """Blocks must be those of ``TILES``; the other fields are free within limits."""
     tile, kernels = entry.tile, get_args(KernelName)
     require(entry.kernel in kernels, f"{where}.kernel", f"one of {', '.join(kernels)}", repr(entry.kernel))
     shapes = sorted({(t.block_n, t.block_v, t.pingpong) for t in TILES})

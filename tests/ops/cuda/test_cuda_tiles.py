@@ -1,4 +1,4 @@
-"""Which tile is chosen: the table's or the nearest measured one; and measured files with mistakes."""
+"""The choice of a tile from the table or a measured file, and files with mistakes."""
 
 from __future__ import annotations
 
