@@ -7,12 +7,13 @@ PIP := $(RUN) -m pip --disable-pip-version-check install -c constraints.txt
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: help demo test test-kernels test-isa test-verl test-vllm test-zero3 lint format bench bench-cpu gpu report clean
+.PHONY: help demo test test-kernels test-emulator test-isa test-verl test-vllm test-zero3 lint format bench bench-cpu gpu report clean
 
 help:
 	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (about 6 minutes on 2 free cores)"
 	@echo "make test       set up, then run the tests, 8 minutes on 2 cores; JOBS=n for n processes"
 	@echo "make test-kernels  the kernels as the compilers make them: Triton ahead of time, CUDA C++, both on an emulator of PTX"
+	@echo "make test-emulator the emulator's part of test-kernels alone"
 	@echo "make test-isa   the numerical tests with the instruction set held down to AVX2, some of them to SSE 4"
 	@echo "make test-verl  the verl adapter's tests in an environment of their own (.venv-verl): verl pins other versions"
 	@echo "make test-vllm  the vLLM engine's tests in an environment of their own (.venv-vllm, 4 GB): vLLM for CPUs pins other versions"
@@ -52,8 +53,8 @@ test: $(VENV)/.peers
 
 # Triton compiles or interprets, but not both in one process.
 test-kernels: $(VENV)/.peers
-	$(PYTEST) tests/csrc tests/emulator tests/ops/cuda
-	$(PYTEST) tests/aot
+	$(PYTEST) tests/csrc tests/ops/cuda
+	$(PYTEST) tests/aot tests/emulator
 
 # No test may depend on the processor's instructions: the libraries are held down to AVX2, then to SSE 4.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
@@ -61,12 +62,16 @@ SSE4 := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CP
 NUMERICAL := tests/test_*.py tests/objectives tests/ops tests/integrations/test_hf.py tests/integrations/test_liger.py \
 	tests/trainer/test_ranks.py tests/trainer/test_learner.py tests/trainer/test_policy.py
 NUMERICAL_FEW := tests/test_loss.py tests/objectives/test_registry.py tests/ops/test_token_stats.py tests/ops/test_nucleus.py \
-	tests/ops/test_products.py tests/ops/triton/test_triton_statistics.py tests/ops/triton/test_triton_one_pass.py \
+	tests/ops/test_gemm.py tests/ops/triton/test_triton_statistics.py tests/ops/triton/test_triton_one_pass.py \
 	tests/trainer/test_ranks.py
 
 test-isa: $(VENV)/.peers
 	$(AVX2) $(PYTEST) $(NUMERICAL)
 	$(SSE4) $(PYTEST) $(NUMERICAL_FEW)
+
+# A process of its own: compiling and interpreting Triton kernels exclude each other.
+test-emulator: $(VENV)/.peers
+	$(PYTEST) tests/emulator
 
 .venv-verl/.created: requirements-verl.txt pyproject.toml
 	$(PYTHON) -m venv .venv-verl

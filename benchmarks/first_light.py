@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from eapo_kernels import available_backends
-from eapo_kernels.ops.cuda import configs
-from eapo_kernels.ops.cuda.configs import Build, ProductBuild
+from eapo_kernels.ops.cuda import tiles
+from eapo_kernels.ops.cuda.tiles import Build
 
 SHAPES = ((128, 64, 256), (130, 136, 1031), (700, 1024, 50257))
 """[N, D] x [V, D]: a tile with nothing to cut off; ragged in every direction; many units for every program."""
@@ -27,17 +27,16 @@ HANGS = 3
 
 
 def builds() -> list[Build]:
-    """All of them, those whose mistakes are easiest to find first."""
-    return [*configs.row_builds(), *configs.product_builds()]
+    """All of them."""
+    return list(tiles.builds())
 
 
 def names() -> dict[str, list[Build]]:
     """Builds by what shares a process: a kernel, and of a product the number of its tile."""
-    tiles = configs.tiles()
+    known = tiles.tiles()
     found: dict[str, list[Build]] = {}
     for item in builds():
-        tile = f"-{item.tile.name}-{tiles.index(item.tile)}" if isinstance(item, ProductBuild) else ""
-        found.setdefault(f"{item.kernel}{tile}", []).append(item)
+        found.setdefault(f"{item.kernel}-{item.tile.name}-{known.index(item.tile)}", []).append(item)
     return found
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from eapo_kernels import reference
-from eapo_kernels.ops.cuda import products, rows
-from eapo_kernels.ops.cuda.configs import Build, ProductBuild, RowBuild
+from eapo_kernels.ops.cuda import launch as cuda_launch
 from eapo_kernels.ops.cuda.launch import Launch
 from eapo_kernels.ops.dispatch import RowStatistics
 from eapo_kernels.ops.lm_head import Projection
@@ -25,7 +24,7 @@ from eapo_kernels.testing import make_inputs
 FLOOR = {torch.float32: 4e-5, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 """Allowed difference from float64, of the largest value: sums in fp32, and E rounded to its dtype (after offsets in fp32)."""
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.bfloat16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Results = Iterator[tuple[str, Tensor, Tensor]]
 """(name, result, truth)."""
@@ -80,16 +79,10 @@ def check(item: Build, shape: tuple[int, int, int], device: str) -> str | None:
 
 def results(item: Build, shape: tuple[int, int, int], device: str) -> Results:
     """Run a kernel twice and yield what comes out; the kernels before and after it are Triton's."""
-    if isinstance(item, ProductBuild):
-        return _product(item, Inputs(shape, _DTYPES[item.operand], device, bias=item.bias))
-    assert isinstance(item, RowBuild)
-    return _rows(item, Inputs(shape, _DTYPES[item.operand], device, bias=True))
-
-
-def _product(item: ProductBuild, case: Inputs) -> Results:
+    case = Inputs(shape, _DTYPES[item.operand], device, bias=item.bias)
     p, targets = case.projection, case.targets
     if item.kernel == "stream_statistics":
-        launch, sums = products.stream_statistics(
+        launch, sums = cuda_launch.stream_statistics(
             p, targets, entropy=item.entropy, second_moments=item.second_moments, budget=2**30, tile=item.tile
         )
         assert launch.build == item
@@ -97,39 +90,15 @@ def _product(item: ProductBuild, case: Inputs) -> Results:
         last, final = finalize(sums)
         last()
     else:
-        exp = products.exp_sums(p, item.entropy, item.tile)
+        exp = cuda_launch.scaled_exp_sums(p, item.entropy, item.tile)
         row_offsets(p, targets, case.logp_guess, exp)()
         matrix = workspace(p, p.hidden.dtype)
-        launch = products.scaled_exp_gemm(p, targets, exp, matrix, tile=item.tile)
+        launch = cuda_launch.scaled_exp_gemm(p, targets, exp, matrix, tile=item.tile)
         assert launch.build == item
         yield from _twice(launch, exp.values, matrix)
         yield "E", matrix, case.exponentials(exp)
         last, final, _ = scaled_exp_finalize(p, exp)
         last()
-    yield from case.statistics(final.statistics)
-
-
-def _rows(item: RowBuild, case: Inputs) -> Results:
-    p, targets = case.projection, case.targets
-    if item.kernel == "finalize":
-        first, sums = triton_forward.stream_statistics(p, targets, entropy=True, second_moments=True, budget=2**30)
-        first()
-        launch, final = rows.finalize(sums)
-        yield from _twice(launch, launch.tensors["out"])
-        yield from case.statistics(final.statistics)
-        return
-    exp = ScaledExpSums.empty(p, True)
-    if item.kernel == "row_offsets":
-        launch = rows.row_offsets(p, targets, case.logp_guess, exp)
-        assert launch.build == item
-        yield from _twice(launch, exp.offsets)
-        target = case.truth.logp + case.truth.lse
-        yield "offsets", exp.offsets[0], (target - case.logp_guess.double()) / math.log(2) - window(p.operand_dtype).with_guess
-        return
-    row_offsets(p, targets, case.logp_guess, exp)()
-    triton_scaled_exp_gemm.scaled_exp_gemm(p, targets, exp, workspace(p, torch.bfloat16))()
-    launch, final, _ = rows.scaled_exp_finalize(p, exp)
-    yield from _twice(launch, launch.tensors["out"])
     yield from case.statistics(final.statistics)
 
 

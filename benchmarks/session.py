@@ -154,7 +154,7 @@ def run(call: int, out: Path, seconds: float, *, commit: str | None = None, tiny
                 arguments = step.arguments(out / "again", limit, hangs=hangs, tiny=tiny)
                 execute(f"{step.name} again", limit, [*arguments, "--no-tests", "--without", *names])
     if call == 2 and not tiny:
-        for path in (cuda_measured.PATH, triton_measured.PATH):
+        for path in (cuda_tiles.MEASURED, triton_measured.PATH):
             if path.exists():
                 (out / path.parent.name).mkdir(exist_ok=True)
                 shutil.copy(path, out / path.parent.name)

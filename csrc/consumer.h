@@ -1,10 +1,10 @@
-// The machines that execute pipeline.h on the device, and the frame of a kernel around them.
+// The machines that execute pipeline.h on the device, and the body of a kernel: roles, start and end.
 #pragma once
 
 #include "arguments.h"
-#include "online_softmax.h"
+#include "epilogue.h"
 #include "pipeline.h"
-#include "wgmma.h"
+#include "ptx.h"
 
 #if defined(EAPO_BIAS) && defined(EAPO_FP16)
 #define EAPO_WIDEN from_fp16
@@ -16,13 +16,13 @@ namespace eapo {
 
 using Kernel = Shape<EAPO_BLOCK_N, EAPO_BLOCK_V, EAPO_STAGES, EAPO_CLUSTER, EAPO_PINGPONG, EAPO_STAGGER>;
 
-// Registers of a thread after the warp groups have traded: 128 * 40 + 256 * 232 = 64512 of the multiprocessor's 65536.
+// Registers per thread after setmaxnreg: 128 * 40 + 256 * 232 = 64512 of the multiprocessor's 65536.
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
 
 // Named barriers; 0 is __syncthreads.
 constexpr int GROUP_BARRIER = 1;  // and 2: the warps of a consumer group
-constexpr int TURN_BARRIER = 3;   // and 4: one group gives the turn to the other
+constexpr int TURN_BARRIER = 3;   // and 4: one consumer group gives the other its turn
 
 // Shared memory: stages of operands | extra bytes (a multiple of 1024) | full barriers | empty barriers.
 struct SharedMemory {
@@ -53,11 +53,11 @@ struct Producer {
     }
 };
 
-// A consumer without its epilogue: the kernels derive from it.
+// A consumer without an epilogue; the kernels derive from it.
 struct Consumer {
     SharedMemory shared;
     const Arguments& arguments;
-    int rank, group, thread;  // CTA in the cluster; warp group 0 or 1; thread 0 ... 127 in it
+    int rank, group, thread;  // CTA of the cluster; warp group 0 or 1; thread 0 ... 127 of it
     float d[Kernel::M_BLOCKS][Kernel::FRAGMENT];
 
     __device__ __forceinline__ Consumer(const SharedMemory& shared, const Arguments& arguments, int rank, int group, int thread)
@@ -92,14 +92,14 @@ struct Consumer {
         multiply_commit();
     }
     template <int PENDING>
-    __device__ __forceinline__ void settle() {
+    __device__ __forceinline__ void wait_products() {
         multiply_wait<PENDING>();
         if (PENDING == 0) {
             EAPO_UNROLL
             for (int block = 0; block < Kernel::M_BLOCKS; ++block) pin(d[block]);
         }
     }
-    // Each warp speaks for itself: a wait for wgmma covers the warp that executes it.
+    // One arrival per warp: a wait for wgmma covers only the warp that executes it.
     __device__ __forceinline__ void release(int stage) {
         const int lane = thread % WARP;
         if (Kernel::CLUSTER == 1) {
@@ -111,8 +111,8 @@ struct Consumer {
     __device__ __forceinline__ void await_turn() { named_sync(TURN_BARRIER + group, 2 * WARP_GROUP); }
     __device__ __forceinline__ void give_turn() { named_arrive(TURN_BARRIER + 1 - group, 2 * WARP_GROUP); }
 
-    // Add the bias to m64 block ``block``; a column that it removes becomes LOWEST. Each lane loads an eighth of the pairs of
-    // columns that its row needs and hands them round: a load for each would take as many registers at once.
+    // Add the bias to m64 block ``block``; a bias of -inf gives LOWEST. Each lane loads an eighth of the column pairs of its row and
+    // shares them by shuffles: one load per column would need too many registers at once.
     __device__ __forceinline__ void add_bias(int block, int first_column) {
 #ifdef EAPO_BIAS
         constexpr int PAIRS = Kernel::FRAGMENT / 4 / 8;
@@ -144,15 +144,15 @@ struct Consumer {
 #endif
 };
 
-// Barriers, roles, and a clean end. ``make`` builds the consumer.
+// Initialise the barriers, run producer or consumer, end the cluster together. ``make`` builds the consumer.
 template <class Make>
 __device__ __forceinline__ void run(
     const TensorMap* hidden, const TensorMap* weight, const Arguments& arguments, int extra_bytes, Make make) {
     extern __shared__ unsigned char memory[];
-    const u32 stages = (shared_address(memory) + 1023) & ~1023u;  // the swizzle counts from multiples of 1024
+    const u32 stages = (shared_address(memory) + 1023) & ~1023u;  // swizzled tiles start at multiples of 1024
     const u32 extra = stages + Kernel::STAGES * Kernel::STAGE_BYTES;
     const SharedMemory shared = {stages, extra, extra + u32(extra_bytes)};
-    const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / WARP, 0);  // the same in a warp, and known to be
+    const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / WARP, 0);  // uniform in a warp, which the compiler now knows
     const int role = warp / (WARP_GROUP / WARP);
     const int rank = Kernel::CLUSTER == 1 ? 0 : int(cluster_rank());
     const int cluster = blockIdx.x / Kernel::CLUSTER, clusters = gridDim.x / Kernel::CLUSTER;
@@ -182,7 +182,7 @@ __device__ __forceinline__ void run(
         consume<Kernel>(consumer, arguments.walk, arguments.steps, role - 1, cluster, clusters);
         consumer.finish();
     }
-    // A peer may still send weights here or arrive at barriers here: nobody leaves before everybody is done.
+    // A peer may still send weights or arrivals to this CTA, so all CTAs of the cluster end together.
     if (Kernel::CLUSTER > 1) cluster_sync();
 }
 

@@ -1,5 +1,5 @@
-// What the headers shared by device and host need from either compiler. The kernels include no header but this folder's, so
-// NVRTC needs no CUDA headers on the user's machine.
+// What headers shared by device and host code need from NVRTC and from g++. The kernels include only headers of this folder, so NVRTC
+// needs no CUDA headers on the user's machine.
 #pragma once
 
 #ifdef __CUDACC__
@@ -15,7 +15,7 @@
 
 namespace eapo {
 
-// 2^x. On the device one MUFU instruction: 2 ulp, 0 from x < -126 on (results that would be denormal are flushed).
+// 2^x. On the device one MUFU instruction: 2 ulp, 0 for x < -126 (subnormal results are flushed).
 EAPO_SHARED float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
     float y;
@@ -29,7 +29,7 @@ EAPO_SHARED float exp2_fast(float x) {
 // a * b + c, rounded once.
 EAPO_SHARED float fma_exact(float a, float b, float c) { return fmaf(a, b, c); }
 
-// The larger of two, ignoring NaN.
+// The larger of two numbers; NaN is ignored.
 EAPO_SHARED float larger(float a, float b) { return fmaxf(a, b); }
 
 EAPO_SHARED float infinite() {

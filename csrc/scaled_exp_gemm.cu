@@ -1,9 +1,8 @@
-// The scaled-exponential form's first product (E11): hidden @ weight.T whose epilogue stores E = 2^(scale2 * y - k) in the operands' dtype and sums
-// it in fp32. k is known before the product, so no maximum is tracked; where E is more than fp16 holds, the sums tell, and the row
-// is redone. A row's own target is stored as 0 and enters no sum. A tile leaves in slices of 64 x 64 numbers, two a pass:
-// registers -> shared memory (stmatrix, swizzled) -> TMA, which cuts off the last row and column.
+// First product of the scaled-exponential form (E11): hidden @ weight.T whose epilogue stores E = 2^(scale2 * y - k) in the operands'
+// dtype and sums E in fp32. The offset k is an input, so no maximum is tracked. An E above the range of fp16 shows in the sums, and the
+// rescue kernels (ops/triton) recompute the row. The target's E is stored as 0 and left out of the sums. A tile is stored in slices of
+// 64 x 64 elements, two per pass: registers -> shared memory (stmatrix, swizzled) -> TMA, which clips at the last row and column.
 #include "consumer.h"
-#include "epilogue.h"
 
 #ifdef EAPO_FP16
 #define EAPO_PACK pack_fp16
@@ -18,7 +17,7 @@ using Sums = RunningSums<EAPO_ENTROPY, false>;
 constexpr int SLICE = 64;
 constexpr int SLICE_FRAGMENTS = SLICE / 8;
 constexpr int SLICE_BYTES = MMA_ROWS * SLICE * ITEM;
-constexpr int BUFFERS = 2;  // slices of a group in shared memory: written and read together, in one pass
+constexpr int BUFFERS = 2;  // slices of a group in shared memory, written and stored together in one pass
 constexpr int STAGING_BYTES = Kernel::CONSUMERS * BUFFERS * SLICE_BYTES;
 
 struct Row {
@@ -39,7 +38,7 @@ struct Exponentials : Consumer {
         return first_row(unit, block) + fragment_row(thread, 2 * half);
     }
     __device__ __forceinline__ void begin(const Unit&) {}
-    // The rows' numbers are fetched before the product, which hides the latency.
+    // Loaded before the product, which hides the latency.
     __device__ __forceinline__ void open(const Unit& unit, int) {
         EAPO_UNROLL
         for (int block = 0; block < Kernel::M_BLOCKS; ++block) {
@@ -58,7 +57,7 @@ struct Exponentials : Consumer {
             EAPO_UNROLL
             for (int half = 0; half < 2; ++half) {
                 float unused = 0.0f;
-                exclude<Kernel::FRAGMENT>(d[block], half, thread, rows[block][half].target, first, arguments.n_columns, unused);
+                mask_columns<Kernel::FRAGMENT>(d[block], half, thread, rows[block][half].target, first, arguments.n_columns, unused);
             }
             Sums sums[2];
             EAPO_UNROLL
@@ -68,7 +67,7 @@ struct Exponentials : Consumer {
                     const Row& row = rows[block][half];
                     Sums part;
                     exponentiate<BUFFERS * SLICE_FRAGMENTS>(d[block], j, half, row.scale2, row.offset, part);
-                    add_up(part, 1);
+                    add_lane(part, 1);
                     sums[half].add(part);
                 }
                 store_slices(d[block] + 4 * j, first + 8 * j, first_row(unit, block));
@@ -76,15 +75,15 @@ struct Exponentials : Consumer {
             store_sums(sums, unit, block, tile);
         }
     }
-    // Sums of this thread's and of the columns ``distance`` lanes away. A shuffle stays where it is: without one a pass, ptxas moves
-    // the additions of the whole tile behind the last exponential.
-    __device__ __forceinline__ static void add_up(Sums& sums, int distance) {
+    // Add the sums of the thread ``distance`` lanes away (XOR). ptxas does not move a shuffle: without one per pass it would schedule the
+    // additions of the whole tile after the last exponential.
+    __device__ __forceinline__ static void add_lane(Sums& sums, int distance) {
         sums.rest += __shfl_xor_sync(0xFFFFFFFF, sums.rest, distance);
         if (EAPO_ENTROPY) sums.x_exp += __shfl_xor_sync(0xFFFFFFFF, sums.x_exp, distance);
     }
-    // Slices of this group's rows, as many as there are buffers: fragments from d on, to the matrix at (column, row).
+    // Store BUFFERS slices of this group's rows: the fragments from d on, to the matrix at (column, row).
     __device__ __forceinline__ void store_slices(const float* d, int column, int row) {
-        box_store_wait<0>();  // the stores before have read the buffers; only thread 0 has any, but a branch would cost more
+        box_store_wait<0>();  // earlier stores have read the buffers; only thread 0 has stores, but a branch costs more
         named_sync(GROUP_BARRIER + group, WARP_GROUP);
         EAPO_UNROLL
         for (int j = 0; j < BUFFERS * SLICE_FRAGMENTS; j += 2) {
@@ -94,7 +93,7 @@ struct Exponentials : Consumer {
             matrices_store(to + swizzled(stored_row(thread / WARP, thread % WARP), chunk),
                            EAPO_PACK(f[0], f[1]), EAPO_PACK(f[2], f[3]), EAPO_PACK(f[4], f[5]), EAPO_PACK(f[6], f[7]));
         }
-        written_for_tma();
+        fence_for_tma();
         named_sync(GROUP_BARRIER + group, WARP_GROUP);
         if (thread == 0) {
             EAPO_UNROLL
@@ -106,7 +105,7 @@ struct Exponentials : Consumer {
         const i64 field = i64(arguments.walk.column_tiles) * arguments.n_rows;
         EAPO_UNROLL
         for (int half = 0; half < 2; ++half) {
-            add_up(sums[half], 2);
+            add_lane(sums[half], 2);
             const int index = row_of(unit, block, half);
             if (thread % 4 != 0 || index >= arguments.n_rows) continue;
             float* at = arguments.sums + i64(tile) * arguments.n_rows + index;
@@ -116,7 +115,7 @@ struct Exponentials : Consumer {
     }
     __device__ __forceinline__ void end(const Unit&) {}
     __device__ __forceinline__ void finish() {
-        if (thread == 0) box_store_wait<0>();  // shared memory outlives its readers
+        if (thread == 0) box_store_wait<0>();  // shared memory must outlive the stores that read it
     }
 };
 

@@ -1,13 +1,12 @@
-// Statistics without logits (E3, E4): hidden @ weight.T with the sums of the softmax as its epilogue. Every warp group keeps the
-// running sums of its rows over a range of the vocabulary in registers and writes them once: nothing else leaves the chip.
+// Softmax statistics without stored logits (E3, E4): hidden @ weight.T with an online softmax as its epilogue. Each warp group keeps the
+// running sums of its rows over a range of the vocabulary in registers and stores them once; nothing else is written.
 #include "consumer.h"
-#include "epilogue.h"
 
 namespace eapo {
 
 using Sums = RunningSums<EAPO_ENTROPY, EAPO_MOMENTS>;
 
-// A row of a thread. Each of the four threads of a row has its own maximum and sums until the end of the unit.
+// A row as one thread sees it. The four threads of a row keep separate maxima and sums until the end of the unit.
 struct Row {
     float scale2, y_target;
     int target;
@@ -28,7 +27,7 @@ struct Statistics : Consumer {
             EAPO_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int row = smaller(row_of(unit, block, half), arguments.n_rows - 1);
-                const int column = target(row);  // one that is no token makes its row NaN
+                const int column = target(row);  // a target outside of the vocabulary makes its row NaN
                 rows[block][half] = {scale(row) * LOG2E, column < 0 ? not_a_number() : 0.0f, column, Sums()};
             }
         }
@@ -42,11 +41,11 @@ struct Statistics : Consumer {
             EAPO_UNROLL
             for (int half = 0; half < 2; ++half) {
                 Row& row = rows[block][half];
-                exclude<Kernel::FRAGMENT>(d[block], half, thread, row.target, first, arguments.n_columns, row.y_target);
+                mask_columns<Kernel::FRAGMENT>(d[block], half, thread, row.target, first, arguments.n_columns, row.y_target);
             }
             EAPO_UNROLL
             for (int half = 0; half < 2; ++half) {
-                absorb<Kernel::FRAGMENT>(d[block], half, rows[block][half].scale2, rows[block][half].sums);
+                online_softmax_update<Kernel::FRAGMENT>(d[block], half, rows[block][half].scale2, rows[block][half].sums);
             }
         }
     }
@@ -81,7 +80,7 @@ struct Statistics : Consumer {
     }
     __device__ __forceinline__ void finish() {}
 
-    // The sums of the thread ``distance`` lanes away.
+    // The sums of the thread ``distance`` lanes away (XOR).
     __device__ __forceinline__ static Sums from(const Sums& sums, int distance) {
         Sums other;
         other.y_max = __shfl_xor_sync(0xFFFFFFFF, sums.y_max, distance);

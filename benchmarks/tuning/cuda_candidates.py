@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, replace
 
-from eapo_kernels.ops.cuda import configs
-from eapo_kernels.ops.cuda.configs import TILES, ProductKernel, Tile
+from eapo_kernels.ops.cuda import tiles
+from eapo_kernels.ops.cuda.tiles import TILES, KernelName, Tile
 
-KERNELS: tuple[ProductKernel, ...] = ("stream_statistics", "scaled_exp_gemm")
+KERNELS: tuple[KernelName, ...] = ("stream_statistics", "scaled_exp_gemm")
 
 STAGGERS, GROUPS, CLUSTERS = (0, 2, 3), (4, 8, 16), (2, 1)
-"""Steps before a tile's end at which the second warp group waits (1 is behind 2 in csrc/README.md's prediction), row tiles that
+"""Steps before a tile's end at which the second warp group waits (1 was behind 2 in a prediction, see docs/log.md), row tiles that
 sweep the vocabulary together, programs of a cluster."""
 
 
@@ -19,7 +19,7 @@ sweep the vocabulary together, programs of a cluster."""
 class CudaSearch:
     """One line of the CUDA kernels' table to be measured; see ``search.Job``."""
 
-    kernel: ProductKernel
+    kernel: KernelName
     n: int
     d: int
     v: int
@@ -30,7 +30,7 @@ class CudaSearch:
         return self.kernel, self.d, self.n
 
     def current(self) -> Tile:
-        return configs.find(self.kernel, self.n, self.d)
+        return tiles.find(self.kernel, self.n, self.d)
 
     def candidates(self) -> list[Tile]:
         """Every shape of ``TILES`` in clusters of one and two with every group and stagger, nearest to today's first."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from eapo_kernels.ops.cuda import products, report
+from eapo_kernels.ops.cuda import launch as cuda_launch
+from eapo_kernels.ops.cuda import report
 from eapo_kernels.ops.cuda.build import BuildError
-from eapo_kernels.ops.cuda.configs import Build, Tile
 from eapo_kernels.ops.cuda.launch import Launch
 from eapo_kernels.ops.triton.online_softmax import finalize
 from eapo_kernels.ops.triton.scaled_exp import row_offsets, scaled_exp_finalize
@@ -27,11 +27,11 @@ class CudaProblem(Problem):
         """See ``Problem.launch``."""
         p, targets = self.projection, self.targets
         if self.search.kernel == "stream_statistics":
-            launch, partial = products.stream_statistics(
+            launch, partial = cuda_launch.stream_statistics(
                 p, targets, entropy=True, second_moments=False, budget=self._budget, tile=tile
             )
             return launch, lambda: self._finalized(finalize(partial))
-        sums = products.exp_sums(p, True, tile)
+        sums = cuda_launch.scaled_exp_sums(p, True, tile)
         row_offsets(p, targets, self.statistics.logp, sums)()
         matrix = self.matrix
 
@@ -41,7 +41,7 @@ class CudaProblem(Problem):
             last()
             yield from self._statistics(final.statistics)
 
-        return products.scaled_exp_gemm(p, targets, sums, matrix, tile=tile), compared
+        return cuda_launch.scaled_exp_gemm(p, targets, sums, matrix, tile=tile), compared
 
     def _outputs(self, launch: Launch) -> Iterator[Tensor]:
         sums = launch.tensors["sums"]

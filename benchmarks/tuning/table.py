@@ -74,4 +74,4 @@ class Table:
 
 
 TRITON = Table(("kernel", "family", "itemsize", "dim", "vocab"), triton_measured.entries, (triton_configs.find,))
-CUDA = Table(("kernel", "dim", "rows"), cuda_measured.entries)
+CUDA = Table(("kernel", "dim", "rows"), cuda_tiles.measured)

@@ -1,4 +1,4 @@
-"""The tuner for the CUDA kernels with injected times: what is raced, written and read back by ``configs.find``."""
+"""The tuner for the CUDA kernels with injected times: what is raced, written and read back by ``cuda_tiles.find``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 from benchmarks import tune
 from benchmarks.tuning.cuda_candidates import CLUSTERS, GROUPS, KERNELS, STAGGERS, CudaSearch
 from benchmarks.tuning.table import CUDA
-from eapo_kernels.ops.cuda import configs, measured
-from eapo_kernels.ops.cuda.configs import TILES, Tile
+from eapo_kernels.ops.cuda import tiles as cuda_tiles
+from eapo_kernels.ops.cuda.tiles import TILES, Tile
 
 MADE = {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "date": "today", "clocks": {}}
 
@@ -24,10 +24,10 @@ MADE = {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "a
 @pytest.fixture(autouse=True)
 def path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Where the package looks for measured lines."""
-    monkeypatch.setattr(measured, "PATH", tmp_path / "measured.json")
-    measured.entries.cache_clear()
+    monkeypatch.setattr(cuda_tiles, "MEASURED", tmp_path / "measured.json")
+    cuda_tiles.measured.cache_clear()
     yield tmp_path / "measured.json"
-    measured.entries.cache_clear()
+    cuda_tiles.measured.cache_clear()
 
 
 class FakeClock:
@@ -68,8 +68,8 @@ def test_candidates_start_from_the_tile_of_today_and_every_one_can_be_read_back(
     assert set(TILES) <= set(tiles)
     lines = [{"kernel": kernel, "dim": 1, "rows": n, "tile": asdict(tile)} for n, tile in enumerate(tiles, 1)]
     path.write_text(json.dumps({"environment": {}, "lines": lines}))
-    measured.entries.cache_clear()
-    assert [entry.tile for entry in measured.entries(path)] == tiles
+    cuda_tiles.measured.cache_clear()
+    assert [entry.tile for entry in cuda_tiles.measured(path)] == tiles
 
 
 def test_every_line_is_searched_once_and_only_in_the_kernels_asked_for() -> None:
@@ -88,8 +88,8 @@ def test_what_was_measured_is_what_is_used(path: Path, capsys: pytest.CaptureFix
         (1024, 8192, "abc"),
         (4096, 4096, "abc"),
     ]
-    assert configs.find("scaled_exp_gemm", 3000, 1024) == TILES[2]
-    assert configs.find("stream_statistics", 3000, 1024) == TILES[0], "not measured"
+    assert cuda_tiles.find("scaled_exp_gemm", 3000, 1024) == TILES[2]
+    assert cuda_tiles.find("stream_statistics", 3000, 1024) == TILES[0], "not measured"
     out = capsys.readouterr().out
     assert "24 tried, refused: none" in out
     assert out.count("wrong: Tile(") == 2 * 8
@@ -98,7 +98,7 @@ def test_what_was_measured_is_what_is_used(path: Path, capsys: pytest.CaptureFix
     # Measured again: the line is replaced, and what spills with other switches is not taken.
     again = FakeContest(narrow_is_fast, frozenset({TILES[2]}))
     assert tune.tune(jobs[:1], lambda job: again, FakeClock(), 2.0, path, MADE | {"commit": "def"}, table=CUDA) == 1
-    assert configs.find("scaled_exp_gemm", 3000, 1024) == Tile(**asdict(TILES[2]) | {"name": "pingpong_alone", "cluster": 1})
+    assert cuda_tiles.find("scaled_exp_gemm", 3000, 1024) == Tile(**asdict(TILES[2]) | {"name": "pingpong_alone", "cluster": 1})
     assert [line["commit"] for line in json.loads(path.read_text())["lines"]] == ["def", "abc"]
 
 

@@ -1,12 +1,11 @@
-// Every interleaving of a cluster's producers, consumers and copies in flight, found by depth-first search over a model of
-// mbarriers. The actors are the kernels' own loops (pipeline.h), run on a machine that records what it is asked to do.
+// Depth-first search over all interleavings of a cluster's producers, consumers and copies in flight, on a model of mbarriers. The actors
+// are the kernels' own loops (pipeline.h), run on a machine that records each step.
 //
-// The model: a wait for a phase's parity; arrivals and bytes that complete a phase when both are used up; copies that land at any
-// time after their issue, remote arrivals too; a wgmma that reads its stage from its issue to the wait that covers it. An error
-// is a copy into a stage that is being read or written, a product that reads anything but the step it expects, a barrier that
-// gets more arrivals than it has, no way to go on, or an end that leaves something undone.
-// A step that follows a wait without another actor seeing anything in between is taken together with it, and a warp group is one
-// actor: its warps do the same in the same order.
+// The model: waits for the parity of a phase; a phase completes when all arrivals and bytes have come; copies and remote arrivals land at
+// any time after their issue; a wgmma reads its stage from its issue to the wait that covers it. Errors: a copy into a stage that is being
+// read or written, a product of a step other than the expected one, more arrivals than a barrier expects, deadlock, work left at the end.
+// A step after a wait that no other actor can observe is taken together with the wait. A warp group is one actor, because its warps take
+// the same steps in the same order.
 #pragma once
 
 #include <cstring>
@@ -18,14 +17,14 @@
 
 namespace explore {
 
-enum Kind { WAIT_EMPTY, EXPECT, LOAD, WAIT_FULL, MULTIPLY, SETTLE, RELEASE, AWAIT_TURN, GIVE_TURN };
+enum Kind { WAIT_EMPTY, EXPECT, LOAD, WAIT_FULL, MULTIPLY, WAIT_PRODUCTS, RELEASE, AWAIT_TURN, GIVE_TURN };
 
-// What a deliberately broken protocol does, to show that the search finds it.
+// Deliberate mistakes in the protocol, which the search must find.
 enum Fault { NONE, NO_REMOTE_RELEASE, HALF_THE_ARRIVALS, EARLY_RELEASE, NO_TURNS };
 
 struct Op {
     Kind kind;
-    int stage = 0, parity = 0, tag = 0;  // tag: which step of which tile; SETTLE: products left in flight
+    int stage = 0, parity = 0, tag = 0;  // tag: which step of which tile; WAIT_PRODUCTS: products left in flight
 };
 
 using Trace = std::vector<Op>;
@@ -36,7 +35,6 @@ struct Recorder {
     Trace trace;
     Fault fault = NONE;
     int row_tile = 0, tile = 0, step = 0;
-    std::vector<int> epilogues;  // tag of step 0 of every tile that got its epilogue
 
     void wait_empty(int stage, unsigned parity) { trace.push_back({WAIT_EMPTY, stage, int(parity)}); }
     void expect(int stage) { trace.push_back({EXPECT, stage}); }
@@ -50,7 +48,7 @@ struct Recorder {
         if (fault == EARLY_RELEASE) trace.push_back({RELEASE, stage});
     }
     template <int PENDING>
-    void settle() { trace.push_back({SETTLE, 0, 0, PENDING}); }
+    void wait_products() { trace.push_back({WAIT_PRODUCTS, 0, 0, PENDING}); }
     void release(int stage) {
         if (fault != EARLY_RELEASE) trace.push_back({RELEASE, stage});
     }
@@ -60,7 +58,7 @@ struct Recorder {
     void give_turn() {
         if (fault != NO_TURNS) trace.push_back({GIVE_TURN});
     }
-    void epilogue(const eapo::Unit& unit, int number) { epilogues.push_back(tag_of(unit.row_tile, number, 0)); }
+    void epilogue(const eapo::Unit&, int) {}
     void end(const eapo::Unit&) {}
 };
 
@@ -69,17 +67,17 @@ struct Model {
     static constexpr int C = S::CLUSTER, GROUPS = 2, ACTORS = C * (1 + GROUPS), PARTS = 1 + C;
     static constexpr int WARPS = eapo::WARP_GROUP / eapo::WARP;
 
-    // Bytes only, so that a state is its own key.
+    // Plain bytes, so that a state is its own hash key.
     struct Barrier {
-        signed char pending, parts, parity;  // parts: still to come of a stage; negative before they are expected
+        signed char pending, parts, parity;  // parts: copies outstanding; negative before the announcement
     };
     struct State {
         unsigned char pc[ACTORS];
         Barrier full[C][S::STAGES], empty[C][S::STAGES];
-        short slot[C][S::STAGES][PARTS];           // tag of what lies there: hidden, weight part of each CTA
-        unsigned char writing[C][S::STAGES];       // bits: part on its way
+        short slot[C][S::STAGES][PARTS];           // tag of the contents: hidden, weight part of each CTA
+        unsigned char writing[C][S::STAGES];       // bits: parts being copied
         unsigned char reading[C][S::STAGES];       // bits: group whose wgmma reads it
-        unsigned char arriving[C][S::STAGES];      // remote arrivals of a group (bits) on their way here
+        unsigned char arriving[C][S::STAGES];      // bits: groups whose remote arrival is in flight
         unsigned char turn[C][GROUPS];
         signed char last[C][GROUPS], before[C][GROUPS];  // stages of the two products in flight, or -1
     };
@@ -101,14 +99,14 @@ struct Model {
         if (b.pending == 0 && b.parts == 0) b.pending = char(arrivals), b.parity ^= 1;
     }
     bool arrive(Barrier& b, int count, int arrivals) {
-        if (b.pending < count) return fail("a barrier gets more arrivals than it has");
+        if (b.pending < count) return fail("more arrivals than a barrier expects");
         b.pending = char(b.pending - count);
         check_phase(b, arrivals);
         return true;
     }
     static bool ready(const Barrier& b, int parity) { return b.parity != parity; }
 
-    // Run actor ``a`` until after its next step that others can see. Returns false when it cannot move.
+    // Run actor ``a`` up to and including its next step that others can observe. Returns false on an error.
     bool step(State& s, int a, bool& moved) {
         const int cta = a / (1 + GROUPS), role = a % (1 + GROUPS), group = role - 1;
         moved = false;
@@ -153,7 +151,7 @@ struct Model {
                     s.before[cta][group] = s.last[cta][group];
                     s.last[cta][group] = char(op.stage);
                     break;
-                case SETTLE: {
+                case WAIT_PRODUCTS: {
                     signed char *older = &s.before[cta][group], *newer = &s.last[cta][group];
                     if (*older >= 0 && *older != *newer) s.reading[cta][*older] &= ~(1 << group);
                     *older = -1;
@@ -246,12 +244,12 @@ struct Model {
                     }
                 }
             }
-            if (!any && !finished) error = "nobody can go on";
+            if (!any && !finished) error = "deadlock";
             if (!any && finished) {
                 for (int cta = 0; cta < C; ++cta) {
                     bool left = s.turn[cta][0] || s.turn[cta][1];
                     for (int stage = 0; stage < S::STAGES; ++stage) left |= s.reading[cta][stage] || s.full[cta][stage].parts;
-                    if (left) error = "something is left undone at the end";
+                    if (left) error = "work is left at the end";
                 }
             }
         }

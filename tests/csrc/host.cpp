@@ -1,6 +1,5 @@
-// The kernels' headers compiled for the host, with C entry points for the tests (conftest.py loads them).
+// The kernels' headers compiled for the host, with C entry points for the tests (host_library.py loads them).
 #include <cstddef>
-#include <cstdint>
 #include <cstring>
 #include <vector>
 
@@ -39,10 +38,10 @@ int arguments_layout(int field) {
 }
 
 template <class S>
-static const char* search(int row_tiles, int column_tiles, int tiles_per_split, int steps, int fault, int limit, long long* states) {
+static const char* search(const eapo::Walk& walk, int steps, int fault, int limit, long long* states) {
     static std::string message;
     explore::Model<S> model;
-    model.run({row_tiles, column_tiles, tiles_per_split, 2}, steps, explore::Fault(fault), limit);
+    model.run(walk, steps, explore::Fault(fault), limit);
     *states = model.states;
     message = model.error;
     return message.c_str();
@@ -50,16 +49,12 @@ static const char* search(int row_tiles, int column_tiles, int tiles_per_split, 
 
 extern "C" const char* interleavings(int shape, int row_tiles, int column_tiles, int per_split, int steps, int fault, int limit,
                                      long long* states) {
-    switch (shape) {  // (block_n, block_v, stages, cluster, pingpong, stagger)
-        case 0: return search<Shape<128, 256, 2, 1, false, 0>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
-        case 1: return search<Shape<128, 256, 3, 1, false, 2>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
-        case 2: return search<Shape<128, 256, 2, 2, false, 1>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
-        case 3: return search<Shape<128, 128, 2, 2, true, 0>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
-        case 4: return search<Shape<128, 128, 3, 1, true, 0>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
-        case 5: return search<Shape<128, 256, 2, 1, false, 1>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
-        case 6: return search<Shape<128, 256, 4, 1, false, 3>>(row_tiles, column_tiles, per_split, steps, fault, limit, states);
-    }
-    return "no such shape";
+    static constexpr decltype(&search<Shape<128, 256, 2, 1, false, 0>>) SEARCHES[] = {
+        // block_n, block_v, stages, cluster, pingpong, stagger: test_protocol.py names them
+        search<Shape<128, 256, 2, 1, false, 0>>, search<Shape<128, 256, 3, 1, false, 2>>, search<Shape<128, 256, 2, 2, false, 1>>,
+        search<Shape<128, 128, 2, 2, true, 0>>,  search<Shape<128, 128, 3, 1, true, 0>>,  search<Shape<128, 256, 2, 1, false, 1>>,
+        search<Shape<128, 256, 4, 1, false, 3>>};
+    return SEARCHES[shape]({row_tiles, column_tiles, per_split, 2}, steps, fault, limit, states);
 }
 
 // ---- the epilogues, run for all 128 threads of a warp group on a matrix of raw logits [64, stride] ----
@@ -76,13 +71,13 @@ static void statistics(const float* raw, int stride, int n_columns, const float*
             float d[FRAGMENT];
             for (int i = 0; i < FRAGMENT; ++i) {
                 const int row = fragment_row(thread, i), column = tile * BLOCK_V + fragment_column(thread, i);
-                d[i] = column < n_columns ? raw[std::size_t(row) * stride + column] : 0.0f;  // TMA's fill
+                d[i] = column < n_columns ? raw[std::size_t(row) * stride + column] : 0.0f;  // as TMA fills
                 if (bias) d[i] = at_least_lowest(d[i] + bias[column < n_columns ? column : n_columns - 1]);
             }
             for (int half = 0; half < 2; ++half) {
                 const int row = fragment_row(thread, 2 * half), at = 2 * thread + half;
-                exclude<FRAGMENT>(d, half, thread, targets[row], tile * BLOCK_V, n_columns, y_target[at]);
-                absorb<FRAGMENT>(d, half, scale[row] * LOG2E, sums[at]);
+                mask_columns<FRAGMENT>(d, half, thread, targets[row], tile * BLOCK_V, n_columns, y_target[at]);
+                online_softmax_update<FRAGMENT>(d, half, scale[row] * LOG2E, sums[at]);
             }
         }
     }
@@ -117,30 +112,10 @@ extern "C" void range_sums(int block_v, int kind, const float* raw, int stride, 
     }
 }
 
-static std::uint16_t to_bf16(float x) {  // round to nearest even
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if (x != x) return std::uint16_t(bits >> 16 | 0x40);
-    return std::uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-static std::uint16_t to_fp16(float x) {  // round to nearest even; beyond 65504 and half an ulp infinite
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const std::uint16_t sign = std::uint16_t(bits >> 16 & 0x8000);
-    if (x != x) return sign | 0x7E00;
-    const double magnitude = x < 0 ? -double(x) : double(x);
-    if (magnitude >= 65520.0) return sign | 0x7C00;
-    int exponent = -14;  // of the leading bit; below it numbers are 2^-24 apart
-    for (double limit = 0x1p-13; magnitude >= limit; limit *= 2) ++exponent;
-    const double ulps = std::nearbyint(std::ldexp(magnitude, 10 - exponent));
-    return std::uint16_t(sign + (std::uint32_t(exponent + 14) << 10) + std::uint32_t(ulps));
-}
-
-// One tile of 64 x BLOCK_V: the slices as they lie in shared memory (8192 bytes each), and the sums of each row.
+// One tile of 64 x BLOCK_V: E at its place in each slice of shared memory, in units of half-precision elements, and the sums of each row.
 template <int BLOCK_V>
-static void exponentials(int fp16, const float* raw, int stride, int n_columns, const float* scale, const float* offset,
-                         const int* targets, int tile, unsigned char* slices, float* rest, float* x_exp) {
+static void exponentials(const float* raw, int stride, int n_columns, const float* scale, const float* offset, const int* targets,
+                         int tile, float* slices, float* rest, float* x_exp) {
     constexpr int FRAGMENT = BLOCK_V / 2, FRAGMENTS = 8;
     std::vector<float> d(WARP_GROUP * FRAGMENT);
     std::memset(rest, 0, 64 * sizeof(float));
@@ -154,7 +129,7 @@ static void exponentials(int fp16, const float* raw, int stride, int n_columns, 
         for (int half = 0; half < 2; ++half) {
             const int row = fragment_row(thread, 2 * half);
             float unused = 0.0f;
-            exclude<FRAGMENT>(mine, half, thread, targets[row], tile * BLOCK_V, n_columns, unused);
+            mask_columns<FRAGMENT>(mine, half, thread, targets[row], tile * BLOCK_V, n_columns, unused);
             RunningSums<true, false> sums;
             for (int j = 0; j < FRAGMENT / 4; j += 2 * FRAGMENTS) {
                 RunningSums<true, false> part;
@@ -165,32 +140,21 @@ static void exponentials(int fp16, const float* raw, int stride, int n_columns, 
             x_exp[row] += sums.x_exp;
         }
     }
-    // stmatrix.x4: lane 8 m + r points to row r of matrix m; thread t's register m holds (t / 4, 2 (t % 4) ...) of matrix m.
+    // stmatrix.x4: lane 8 m + r addresses row r of matrix m; register m of lane t holds (t / 4, 2 (t % 4) ...) of matrix m.
     for (int slice = 0; slice < BLOCK_V / 64; ++slice) {
         for (int j = 0; j < FRAGMENTS; j += 2) {
-            for (int warp = 0; warp < 4; ++warp) {
-                for (int m = 0; m < 4; ++m) {
-                    for (int lane = 0; lane < WARP; ++lane) {
-                        const int pointer = 8 * m + lane / 4;
-                        unsigned char* to = slices + slice * 8192 + swizzled(stored_row(warp, pointer), stored_chunk(j, pointer));
-                        const float* f = &d[(warp * WARP + lane) * FRAGMENT] + 4 * (8 * slice + j);
-                        for (int c = 0; c < 2; ++c) {
-                            const std::uint16_t value = (fp16 ? to_fp16 : to_bf16)(f[2 * m + c]);
-                            std::memcpy(to + 2 * (2 * (lane % 4) + c), &value, 2);
-                        }
-                    }
-                }
+            for (int at = 0; at < 4 * 4 * WARP; ++at) {
+                const int warp = at / (4 * WARP), m = at / WARP % 4, lane = at % WARP, pointer = 8 * m + lane / 4;
+                const int to = swizzled(stored_row(warp, pointer), stored_chunk(j, pointer)) / ITEM + 2 * (lane % 4);
+                const float* f = &d[(warp * WARP + lane) * FRAGMENT] + 4 * (8 * slice + j) + 2 * m;
+                for (int c = 0; c < 2; ++c) slices[slice * 4096 + to + c] = f[c];
             }
         }
     }
 }
 
-extern "C" void exp_tile(int block_v, int fp16, const float* raw, int stride, int n_columns, const float* scale, const float* offset,
-                         const int* targets, int tile, unsigned char* slices, float* rest, float* x_exp) {
+extern "C" void exp_tile(int block_v, const float* raw, int stride, int n_columns, const float* scale, const float* offset,
+                         const int* targets, int tile, float* slices, float* rest, float* x_exp) {
     const auto run = block_v == 256 ? exponentials<256> : exponentials<128>;
-    run(fp16, raw, stride, n_columns, scale, offset, targets, tile, slices, rest, x_exp);
-}
-
-extern "C" void fp16_of(const float* from, std::uint16_t* to, int count) {
-    for (int i = 0; i < count; ++i) to[i] = to_fp16(from[i]);
+    run(raw, stride, n_columns, scale, offset, targets, tile, slices, rest, x_exp);
 }

@@ -1,4 +1,9 @@
-"""The epilogues run over emulated accumulators, thread by thread, against the float64 oracle and the swizzle of TMA."""
+"""The epilogues of csrc/epilogue.h on the host, thread by thread, against the float64 oracle and
+the swizzle of TMA.
+
+``host.cpp`` fills the accumulators of all 128 threads of a warp group. Triton's ``finalize``
+completes the sums.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,11 @@ import math
 import pytest
 import torch
 from comparison import STATISTICS_FLOOR
-from host_library import run_rows
 from torch import Tensor
 
 from eapo_kernels import reference
-from eapo_kernels.ops.cuda.rows import finalize
 from eapo_kernels.ops.statistics import RowStatistics
+from eapo_kernels.ops.triton.finalize import finalize
 from eapo_kernels.ops.triton.sums import PartialSums
 from eapo_kernels.testing import assert_no_worse_than, eager_token_stats
 
@@ -33,7 +37,9 @@ def range_sums(
     host: ctypes.CDLL, raw: Tensor, scale: Tensor, targets: Tensor, *, kind: int = 2, block_v: int = 256,
     bias: Tensor | None = None, per_split: int = 1, pingpong: bool = False,
 ) -> Tensor:  # fmt: skip
-    """[7, splits, 64] as ``stream_statistics`` leaves them; in ping-pong two splits a range, one per warp group."""
+    """[7, splits, 64] as ``stream_statistics`` stores them; in ping-pong two splits a range, one
+    per warp group.
+    """
     vocab, targets = raw.shape[1], targets.int()
     tiles = -(-vocab // block_v)
     parts = []
@@ -48,26 +54,18 @@ def range_sums(
     return torch.stack(parts, 1)
 
 
-def merged(host: ctypes.CDLL, sums: Tensor, kind: int = 2) -> RowStatistics:
-    """What ``finalize`` makes of the sums, on the host."""
+def merged(sums: Tensor, kind: int = 2) -> RowStatistics:
     partial = PartialSums(sums[: (3, 4, 7)[kind]].contiguous(), entropy=kind > 0, second_moments=kind > 1)
     launch, final = finalize(partial)
-    run_rows(launch, host)
+    launch()
     return final.statistics
 
 
-def compare(actual: RowStatistics, raw: Tensor, scale: Tensor, targets: Tensor, bias: Tensor | None = None) -> None:
+def compare(actual: RowStatistics, raw: Tensor, scale: Tensor, targets: Tensor) -> None:
     eye = torch.eye(raw.shape[1])
     options = {"second_moments": actual.p2 is not None}
-    truth = reference.token_stats(
-        raw.double(),
-        eye.double(),
-        targets,
-        inv_temperature=scale.double(),
-        bias=None if bias is None else bias.double(),
-        **options,
-    )
-    eager = eager_token_stats(raw, eye, targets, inv_temperature=scale, bias=bias, **options)
+    truth = reference.token_stats(raw.double(), eye.double(), targets, inv_temperature=scale.double(), **options)
+    eager = eager_token_stats(raw, eye, targets, inv_temperature=scale, **options)
     for name in ("logp", "entropy", "lse", "p2", "p2_logp", "varentropy"):
         got = getattr(actual, name)
         if got is not None:
@@ -75,7 +73,9 @@ def compare(actual: RowStatistics, raw: Tensor, scale: Tensor, targets: Tensor, 
 
 
 def rows_of(vocab: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(raw logits [64, vocab], scales [64], targets [64]); targets include the first and the last column."""
+    """(raw logits [64, vocab], scales [64], targets [64]); targets include the first and the last
+    column.
+    """
     g = torch.Generator().manual_seed(seed)
     raw = torch.randn(ROWS, vocab, generator=g) * spread
     scale = torch.rand(ROWS, generator=g) * 2 + 0.3
@@ -86,12 +86,12 @@ def rows_of(vocab: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor, T
 
 @pytest.mark.parametrize("pingpong", [False, True])
 @pytest.mark.parametrize("block_v", [128, 256])
-@pytest.mark.parametrize("vocab", [1, 7, 256, 257, 1031, 1600])
+@pytest.mark.parametrize("vocab", [1, 257, 1600])
 def test_statistics(vocab: int, block_v: int, pingpong: bool, host: ctypes.CDLL) -> None:
     raw, scale, targets = rows_of(vocab, 4.0)
     sums = range_sums(host, raw, scale, targets, block_v=block_v, per_split=3, pingpong=pingpong)
     assert not sums.isnan().any()
-    compare(merged(host, sums), raw, scale, targets)
+    compare(merged(sums), raw, scale, targets)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -101,14 +101,14 @@ def test_each_kind_computes_its_fields(kind: int, host: ctypes.CDLL) -> None:
     torch.testing.assert_close(sums[:3], whole[:3], rtol=0, atol=0)
     if kind:
         torch.testing.assert_close(sums[3], whole[3], rtol=1e-5, atol=1e-5)
-    compare(merged(host, sums, kind), raw, scale, targets)
+    compare(merged(sums, kind), raw, scale, targets)
 
 
-@pytest.mark.parametrize("per_split", [1, 2, 7])
+@pytest.mark.parametrize("per_split", [1, 2])
 def test_the_cut_of_the_vocabulary_changes_little(per_split: int, host: ctypes.CDLL) -> None:
     raw, scale, targets = rows_of(1700, 5.0)
-    whole = merged(host, range_sums(host, raw, scale, targets, per_split=100))
-    cut = merged(host, range_sums(host, raw, scale, targets, per_split=per_split))
+    whole = merged(range_sums(host, raw, scale, targets, per_split=100))
+    cut = merged(range_sums(host, raw, scale, targets, per_split=per_split))
     for name in ("logp", "entropy", "p2"):
         torch.testing.assert_close(getattr(cut, name), getattr(whole, name), rtol=2e-6, atol=2e-6)
 
@@ -127,7 +127,7 @@ def test_extreme_rows(case: str, host: ctypes.CDLL) -> None:
         raw = torch.zeros_like(raw).scatter_(1, (targets[:, None] + 300) % 777, 90.0)
     else:
         raw = torch.linspace(0, 200, 777).expand(ROWS, 777).contiguous() * (-1 if case == "falling" else 1)
-    actual = merged(host, range_sums(host, raw, scale, targets, per_split=2))
+    actual = merged(range_sums(host, raw, scale, targets, per_split=2))
     truth = reference.token_stats(
         raw.double(), torch.eye(777).double(), targets, inv_temperature=scale.double(), second_moments=True
     )
@@ -136,27 +136,31 @@ def test_extreme_rows(case: str, host: ctypes.CDLL) -> None:
 
 
 def test_large_logits_lose_no_more_than_the_targets_rounding(host: ctypes.CDLL) -> None:
-    """The sums fit the rounded row_max; the target's logit is one fp32 number, half an ulp off."""
+    """The sums match the rounded row_max; the error is that of the target's logit, half an ulp of
+    fp32.
+    """
     _, scale, targets = rows_of(777, 1.0)
     raw = torch.full((ROWS, 777), -3e3)
-    logp = merged(host, range_sums(host, raw, scale, targets, per_split=2)).logp.double()
+    logp = merged(range_sums(host, raw, scale, targets, per_split=2)).logp.double()
     half_ulp = (raw[:, 0] * scale).abs().double() * 2**-24
     assert ((logp + math.log(777)).abs() <= half_ulp + 1e-6).all()
 
 
 def test_removed_columns(host: ctypes.CDLL) -> None:
-    """Columns of bias -inf, a whole range of them, and a target among them: logp -inf, all else as without it."""
+    """Columns with a bias of -inf, a whole range of them, and a target among them: its logp is
+    -inf, the rest is unaffected.
+    """
     raw, scale, targets = rows_of(900, 3.0)
     bias = torch.randn(900)
     bias[256:512] = -math.inf
     bias[torch.rand(900) < 0.2] = -math.inf
     targets[0] = 300
     sums = range_sums(host, raw, scale, targets, bias=bias)
-    assert (sums[0, 1] == -math.inf).all(), "a range without any column"
+    assert (sums[0, 1] == -math.inf).all(), "a range whose columns are all removed"
     assert (sums[2:, 1] == 0).all()
     assert not sums.isnan().any()
     kept = ~torch.isinf(bias[targets])
-    actual = merged(host, sums)
+    actual = merged(sums)
     assert (actual.logp[~kept] == -math.inf).all()
     exact = reference.token_stats(
         raw.double(), torch.eye(900).double(), targets, inv_temperature=scale.double(), bias=bias.double()
@@ -167,75 +171,55 @@ def test_removed_columns(host: ctypes.CDLL) -> None:
 
 def test_a_row_without_any_column_and_a_target_elsewhere(host: ctypes.CDLL) -> None:
     raw, scale, targets = rows_of(300, 1.0)
-    nothing = merged(host, range_sums(host, raw, scale, targets, bias=torch.full((300,), -math.inf)))
+    nothing = merged(range_sums(host, raw, scale, targets, bias=torch.full((300,), -math.inf)))
     assert nothing.logp.isnan().all()
-    for elsewhere in (-1, 300, 511):  # another rank's column; also one that a ragged tile would have
-        sums = range_sums(host, raw, scale, torch.full_like(targets, elsewhere if elsewhere < 0 else -1))
-        assert (sums[1] == 0).all()
-        every = (sums[2] * sums[0].exp()).sum(0)
-        torch.testing.assert_close(every, (raw * scale[:, None]).exp().sum(1), rtol=1e-5, atol=0)
+    sums = range_sums(host, raw, scale, torch.full_like(targets, -1))
+    assert (sums[1] == 0).all()
+    every = (sums[2] * sums[0].exp()).sum(0)
+    torch.testing.assert_close(every, (raw * scale[:, None]).exp().sum(1), rtol=1e-5, atol=0)
 
 
-def test_nan_reaches_the_sums_of_its_row_only(host: ctypes.CDLL) -> None:
-    raw, scale, targets = rows_of(300, 1.0)
-    targets[:] = 0
-    raw[5, 17] = math.nan
-    logp = merged(host, range_sums(host, raw, scale, targets)).logp
-    assert logp[5].isnan()
-    assert logp.isnan().sum() == 1
-
-
-def test_fp16_of_the_host_is_torchs(host: ctypes.CDLL) -> None:
-    """Every fp16 number, the numbers half-way between two and next to them, subnormal and beyond the range."""
-    numbers = torch.arange(2**15, dtype=torch.int16).view(torch.float16).float()
-    numbers = numbers[numbers.isfinite()]
-    middle = (numbers[1:] + numbers[:-1]) / 2
-    edges = torch.tensor([65519.99, 65520.0, 1e30, math.inf, 2.0**-25, 2.0**-25 * 1.0001, 1e-30])
-    values = torch.cat([numbers, middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1), edges])
-    values = torch.cat([values, -values])
-    found = torch.empty(len(values), dtype=torch.float16)
-    host.fp16_of(pointer(values), pointer(found), len(values))
-    assert torch.equal(found.view(torch.int16), values.to(torch.float16).view(torch.int16))
-
-
+@pytest.mark.parametrize("columns", [slice(17, 18), slice(256, 512)], ids=["one column", "a whole range"])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_a_range_of_nothing_but_nan_spoils_its_row(kind: int, host: ctypes.CDLL) -> None:
-    """Its maximum stays at LOWEST, as that of a range whose columns all have a bias of -inf."""
+def test_nan_makes_its_row_nan_and_no_other(kind: int, columns: slice, host: ctypes.CDLL) -> None:
+    """A maximum ignores NaN: that of a range of NaN stays LOWEST, as if every column had a bias of
+    -inf.
+    """
     raw, scale, targets = rows_of(800, 1.0)
     targets[:] = 3
-    raw[7, 256:512] = math.nan
-    got = merged(host, range_sums(host, raw, scale, targets, kind=kind), kind)
+    raw[7, columns] = math.nan
+    got = merged(range_sums(host, raw, scale, targets, kind=kind), kind)
     for name in ("logp", "lse", "entropy", "p2", "p2_logp", "varentropy"):
         value = getattr(got, name)
         if value is not None:
             assert value.isnan().nonzero().flatten().tolist() == [7], name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block_v", [128, 256])
 @pytest.mark.parametrize("vocab", [256, 300, 1031])
-def test_exponentials(block_v: int, vocab: int, dtype: torch.dtype, host: ctypes.CDLL) -> None:
-    """E and its sums, read back from shared memory by TMA's rule: what a box store would write to the matrix."""
+def test_exponentials(block_v: int, vocab: int, host: ctypes.CDLL) -> None:
+    """E and its sums. E is read back from shared memory by TMA's swizzle, as a box store would
+    write it to the matrix.
+    """
     raw, scale, targets = rows_of(vocab, 4.0)
     truth = raw.double() * scale.double()[:, None]
     offset = (truth.logsumexp(1) + torch.randn(ROWS)).float() * LOG2E
     targets = targets.int()
     for tile in range(-(-vocab // block_v)):
-        slices = torch.zeros(block_v // 64, 8192, dtype=torch.uint8)
+        slices = torch.full((block_v // 64, 4096), math.nan)
         rest, x_exp = torch.full((ROWS,), math.nan), torch.full((ROWS,), math.nan)
         host.exp_tile(
-            block_v, dtype == torch.float16, pointer(raw), vocab, vocab, pointer(scale), pointer(offset), pointer(targets),
-            tile, pointer(slices), pointer(rest), pointer(x_exp),
+            block_v, pointer(raw), vocab, vocab, pointer(scale), pointer(offset), pointer(targets), tile, pointer(slices),
+            pointer(rest), pointer(x_exp),
         )  # fmt: skip
-        address = torch.arange(8192)
-        plain = slices[:, address ^ (address >> 7 & 7) << 4]
-        e = plain.view(dtype).view(-1, ROWS, 64).transpose(0, 1).reshape(ROWS, block_v).double()
+        address = 2 * torch.arange(4096)
+        plain = slices[:, (address ^ (address >> 7 & 7) << 4) // 2]
+        e = plain.view(-1, ROWS, 64).transpose(0, 1).reshape(ROWS, block_v).double()
         columns = torch.arange(tile * block_v, (tile + 1) * block_v)
         counts = (columns < vocab) & (columns != targets[:, None])
         x = truth[:, columns.clamp_max(vocab - 1)] * LOG2E - offset.double()[:, None]
         exact = torch.where(counts, torch.exp2(x), 0.0)
         assert (e[~counts] == 0).all()
-        least = 2**-25 if dtype == torch.float16 else 1e-30  # subnormal
-        torch.testing.assert_close(e, exact, rtol=torch.finfo(dtype).eps, atol=least)
+        torch.testing.assert_close(e, exact, rtol=1e-5, atol=1e-30)
         torch.testing.assert_close(rest.double(), exact.sum(1), rtol=3e-6, atol=1e-30)
         assert ((x_exp - (x * exact).sum(1)).abs() <= 5e-6 * ((x.abs() + 1) * exact).sum(1) + 1e-30).all()

@@ -1,4 +1,6 @@
-"""Index arithmetic of the kernels against the formulas of the PTX manual, typed again; and the order of tiles."""
+"""Index arithmetic of csrc/layout.h against the formulas of the PTX manual, typed again; and the
+order of tiles.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def fragment(host: ctypes.CDLL, thread: int, i: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("n", [128, 256])
 def test_accumulator_fragments(n: int, host: ctypes.CDLL) -> None:
-    """PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16", matrix D: row and column of d[i] of a thread."""
+    """PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16", matrix D: row and column of d[i]
+    of a thread.
+    """
     seen = set()
     for thread in range(128):
         warp, lane = divmod(thread, 32)
@@ -31,7 +35,9 @@ def test_accumulator_fragments(n: int, host: ctypes.CDLL) -> None:
 
 
 def test_swizzle(host: ctypes.CDLL) -> None:
-    """CU_TENSOR_MAP_SWIZZLE_128B: address bits 4-6 are XORed with bits 7-9. A bijection without bank conflicts."""
+    """CU_TENSOR_MAP_SWIZZLE_128B: address bits 4-6 are XORed with bits 7-9. A bijection without
+    bank conflicts.
+    """
     seen = set()
     for row in range(256):
         for chunk in range(8):
@@ -45,7 +51,7 @@ def test_swizzle(host: ctypes.CDLL) -> None:
 
 
 def test_operand_descriptor(host: ctypes.CDLL) -> None:
-    """PTX ISA, "Matrix Descriptor Format": fields of a K-major operand with the 128-byte swizzle."""
+    """PTX ISA, "Matrix Descriptor Format", for a K-major operand with the 128-byte swizzle."""
     host.descriptor.restype = ctypes.c_uint64
     for address in (0, 1024, 3 * 49152 + 16384, 227 * 1024 // 1024 * 1024):
         bits = host.descriptor(address)

@@ -1,6 +1,7 @@
-"""The barrier protocol, exhaustively: every order in which producers, consumers, copies and remote arrivals can go on.
+"""The barrier protocol of csrc/pipeline.h under all interleavings of producers, consumers, copies
+and remote arrivals.
 
-The loops are the kernels' own (csrc/pipeline.h). ``explore.h`` says what counts as an error.
+``explore.h`` says what counts as an error.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def test_no_interleaving_goes_wrong(shape: int, work: tuple[int, int, int, int],
     error, states = search(host, shape, work)
     assert error == ""
     if shape in CLUSTERS and work != WORK["a tile of one step"]:
-        assert states > 10_000, "two programs, six actors: a search that ended early would not be one"
+        assert states > 10_000, "six actors have many interleavings: the search did not end early"
 
 
 BROKEN = [

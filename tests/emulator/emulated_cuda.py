@@ -1,4 +1,4 @@
-"""Launches of the kernels in csrc, compiled to PTX by NVRTC, run on the emulator."""
+"""Run launches of the kernels in csrc, compiled to PTX by NVRTC, on the emulator."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import ptx_machine
 
 from eapo_kernels.ops.cuda import build
-from eapo_kernels.ops.cuda.configs import Build
 from eapo_kernels.ops.cuda.launch import Box, Launch
-from eapo_kernels.ops.cuda.tile import BLOCK_D
+from eapo_kernels.ops.cuda.tiles import BLOCK_D, THREADS, Build
 
 
 @functools.cache
@@ -19,14 +18,16 @@ def kernel(item: Build) -> ptx_machine.Kernel:
 
 
 def tensor_map(box: Box) -> bytes:
-    """What ``Box.parameters`` describes."""
+    """The descriptor of ``Box.parameters``."""
     m = box.matrix
     sizes, stride = [m.shape[1], m.shape[0]], m.stride(0) * m.element_size()
     return bytes(ptx_machine.tensor_map(m.data_ptr(), m.element_size(), sizes, [stride], [BLOCK_D, box.rows], 128))
 
 
 def run(launch: Launch, code: ptx_machine.Kernel | None = None, **how: Any) -> None:
-    """What ``launch()`` would do on a GPU. code: instead of the build's, to see what a mistake in it does."""
+    """Do what ``launch()`` does on a GPU. code: replaces the build's, to run a kernel with a
+    mistake.
+    """
     code = code or kernel(launch.build)
     parameters = b"".join(tensor_map(box) for box in launch.boxes) + bytes(launch.arguments)
     last = code.syntax.parameters[-1]
@@ -37,7 +38,7 @@ def run(launch: Launch, code: ptx_machine.Kernel | None = None, **how: Any) -> N
         parameters,
         tensors,
         grid=launch.programs,
-        block=launch.build.threads,
+        block=THREADS,
         shared_bytes=launch.build.shared_bytes,
         **how,
     )

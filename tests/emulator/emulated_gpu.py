@@ -1,4 +1,4 @@
-"""A GPU made of CPU tensors: both backends' launches run, as compiled for it, on the emulator."""
+"""Both backends on CPU tensors: every launch is compiled for a GPU and runs on the emulator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eapo_kernels.ops.projection import Projection
 from eapo_kernels.ops.triton import report
 
 PROGRAMS = 3
-"""Programs (or clusters) that run at once: few, so that each walks over several tiles."""
+"""Programs (or clusters) of a persistent kernel: few, so that each walks over several tiles."""
 
 
 def _modules(package: ModuleType) -> list[ModuleType]:
@@ -27,10 +27,12 @@ def _modules(package: ModuleType) -> list[ModuleType]:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, family: str = "sm90", dim: int | None = None, **how: Any) -> None:
-    """Send every launch of this process to the emulator. Not in a process that interprets.
+    """Send every launch of this process to the emulator. The process must not interpret Triton
+    kernels.
 
-    family: the table's, sm80, sm90 or sm100; the backend ``cuda`` is for sm90 alone. dim: whose lines of the table of tiles
-    are taken, instead of the inputs' own. how: ``seed`` and ``lateness`` of ``ptx_machine.Kernel.run``.
+    family: sm80, sm90 or sm100; the backend ``cuda`` needs sm90. dim: selects lines of Triton's
+    table of tiles, in the place of the inputs' D. how: ``seed`` and ``lateness`` of
+    ``ptx_machine.Kernel.run``.
     """
     major = report.ARCHITECTURES[family] // 10
     instead = {"family": lambda device: family, "slots": lambda device, tile: PROGRAMS, "capability": lambda device: (major, 0)}

@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels, compiled by triton itself, run on the emulator."""
+"""Run launches of the Triton kernels, compiled by triton, on the emulator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _kernel(text: str) -> ptx_machine.Kernel:
 
 
 def descriptor(value: TensorDescriptor, meta: dict[str, Any]) -> bytes:
-    """What triton's launcher passes for a descriptor: the map, the shape, the strides in numbers."""
+    """A descriptor as triton's launcher passes it: map, shape, strides in elements."""
     assert not meta["fp4_padded"]
     item = value.base.element_size()
     sizes, strides, box = value.shape[::-1], [item * one for one in value.strides[:-1]][::-1], meta["block_size"][::-1]
@@ -31,7 +31,9 @@ def descriptor(value: TensorDescriptor, meta: dict[str, Any]) -> bytes:
 
 
 def run(launch: Launch, family: str = "sm90", **how: Any) -> None:
-    """What ``launch()`` would do on a GPU of a family. how: ``seed``, ``lateness`` of ``ptx_machine.Kernel.run``."""
+    """Do what ``launch()`` does on a GPU of a family. how: ``seed`` and ``lateness`` of
+    ``ptx_machine.Kernel.run``.
+    """
     compiled = report.compile_launch(launch, report.ARCHITECTURES[family])
     kernel = _kernel(compiled.asm["ptx"])
     metas = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())

@@ -1,4 +1,4 @@
-"""Run a kernel's PTX on the CPU: parameters and tensors in, checks on the way. See README.md beside this file."""
+"""Run a kernel's PTX on the CPU, checking the rules of the hardware. See README.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAGIC = 0x70617465
 
 
 class Fault(Exception):
-    """The kernel did what the hardware forbids or leaves undefined, or what is not emulated."""
+    """The kernel did something forbidden or undefined on the hardware, or not emulated."""
 
 
 class TensorMap(ctypes.Structure):
@@ -41,7 +41,9 @@ class TensorMap(ctypes.Structure):
 
 
 def tensor_map(base: int, item: int, sizes: list[int], strides: list[int], box: list[int], swizzle: int) -> TensorMap:
-    """A descriptor. From the innermost dimension: sizes and box in numbers, strides in bytes from the second dimension on."""
+    """A descriptor. From the innermost dimension: sizes and box in numbers, strides in bytes from
+    the second dimension on.
+    """
     assert len(sizes) == len(box) == len(strides) + 1
     assert base % 16 == 0, "TMA wants 16-byte aligned matrices"
     assert all(stride % 16 == 0 for stride in strides), "and rows a multiple of 16 bytes apart"
@@ -60,7 +62,7 @@ def library() -> ctypes.CDLL:
     """The emulator, compiled once a process, its files side by side."""
     compiler = shutil.which("g++")
     assert compiler is not None, "the emulator needs g++"
-    options = ["-std=c++17", "-O2", "-march=native", "-Wall", "-Wextra", "-Werror", "-fPIC"]
+    options = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC"]
 
     def build(*arguments: str) -> None:
         done = subprocess.run([compiler, *options, *arguments], capture_output=True, text=True, check=False)
@@ -109,9 +111,10 @@ class Kernel:
     ) -> None:
         """Execute ``grid`` programs of ``block`` threads, one cluster after the other.
 
-        tensors: what may be read, with whether it may be written too. shared_bytes: dynamic shared memory. seed: of the
-        order in which warps and asynchronous operations take turns; lateness: 0 when these finish at once, near 1 as late as
-        they may. Raises Fault.
+        tensors: the tensors that may be accessed, each with whether it may be written.
+        shared_bytes: dynamic shared memory. seed: of the order of warps and asynchronous work.
+        lateness: 0 if asynchronous operations complete at once, near 1 as late as allowed.
+        Raises Fault.
         """
         ranges = []
         for tensor, writable in tensors:

@@ -1,6 +1,7 @@
-"""PTX text taken apart: a kernel's parameters, and its instructions with operands that name slots instead of registers.
+"""A parser of PTX text: a kernel's parameters, and its instructions with slots in the place of
+register names.
 
-Only syntax: what an instruction means is decided in ``src``. Grammar: the PTX ISA manual, chapters 4, 5 and 9.
+The meaning of instructions is in ``src``. Grammar: the PTX ISA manual, chapters 4, 5 and 9.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Operand:
 
 @dataclass
 class Instruction:
-    """A mnemonic with its guard (slot of a predicate, or -1) and its operands, vectors laid flat."""
+    """A mnemonic, its guard (slot of a predicate, or -1) and operands, vectors flattened."""
 
     mnemonic: str
     operands: list[Operand]
@@ -61,7 +62,9 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Parameter:
-    """Where a parameter lies among the kernel's parameters, in bytes; ``type`` as it is written (``u64``, ``b8``)."""
+    """A parameter with its place among the kernel's parameters in bytes; ``type`` as written
+    (``u64``, ``b8``).
+    """
 
     name: str
     type: str
@@ -71,7 +74,9 @@ class Parameter:
 
 @dataclass
 class Kernel:
-    """A ``.entry`` and what it needs: slots for registers, predicates, bytes of static shared memory, programs of a cluster."""
+    """A ``.entry`` with its numbers of registers and predicates, bytes of static shared memory, and
+    programs of a cluster.
+    """
 
     name: str
     parameters: list[Parameter] = field(default_factory=list)
@@ -83,7 +88,7 @@ class Kernel:
 
 
 def parse(text: str, name: str | None = None) -> Kernel:
-    """The kernel ``name`` of a module (the only one where there is one). Raises ValueError on what it does not understand."""
+    """The kernel ``name`` of a module, or its only kernel. Raises ValueError on unknown syntax."""
     text = re.sub(r"/\*.*?\*/", lambda match: "\n" * match[0].count("\n"), text, flags=re.S)
     text = re.sub(r"//[^\n]*", "", text).replace("\0", "")
     wanted = re.escape(name) if name else r"[\w$]+"
@@ -118,10 +123,7 @@ def _parameters(text: str) -> list[Parameter]:
 
 
 def _shared_symbols(text: str, kernel: Kernel) -> dict[str, int | None]:
-    """Offsets of shared variables, static ones first; None for the module's constants, which no test needs yet.
-
-    They may be the module's or the kernel's own.
-    """
+    """Offsets of the shared variables of the module and of the kernel, static ones first."""
     symbols: dict[str, int | None] = {}
     dynamic = []
     for match in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", text):
@@ -288,7 +290,9 @@ class _Body:
 
 
 SHARED_BASE = 1024
-"""Address of the first byte of a program's shared memory; the hardware keeps the first 1024 for itself."""
+"""Address of the first byte of a program's shared memory; the hardware keeps the first 1024 for
+itself.
+"""
 
 
 def _split(text: str) -> list[str]:

@@ -1,4 +1,6 @@
-"""Single instructions of the emulator against PyTorch and the manual's formulas, and the rules it enforces in small kernels."""
+"""Single instructions of the emulator against PyTorch and the manual's formulas, and the rules it
+enforces in small kernels.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,14 @@ import struct
 
 import pytest
 import torch
-from ptx_machine import Fault, Kernel
+from ptx_machine import Fault, Kernel, tensor_map
 from torch import Tensor
 
 HEAD = ".version 8.0\n.target sm_90a\n.address_size 64\n"
 
 
 def apply(body: str, *inputs: Tensor, threads: int = 32, shared: int = 0) -> Tensor:
-    """``body`` reads %a0, %a1, ... of its thread and writes %d; all 32 bits wide. Inputs [threads]."""
+    """``body`` reads %a0, %a1, ... of its thread and writes %d, all 32 bits. Inputs [threads]."""
     assert all(one.element_size() == 4 and one.numel() == threads for one in inputs)
     out = torch.zeros(threads, dtype=torch.int32)
     loads = "".join(
@@ -71,7 +73,7 @@ def test_rounding_to_half_precision(type: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("instruction", ["add", "mul", "fma"])
 def test_rounding_in_every_direction(instruction: str) -> None:
-    """rm and rp enclose what is exact in float64, a number apart at most; rz is the one nearer to zero, rn the nearer one."""
+    """rm and rp enclose the exact result, one ulp apart; rz is nearer to zero, rn nearer to it."""
     g = torch.Generator().manual_seed(1)
     a, b, c = (torch.randn(32, generator=g) * 10.0 ** torch.randint(-3, 4, (32,), generator=g) for _ in range(3))
     operands = "%a0, %a1, %a2" if instruction == "fma" else "%a0, %a1"
@@ -153,8 +155,8 @@ def test_bits(body: str, a: int, b: int, expected: int) -> None:
     assert torch.equal(apply(body, bits([a] * 32), bits([b] * 32)), bits([expected] * 32))
 
 
-def test_threads_that_part_meet_again() -> None:
-    """Each lane goes round a loop as often as its number says; the shuffle after it finds all of them."""
+def test_diverged_threads_reconverge() -> None:
+    """Each lane takes as many rounds of a loop as its number; all reconverge at the shuffle."""
     body = """mov.u32 %t0, 0;
     again:
     setp.ge.u32 %p0, %t0, %a0;
@@ -193,3 +195,53 @@ def test_threads_that_part_meet_again() -> None:
 def test_rules(body: str, complaint: str) -> None:
     with pytest.raises(Fault, match=complaint):
         apply(body, LANE, shared=64)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader", "allowed"),
+    [
+        ("fence.proxy.async.shared::cta; bar.sync 0;", "bar.sync 0;", True),
+        ("bar.sync 0;", "bar.sync 0; fence.proxy.async.shared::cta;", True),
+        ("bar.sync 0;", "fence.proxy.async.shared::cta; bar.sync 0;", False),
+        ("bar.sync 0; fence.proxy.async.shared::cta;", "bar.sync 0;", False),
+        ("bar.sync 0;", "bar.sync 0;", False),
+    ],
+)
+def test_a_proxy_fence_lies_between_the_write_and_the_asynchronous_read(writer: str, reader: str, allowed: bool) -> None:
+    """Warp 1 writes shared memory, warp 0 stores it by TMA; either of them may fence."""
+    text = f"""{HEAD}
+.visible .entry one(.param .align 64 .b8 map[128])
+{{
+.shared .align 128 .b8 buffer[128];
+.reg .pred %p; .reg .b32 %tid; .reg .b32 %at; .reg .b32 %lane; .reg .b32 %zero; .reg .b64 %map;
+mov.u32 %tid, %tid.x;
+mov.u32 %at, buffer;
+and.b32 %lane, %tid, 31;
+mov.u32 %zero, 0;
+mov.b64 %map, map;
+setp.lt.u32 %p, %tid, 32;
+@%p bra read;
+mad.lo.u32 %at, %lane, 4, %at;
+st.shared.b32 [%at], %lane;
+{writer}
+ret;
+read:
+{reader}
+setp.eq.u32 %p, %tid, 0;
+@%p cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%map, {{%zero, %zero}}], [%at];
+cp.async.bulk.commit_group;
+cp.async.bulk.wait_group 0;
+ret;
+}}"""
+    faults = []
+    for seed in range(20):
+        out = torch.zeros(1, 32, dtype=torch.int32)
+        parameters = bytes(tensor_map(out.data_ptr(), 4, [32, 1], [128], [32, 1], 0))
+        try:
+            Kernel(text).run(parameters, [(out, True)], grid=1, block=64, shared_bytes=0, seed=seed)
+        except Fault as fault:
+            faults.append(str(fault))
+        else:
+            assert torch.equal(out[0], LANE)
+    assert bool(faults) != allowed
+    assert all("expected fence.proxy.async" in text for text in faults)

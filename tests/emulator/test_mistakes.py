@@ -1,4 +1,6 @@
-"""The emulator finds deliberate mistakes: in the kernels' sources, each of a kind that real kernels have died of."""
+"""The emulator finds 25 deliberate mistakes in the sources of ``scaled_exp_gemm``, of kinds that
+occur in real kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,22 @@ import pytest
 import torch
 from ptx_machine import Fault, Kernel
 
-from eapo_kernels.ops.cuda import build, launch, products
-from eapo_kernels.ops.cuda.configs import TILES
+from eapo_kernels.ops.cuda import build, launch
 from eapo_kernels.ops.cuda.launch import Launch
+from eapo_kernels.ops.cuda.tiles import TILES
 from eapo_kernels.ops.projection import Projection
 from eapo_kernels.testing import make_inputs
 
 pytestmark = pytest.mark.csrc
 
 SCHEDULES = [(0, 0.0), (1, 0.5), (2, 0.95), (3, 0.999), (4, 0.8), (5, 0.3), (6, 0.99)]
-"""Seeds and latenesses, tried until one shows the mistake."""
+"""Seeds and latenesses of the emulator, tried until one shows the mistake."""
 
 WRONG = "wrong numbers"
 
 
 class Mistake(NamedTuple):
-    """Of ``file``: ``right`` replaced by ``wrong``, and what is to be said."""
+    """In ``file`` replace ``right`` by ``wrong``; ``found`` matches the emulator's complaint."""
 
     file: str
     right: str
@@ -62,12 +64,12 @@ MISTAKES = {
     "a program leaves while its peer still sends": Mistake(
         "consumer.h", "if (Kernel::CLUSTER > 1) cluster_sync();", "", "still runs"
     ),
-    "stores for TMA are not fenced": Mistake("scaled_exp_gemm.cu", "written_for_tma();", "", "expected fence.proxy.async"),
+    "stores for TMA are not fenced": Mistake("scaled_exp_gemm.cu", "fence_for_tma();", "", "expected fence.proxy.async"),
     "a buffer is written before TMA has read it": Mistake(
-        "scaled_exp_gemm.cu", "box_store_wait<0>();  // the stores before", "// the stores before", "before it is written again"
+        "scaled_exp_gemm.cu", "box_store_wait<0>();  // earlier stores", "// earlier stores", "before it is written again"
     ),
     "TMA stores before all warps have written": Mistake(
-        "scaled_exp_gemm.cu", "written_for_tma();\n        named_sync(GROUP_BARRIER + group, WARP_GROUP);", "written_for_tma();",
+        "scaled_exp_gemm.cu", "fence_for_tma();\n        named_sync(GROUP_BARRIER + group, WARP_GROUP);", "fence_for_tma();",
         f"{WRONG}|unwritten ones|before it is written again|expected fence.proxy.async",
     ),
     "the kernel ends before its stores": Mistake(
@@ -107,20 +109,22 @@ MISTAKES = {
 
 
 def problem(tile_name: str) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """A launch of ``scaled_exp_gemm`` over several tiles a program, its matrix, and what should be in it."""
+    """A launch of ``scaled_exp_gemm`` with several tiles per program, its matrix, and the exact
+    result.
+    """
     (tile,) = (one for one in TILES if one.name == tile_name)
     inputs = make_inputs(300, 392, 1031, dtype=torch.bfloat16)
     p = Projection(inputs.hidden.detach(), inputs.weight.detach())
-    sums = products.exp_sums(p, True, tile=tile)
+    sums = launch.scaled_exp_sums(p, True, tile=tile)
     z = p.hidden.double() @ p.weight.double().T
     sums.offsets[0] = (z.logsumexp(1) * 1.4426950408889634).float()
     expected = torch.exp2(z * 1.4426950408889634 - sums.offsets[0].double()[:, None]).scatter_(1, inputs.targets[:, None], 0.0)
     matrix = torch.zeros(300, 1032, dtype=torch.bfloat16)[:, :1031]
-    return products.scaled_exp_gemm(p, inputs.targets, sums, matrix, tile=tile), matrix, expected
+    return launch.scaled_exp_gemm(p, inputs.targets, sums, matrix, tile=tile), matrix, expected
 
 
 def complaint(one: Launch, code: Kernel, matrix: torch.Tensor, expected: torch.Tensor, seed: int, lateness: float) -> str:
-    """What is wrong with a run, or nothing."""
+    """What is wrong with a run, or an empty string."""
     matrix.fill_(float("nan"))
     try:
         emulated_cuda.run(one, code, seed=seed, lateness=lateness)
@@ -149,16 +153,20 @@ def test_a_mistake_is_found(name: str, tmp_path: Path) -> None:
     sources = tmp_path / "csrc"
     shutil.copytree(build.source_folder(), sources)
     text = (sources / mistake.file).read_text()
-    assert text.count(mistake.right) == 1, "the sources have changed: write the mistake anew"
+    assert text.count(mistake.right) == 1, "the sources have changed: adapt the mistake"
     (sources / mistake.file).write_text(text.replace(mistake.right, mistake.wrong))
     one, matrix, expected = problem(mistake.tile)
     code = Kernel(build.ptx(one.build, sources=sources, cache=tmp_path), one.build.kernel)
-    said = [complaint(one, code, matrix, expected, *schedule) for schedule in SCHEDULES]
-    assert any(re.search(mistake.found, text) for text in said), said
+    said = []
+    for schedule in SCHEDULES:
+        said.append(complaint(one, code, matrix, expected, *schedule))
+        if re.search(mistake.found, said[-1]):
+            return
+    pytest.fail(f"not found: {said}")
 
 
 def test_accumulators_read_before_the_products_are_done_are_found() -> None:
-    """In the PTX: in the source the compiler would see it, and wait by itself."""
+    """Removed from the PTX: in the source the compiler would notice and insert a wait."""
     one, matrix, expected = problem("shared")
     text = emulated_cuda.kernel(one.build).text
     assert text.count("wgmma.wait_group.sync.aligned 0;") == 1

@@ -1,10 +1,12 @@
-"""The ``cuda`` backend: the streamed statistics and the scaled-exponential form's forward by the kernels in ``csrc``.
+"""The ``cuda`` backend: the Triton backend with the two products of ``csrc`` in the place of their
+Triton namesakes.
 
-Triton's are what ``csrc/README.md`` says nothing can be won with: rows that are redone, the targets' rows of d_weight; and all
-that recomputes or keeps logits.
+``stream_statistics`` computes the statistics, ``scaled_exp_gemm`` the first product of the
+scaled-exponential form. Everything else, row kernels included, is Triton's.
 
-Compiled for sm_90a without spills, right on an emulator (tests/emulator), but not yet run on a GPU:
-``plans.PROVEN`` does not list it, so "auto" does not choose it. Ask for it by name.
+The products compile for sm_90a without spills and give correct results on an emulator
+(tests/emulator). They have not run on a GPU yet: ``plans.PROVEN`` does not list this backend, so
+"auto" does not choose it.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from ..backend import Chunk
 from ..projection import Projection
 from ..statistics import RowStatistics
 from ..triton import backend as triton_backend
+from ..triton.finalize import finalize
 from ..triton.launch import capability, describable
 from ..triton.one_pass import ScaledExpChunk, ScaledExpKernels, form
 from . import launch
 from .build import BuildError, compiler
-from .products import OPERANDS, exp_sums, scaled_exp_gemm, stream_statistics
-from .rows import finalize, row_offsets, scaled_exp_finalize
+from .launch import OPERANDS, scaled_exp_gemm, scaled_exp_sums, stream_statistics
 
-KERNELS = ScaledExpKernels(exp_sums, row_offsets, scaled_exp_gemm, scaled_exp_finalize)
+KERNELS = ScaledExpKernels(sums=scaled_exp_sums, product=scaled_exp_gemm)
 
 
 def supports(projection: Projection) -> str | None:
@@ -34,7 +36,7 @@ def supports(projection: Projection) -> str | None:
         return f"{hidden.device.type} tensors, where it needs an NVIDIA GPU of compute capability 9.0"
     reason = triton_backend.supports(projection)
     if reason is not None:
-        return f"{reason} (some of its steps are Triton kernels)"
+        return f"{reason} (its row kernels are Triton's)"
     if capability(hidden.device) != (9, 0):
         major, minor = capability(hidden.device)
         return f"a GPU of compute capability {major}.{minor}, where it needs 9.0"
@@ -56,7 +58,7 @@ def supports(projection: Projection) -> str | None:
 
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
-    """See ``backend.Statistics``. Two launches: the stream over the vocabulary, and ``finalize``."""
+    """See ``backend.Statistics``. Two launches: ``stream_statistics`` and Triton's ``finalize``."""
     first, sums = stream_statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
     first()
     last, final = finalize(sums)
@@ -67,7 +69,7 @@ def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second
 def open_chunk(
     projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, logp_guess: Tensor | None = None
 ) -> Chunk:
-    """See ``backend.OpenChunk``. The scaled-exponential form's chunks are ours but for rows that are redone; chunks of logits are Triton's."""
+    """See ``backend.OpenChunk``. Chunks of logits are Triton's."""
     if form(projection, entropy_gradient).name == "logits":
         return triton_backend.open_chunk(
             projection, targets, entropy=entropy, entropy_gradient=entropy_gradient, logp_guess=logp_guess

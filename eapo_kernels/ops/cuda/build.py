@@ -1,8 +1,10 @@
-"""CUDA C++ to machine code at first use: NVRTC through NVIDIA's ``cuda.core``, no nvcc, no CUDA or torch headers.
+"""Compiles CUDA C++ at first use: NVRTC through NVIDIA's ``cuda.core``, without nvcc and without
+CUDA or torch headers.
 
-``cuda.core``'s program cache keeps what comes out, under the hash of all that it depends on (its source and the headers beside
-it, options, compiler version), in the user's cache folder, ``$XDG_CACHE_HOME/eapo_kernels`` or ``~/.cache/eapo_kernels``. A
-file appears there whole or not at all, so any number of processes may build at once.
+``cuda.core``'s program cache stores the results in ``$XDG_CACHE_HOME/eapo_kernels`` or
+``~/.cache/eapo_kernels``. The key is a hash of everything that a result depends on: the source, the
+headers beside it, the options and the compiler's version. Files are written atomically, so any
+number of processes may build at once.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from cuda.core.utils import FileStreamProgramCache, make_program_cache_key
 from cuda.pathfinder import DynamicLibNotFoundError, LoadedDL, load_nvidia_dynamic_lib
 
 from ...errors import EapoError
-from .configs import Build
+from .tiles import Build
 
 try:
     from cuda.core import NVRTCError
@@ -28,35 +30,43 @@ except ImportError:  # before 1.3 it is not exported
     from cuda.core._utils.cuda_utils import NVRTCError
 
 ARCHITECTURE = "sm_90a"
-"""Hopper with its own instructions (wgmma, setmaxnreg): this code runs on compute capability 9.0 only."""
+"""Hopper with its own instructions (wgmma, setmaxnreg): this code runs on compute capability 9.0
+only.
+"""
 
 Form = Literal["cubin", "ptx"]
 
 _LAST_LINES = 30
 
 _COMPLAINTS = ("serialized", "injected")
-"""What the compiler says where it waits after each wgmma; to it that is a remark, here it would be half the speed."""
+"""Words of the compiler's remark that it waits after each wgmma. That would halve the speed, so it
+is an error here.
+"""
 
 
 class BuildError(EapoError):
-    """A kernel did not compile, or the compiler did as it should not; the message ends with the compiler's last lines."""
+    """A kernel did not compile, or wgmma was serialised; the message ends with the compiler's last
+    lines.
+    """
 
 
 def source_folder() -> Path:
-    """Where the sources are: in the wheel beside the package's modules, in a checkout in ``csrc``."""
+    """The folder of the sources: ``_csrc`` in a wheel's package, ``csrc`` in a checkout."""
     package = Path(__file__).parents[2]
     shipped = package / "_csrc"
     return shipped if shipped.is_dir() else package.parent / "csrc"
 
 
 def cache_folder() -> Path:
-    """Where results are kept. A relative ``XDG_CACHE_HOME`` does not count, as its specification says."""
+    """The folder of compiled kernels. A relative ``XDG_CACHE_HOME`` is ignored, as its
+    specification says.
+    """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".cache") / "eapo_kernels"
 
 
 def compiler() -> LoadedDL:
-    """NVRTC's library, with its path and how it was found. Raises BuildError when there is none."""
+    """NVRTC's library, with its path and how it was found. Raises BuildError when it is missing."""
     try:
         return load_nvidia_dynamic_lib("nvrtc")
     except DynamicLibNotFoundError as error:
@@ -64,23 +74,25 @@ def compiler() -> LoadedDL:
 
 
 def compiler_version() -> str:
-    """NVRTC's, "13.0"."""
+    """NVRTC's version, such as "13.0"."""
     status, major, minor = nvrtc.nvrtcVersion()
     assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, status
     return f"{major}.{minor}"
 
 
 def options(build: Build) -> ProgramOptions:
-    """What the compiler is told, without the folder of the headers, which changes nothing in the result."""
+    """Compiler options, without the folder of the headers, which does not change the result."""
     defines = [(name, str(value)) for name, value in sorted(build.macros().items())]
-    # The source is text without a folder: NVRTC would look for its headers in the user's current one first.
+    # Otherwise NVRTC would look for the headers in the current working directory first.
     return ProgramOptions(
         name=f"{build.kernel}.cu", arch=ARCHITECTURE, std="c++17", define_macro=defines, no_source_include=True
     )
 
 
 def key(build: Build, form: Form, folder: Path) -> bytes:
-    """Hash of everything that the result depends on. ``cuda.core`` does not look into headers, so they are hashed here."""
+    """Hash of everything that a result depends on. ``cuda.core`` does not hash headers, so they are
+    hashed here.
+    """
     headers = hashlib.sha256()
     for header in sorted(folder.glob("*.h")):
         data = header.read_bytes()
@@ -91,7 +103,7 @@ def key(build: Build, form: Form, folder: Path) -> bytes:
 
 
 def cubin(build: Build, *, sources: Path | None = None, cache: Path | None = None) -> bytes:
-    """The machine code of a build, from the cache or compiled now.
+    """The machine code of a build, read from the cache or compiled.
 
     Raises BuildError when it does not compile, OSError when the cache folder cannot be written.
     """
@@ -99,13 +111,13 @@ def cubin(build: Build, *, sources: Path | None = None, cache: Path | None = Non
 
 
 def ptx(build: Build, *, sources: Path | None = None, cache: Path | None = None) -> str:
-    """What the machine code of a build is made from, as text: the same source, options, cache and errors as ``cubin``."""
+    """The PTX that the machine code is made from; cache and errors as for ``cubin``."""
     return _stored(build, "ptx", sources, cache).decode()
 
 
 def _stored(build: Build, form: Form, sources: Path | None, cache: Path | None) -> bytes:
     folder = sources or source_folder()
-    compiler()  # without one the key would be another, and the error ``cuda.core``'s
+    compiler()  # raises BuildError before ``cuda.core`` raises an error of its own
     name = key(build, form, folder)
     with FileStreamProgramCache(cache or cache_folder()) as stored:
         code = stored.get(name)
@@ -115,7 +127,9 @@ def _stored(build: Build, form: Form, sources: Path | None, cache: Path | None) 
 
 
 def compile_source(build: Build, folder: Path, form: Form = "cubin") -> bytes:
-    """Run the compiler. Raises BuildError also when it says that it had to serialise wgmma."""
+    """Run the compiler. Raises BuildError when the source does not compile or the compiler
+    serialises wgmma.
+    """
     program = Program(_source(build, folder), "c++", replace(options(build), include_path=str(folder)))
     log = io.StringIO()
     try:
@@ -134,7 +148,9 @@ def _source(build: Build, folder: Path) -> str:
 
 
 def _ptx(program: Program) -> bytes:
-    """Of a compiled program. ``Program.compile("ptx")`` would ask the driver for its version, and here may be none."""
+    """The PTX of a compiled program. ``Program.compile("ptx")`` would query the driver, which may
+    be missing.
+    """
     _, size = nvrtc.nvrtcGetPTXSize(program.handle)
     text = bytes(size)
     (status,) = nvrtc.nvrtcGetPTX(program.handle, text)

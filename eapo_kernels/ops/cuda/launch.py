@@ -1,15 +1,16 @@
-"""From tensors to a launch: what the launchers of the CUDA kernels share.
+"""The launchers of the two CUDA kernels. Outputs have the layout of the Triton kernels of the same
+names.
 
-``cuda.core`` loads what it compiled. The rest goes to the driver through ``cuda.bindings``, because ``cuda.core`` 1.2 cannot
-express it: its ``launch`` takes no struct by value (NVIDIA/cuda-python#2343), the swizzles of its tensor maps have no public
-name, and its kernel attributes cannot be set.
+``cuda.core`` loads the compiled code. Launches go to the driver through ``cuda.bindings``, because
+``cuda.core`` 1.2 cannot express them: its ``launch`` takes no struct by value
+(NVIDIA/cuda-python#2343), the swizzles of its tensor maps have no public name, and its kernel
+attributes cannot be set.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,14 @@ from cuda.core import Device, Kernel, ObjectCode
 from torch import Tensor
 
 from ..projection import Projection
-from . import build
-from .configs import Build, ProductBuild
-from .tile import BLOCK_D, Tile
+from ..triton.configs import Tile as TritonTile
+from ..triton.configs import tiles_per_split
+from ..triton.offsets import ScaledExpSums
+from ..triton.sums import PartialSums
+from . import build, tiles
+from .tiles import BLOCK_D, THREADS, Build, Operand, Tile
+
+OPERANDS: dict[torch.dtype, Operand] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 _TYPES = {
     torch.bfloat16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -55,9 +61,10 @@ class Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Box:
-    """What a TMA descriptor describes: a matrix [rows, columns] with contiguous rows, moved in boxes of ``rows`` x ``BLOCK_D``.
+    """A TMA descriptor: a matrix [N, columns] with contiguous rows, copied in boxes of ``rows`` x
+    ``BLOCK_D``.
 
-    Boxes are swizzled in shared memory; what sticks out of the matrix is read as 0 and not written.
+    Boxes are swizzled in shared memory. Outside of the matrix reads give 0 and nothing is written.
     """
 
     matrix: Tensor
@@ -81,27 +88,22 @@ class Box:
         )
 
 
-def addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int | None]:
-    """Where tensors begin, for fields of arguments of the same names."""
-    return {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
-
-
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything it runs on.
+    """A kernel with all of its arguments.
 
     Attributes:
         build: which kernel.
         boxes: its descriptors, in the order of its parameters.
         arguments: its last parameter.
-        tensors: what ``arguments`` points into.
-        programs: how many are started.
-        device: where the tensors are.
+        tensors: the tensors whose addresses ``arguments`` holds.
+        programs: size of the grid.
+        device: of the tensors.
     """
 
     build: Build
     boxes: tuple[Box, ...]
-    arguments: ctypes.Structure
+    arguments: Arguments
     tensors: dict[str, Tensor | None]
     programs: int
     device: torch.device
@@ -117,7 +119,7 @@ class Launch:
             pointers = (ctypes.c_void_p * len(parameters))(*parameters)
             _checked(
                 driver.cuLaunchKernel(
-                    function, self.programs, 1, 1, self.build.threads, 1, 1, self.build.shared_bytes,
+                    function, self.programs, 1, 1, THREADS, 1, 1, self.build.shared_bytes,
                     torch.cuda.current_stream().cuda_stream, ctypes.addressof(pointers), 0,
                 )
             )  # fmt: skip
@@ -125,7 +127,9 @@ class Launch:
 
 @functools.cache
 def load(item: Build, device: int) -> Kernel:
-    """The kernel, ready for a device: compiled or from the cache, loaded, allowed its shared memory."""
+    """The kernel of a build on a device: compiled or read from the cache, loaded, its limit of
+    shared memory raised.
+    """
     kernel = ObjectCode.from_cubin(build.cubin(item), name=item.kernel).get_kernel(item.kernel)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuKernelSetAttribute(attribute, item.shared_bytes, kernel.handle, device))
@@ -134,7 +138,9 @@ def load(item: Build, device: int) -> Kernel:
 
 @functools.cache
 def refusal() -> str | None:
-    """Why the driver cannot load what the compiler makes, or None: a driver runs code of its own major version of CUDA."""
+    """Why the driver cannot load the compiled code, or None: the code needs a driver of its major
+    CUDA version or newer.
+    """
     version, compiler = int(_checked(driver.cuDriverGetVersion())), build.compiler_version()
     major, needed = version // 1000, int(compiler.split(".")[0])
     if major >= needed:
@@ -143,17 +149,17 @@ def refusal() -> str | None:
 
 
 def ensure_context(device: int) -> None:
-    """Give this thread the device's primary context where it has none.
+    """Make the device's primary context current in this thread if no context is.
 
-    PyTorch selects a device without entering its context, and a backward pass runs in a thread of its own: a launch of ours may
-    be the first thing that reaches the driver there (pytorch/pytorch#124565).
+    PyTorch selects a device without entering its context, and a backward pass runs in a thread of
+    its own, where this launch may be the first call of the driver (pytorch/pytorch#124565).
     """
     if not int(_checked(driver.cuCtxGetCurrent())):
         Device(device).set_current()
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """The value of a driver call. Raises RuntimeError with the driver's name of an error."""
+    """The result of a driver call. Raises RuntimeError with the name of the driver's error."""
     status, *values = result
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA driver: expected success, got {status.name}")
@@ -166,12 +172,14 @@ def _multiprocessors(index: int) -> int:
 
 
 def slots(device: torch.device, tile: Tile) -> int:
-    """Clusters that run at once, one program a multiprocessor. A cluster of two always has a pair of neighbours to run on."""
+    """Clusters that run at once, one program per multiprocessor. A cluster of two always finds a
+    pair of multiprocessors.
+    """
     return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index) // tile.cluster
 
 
 def product_launch(
-    item: ProductBuild,
+    item: Build,
     projection: Projection,
     targets: Tensor,
     sums: Tensor,
@@ -180,10 +188,11 @@ def product_launch(
     offsets: Tensor | None = None,
     matrix: Tensor | None = None,
 ) -> Launch:
-    """The launch of a kernel that multiplies hidden and weight; clusters of programs walk over its units of work.
+    """The launch of either kernel. Clusters of programs walk over its units of work.
 
-    targets: [N] int64. sums: what the kernel writes, see csrc/arguments.h. tiles_per_split: vocabulary tiles of a unit of work.
-    offsets: [N] fp32 and matrix: [N, V] in hidden's dtype with described rows, for ``scaled_exp_gemm``.
+    targets: [N] int64. sums: output, see csrc/arguments.h. tiles_per_split: vocabulary tiles of a
+    unit of work. offsets: [N] fp32 and matrix: [N, V] in hidden's dtype, both for
+    ``scaled_exp_gemm``; TMA must be able to describe matrix.
     """
     tile, p = item.tile, projection
     tensors = {
@@ -195,7 +204,7 @@ def product_launch(
     }
     walk = Walk(-(-p.n_rows // tile.cluster_rows), -(-p.vocab // tile.block_v), tiles_per_split, tile.group_n)
     arguments = Arguments(
-        **addresses(tensors),
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
         bias_stride=0 if p.bias is None else p.bias.stride(0),
         scale=p.logit_scale * p.inv_temperature,
         n_rows=p.n_rows,
@@ -210,3 +219,62 @@ def product_launch(
     device = p.hidden.device
     clusters = min(units, slots(device, tile))
     return Launch(item, tuple(boxes), arguments, tensors, clusters * tile.cluster, device)
+
+
+def stream_statistics(
+    projection: Projection,
+    targets: Tensor,
+    *,
+    entropy: bool,
+    second_moments: bool,
+    budget: int,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> tuple[Launch, PartialSums]:
+    """The launch that computes the partial sums of every row, and the sums: at most ``budget``
+    bytes, but at least one range.
+
+    targets: [N] int64. tile, splits: override the table's tile and the number of ranges that fills
+    the device. In ping-pong each warp group stores sums of its own, two per range.
+    """
+    tile = tile or tiles.find("stream_statistics", projection.n_rows, projection.dim)
+    per_range = 2 if tile.pingpong else 1
+    row_tiles, column_tiles = -(-projection.n_rows // tile.cluster_rows), -(-projection.vocab // tile.block_v)
+    if splits is None:
+        most = budget // (4 * PartialSums.fields(entropy, second_moments) * projection.n_rows * per_range)
+        length = tiles_per_split(row_tiles, column_tiles, slots(projection.hidden.device, tile), most)
+    else:
+        length = -(-column_tiles // splits)
+    ranges = -(-column_tiles // length)
+    sums = PartialSums.empty(projection, ranges * per_range, entropy, second_moments)
+    item = Build(
+        "stream_statistics",
+        tile,
+        OPERANDS[projection.hidden.dtype],
+        entropy=entropy or second_moments,
+        second_moments=second_moments,
+        bias=projection.bias is not None,
+    )
+    return product_launch(item, projection, targets, sums.values, length), sums
+
+
+def scaled_exp_sums(projection: Projection, entropy: bool, tile: Tile | None = None) -> ScaledExpSums:
+    """Uninitialised offsets and sums for ``scaled_exp_gemm``."""
+    tile = tile or tiles.find("scaled_exp_gemm", projection.n_rows, projection.dim)
+    return ScaledExpSums.empty(projection, entropy, tile=TritonTile(tile.block_n, tile.block_v))
+
+
+def scaled_exp_gemm(
+    projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix: Tensor, *, tile: Tile | None = None
+) -> Launch:
+    """The launch that computes ``matrix`` [N, V], E, and ``sums.values`` from ``sums.offsets``.
+
+    targets: [N] int64. matrix: in hidden's dtype, contiguous rows a multiple of 16 bytes apart.
+    tile: overrides the table's.
+    """
+    tile = tile or tiles.find("scaled_exp_gemm", projection.n_rows, projection.dim)
+    assert projection.softcap is None
+    assert tile.block_v == sums.block_v
+    assert matrix.dtype == projection.hidden.dtype
+    item = Build("scaled_exp_gemm", tile, OPERANDS[matrix.dtype], entropy=sums.entropy, bias=projection.bias is not None)
+    return product_launch(item, projection, targets, sums.values, 1, offsets=sums.offsets[0], matrix=matrix)

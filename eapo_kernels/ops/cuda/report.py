@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import cubin
-from . import build, configs
-from .configs import Build
+from . import build, tiles
+from .tiles import Build
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def rows() -> Iterator[str]:
         "| 16-byte loads |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
-    for item in configs.builds():
+    for item in tiles.builds():
         u = usage(item)
         count = u.code.instructions
         yield (

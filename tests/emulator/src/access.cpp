@@ -1,4 +1,4 @@
-// Loads, stores and atomics, and whose memory an address means.
+// Loads, stores and atomics, and the resolution of addresses.
 #include "lanes.h"
 
 namespace ptx {
@@ -26,7 +26,7 @@ std::pair<Cta*, u32> Machine::locate(Warp& warp, u32 address) {
     return {cta, offset};
 }
 
-// The offset of an address that must not be a peer's: ``shared::cta``, which is also what ``shared`` means.
+// The offset of an address in the program's own shared memory: ``shared::cta``, of which ``shared`` is short.
 u32 Machine::own(Warp& warp, const Instruction& in, u32 address) {
     const auto [cta, offset] = locate(warp, address);
     if (cta != warp.cta) throw Fault("shared memory: expected the program's own in " + in.mnemonic() + ", got another's");
@@ -39,7 +39,7 @@ u8* Machine::generic(Warp& warp, const Instruction& in, u64 address, u32 size, b
     if (in_shared(in) || window) {
         if (in_shared(in) && !in.has("shared::cluster")) own(warp, in, u32(address));
         auto [cta, offset] = locate(warp, u32(address));
-        return write ? cta->shared.write(offset, size, warp.thread(lane)) : cta->shared.read(offset, size, false);
+        return write ? cta->shared.write(offset, size, warp.thread(lane)) : cta->shared.read(offset, size);
     }
     if (in.has("param")) {
         const u64 start = u64(reinterpret_cast<uintptr_t>(launch_.parameters.data()));

@@ -1,4 +1,4 @@
-// Numbers: instructions that work on each thread by itself.
+// Arithmetic of single threads.
 #include <cfenv>
 
 #include "lanes.h"
@@ -10,8 +10,8 @@ namespace {
 template <class T>
 constexpr bool is_float = std::is_floating_point_v<T>;
 
-// The rounding of an instruction, from here to the end of the scope. Operands and results are in memory, which the compiler must
-// take the calls to read and write: no arithmetic leaves the scope.
+// Sets the rounding mode until the end of the scope. Operands and results are in memory that the compiler must assume the calls to access,
+// so no arithmetic moves out of the scope.
 struct Rounding {
     explicit Rounding(const Instruction& in) {
         std::fesetround(in.has("rz") ? FE_TOWARDZERO : in.has("rm") ? FE_DOWNWARD : in.has("rp") ? FE_UPWARD : FE_TONEAREST);
@@ -71,7 +71,7 @@ Step Machine::do_sub(Warp& warp, const Instruction& in, u32 lanes) {
 }
 
 namespace {
-// The whole product of two integers.
+// The full product of two integers.
 template <class T>
 __int128 whole(T a, T b) { return __int128(a) * __int128(b); }
 template <class T>

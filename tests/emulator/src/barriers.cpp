@@ -1,4 +1,4 @@
-// Barriers of programs, clusters and asynchronous work, and fences.
+// Barriers: named, cluster and mbarrier; fences.
 #include "lanes.h"
 
 namespace ptx {
@@ -12,13 +12,14 @@ Step Machine::do_bar(Warp& warp, const Instruction& in, u32 lanes) {
     const int expected = in.operands.size() > 1 ? int(read_one(warp, in.at(1), __builtin_ctz(lanes))) : threads();
     if (id < 0 || id > 15 || expected % LANES) throw Fault("bar: expected a barrier 0 to 15 and whole warps");
     NamedBarrier& barrier = warp.cta->named[id];
-    if (warp.named == id) {  // has arrived before
+    if (warp.named == id) {  // arrived earlier
         if (barrier.generation == warp.named_generation) return Step::STAY;
         warp.named = -1;
         return Step::NEXT;
     }
     if (!in.has("sync") && !in.has("arrive")) throw Fault("not emulated: " + in.mnemonic());
-    if (barrier.arrived == 0) barrier.expected = expected;
+    if (barrier.arrived == 0) barrier.expected = expected, barrier.synchronizes = true;
+    if (in.has("arrive")) barrier.synchronizes = false;
     if (barrier.expected != expected) throw Fault("bar: expected all warps to name the same number of threads");
     ++events_;
     const u64 generation = barrier.generation;
@@ -26,6 +27,7 @@ Step Machine::do_bar(Warp& warp, const Instruction& in, u32 lanes) {
     if (barrier.arrived == barrier.expected) {
         barrier.arrived = 0;
         ++barrier.generation;
+        if (barrier.synchronizes && expected == threads()) ++warp.cta->shared.epoch;
         return Step::NEXT;
     }
     if (in.has("arrive")) return Step::NEXT;
@@ -61,7 +63,7 @@ Barrier& Machine::barrier(Cta& cta, u32 address) {
     return found->second;
 }
 
-// Triton's kernels, which have no clusters, do without the fence.
+// Triton's kernels have no clusters and omit the fence.
 Barrier& Machine::known_to_others(Barrier& barrier) const {
     if (launch_.cluster > 1 && barrier.unfenced_by >= 0)
         throw Fault("mbarrier: expected fence.mbarrier_init after thread " + std::to_string(barrier.unfenced_by) +
@@ -153,7 +155,10 @@ Step Machine::do_mapa(Warp& warp, const Instruction& in, u32 lanes) {
 Step Machine::do_fence(Warp& warp, const Instruction& in, u32 lanes) {
     if (in.has("proxy") && (in.has("async") || in.has("async::generic"))) {
         for (int lane = 0; lane < LANES; ++lane)
-            if (lanes >> lane & 1) warp.cta->shared.fence(warp.thread(lane));
+            if (lanes >> lane & 1) {
+                warp.cta->shared.fence(warp.thread(lane));
+                warp.proxy_fence[lane] = warp.cta->shared.epoch;
+            }
     } else if (!in.has("mbarrier_init")) {
         return Step::NEXT;
     }

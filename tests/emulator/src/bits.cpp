@@ -1,4 +1,4 @@
-// Bits: logic, shifts, fields.
+// Logic, shifts, bit fields.
 #include "lanes.h"
 
 namespace ptx {

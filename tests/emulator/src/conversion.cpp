@@ -1,4 +1,4 @@
-// Comparison, choice, copies of registers, conversion.
+// Comparison, selection, moves, conversion.
 #include "lanes.h"
 
 namespace ptx {
@@ -77,7 +77,7 @@ Step Machine::do_mov(Warp& warp, const Instruction& in, u32 lanes) {
         const u64 mask = width == 64 ? ~0ull : (1ull << width) - 1;
         return unary<u64>(warp, in, lanes, [mask](u64 a) { return a & mask; });
     }
-    // A vector of n - 1 parts, packed into or taken out of one register; which one it is, the parser says by a leading sink.
+    // A vector of n - 1 parts, packed into or unpacked from one register; the parser marks which by a leading sink.
     const int part = in.type().bits / int(n - 2);
     const u64 mask = (1ull << part) - 1;
     if (in.at(0).kind == Kind::SINK && in.at(0).value == 1) {  // d <- {a, b, ...}
@@ -90,7 +90,7 @@ Step Machine::do_mov(Warp& warp, const Instruction& in, u32 lanes) {
                 d[lane] = 0;
                 for (size_t i = 0; i < parts.size(); ++i) d[lane] |= parts[i][lane] << (part * i);
             }
-    } else {  // {d, e, ...} <- a, which comes last
+    } else {  // {d, e, ...} <- a, the last operand
         u64 scratch[LANES];
         const u64* a = read(warp, in.at(n - 1), scratch);
         std::array<u64, LANES> copy;
@@ -106,7 +106,7 @@ Step Machine::do_mov(Warp& warp, const Instruction& in, u32 lanes) {
 
 namespace {
 
-// Conversions are not emulated with another rounding.
+// Only rounding to nearest is emulated.
 void nearest_only(const Instruction& in) {
     for (const char* mode : {"rz", "rm", "rp"})
         if (in.has(mode)) throw Fault("expected rounding to nearest, got " + in.mnemonic());

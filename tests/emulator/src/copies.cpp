@@ -1,4 +1,4 @@
-// Copies that take their time: cp.async, TMA.
+// Asynchronous copies: cp.async and TMA.
 #include "lanes.h"
 
 namespace ptx {
@@ -97,11 +97,12 @@ Step Machine::do_cp(Warp& warp, const Instruction& in, u32 lanes) {
             const u32 from = own(warp, in, u32(read_one(warp, in.at(1 + rank), lane)));
             check_box(map, from, rank);
             Cta* owner = warp.cta;
+            const u64 fenced = warp.proxy_fence[lane];
             walk_box(map, from, origin.data(), [&](u32 shared, u64, u32) { owner->shared.reserve(shared, 16, 1); });
-            later({[this, owner, from, &map, origin] {
+            later({[this, owner, from, &map, origin, fenced] {
                        if (owner->exited()) throw Fault("TMA: expected a program that waits for its stores, got one that has left");
                        walk_box(map, from, origin.data(), [&](u32 shared, u64 global, u32 inside) {
-                           const u8* piece = owner->shared.read(shared, 16, true);
+                           const u8* piece = owner->shared.read_fenced(shared, 16, fenced);
                            owner->shared.reserve(shared, 16, -1);
                            if (inside) std::memcpy(global_.at(global, inside, true), piece, inside);
                        });

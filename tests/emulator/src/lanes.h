@@ -1,11 +1,11 @@
-// Shapes of instructions: the same function for every lane that takes part.
+// Helpers that apply one function in every active lane.
 #pragma once
 
 #include "machine.h"
 
 namespace ptx {
 
-// A form of an instruction with other operands than the function below would read is another instruction.
+// Refuse forms of an instruction with other operands than the function reads.
 inline void expect(const Instruction& in, size_t operands) {
     if (in.operands.size() != operands) throw Fault("not emulated with " + std::to_string(in.operands.size()) + " operands: " + in.mnemonic());
 }
@@ -73,7 +73,7 @@ enum class Logic { AND, OR, XOR };
 inline u64 logic(Logic which, u64 a, u64 b) { return which == Logic::AND ? a & b : which == Logic::OR ? a | b : a ^ b; }
 
 constexpr u64 WINDOW = 0x7F0000000000ull << 8;  // generic addresses of shared memory
-constexpr u32 RANK_SHIFT = 24;                  // shared::cluster: (rank + 1) above the offset; 0 is the own program
+constexpr u32 RANK_SHIFT = 24;                  // shared::cluster: (rank + 1) above the offset; 0 means the own program
 
 inline size_t address_of(const Instruction& in) {
     for (size_t i = 0; i < in.operands.size(); ++i)
@@ -81,7 +81,7 @@ inline size_t address_of(const Instruction& in) {
     throw Fault("expected an address in " + in.mnemonic());
 }
 
-// What an atomic or a reduction makes of two numbers.
+// The operation of an atomic or a reduction.
 template <class T>
 T combined(const Instruction& in, T old, T b, T c) {
     if (in.has("exch")) return b;

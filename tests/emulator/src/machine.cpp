@@ -1,4 +1,4 @@
-// The scheduler, and the door for Python.
+// The scheduler, and the entry points for Python.
 #include "machine.h"
 
 namespace ptx {
@@ -52,7 +52,7 @@ Step Machine::do_ret(Warp& warp, const Instruction&, u32 lanes) {
     return Step::JUMPED;
 }
 
-// One instruction of the lanes at ``pc``; false when they cannot go on.
+// Execute one instruction of the lanes at ``pc``; false when they are blocked.
 bool Machine::step_group(Warp& warp, i32 pc) {
     const Instruction& in = launch_.program->instructions.at(pc);
     u32 lanes = 0;
@@ -74,7 +74,7 @@ bool Machine::step_group(Warp& warp, i32 pc) {
     return true;
 }
 
-// One instruction of a warp. Lanes that have parted go on in the order of their place in the program, so that they meet again.
+// Execute one instruction of a warp. Diverged lanes go on in the order of their program counters, so that they reconverge.
 bool Machine::advance(Warp& warp) {
     std::vector<i32> places;
     i32 first = -1;
@@ -172,7 +172,7 @@ void Machine::run_cluster(int first) {
             warp->cta = ctas_.back().get();
             warp->index = w;
             const int lanes = std::min(LANES, threads() - w * LANES);
-            // What a kernel that trades registers is launched with: one program a multiprocessor, all of its 65536 in eights.
+            // A kernel with setmaxnreg is launched with one program per multiprocessor and all 65536 registers, in multiples of 8 a thread.
             warp->registers_held = std::min(65536 / (warps * LANES) / 8 * 8, 256);
             warp->live = lanes == LANES ? ALL : (1u << lanes) - 1;
             warp->registers.resize(launch_.program->registers);
@@ -186,7 +186,7 @@ void Machine::run_cluster(int first) {
     std::vector<Warp*> all;
     for (const auto& cta : ctas_)
         for (const auto& warp : cta->warps) all.push_back(warp.get());
-    // Every other seed is unfair: warps further down a random order hardly go on while those above them can.
+    // Every other seed is unfair: warps late in a random order rarely run while earlier ones can.
     std::shuffle(all.begin(), all.end(), random_);
     const bool unfair = launch_.seed % 2 == 1;
     std::vector<Warp*> ready;
@@ -198,7 +198,7 @@ void Machine::run_cluster(int first) {
             if (warp->live && !(warp->blocked && warp->blocked_since == events_)) ready.push_back(warp);
         }
         if (!alive) break;
-        // The later things shall be, the rarer they are picked while anybody can go on.
+        // The higher the lateness, the rarer asynchronous work is picked while a warp can run.
         const bool pick = ready.empty() || std::uniform_real_distribution<>()(random_) > 0.5 + 0.5 * launch_.lateness;
         if (pick && finish_one_asynchronous()) continue;
         if (ready.empty()) deadlock();
@@ -241,7 +241,7 @@ void* create_program(int registers, int predicates) { return new Program{{}, reg
 
 void destroy_program(void* program) { delete static_cast<Program*>(program); }
 
-// Adds an instruction. Returns 0, or 1 when it is not known.
+// Adds an instruction. Returns 0, or 1 if it is unknown.
 int add(void* program, const char* mnemonic, int guard, int negated, int line, int n, const int* kinds, const int* indices, const i64* values) {
     Instruction in = decode(mnemonic);
     in.guard = guard;

@@ -1,7 +1,7 @@
-// Warps, programs and clusters, and what happens between them in its own time: copies, tensor-core products, barriers.
+// Warps, programs and clusters, and asynchronous work: copies, tensor-core products, barriers.
 //
-// One cluster runs at a time. A scheduler picks, from a seed, either a warp that can go on, for a few instructions, or a pending
-// asynchronous operation; so a kernel that relies on an order that nothing guarantees fails for some seed.
+// One cluster runs at a time. From a seed a scheduler picks either a warp that can run, for a few instructions, or a pending asynchronous
+// operation. A kernel that relies on an order that is not guaranteed fails for some seed.
 #pragma once
 
 #include <array>
@@ -23,14 +23,15 @@ struct Launch {
     int cluster = 1;
     u32 shared_base = 1024, shared_bytes = 0;
     u64 seed = 0;
-    double lateness = 0.5;  // 0: asynchronous operations finish at once; near 1: as late as anything allows
+    double lateness = 0.5;  // 0: asynchronous operations finish at once; near 1: as late as allowed
 };
 
 struct Product {
     const Instruction* instruction;
     u64 a, b;
     bool accumulate;
-    int group;  // number of the committed group it belongs to
+    int group;   // number of the committed group it belongs to
+    u64 fenced;  // see Shared::read_fenced
 };
 
 struct Copy {  // cp.async of a thread
@@ -49,7 +50,7 @@ struct Warp {
     std::array<i32, LANES> pc{};
     std::vector<std::array<u64, LANES>> registers;
     std::vector<u32> predicates;
-    u64 blocked_since = 0;  // the machine's event count when no lane could go on
+    u64 blocked_since = 0;  // event count of the machine when all lanes were blocked
     bool blocked = false;
 
     // Barriers this warp is waiting at, by their generation when it arrived.
@@ -68,6 +69,7 @@ struct Warp {
     std::vector<std::deque<Copy>> copies;  // by lane
     std::array<int, LANES> copy_group{};
     std::array<int, LANES> store_group{};  // TMA stores: the open group
+    std::array<u64, LANES> proxy_fence{};  // epoch of shared memory at the last fence.proxy.async
     int registers_held = 0;  // of a thread: setmaxnreg
     int thread(int lane) const { return index * LANES + lane; }
 };
@@ -76,10 +78,10 @@ struct Barrier {  // mbarrier
     i64 expected = 0, pending = 0, bytes = 0;
     u64 phase = 0;
     u64 made_in = 0;       // the cluster barrier's generation
-    int unfenced_by = -1;  // the thread that has initialised it without a fence for others than its own program's threads since
+    int unfenced_by = -1;  // the thread that initialised it, until it executes fence.mbarrier_init; -1: none
 };
 
-// A product as all four warps of a warp group have to issue it.
+// A product that all four warps of a warp group must issue.
 struct Issued {
     const Instruction* instruction;
     u64 a, b;
@@ -87,15 +89,17 @@ struct Issued {
     u32 warps;  // of the four, bits
 };
 
-// A product into tensor memory, or, in their queue, the arrival that says that all before it are finished.
+// A product into tensor memory, or in the same queue the arrival that follows all products before it.
 struct TensorProduct {
     bool commits, accumulate;
     u32 to, shape, barrier;
     u64 a, b;
+    u64 fenced;  // see Shared::read_fenced
 };
 
 struct NamedBarrier {
     int arrived = 0, expected = 0;
+    bool synchronizes = true;  // all threads so far wait (bar.sync)
     u64 generation = 0;
 };
 
@@ -118,10 +122,10 @@ struct Cta {
     }
 };
 
-// Something that the hardware does in its own time.
+// An asynchronous operation.
 struct Asynchronous {
     std::function<void()> run;
-    Warp* warp = nullptr;  // a TMA store's: whose thread waits for it, and in which group
+    Warp* warp = nullptr;  // of a TMA store: the warp, lane and group that wait for it
     int lane = 0, group = 0;
 };
 

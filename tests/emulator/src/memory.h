@@ -1,4 +1,4 @@
-// Memory with its rules. Global memory is the process's own, but only the ranges that a test has named may be touched.
+// Global and shared memory with their rules. Global memory is the process's, restricted to the given tensors.
 #pragma once
 
 #include <map>
@@ -38,27 +38,33 @@ class Global {
     }
 };
 
-constexpr u32 GRANULE = 16;  // bytes whose state is kept together
+constexpr u32 GRANULE = 16;  // bytes of one unit of state
 
-// One program's shared memory. Three things are watched in granules: whether they have been written at all; by which thread they
-// were written through the generic proxy without a fence since, which TMA and wgmma must not read; and how many asynchronous
-// readers are still to come, in whose face nobody may write.
+// One program's shared memory. Three things are watched per granule: whether it has been written; the thread that wrote it through the
+// generic proxy and has not executed fence.proxy.async since; and the number of pending asynchronous reads, during which a write is an
+// error. TMA and wgmma may read a thread's write if a proxy fence lies on the causality path from it (PTX ISA, "Causality order"): the
+// writer's own fence, or one by the reader's thread after a barrier of all threads that followed the write.
 class Shared {
   public:
     Shared(u32 base, u32 size)
-        : base_(base), bytes_(size, 0xFF), written_(size / GRANULE + 1), unfenced_(size / GRANULE + 1), readers_(size / GRANULE + 1) {}
+        : base_(base), bytes_(size, 0xFF), written_(size / GRANULE + 1), unfenced_(size / GRANULE + 1), readers_(size / GRANULE + 1),
+          written_in_(size / GRANULE + 1) {}
 
-    u8* read(u32 address, u32 size, bool asynchronous) {
+    u64 epoch = 1;  // 1 + completed barriers of all threads
+
+    u8* read(u32 address, u32 size) { return read_fenced(address, size, ~u64(0)); }
+    // An asynchronous read. ``fenced``: the epoch of the last fence.proxy.async of the thread that issued it, 0 without one.
+    u8* read_fenced(u32 address, u32 size, u64 fenced) {
         check(address, size, "read");
         for (u32 g = first(address); g <= last(address, size); ++g) {
             if (!written_[g]) throw Fault("shared memory: expected written bytes, got a read of unwritten ones at " + hex(address));
-            if (asynchronous && unfenced_[g])
+            if (unfenced_[g] && written_in_[g] >= fenced)
                 throw Fault("shared memory: expected fence.proxy.async between a thread's store and an asynchronous read, got none at " +
                             hex(address) + ", written by thread " + std::to_string(unfenced_[g] - 1));
         }
         return &bytes_[address - base_];
     }
-    // ``thread``: of the writer, or -1 for asynchronous ones.
+    // ``thread``: the writer, or -1 for an asynchronous write.
     u8* write(u32 address, u32 size, int thread) {
         check(address, size, "write");
         for (u32 g = first(address); g <= last(address, size); ++g) {
@@ -67,6 +73,7 @@ class Shared {
                             " to be finished before it is written again, got " + std::to_string(readers_[g]) + " to come");
             written_[g] = true;
             unfenced_[g] = u16(thread + 1);
+            written_in_[g] = epoch;
             if (thread >= 0) by_thread_[thread].push_back(g);
         }
         return &bytes_[address - base_];
@@ -88,6 +95,7 @@ class Shared {
     std::vector<u8> bytes_;
     std::vector<u8> written_;
     std::vector<u16> unfenced_, readers_;
+    std::vector<u64> written_in_;  // epoch
     std::unordered_map<int, std::vector<u32>> by_thread_;
 
     u32 first(u32 address) const { return (address - base_) / GRANULE; }

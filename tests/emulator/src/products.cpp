@@ -1,4 +1,4 @@
-// Tensor cores up to Hopper, and the matrices that go through their fragments.
+// Tensor cores up to Hopper; ldmatrix and stmatrix.
 #include "lanes.h"
 
 namespace ptx {
@@ -16,9 +16,9 @@ int columns_of(const Instruction& in) {
 
 float operand_number(const Type& type, u16 bits) { return type.letter == 'h' ? from_fp16(bits) : from_bf16(bits); }
 
-// c + a . b over 16 numbers as published tests say of Hopper's tensor cores (Khattak and Mikaitis, arXiv 2512.07004): everything is
-// aligned to the largest and cut off two bits below its last place, then added up exactly, then cut off to fp32. So sums of one
-// sign come out too small: a logit of 40 by about 2e-4 over 4096 numbers.
+// c + a . b over 16 numbers, as published tests describe Hopper's tensor cores (Khattak and Mikaitis, arXiv 2512.07004): all terms are
+// aligned to the largest, truncated two bits below its last place, summed exactly, and truncated to fp32. Sums of one sign come out too
+// small: a logit of 40 by about 2e-4 over 4096 numbers.
 float accumulated(float c, const float* a, const float* b) {
     constexpr int EXTRA = 2, PLACES = 23;
     double products[17], top = std::fabs(c);
@@ -29,7 +29,7 @@ float accumulated(float c, const float* a, const float* b) {
     products[16] = c;
     double plain = c;
     for (int k = 0; k < 16; ++k) plain += products[k];
-    // Zeros, numbers near the ends of the range, infinity and NaN.
+    // Zeros, values near the ends of the range, infinity and NaN.
     if (!(top > 1e-30 && top < 1e37) || !(std::fabs(plain) < 1e38)) return float(plain);
     const double unit = as<double>((bits_of(top) & 0x7FF0000000000000ull) - (u64(PLACES + EXTRA) << 52)), inverse = 1.0 / unit;
     i32 sum = 0;
@@ -47,7 +47,7 @@ void operand_pieces(const SharedOperand& operand, int first_row, int rows, Visit
 
 }  // namespace
 
-// The four warps of a warp group issue the same products in the same order, each in its own time.
+// The four warps of a warp group must issue the same products in the same order, at any time.
 void Machine::issue_together(Warp& warp, const Product& product) {
     const std::pair<int, u64> key{warp.index / 4, warp.product_number++};
     const u32 all = 15, self = 1u << warp.index % 4;
@@ -81,7 +81,8 @@ Step Machine::do_wgmma(Warp& warp, const Instruction& in, u32 lanes) {
     for (size_t i = at + 3; i < in.operands.size(); ++i)
         if (in.at(i).value != (i < at + 5 ? 1 : 0)) throw Fault("wgmma: signs and transposed operands are not emulated");
     const Product product{&in, read_one(warp, in.at(at), 0), read_one(warp, in.at(at + 1), 0),
-                          (predicate(warp, in.at(at + 2)) & 1) != 0, warp.product_group};
+                          (predicate(warp, in.at(at + 2)) & 1) != 0, warp.product_group,
+                          *std::min_element(warp.proxy_fence.begin(), warp.proxy_fence.end())};
     for (int lane = 1; lane < LANES; ++lane)
         if (read_one(warp, in.at(at), lane) != product.a || read_one(warp, in.at(at + 1), lane) != product.b)
             throw Fault("wgmma: expected one descriptor in all threads");
@@ -112,7 +113,7 @@ void Machine::multiply(Warp& warp, const Product& product) {
     std::vector<float> a(256), b(n * 16);
     const auto fetch = [&](const SharedOperand& operand, int first_row, int rows, std::vector<float>& to) {
         operand_pieces(operand, first_row, rows, [&](int row, int half, u32 address) {
-            const u8* piece = shared.read(address, 16, true);
+            const u8* piece = shared.read_fenced(address, 16, product.fenced);
             for (int i = 0; i < 8; ++i) {
                 u16 bits;
                 std::memcpy(&bits, piece + 2 * i, 2);
@@ -187,14 +188,14 @@ Step Machine::do_ldmatrix(Warp& warp, const Instruction& in, u32) {
             const u32 address = u32(read_one(warp, in.at(matrices), 8 * m + lane / 4));
             auto [cta, offset] = locate(warp, address + 4 * (lane % 4));
             u32 value;
-            std::memcpy(&value, cta->shared.read(offset, 4, false), 4);
+            std::memcpy(&value, cta->shared.read(offset, 4), 4);
             values[m][lane] = value;
         }
     for (int m = 0; m < matrices; ++m) std::copy(values[m].begin(), values[m].end(), write(warp, in.at(m)));
     return Step::NEXT;
 }
 
-// Warps trade with what the program has to spare: nothing, until some have given.
+// Warps take registers from those that other warps have released; at first there are none.
 Step Machine::do_setmaxnreg(Warp& warp, const Instruction& in, u32) {
     const int registers = int(in.at(0).value), gained = (registers - warp.registers_held) * LANES;
     if (registers < 24 || registers > 256 || registers % 8) throw Fault("setmaxnreg: expected a multiple of 8 from 24 to 256");

@@ -1,4 +1,4 @@
-// A kernel's instructions, decoded. Syntax is taken apart in ptx.py; here a mnemonic is split at its dots.
+// A kernel's decoded instructions. ptx_syntax.py parses the text; here a mnemonic is split at its dots.
 #pragma once
 
 #include <set>
@@ -54,7 +54,7 @@ struct Instruction {
     int line = 0;
     int code = -1;    // an index into the machine's table of handlers
     int vector = 1;   // .v2, .v4, .v8
-    bool converged = false;  // every thread of the warp has to be here
+    bool converged = false;  // .aligned: all threads of the warp must be here
 
     bool has(const char* word) const { return words.count(word) > 0; }
     const Type& type(size_t index = 0) const {

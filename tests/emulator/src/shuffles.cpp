@@ -1,4 +1,4 @@
-// What the threads of a warp tell one another.
+// Exchanges between the threads of a warp.
 #include "lanes.h"
 
 namespace ptx {

@@ -1,4 +1,4 @@
-// TMA boxes and wgmma operands: where the bytes of a tile lie.
+// Addresses of TMA boxes and wgmma operands.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace ptx {
 
-// In the place of CUtensorMap's 128 opaque bytes; machine.py writes it.
+// Replaces the 128 opaque bytes of a CUtensorMap; ptx_machine.py writes it.
 struct TensorMap {
     static constexpr u32 MAGIC = 0x70617465;
     u32 magic;
@@ -20,7 +20,7 @@ struct TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128 || sizeof(TensorMap) < 136, "as large as CUtensorMap");
 
-// The pattern repeats every 8 rows of ``swizzle`` bytes and counts from absolute addresses.
+// The pattern repeats every 8 rows of ``swizzle`` bytes and depends on absolute addresses.
 inline u32 swizzled(u32 address, int swizzle) {
     switch (swizzle) {
         case 32: return address ^ (address >> 7 & 1) << 4;

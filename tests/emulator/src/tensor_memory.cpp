@@ -1,4 +1,4 @@
-// Blackwell's tensor cores: products of shared memory into tensor memory, issued by one thread, finished in their order.
+// Blackwell's tensor cores: products of shared memory into tensor memory, issued by one thread, completed in order.
 #include "machine.h"
 
 namespace ptx {
@@ -61,7 +61,7 @@ void Machine::finish_tensor_product(Cta& cta) {
     const Shape shape(product.shape);
     std::vector<float> operands[2] = {std::vector<float>(shape.m * 16), std::vector<float>(shape.n * 16)};
     pieces(product, [&](int which, int row, int half, u32 address) {
-        const u8* piece = cta.shared.read(address, 16, true);
+        const u8* piece = cta.shared.read_fenced(address, 16, product.fenced);
         for (int i = 0; i < 8; ++i) {
             u16 bits;
             std::memcpy(&bits, piece + 2 * i, 2);
@@ -116,6 +116,7 @@ Step Machine::do_tcgen05(Warp& warp, const Instruction& in, u32 lanes) {
             product.b = read_one(warp, in.at(2), first);
             product.shape = u32(read_one(warp, in.at(3), first));
             product.accumulate = read_one(warp, in.at(4), first) != 0;
+            product.fenced = warp.proxy_fence[first];
             pieces(product, [&](int, int, int, u32 address) { cta.shared.reserve(address, 16, 1); });
         }
         cta.tensor_products.push_back(product);

@@ -1,4 +1,4 @@
-// Numbers as the instructions see them: a register holds 64 bits, an instruction reads as many of them as its type has.
+// Values: a register holds 64 bits, an instruction reads as many as its type has.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ using i64 = int64_t;
 constexpr int LANES = 32;
 constexpr u32 ALL = 0xFFFFFFFFu;
 
-// What a kernel did that the hardware forbids or leaves undefined, or that this emulator does not know.
+// The kernel did something that the hardware forbids or leaves undefined, or that is not emulated.
 struct Fault : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -42,7 +42,7 @@ u64 bits_of(T value) {
 
 inline float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
 
-// bfloat16 and half precision travel as their bits.
+// bf16 and fp16 values are held as their bits.
 inline float from_bf16(u16 bits) { return as<float>(u64(bits) << 16); }
 inline u16 to_bf16(float x) {
     u32 b = u32(bits_of(x));

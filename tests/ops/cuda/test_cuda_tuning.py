@@ -11,8 +11,8 @@ from benchmarks.tuning.cuda_candidates import KERNELS, CudaSearch
 from benchmarks.tuning.cuda_problems import CudaProblem
 from eapo_kernels.ops.cuda import report
 from eapo_kernels.ops.cuda.build import BuildError
-from eapo_kernels.ops.cuda.configs import TILES, ProductBuild
 from eapo_kernels.ops.cuda.launch import Launch
+from eapo_kernels.ops.cuda.tiles import TILES, Build
 
 pytestmark = [pytest.mark.csrc, pytest.mark.skipif(torch.cuda.is_available(), reason="there the tuner runs the kernels")]
 
@@ -48,9 +48,9 @@ def test_what_is_timed_is_the_launch() -> None:
 @pytest.mark.usefixtures("emulated")
 def test_what_compiled_badly_is_not_raced(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = CudaProblem(CudaSearch("stream_statistics", 16, 64, 300), "cpu")
-    asked: list[ProductBuild] = []
+    asked: list[Build] = []
 
-    def usage(build: ProductBuild) -> SimpleNamespace:
+    def usage(build: Build) -> SimpleNamespace:
         asked.append(build)
         spills = 4 if build.bias else 0
         return SimpleNamespace(code=SimpleNamespace(spills=spills, stack=2 * spills))
@@ -60,7 +60,7 @@ def test_what_compiled_badly_is_not_raced(monkeypatch: pytest.MonkeyPatch) -> No
     assert problem.spills_with_every_switch(TILES[0]) == "4 spills, 8 bytes of stack"
     assert [(b.bias, b.second_moments) for b in asked] == [(False, False), (True, True)]
 
-    def broken(build: ProductBuild) -> SimpleNamespace:
+    def broken(build: Build) -> SimpleNamespace:
         raise BuildError("stream_statistics shared: expected to compile\nmore")
 
     monkeypatch.setattr(report, "usage", broken)

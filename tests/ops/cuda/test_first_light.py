@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks import first_light, launches
-from eapo_kernels.ops.cuda import configs
-from eapo_kernels.ops.cuda.configs import Build, ProductBuild
+from eapo_kernels.ops.cuda import tiles
 from eapo_kernels.ops.cuda.launch import Launch
+from eapo_kernels.ops.cuda.tiles import Build
 
 pytestmark = [pytest.mark.csrc, pytest.mark.skipif(torch.cuda.is_available(), reason="there it looks at the kernels")]
 
@@ -29,14 +29,11 @@ PROGRAMS = {
 SOME = [
     item
     for item in first_light.builds()
-    if not isinstance(item, ProductBuild)
-    or (
-        (item.operand == "bf16" or (item.kernel, item.tile.name) == ("scaled_exp_gemm", "shared"))
-        and item.bias == item.entropy
-        and item.second_moments == (item.entropy and item.kernel == "stream_statistics")
-    )
+    if (item.operand == "bf16" or (item.kernel, item.tile.name) == ("scaled_exp_gemm", "shared"))
+    and item.bias == item.entropy
+    and item.second_moments == (item.entropy and item.kernel == "stream_statistics")
 ]
-"""Every kernel and tile with all switches off and on; tests/ops/cuda/test_cuda_backend.py has those between."""
+"""Every kernel and tile with all switches off and on; tests/emulator/test_products.py has those between."""
 
 
 @pytest.mark.usefixtures("emulated")
@@ -56,9 +53,7 @@ def test_a_wrong_or_an_unsteady_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) 
             one.tensors["sums"][-1, 0, 5] *= 1.01
 
     monkeypatch.setattr(Launch, "__call__", spoiled)
-    for item in (
-        next(b for b in configs.product_builds() if b.kernel == kernel) for kernel in ("stream_statistics", "scaled_exp_gemm")
-    ):
+    for item in (next(b for b in tiles.builds() if b.kernel == kernel) for kernel in ("stream_statistics", "scaled_exp_gemm")):
         state.runs, state.every = 0, 1
         assert "off by" in launches.check(item, first_light.SHAPES[1], "cpu")
         state.runs, state.every = 0, 2
@@ -75,10 +70,10 @@ def test_what_tools_watch_is_every_build(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_builds_share_a_process_by_kernel_and_tile() -> None:
     found = first_light.names()
-    assert len(found) == 2 * len(configs.TILES) + 3
+    assert len(found) == 2 * len(tiles.TILES)
     dealt = [str(item) for shared in found.values() for item in shared]
     assert sorted(dealt) == sorted(map(str, first_light.builds()))
-    assert all(len({(item.kernel, getattr(item, "tile", None)) for item in shared}) == 1 for shared in found.values())
+    assert all(len({(item.kernel, item.tile) for item in shared}) == 1 for shared in found.values())
 
 
 def test_what_hangs_crashes_or_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
