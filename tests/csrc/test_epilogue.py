@@ -16,9 +16,8 @@ from comparison import STATISTICS_FLOOR
 from torch import Tensor
 
 from eapo_kernels import reference
-from eapo_kernels.ops.statistics import RowStatistics
-from eapo_kernels.ops.triton.finalize import finalize
-from eapo_kernels.ops.triton.sums import PartialSums
+from eapo_kernels.ops.dispatch import RowStatistics
+from eapo_kernels.ops.triton.online_softmax import PartialSums, finalize
 from eapo_kernels.testing import assert_no_worse_than, eager_token_stats
 
 pytestmark = pytest.mark.csrc

@@ -14,7 +14,7 @@ import emulated_triton
 import pytest
 
 from eapo_kernels.ops import cuda, triton
-from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.ops.triton import report
 
 PROGRAMS = 3

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from eapo_kernels.ops.triton import report
-from eapo_kernels.ops.triton.launch import Launch
+from eapo_kernels.ops.triton.common import Launch
 
 SWIZZLES = (0, 32, 64, 128)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eapo_kernels.ops.cuda import launch
 from eapo_kernels.ops.cuda.tiles import TILES
-from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.lm_head import Projection
 
 pytestmark = pytest.mark.csrc
 

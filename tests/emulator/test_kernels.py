@@ -16,7 +16,7 @@ from loss_cases import CONFIGS, V, make_batch, run
 
 from eapo_kernels import Options, token_stats
 from eapo_kernels.ops import token_stats as op
-from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.testing import make_inputs
 
 pytestmark = [

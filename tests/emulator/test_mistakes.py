@@ -17,7 +17,7 @@ from ptx_machine import Fault, Kernel
 from eapo_kernels.ops.cuda import build, launch
 from eapo_kernels.ops.cuda.launch import Launch
 from eapo_kernels.ops.cuda.tiles import TILES
-from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.testing import make_inputs
 
 pytestmark = pytest.mark.csrc

@@ -13,11 +13,10 @@ from comparison import STATISTICS_FLOOR, cotangents, dense
 from exponential_rows import unsound
 
 from eapo_kernels import reference
-from eapo_kernels.ops.backend import LogitCotangents
 from eapo_kernels.ops.cuda import backend, launch, tiles
 from eapo_kernels.ops.cuda.tiles import TILES, Tile
-from eapo_kernels.ops.projection import Projection
-from eapo_kernels.ops.statistics import RowStatistics
+from eapo_kernels.ops.dispatch import LogitCotangents, RowStatistics
+from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.testing import Inputs, assert_no_worse_than, eager_token_stats, make_inputs
 
 pytestmark = [

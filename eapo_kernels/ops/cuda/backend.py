@@ -5,7 +5,7 @@ Triton namesakes.
 scaled-exponential form. Everything else, row kernels included, is Triton's.
 
 The products compile for sm_90a without spills and give correct results on an emulator
-(tests/emulator). They have not run on a GPU yet: ``plans.PROVEN`` does not list this backend, so
+(tests/emulator). They have not run on a GPU yet: ``chunking.PROVEN`` does not list this backend, so
 "auto" does not choose it.
 """
 
@@ -15,13 +15,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..backend import Chunk
-from ..projection import Projection
-from ..statistics import RowStatistics
+from ..dispatch import Chunk, RowStatistics
+from ..lm_head import Projection
 from ..triton import backend as triton_backend
-from ..triton.finalize import finalize
-from ..triton.launch import capability, describable
-from ..triton.one_pass import ScaledExpChunk, ScaledExpKernels, form
+from ..triton.common import capability, describable
+from ..triton.online_softmax import finalize
+from ..triton.scaled_exp import ScaledExpChunk, ScaledExpKernels
 from . import launch
 from .build import BuildError, compiler
 from .launch import OPERANDS, scaled_exp_gemm, scaled_exp_sums, stream_statistics
@@ -58,7 +57,7 @@ def supports(projection: Projection) -> str | None:
 
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
-    """See ``backend.Statistics``. Two launches: ``stream_statistics`` and Triton's ``finalize``."""
+    """See ``Backend.statistics``. Two launches: ``stream_statistics`` and Triton's ``finalize``."""
     first, sums = stream_statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
     first()
     last, final = finalize(sums)
@@ -69,8 +68,8 @@ def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second
 def open_chunk(
     projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, logp_guess: Tensor | None = None
 ) -> Chunk:
-    """See ``backend.OpenChunk``. Chunks of logits are Triton's."""
-    if form(projection, entropy_gradient).name == "logits":
+    """See ``Backend.open_chunk``. Chunks of logits are Triton's."""
+    if triton_backend.uses_logits(projection, entropy_gradient):
         return triton_backend.open_chunk(
             projection, targets, entropy=entropy, entropy_gradient=entropy_gradient, logp_guess=logp_guess
         )

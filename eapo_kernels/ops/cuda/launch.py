@@ -19,11 +19,11 @@ from cuda.bindings import driver
 from cuda.core import Device, Kernel, ObjectCode
 from torch import Tensor
 
-from ..projection import Projection
-from ..triton.configs import Tile as TritonTile
-from ..triton.configs import tiles_per_split
-from ..triton.offsets import ScaledExpSums
-from ..triton.sums import PartialSums
+from ..lm_head import Projection
+from ..triton.online_softmax import PartialSums
+from ..triton.scaled_exp import ScaledExpSums
+from ..triton.tiles import Tile as TritonTile
+from ..triton.tiles import tiles_per_split
 from . import build, tiles
 from .tiles import BLOCK_D, THREADS, Build, Operand, Tile
 

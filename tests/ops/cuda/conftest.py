@@ -9,7 +9,7 @@ import pytest
 from host_library import host
 
 from eapo_kernels.ops.cuda import launch
-from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.lm_head import Projection
 
 __all__ = ["emulated", "host"]
 

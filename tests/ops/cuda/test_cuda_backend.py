@@ -17,10 +17,10 @@ from cuda.pathfinder import DynamicLibNotFoundError
 from torch import Tensor
 
 from eapo_kernels import BackendUnavailable, available_backends, token_stats
-from eapo_kernels.ops import plans
+from eapo_kernels.ops import chunking
 from eapo_kernels.ops.cuda import backend, build, launch
 from eapo_kernels.ops.cuda.tiles import TILES, Tile
-from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.ops.triton import backend as triton_backend
 from eapo_kernels.testing import make_inputs
 
@@ -88,7 +88,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 def test_auto_does_not_take_it() -> None:
     """Until a committed result from hardware shows that it is correct and faster than Triton's."""
-    assert not any(name == "cuda" for _, name, _ in plans.PROVEN)
+    assert not any(name == "cuda" for _, name, _ in chunking.PROVEN)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from cuda.bindings import driver
 from eapo_kernels.ops.cuda import build, launch
 from eapo_kernels.ops.cuda.launch import Arguments, Box, Walk, product_launch
 from eapo_kernels.ops.cuda.tiles import THREADS, TILES, Build
-from eapo_kernels.ops.projection import Projection
+from eapo_kernels.ops.lm_head import Projection
 
 pytestmark = pytest.mark.csrc
 
