@@ -22,8 +22,7 @@ from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
 from .objectives.methods import METHODS, Method, get_method, resolve_positive_weight
 from .objectives.policy import PolicyTerms, loss_and_sums, prepare
-from .ops import chunking, dispatch, gradients
-from .ops.collective_checks import compare, propagate_errors
+from .ops import chunking, collective_checks, dispatch, gradients
 from .ops.dispatch import Chunk, Coefficients, LogitCotangents, SurrogateTerms
 from .ops.gradients import MainGrad
 from .ops.lm_head import Projection, build_projection, check_values, resolve_compaction, scatter_rows, select_valid
@@ -87,8 +86,7 @@ def eapo_loss(
     Raises:
         ShapeError, EapoError, BackendUnavailable: bad input; the message says what was expected and what was given.
     """
-    config = EAPOConfig() if config is None else config
-    method = replace(METHODS["eapo"], config=config)
+    method = METHODS["eapo"] if config is None else replace(METHODS["eapo"], config=config)
     return policy_loss(
         hidden, weight, batch, method=method, positive_weight=positive_weight, bias=bias, inv_temperature=inv_temperature,
         softcap=softcap, logit_scale=logit_scale, process_group=process_group, schedule=schedule, backend=backend,
@@ -128,8 +126,8 @@ def policy_loss(
         ``eapo/entropy_ratio``, ``eapo/entropy_init`` when ``positive_weight`` is an EntropyRatio. With ``metrics=False`` those
         that need no log-probs: without entropy, clip fraction, ratio and KL.
     """
-    with propagate_errors(process_group, options):
-        shard = VocabShard.resolve(process_group, weight)
+    try:
+        shard = None if process_group is None else VocabShard.resolve(process_group, weight)
         options = Options() if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         method = get_method(method)
@@ -157,10 +155,16 @@ def policy_loss(
             require_number("main_grad_scale", main_grad_scale)
             main = MainGrad(main_grad.detach(), main_grad_scale)
         schedule = _choose_schedule(schedule, config, backend, projection, options.plan, main is not None)
-    compare(
-        projection, targets, options, call="policy_loss", backend=backend, schedule=schedule, method=method.name, metrics=metrics,
-        main_grad=main is not None, old_logp=batch.old_logp is not None, entropy_bonus=terms.has_entropy_bonus,
-    )  # fmt: skip
+    except EapoError as error:
+        if process_group is not None:
+            collective_checks.propagate(error, process_group, options)
+        raise
+    if shard is not None:
+        collective_checks.compare(
+            projection, targets, options, call="policy_loss", backend=backend, schedule=schedule, method=method.name,
+            metrics=metrics, main_grad=main is not None, old_logp=batch.old_logp is not None,
+            entropy_bonus=terms.has_entropy_bonus,
+        )  # fmt: skip
     if schedule == "one_pass":
         check_values(projection, targets, options.debug)
         loss, sums = _one_pass(projection, targets, terms, backend, options, main, metrics)

@@ -7,11 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import describe, require_choice
-from ..errors import ShapeError
+from ..errors import EapoError, ShapeError
 from ..loss import policy_loss
 from ..objectives.config import EAPOConfig
 from ..objectives.methods import Method
-from ..ops.collective_checks import propagate_errors
+from ..ops import collective_checks
 from ..ops.token_stats import token_stats
 from ..ops.vocab_shard import VocabShard
 from ..types import IGNORE_INDEX, Options, TokenBatch
@@ -61,12 +61,16 @@ def linear_cross_entropy(
     Raises:
         ShapeError, EapoError, BackendUnavailable: bad input; the message says expected and got.
     """
-    with propagate_errors(process_group, options):
+    try:
         require_choice("reduction", reduction, REDUCTIONS)
         if not (isinstance(targets, Tensor) and targets.dtype == torch.int64):
             raise ShapeError(f"targets: expected int64 [...], got {describe(targets)}")
         if not (isinstance(hidden, Tensor) and hidden.shape[:-1] == targets.shape):
             raise ShapeError(f"hidden: expected [{', '.join(map(str, targets.shape))}, D] like targets, got {describe(hidden)}")
+    except EapoError as error:
+        if process_group is not None:
+            collective_checks.propagate(error, process_group, options)
+        raise
     if ignore_index != IGNORE_INDEX:
         # With another ignore_index, -100 is an invalid class and must be rejected like every negative class.
         classes = torch.where(targets == IGNORE_INDEX, _NOT_A_CLASS, targets)

@@ -6,8 +6,7 @@ collective that waits until its time-out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,16 +20,11 @@ from .lm_head import Projection
 from .vocab_shard import VocabShard, named_group
 
 
-@contextmanager
-def propagate_errors(process_group: object, options: object) -> Iterator[None]:
-    """With ``debug`` on a split head: an EapoError raised inside is raised by ``compare`` on all other ranks."""
-    try:
-        yield
-    except EapoError as error:
-        group = _group(process_group)
-        if group is not None and isinstance(options, Options) and options.debug:
-            _all_gather(group, str(error))
-        raise
+def propagate(error: EapoError, process_group: object, options: object) -> None:
+    """With ``debug``: make ``compare`` raise ``error`` on all other ranks of a split head. The caller raises it here."""
+    group = _group(process_group)
+    if group is not None and isinstance(options, Options) and options.debug:
+        _all_gather(group, str(error))
 
 
 def compare(projection: Projection, targets: Tensor, options: Options, **arguments: object) -> None:
@@ -41,7 +35,7 @@ def compare(projection: Projection, targets: Tensor, options: Options, **argumen
         arguments: further facts that must be the same, by name; the first says which call it is.
 
     Raises:
-        EapoError: a rank raised in ``propagate_errors``, or an argument differs (on every rank, the same message).
+        EapoError: a rank called ``propagate``, or an argument differs (on every rank, the same message).
     """
     p = projection
     if p.shard is None or not options.debug:

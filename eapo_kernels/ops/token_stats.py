@@ -18,10 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import describe, require_tensor
-from ..errors import ShapeError, require
+from ..errors import EapoError, ShapeError, require
 from ..types import IGNORE_INDEX, Options, TokenStats
-from . import chunking, dispatch, gemm
-from .collective_checks import compare, propagate_errors
+from . import chunking, collective_checks, dispatch, gemm
 from .dispatch import Backend, LogitCotangents, LogitGradient, RowStatistics
 from .gradients import GradientSum
 from .lm_head import (
@@ -409,14 +408,14 @@ def token_stats(
             ranks' weights do not fit together.
         BackendUnavailable: the backend named cannot run these inputs.
     """
-    with propagate_errors(process_group, options):
-        shard = VocabShard.resolve(process_group, weight)
+    try:
         options = Options() if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         require(entropy in ENTROPY_MODES, "entropy", f"one of {', '.join(ENTROPY_MODES)}", repr(entropy))
         if not isinstance(targets, Tensor):
             raise ShapeError(f"targets: expected an int64 tensor [...], got {describe(targets)}")
         options, shape = resolve_compaction(options, targets, mask is not None), targets.shape
+        shard = None if process_group is None else VocabShard.resolve(process_group, weight)
         projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, shape, shard)
         require_tensor("targets", targets, tuple(shape), (torch.int64,), projection.hidden)
         if mask is not None:
@@ -424,6 +423,12 @@ def token_stats(
             targets = torch.where(mask, targets, IGNORE_INDEX)
         require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
         targets = targets.reshape(-1)
-    compare(projection, targets, options, call="token_stats", backend=backend, entropy=entropy, second_moments=second_moments)
+    except EapoError as error:
+        if process_group is not None:
+            collective_checks.propagate(error, process_group, options)
+        raise
+    if shard is not None:
+        wanted = {"backend": backend, "entropy": entropy, "second_moments": second_moments}
+        collective_checks.compare(projection, targets, options, call="token_stats", **wanted)
     flat = project_stats(projection, targets, entropy=entropy, second_moments=second_moments, backend=backend, options=options)
     return TokenStats._make(None if values is None else values.reshape(shape) for values in flat)

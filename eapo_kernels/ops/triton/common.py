@@ -235,6 +235,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     return properties.major, properties.minor
 
 
+@functools.cache
 def family(device: torch.device) -> str:
     """The family of tile configurations of a device; the CPU's is the interpreter's."""
     return tiles.family(capability(device) if device.type == "cuda" else None)
