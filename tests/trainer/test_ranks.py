@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from runs_on_ranks import train
 from test_checkpoints import assert_same_run, names, path_of
 from test_loop import rows, without_times
 from tiny import make_model, make_tokenizer
@@ -22,7 +23,6 @@ from trainer import ranks
 from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
 from trainer.config.settings import to_toml
 from trainer.errors import FailedElsewhere
-from trainer.loop import train
 from trainer.runs.export import export
 
 HERE = Path(__file__).parent
@@ -44,8 +44,11 @@ CASES: dict[str, dict[str, Any]] = {
     "dapo": {"loss": {"method": "dapo"}, "rewards": {"functions": ("reward_functions:has_a_low_number",)}},
     "cure": {"loss": {"method": "cure"}, "rollout": {"prompts": 1}},
     "majority": {"rewards": {"functions": ("majority",)}, "loss": {"method": "grpo"}},
-    "bfloat16": {"model": {"dtype": "bfloat16"}, "lora": {"rank": 2}},
+    "bfloat16": {"model": {"dtype": "bfloat16"}, "lora": {"rank": 2}, "optim": {"lr": 1e-3}},
 }  # fmt: skip
+
+
+Weights = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -108,18 +111,15 @@ def pair(base: Config) -> Pair:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on from step-000002: 2 of 5 steps are done" in done.stdout
     one = {name: replace(config, name=f"one-{name}") for name, config in two.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.loop.write_report", lambda *_, **__: (Path("curves.png"), Path("report.md")))
-        patch.setattr("trainer.loop.summary_table", lambda *_, **__: "")
-        for config in one.values():
-            assert train(config)
-        narrowed = replace(half, resume=str(path_of(half) / "checkpoints" / "step-000002"))
-        assert train(narrowed)
+    for config in one.values():
+        assert train(config)
+    narrowed = replace(half, resume=str(path_of(half) / "checkpoints" / "step-000002"))
+    assert train(narrowed)
     return Pair(one, two, straight, killed, narrowed, attempt)
 
 
-def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> None:
-    """The same answers, and numbers up to the order of sums."""
+def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> tuple[Weights, Weights]:
+    """The same completions, and logged numbers within the bounds. Returns the saved weights of both."""
     assert rows(one, "samples") == rows(two, "samples")
     logged = zip(without_times(rows(one)), without_times(rows(two)), strict=True)
     for a, b in logged:
@@ -131,15 +131,33 @@ def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> None:
     file = "adapter_model.safetensors" if one.lora.rank else "model.safetensors"
     ours, theirs = (load_file(path_of(config) / "model" / file) for config in (one, two))
     assert ours.keys() == theirs.keys()
+    return ours, theirs
+
+
+def assert_equal_in_fp32(one: Config, two: Config) -> None:
+    """Numbers within 1e-4 of their size or 2e-5: fp32 sums in another order, through the steps of Adam."""
+    ours, theirs = assert_close_runs(one, two, rel=1e-4, at=2e-5)
     for name, weight in ours.items():
-        torch.testing.assert_close(weight, theirs[name], rtol=rel, atol=20 * at, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=4e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name in CASES if name != "bfloat16"])
 def test_two_processes_are_one(pair: Pair, case: str) -> None:
-    """The same answers; numbers within 1e-4 of their size or 2e-5 (fp32 sums in another order, through three steps of Adam)."""
-    loose = case == "bfloat16"
-    assert_close_runs(pair.one[case], pair.two[case], rel=2e-2 if loose else 1e-4, at=2e-3 if loose else 2e-5)
+    assert_equal_in_fp32(pair.one[case], pair.two[case])
+
+
+def test_two_processes_are_one_in_bfloat16(pair: Pair) -> None:
+    """Given completions (``GivenCompletions``), so that every number is a continuous function of the weights.
+
+    u = 2^-8 is the unit roundoff of bfloat16. A logit of size 4 passes through a handful of roundings, so two runs that round
+    differently agree within 4 u of a number's size, or 4 u nats. Adam divides a gradient by its own size: the share 4 u of the
+    entries, whose gradient is no larger than its error, may move in the other direction. Each such entry differs by twice its
+    update, and the adapters' B, which starts from zero, by 2 sqrt(4 u) of its norm.
+    """
+    bound = 4 * 2**-8
+    ours, theirs = assert_close_runs(pair.one["bfloat16"], pair.two["bfloat16"], rel=bound, at=bound)
+    a, b = (torch.cat([w.flatten() for name, w in sorted(side.items()) if "lora_B" in name]) for side in (ours, theirs))
+    assert (a - b).norm() <= 2 * bound**0.5 * b.norm()
 
 
 def test_a_killed_pair_ends_and_goes_on_bit_for_bit(pair: Pair) -> None:
@@ -151,7 +169,7 @@ def test_a_killed_pair_ends_and_goes_on_bit_for_bit(pair: Pair) -> None:
 
 
 def test_one_process_goes_on_from_two(pair: Pair) -> None:
-    assert_close_runs(pair.straight, pair.narrowed, rel=1e-4, at=2e-5)
+    assert_equal_in_fp32(pair.straight, pair.narrowed)
 
 
 def test_a_checkpoint_of_two_processes_is_exported_as_the_whole_model(pair: Pair, tmp_path: Path) -> None:

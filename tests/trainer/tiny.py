@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trainer.models.policy import Policy
+from trainer.records import Rollouts, Sampling, Tick
 
 WORDS = ["<pad>", "<eos>", "<unk>", "user:", "assistant:", "what", "is", "after", "?", *(f"n{i}" for i in range(40))]
 TEMPLATE = (
@@ -32,4 +37,23 @@ def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 
 
 def no_tick(done: int, total: int) -> None:
-    """Progress that nobody looks at."""
+    """Ignore progress."""
+
+
+class GivenCompletions:
+    """A rollout engine whose completions depend on the seed alone, with a log-prob of 0 for every token.
+
+    Sampling from a model turns a rounding difference into another token. With given tokens every logged number is a
+    continuous function of the weights.
+    """
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
+        random = np.random.default_rng(sampling.seed)
+        repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
+        lengths = random.integers(1, sampling.max_new_tokens, size=len(repeated), endpoint=True)
+        ids = [random.integers(WORDS.index("n0"), len(WORDS), size=length).tolist() for length in lengths]
+        return Rollouts(repeated, ids, [torch.zeros(length) for length in lengths], [True] * len(ids))
+
+    def sync_weights(self, policy: Policy) -> None: ...
+
+    def close(self) -> None: ...
