@@ -4,12 +4,9 @@ commands:
   train --config RECIPE.toml [--section.key value ...]   train, evaluate before and after, save, draw the report
   eval  --run RUN [--checkpoint NAME|latest]             evaluate a run's model, or one of its checkpoints
   eval  --config RECIPE.toml [--model.path DIR ...]      evaluate a model or a saved adapter
-  compare --config RECIPE.toml [--methods ...] [--seeds ...] [--jobs N] [overrides]
-                                                         EAPO against fixed positive weights; continues where it stopped
   export RUN|RUN/checkpoints/NAME --out DIR [--dtype bfloat16]
                                                          write the model as transformers and vLLM load it, adapters merged
-  report RUN [RUN ...] [--out DIR]                       draw curves and a Markdown page from run directories, or from
-                                                         the directory of a comparison, finished or not
+  report RUN [RUN ...] [--out DIR]                       draw curves and a Markdown page from run directories
   print-config [--config RECIPE.toml] [overrides]        print the resolved configuration as TOML
   demo [overrides]                                       a real EAPO run in minutes, without GPU or network
 

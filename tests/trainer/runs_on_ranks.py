@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from killed_run import kill_at
-
 from tiny import GivenCompletions
 
 from trainer import loop, ranks

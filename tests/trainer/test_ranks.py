@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from runs_on_ranks import train
+from safetensors.torch import load_file
 from test_checkpoints import assert_same_run, names, path_of
 from test_loop import rows, without_times
 from tiny import make_model, make_tokenizer
