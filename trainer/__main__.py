@@ -10,7 +10,7 @@ commands:
   print-config [--config RECIPE.toml] [overrides]        print the resolved configuration as TOML
   demo [overrides]                                       a real EAPO run in minutes, without GPU or network
 
-``train --help`` lists every setting. Exit code 2: a wrong recipe, argument, file or model. 130: interrupted.
+``train --help`` lists every setting. Exit code 1: the run failed. 2: a wrong recipe, argument, file or model. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     if arguments[0] == "demo":
-        # Both are read once, when OpenMP and transformers are loaded. Threads that sleep instead of spin while they wait
-        # cost nothing on a quiet machine and save two thirds of the time on one that has something else to do.
+        # Read once, when OpenMP and transformers are loaded. Passive waiting saves two thirds of the time on a busy machine and
+        # costs nothing on an idle one.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ["HF_HUB_OFFLINE"] = "1"
     from .commands import run

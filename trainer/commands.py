@@ -1,4 +1,4 @@
-"""What each command does. Heavy imports wait until its arguments are known to be good."""
+"""The commands. Heavy packages are imported only after the arguments have been checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eapo_kernels import EapoError
 
 from .config.checks import check
 from .config.settings import parse_config, to_toml
-from .errors import ConfigError, DataError, FailedElsewhere, ModelError
+from .errors import ConfigError, DataError, ModelError, RemoteRankError
 
 DEMO = Path(__file__).parent / "recipes" / "demo.toml"
 
@@ -47,7 +47,9 @@ def _eval(arguments: Sequence[str]) -> int:
 
 
 def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The parser's own options, and the arguments that are settings (whose help comes after the parser's own)."""
+    """The parser's own options, and the remaining arguments, which are settings. Prints the
+    parser's help where it was asked for.
+    """
     if {"-h", "--help"} & set(arguments):
         print(parser.format_help())
     try:
@@ -109,10 +111,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
         processes = os.environ.get("WORLD_SIZE", "1")
         check(name not in SINGLE_PROCESS or processes == "1", name, "one process (no torchrun)", f"{processes} processes")
         return COMMANDS[name](arguments)
-    except FailedElsewhere:
+    except RemoteRankError:
         return 1
     except EapoError as error:
-        notes = getattr(error, "__notes__", [])  # from ``ranks.joined``; before it all ranks fail alike
+        notes = getattr(error, "__notes__", [])  # from ``ranks.init_distributed``; earlier errors are the same on all ranks
         if notes or os.environ.get("RANK", "0") == "0":
             print(" ".join([f"error: {error}", *notes]), file=sys.stderr)
         return 2 if isinstance(error, ConfigError | DataError | ModelError) else 1

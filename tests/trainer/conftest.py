@@ -1,4 +1,4 @@
-"""A run of the real loop on a tiny model and questions about numbers."""
+"""A run of the real loop on a tiny model and prompts about numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ from trainer.models.policy import Policy
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """A tiny model gains nothing from threads, which on a busy machine wait for each other most of the time."""
+    """A tiny model gains nothing from threads, which on a busy machine wait for each other most of
+    the time.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,22 +57,22 @@ def policy() -> Policy:
 
 
 @pytest.fixture(scope="session")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     rows = [{"prompt": f"what is after n{i} ?", "answer": f"n{i + 1} n{i + 2}", "number": i} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.fixture
-def config(model_dir: Path, questions: Path, tmp_path: Path) -> Config:
+def config(model_dir: Path, prompts: Path, tmp_path: Path) -> Config:
     """A run of the real loop that takes about a second."""
     return Config(
         name="tiny",
         out=str(tmp_path / "runs"),
         steps=3,
         model=ModelConfig(path=str(model_dir), device="cpu"),
-        data=DataConfig(train=str(questions), eval=str(questions), train_limit=8, eval_limit=2),
+        data=DataConfig(train=str(prompts), eval=str(prompts), train_limit=8, eval_limit=2),
         rollout=RolloutConfig(prompts=3, responses=4, max_new_tokens=6),
         rewards=RewardsConfig(functions=("reward_functions:low_numbers",)),
         optim=OptimConfig(lr=1e-2),
@@ -80,7 +82,9 @@ def config(model_dir: Path, questions: Path, tmp_path: Path) -> Config:
 
 @pytest.fixture
 def changed(config: Config) -> Callable[..., Config]:
-    """``changed(steps=5, optim={"lr": 1.0})``: the config with fields of itself and of its sections replaced."""
+    """``changed(steps=5, optim={"lr": 1.0})``: the config with fields of itself and of its sections
+    replaced.
+    """
 
     def change(**fields: Any) -> Config:
         sections = {k: replace(getattr(config, k), **v) for k, v in fields.items() if isinstance(v, dict)}

@@ -1,8 +1,10 @@
-"""``python killed_run.py CASE.json``: run a configuration once through, then again with kills and resumptions.
+"""``python killed_run.py CASE.json``: run a configuration once through, then again with kills and
+resumptions.
 
-A process for every attempt is forked from this one, which has done nothing but imports: starting Python anew takes seconds.
-CASE: {"through": recipe, "killed": recipe, "metrics": the killed run's file, "seed": int, "by_time": kills at a random moment,
-"in_save": kills at a random point of a save}.
+A process for every attempt is forked from this one, which has done nothing but imports: starting
+Python anew takes seconds. CASE: {"through": recipe, "killed": recipe, "metrics": the killed run's
+file, "seed": int, "by_time": kills at a random moment, "in_save": kills at a random point of a
+save}.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from trainer.runs import checkpoint
 
 
 def kill_at(point: int) -> None:
-    """SIGKILL this process at the so-manieth moment of its saves: in front of a write, a look, a sync or a removal."""
+    """SIGKILL this process at the so-manieth moment of its saves: in front of a write, a look, a
+    sync or a removal.
+    """
     left = point
 
     def counted(function):  # type: ignore[no-untyped-def]
@@ -66,7 +70,9 @@ def logged(metrics: Path) -> int:
 
 
 def attempt(recipe: str, resume: str, *, metrics: Path | None = None, steps: int = 0, wait: float = 0, point: int = 0) -> int:
-    """Fork a process that trains; it is killed so many steps and seconds later or at a point of its saves. Returns its end."""
+    """Fork a process that trains; it is killed so many steps and seconds later or at a point of its
+    saves. Returns its end.
+    """
     child = os.fork()
     if child == 0:
         if point:

@@ -24,7 +24,7 @@ def has_a_low_number(completions: list[str], **_: Any) -> list[float]:
 
 
 def nan_for_number_1(completions: list[str], number: list[int], **_: Any) -> list[float]:
-    """The last answer to question 1 has no valid score."""
+    """The last completion to prompt 1 has no valid score."""
     last = max((i for i, n in enumerate(number) if n == 1), default=None)
     return [math.nan if i == last else float(len(text)) for i, text in enumerate(completions)]
 

@@ -1,4 +1,6 @@
-"""Checkpoints: a killed run goes on bit for bit, damage is noticed and named, settings are compared."""
+"""Checkpoints: a killed run goes on bit for bit, damage is noticed and named, settings are
+compared.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,7 @@ def test_a_killed_run_goes_on_bit_for_bit(changed: Change, tmp_path: Path, case:
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("going on from step-") >= 2, done.stdout
+    assert done.stdout.count("resuming from step-") >= 2, done.stdout
     assert_same_run(through, killed)
     assert not list((path_of(killed) / "checkpoints").glob("*.tmp"))
     assert len(names(killed)) == killed.checkpoint.keep
@@ -126,7 +128,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
     assert train(longer)
     output = capsys.readouterr().out
     assert f"refused: checkpoint {latest}" in output
-    assert "going on from step-000002: 2 of 5 steps are done" in output
+    assert "resuming from step-000002: 2 of 5 steps are done" in output
     assert train(straight)
     assert_same_run(straight, longer)
     assert names(longer) == ["step-000004", "step-000005"]
@@ -159,7 +161,7 @@ def test_resume_auto_starts_where_there_is_nothing(short: Config, capsys: pytest
     assert_same_run(short, again)
 
 
-def test_what_cannot_be_resumed_is_refused(short: Config, questions: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_resumed_is_refused(short: Config, prompts: Path, tmp_path: Path) -> None:
     train(short)
     longer = replace(short, steps=4, resume="auto")
     other = replace(longer, seed=5, optim=replace(short.optim, lr=0.5), loss=replace(short.loss, numbers={"kl_coef": 0.1}))
@@ -173,14 +175,14 @@ def test_what_cannot_be_resumed_is_refused(short: Config, questions: Path, tmp_p
         train(replace(longer, overwrite=True))
     with pytest.raises(ConfigError, match=r"resume: expected auto or a checkpoint in .*step-000002, step-000003"):
         train(replace(longer, resume=str(tmp_path)))
-    changed_rows = questions.read_text().replace("n3 ?", "n33 ?")
-    kept = questions.read_text()
+    changed_rows = prompts.read_text().replace("n3 ?", "n33 ?")
+    kept = prompts.read_text()
     try:
-        questions.write_text(changed_rows)
-        with pytest.raises(CheckpointError, match=r"data\.train: expected the questions"):
+        prompts.write_text(changed_rows)
+        with pytest.raises(CheckpointError, match=r"data\.train: expected the prompts"):
             train(longer)
     finally:
-        questions.write_text(kept)
+        prompts.write_text(kept)
     with (path_of(short) / "metrics.jsonl").open("r+") as file:
         file.truncate(10)
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl: expected at least the \d+ bytes of the checkpoint, got 10"):
@@ -207,7 +209,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(changed: Change, tmp_path: Path, numb
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     done = len(rows(config))
-    assert f"step-{done:06d}: --resume auto goes on from there" in out
+    assert f"step-{done:06d}: --resume auto continues from it" in out
     longer = replace(config, steps=done + 2, resume="auto")
     straight = replace(longer, name="straight", resume="")
     assert train(longer)

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_memory_of_the_head_is_as_the_guide_says() -> None:
-    """12 bytes a logit at the peak of the usual head; 4 for every entry of a trained head's gradient."""
+    """12 bytes a logit at the peak of an unfused head; 4 for every entry of the gradient of a
+    trained head.
+    """
     rows = re.findall(
         r"V = (\d+), D = (\d+) \| ([\d.]+) GB \| ([\d.]+) GB \|[^|]*\| \+ ([\d.]+) GB", (ROOT / "docs/training.md").read_text()
     )

@@ -120,7 +120,7 @@ def test_what_is_refused_leaves_nothing(
     damaged = run / "checkpoints" / "step-000001"
     (damaged / "state.pt").write_bytes(b"")
     assert "state.pt: expected" in fails(source=damaged)
-    for name, command in (("export", ["export", str(run), "--out", str(out)]), ("compare", ["compare"])):
+    for name, command in (("export", ["export", str(run), "--out", str(out)]), ("report", ["report", str(run)])):
         with monkeypatch.context() as patch:
             patch.setenv("WORLD_SIZE", "2")
             assert main(command) == 2

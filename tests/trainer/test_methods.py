@@ -88,7 +88,7 @@ def test_graded_rewards_are_refused_before_anything_is_generated(
     with pytest.raises(ConfigError, match=expected):
         train(changed(loss={"method": method}))
     half = {"functions": ("exact_match",), "weights": (0.5,)}
-    with pytest.raises(ConfigError, match=r"got 0\.5 from exact_match for the answer 'n1 n2'"):
+    with pytest.raises(ConfigError, match=r"got 0\.5 from exact_match for the completion 'n1 n2'"):
         train(changed(loss={"method": method}, rewards=half, overwrite=True))
 
 

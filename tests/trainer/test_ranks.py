@@ -1,4 +1,6 @@
-"""Two processes under torchrun are one: the same run but for rounding, resumable, and none hangs when the other ends."""
+"""Two processes under torchrun are one: the same run but for rounding, resumable, and none hangs
+when the other ends.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from tiny import make_model, make_tokenizer
 from trainer import ranks
 from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
 from trainer.config.settings import to_toml
-from trainer.errors import FailedElsewhere
+from trainer.errors import RemoteRankError
 from trainer.runs.export import export
 
 HERE = Path(__file__).parent
@@ -30,7 +32,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 CASES: dict[str, dict[str, Any]] = {
     "full": {"optim": {"minibatches": 2, "epochs": 2}, "eval": {"every": 2}},
-    # Weights over the whole step (quantiles of all tokens); minibatches of two or three answers, unevenly shared.
+    # Weights over the whole step (quantiles of all tokens); minibatches of two or three completions, unevenly shared.
     "batch_scope": {"loss": {"method": "clip_cov"}, "optim": {"minibatches": 5, "micro_batch_tokens": 30}},
     "adapters": {
         "lora": {"rank": 2}, "model": {"gradient_checkpointing": True}, "loss": {"numbers": {"kl_coef": 0.1}},
@@ -82,9 +84,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
     directory = tmp_path_factory.mktemp("ranks")
     make_model().save_pretrained(directory / "tiny")
     make_tokenizer().save_pretrained(directory / "tiny")
-    questions = [{"prompt": f"what is after n{i} ?" + " is" * (i % 3), "answer": f"n{i + 1}"} for i in range(9)]
-    (directory / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    data = str(directory / "questions.jsonl")
+    prompts = [{"prompt": f"what is after n{i} ?" + " is" * (i % 3), "answer": f"n{i + 1}"} for i in range(9)]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    data = str(directory / "prompts.jsonl")
     return Config(
         out=str(directory / "runs"), steps=3, diagnose_every=2, model=ModelConfig(path=str(directory / "tiny"), device="cpu"),
         data=DataConfig(train=data, eval=data, eval_limit=3), rollout=RolloutConfig(prompts=3, responses=4, max_new_tokens=6),
@@ -109,7 +111,7 @@ def pair(base: Config) -> Pair:
     attempt = torchrun(8, recipe(killed))  # a rank's third save: before, in or after the write of its share
     done = torchrun(*(recipe(config) for config in (*two.values(), straight, killed, half)))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from step-000002: 2 of 5 steps are done" in done.stdout
+    assert "resuming from step-000002: 2 of 5 steps are done" in done.stdout
     one = {name: replace(config, name=f"one-{name}") for name, config in two.items()}
     for config in one.values():
         assert train(config)
@@ -119,7 +121,9 @@ def pair(base: Config) -> Pair:
 
 
 def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> tuple[Weights, Weights]:
-    """The same completions, and logged numbers within the bounds. Returns the saved weights of both."""
+    """The same completions, and logged numbers within the bounds. Returns the saved weights of
+    both.
+    """
     assert rows(one, "samples") == rows(two, "samples")
     logged = zip(without_times(rows(one)), without_times(rows(two)), strict=True)
     for a, b in logged:
@@ -135,7 +139,9 @@ def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> tuple[
 
 
 def assert_equal_in_fp32(one: Config, two: Config) -> None:
-    """Numbers within 1e-4 of their size or 2e-5: fp32 sums in another order, through the steps of Adam."""
+    """Numbers within 1e-4 of their size or 2e-5: fp32 sums in another order, through the steps of
+    Adam.
+    """
     ours, theirs = assert_close_runs(one, two, rel=1e-4, at=2e-5)
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=4e-4, msg=lambda m, name=name: f"{name}: {m}")
@@ -147,11 +153,13 @@ def test_two_processes_are_one(pair: Pair, case: str) -> None:
 
 
 def test_two_processes_are_one_in_bfloat16(pair: Pair) -> None:
-    """Given completions (``GivenCompletions``), so that every number is a continuous function of the weights.
+    """Given completions (``GivenCompletions``), so that every number is a continuous function of
+    the weights.
 
-    u = 2^-8 is the unit roundoff of bfloat16. A logit of size 4 passes through a handful of roundings, so two runs that round
-    differently agree within 4 u of a number's size, or 4 u nats. Adam divides a gradient by its own size: the share 4 u of the
-    entries, whose gradient is no larger than its error, may move in the other direction. Each such entry differs by twice its
+    u = 2^-8 is the unit roundoff of bfloat16. A logit of size 4 passes through a handful of
+    roundings, so two runs that round differently agree within 4 u of a number's size, or 4 u nats.
+    Adam divides a gradient by its own size: the share 4 u of the entries, whose gradient is no
+    larger than its error, may move in the other direction. Each such entry differs by twice its
     update, and the adapters' B, which starts from zero, by 2 sqrt(4 u) of its norm.
     """
     bound = 4 * 2**-8
@@ -181,7 +189,9 @@ def test_a_checkpoint_of_two_processes_is_exported_as_the_whole_model(pair: Pair
 
 
 def test_the_command(base: Config) -> None:
-    """``torchrun -m trainer train``: an error is said once, by the rank that has it, and SIGINT leaves a checkpoint."""
+    """``torchrun -m trainer train``: an error is said once, by the rank that has it, and SIGINT
+    leaves a checkpoint.
+    """
     broken = with_sections(base, name="broken", rewards={"functions": ("reward_functions:raises_on_the_second_rank",)})
     done = torchrun("-m", "trainer", "train", "--config", recipe(broken), script=None)
     assert done.returncode != 0
@@ -205,15 +215,15 @@ def test_the_command(base: Config) -> None:
 
 def test_one_process_needs_no_group() -> None:
     def fails() -> int:
-        raise FailedElsewhere("no")
+        raise RemoteRankError("no")
 
-    assert (ranks.rank(), ranks.size(), ranks.first()) == (0, 1, True)
-    assert ranks.gather(lambda: 3) == [3]
-    assert ranks.on_first(lambda: "x") == "x"
-    assert ranks.any_of(True)
-    assert not ranks.any_of(False)
-    with pytest.raises(FailedElsewhere):
-        ranks.gather(fails)
+    assert (ranks.rank(), ranks.size(), ranks.is_main()) == (0, 1, True)
+    assert ranks.all_gather(lambda: 3) == [3]
+    assert ranks.run_on_main(lambda: "x") == "x"
+    assert ranks.any_rank(True)
+    assert not ranks.any_rank(False)
+    with pytest.raises(RemoteRankError):
+        ranks.all_gather(fails)
 
 
 def test_shares_are_balanced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Recipes and overrides: precedence, round trip, and one clear line with exit code 2 for everything wrong."""
+"""Recipes and overrides: precedence, round trip, and errors of one line with exit code 2."""
 
 from __future__ import annotations
 

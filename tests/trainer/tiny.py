@@ -41,10 +41,11 @@ def no_tick(done: int, total: int) -> None:
 
 
 class GivenCompletions:
-    """A rollout engine whose completions depend on the seed alone, with a log-prob of 0 for every token.
+    """A rollout engine whose completions depend on the seed alone, with a log-prob of 0 for every
+    token.
 
-    Sampling from a model turns a rounding difference into another token. With given tokens every logged number is a
-    continuous function of the weights.
+    Sampling from a model turns a rounding difference into another token. With given tokens every
+    logged number is a continuous function of the weights.
     """
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:

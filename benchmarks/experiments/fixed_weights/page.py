@@ -1,4 +1,6 @@
-"""The measurements of the comparison in one file, and the page and the figure that are drawn from it."""
+"""The measurements of the comparison in one file, and the page and the figure that are drawn from
+it.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ class Comparison:
         return np.stack([run.curves[metric] for run in self.runs[arm].values()])
 
     def pairs(self, arm: str) -> list[tuple[Run, Run]]:
-        """The arm's and the baseline's run for every seed that both have; none for the baseline itself."""
+        """The arm's and the baseline's run for every seed that both have; none for the baseline
+        itself.
+        """
         base = self.runs.get(BASELINE, {}) if arm != BASELINE else {}
         return [(run, base[seed]) for seed, run in self.runs[arm].items() if seed in base]
 
@@ -120,7 +124,9 @@ def load(file: Path) -> Comparison:
 
 
 def draw(directory: Path) -> None:
-    """Draw the figure and the generated part of the page in ``directory`` from the measurements there."""
+    """Draw the figure and the generated part of the page in ``directory`` from the measurements
+    there.
+    """
     found = load(directory / METRICS)
     draw_figure(found, directory / FIGURE)
     page = directory / PAGE
@@ -131,7 +137,9 @@ def draw(directory: Path) -> None:
 
 
 def draw_figure(found: Comparison, target: Path) -> None:
-    """Seeds as thin lines, their mean as a thick one; the last panels are entropy against reward and the spread over seeds."""
+    """Seeds as thin lines, their mean as a thick one; the last panels are entropy against reward
+    and the spread over seeds.
+    """
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for (metric, name), axis in zip(PANELS.items(), axes.flat, strict=False):
         for i, arm in enumerate(found.runs):
@@ -207,7 +215,9 @@ def training_table(found: Comparison) -> str:
 
 
 def evaluation_table(found: Comparison, dataset: str, *, paired: bool = False) -> str:
-    """The evaluations after training below those before it; ``paired``: arms minus the baseline, after training."""
+    """The evaluations after training below those before it; ``paired``: arms minus the baseline,
+    after training.
+    """
     every = [run for runs in found.runs.values() for run in runs.values()]
     shown = [name for name in EVALUATED if all(name in run.evaluations[dataset] for run in every)]
 

@@ -1,9 +1,10 @@
 """The runs of the comparison: arms, each a change to one recipe, trained in processes of their own.
 
-All arms share surrogate, advantage, clip bounds, reduction and learning rate: they are EAPO's loss (docs/math.md E9, E10)
-with another rule for the weight of the positive completions. A fixed weight is the entropy ratio with exponent 0. A
-completion is positive when its reward is above the mean of its group, so rewards may be graded; the methods of
-arXiv:2506.01347 themselves (``loss.method`` w_reinforce, nsr, psr) take rewards of 0 or 1.
+All arms share surrogate, advantage, clip bounds, reduction and learning rate: they are EAPO's loss
+(docs/math.md E9, E10) with another rule for the weight of the positive completions. A fixed weight
+is the entropy ratio with exponent 0. A completion is positive when its reward is above the mean of
+its group, so rewards may be graded; the methods of arXiv:2506.01347 themselves (``loss.method``
+w_reinforce, nsr, psr) take rewards of 0 or 1.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ TRAIN = (sys.executable, "-m", "trainer", "train")
 
 
 def arm_config(config: Config, arm: str, seed: int) -> Config:
-    """The recipe of one run: ``config`` with the arm's weights and the seed, in the directory ``<out>/<name>``.
+    """The recipe of one run: ``config`` with the arm's weights and the seed, in the directory
+    ``<out>/<name>``.
 
     Raises:
         ConfigError: an unknown arm, or a recipe whose method is not eapo.
@@ -66,8 +68,9 @@ def is_finished(config: Config) -> bool:
 def train(configs: Sequence[Config], jobs: int) -> list[str]:
     """Train the unfinished runs, ``jobs`` processes at a time, each with its share of the cores.
 
-    A run that was interrupted resumes from its last checkpoint. SIGINT is passed on: every process saves a checkpoint and
-    ends, and KeyboardInterrupt is raised. Output goes to train.log in the run's directory.
+    A run that was interrupted resumes from its last checkpoint. SIGINT is passed on: every process
+    saves a checkpoint and ends, and KeyboardInterrupt is raised. Output goes to train.log in the
+    run's directory.
 
     Returns:
         A line for every run that failed.

@@ -1,4 +1,6 @@
-"""Statistics of the comparison: intervals over seeds and prompts, and two runs read at equal reward."""
+"""Statistics of the comparison: intervals over seeds and prompts, and two runs read at equal
+reward.
+"""
 
 from __future__ import annotations
 
@@ -42,15 +44,18 @@ class Run:
 
 
 def over_seeds(values: Sequence[float], resamples: int) -> Estimate:
-    """Mean of one value a seed, with a percentile bootstrap interval over seeds; no interval (NaN) for a single seed."""
+    """Mean of one value a seed, with a percentile bootstrap interval over seeds; no interval (NaN)
+    for a single seed.
+    """
     return crossed(np.array(values)[:, None], resamples)
 
 
 def crossed(values: Numbers, resamples: int, seed: int = 0) -> Estimate:
-    """Mean of [seeds, prompts] with a bootstrap interval that draws seeds and, independently, prompts.
+    """Mean of [seeds, prompts] with a bootstrap interval that draws seeds and, independently,
+    prompts.
 
-    NaN entries are left out. With one seed only the prompts are drawn, with one prompt only the seeds, with one of each
-    there is no interval.
+    NaN entries are left out. With one seed only the prompts are drawn, with one prompt only the
+    seeds, with one of each there is no interval.
     """
     values = values[~np.isnan(values).all(1)][:, ~np.isnan(values).all(0)]
     mean = float(np.nanmean(values)) if values.size else math.nan
@@ -85,7 +90,8 @@ class Matched:
         step: step (from 1) at which the arm's smoothed reward reaches R* first.
         baseline_step: the same for the baseline.
         gap: metric -> its value there, arm minus baseline.
-        mean_gap: the same, averaged over ``LEVELS`` rewards from the higher of the two first ones up to R*.
+        mean_gap: the same, averaged over ``LEVELS`` rewards from the higher of the two first ones
+            up to R*.
     """
 
     reward: float
@@ -96,7 +102,9 @@ class Matched:
 
 
 def match(run: Run, baseline: Run, metrics: Sequence[str], reward_metric: str = "reward/mean") -> Matched:
-    """Compare two runs where their smoothed rewards first reach the same value: the highest that both reach, and those below."""
+    """Compare two runs at the first steps where their smoothed rewards reach the levels that both
+    reach.
+    """
     curves = [{name: smooth(each.curves[name]) for name in (*metrics, reward_metric)} for each in (run, baseline)]
     rewards = [curve[reward_metric] for curve in curves]
     highest = min(float(reward.max()) for reward in rewards)
