@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
 from trainer.models.policy import Policy
 from trainer.records import Rollouts, Sampling, Tick
 
@@ -34,6 +38,33 @@ def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     # A larger spread than the default, so that the random model is not uniform and mistakes show.
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **ids, "initializer_range": 0.2, **changes})).eval()
+
+
+def tiny_config(model: Path, prompts: Path, out: Path) -> Config:
+    """Three steps on a tiny model with a held-out set."""
+    return Config(
+        name="tiny",
+        out=str(out),
+        steps=3,
+        model=ModelConfig(path=str(model), device="cpu"),
+        data=DataConfig(train=str(prompts), eval=str(prompts), train_limit=8, eval_limit=2),
+        rollout=RolloutConfig(prompts=3, responses=4, max_new_tokens=6),
+        rewards=RewardsConfig(functions=("reward_functions:low_numbers",)),
+        optim=OptimConfig(lr=1e-2),
+        eval=EvalConfig(responses=3, resamples=50),
+    )
+
+
+def with_sections(config: Config, **fields: Any) -> Config:
+    """``config`` with fields replaced; a dict replaces fields of a section."""
+    sections = {k: replace(getattr(config, k), **v) for k, v in fields.items() if isinstance(v, dict)}
+    return replace(config, **{**fields, **sections})
+
+
+def without_report(patch: pytest.MonkeyPatch) -> None:
+    """The loop draws no report, which takes longer than the steps of a tiny model."""
+    patch.setattr("trainer.loop.write_report", lambda *_, **__: (Path("curves.png"), Path("report.md")))
+    patch.setattr("trainer.loop.summary_table", lambda *_, **__: "")
 
 
 def no_tick(done: int, total: int) -> None:
