@@ -104,16 +104,16 @@ def all_gather(work: Callable[[], T]) -> list[T]:
         mine = ("stopped", None)
     except EapoError as error:
         mine, own = ("failed", None), error
-    everyone: list[Any] = [None] * size()
-    dist.all_gather_object(everyone, mine)
-    ends = [how for how, _ in everyone]
+    results: list[Any] = [None] * size()
+    dist.all_gather_object(results, mine)
+    ends = [how for how, _ in results]
     if own is not None:
         raise own
     if "failed" in ends:
         raise RemoteRankError(f"rank {ends.index('failed')} failed")
     if "stopped" in ends:
         raise Interrupted
-    return [result for _, result in everyone]
+    return [result for _, result in results]
 
 
 def run_on_main(work: Callable[[], T]) -> T:

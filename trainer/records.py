@@ -96,7 +96,7 @@ class Scores:
         parts: function name -> its B scores; None where it did not score the completion or failed
             on it.
         failures: one entry for each failed score.
-        measured: "<function>/<metric>" -> a measurement of the calls, as in ``Called.measured``.
+        measured: "<function>/<metric>" -> a measurement of the calls, as in ``CallResult.measured``.
     """
 
     total: Tensor
@@ -104,7 +104,7 @@ class Scores:
     failures: list[Failure]
     measured: dict[str, float] = field(default_factory=dict)
 
-    def complaints(self, most: int = 3) -> list[str]:
+    def failure_lines(self, most: int = 3) -> list[str]:
         """The first ``most`` failures as lines to print, and the number of the others."""
         more = len(self.failures) - most
         return [str(failure) for failure in self.failures[:most]] + ([f"... and {more} more failures"] if more > 0 else [])

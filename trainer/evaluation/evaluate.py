@@ -102,7 +102,7 @@ def evaluate(
     texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
     with console.phase(f"{title}: rewards", alone=True) as tick:
         scores = score_together(rewards, prompt_set.columns(indices, k), texts, rollouts.completion_ids, tick)
-    for line in scores.complaints():
+    for line in scores.failure_lines():
         console.line(line)
     with console.phase(f"{title}: entropy") as tick:
         completions = select(rollouts, range(len(texts)))

@@ -33,7 +33,7 @@ WATCH_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Called:
+class CallResult:
     """Results of one function on B completions.
 
     Attributes:
@@ -50,7 +50,7 @@ class Called:
 
 def call_all(
     functions: Mapping[str, RewardFunction], arguments: Arguments, *, concurrency: int, timeout: float, tick: Tick
-) -> dict[str, Called]:
+) -> dict[str, CallResult]:
     """Call every function on the B completions in ``arguments``. tick: called while async functions
     are running.
 
@@ -71,7 +71,7 @@ def is_async(function: RewardFunction) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _called(function: RewardFunction, scores: list[Score], seconds: float) -> Called:
+def _called(function: RewardFunction, scores: list[Score], seconds: float) -> CallResult:
     """Separate failures from scores, and add the measurements."""
     values: list[float | None] = []
     reasons: dict[int, str] = {}
@@ -82,10 +82,10 @@ def _called(function: RewardFunction, scores: list[Score], seconds: float) -> Ca
             reasons[i] = f"expected a finite number, got {score}"
         values.append(None if i in reasons else cast("float | None", score))
     own: Mapping[str, float] = function.metrics() if isinstance(function, WithMetrics) else {}
-    return Called(values, reasons, {"seconds": seconds, **own})
+    return CallResult(values, reasons, {"seconds": seconds, **own})
 
 
-def _timed(name: str, function: RewardFunction, arguments: Arguments) -> Called:
+def _timed(name: str, function: RewardFunction, arguments: Arguments) -> CallResult:
     begun = time.monotonic()
     scores = _ordinary(name, function, arguments)
     return _called(function, scores, time.monotonic() - begun)
@@ -122,8 +122,8 @@ def _ordinary(name: str, function: RewardFunction, arguments: Arguments) -> list
 
 async def _side_by_side(
     functions: Mapping[str, RewardFunction], arguments: Arguments, concurrency: int, timeout: float, tick: Tick
-) -> dict[str, Called]:
-    async def timed(name: str, function: RewardFunction) -> Called:
+) -> dict[str, CallResult]:
+    async def timed(name: str, function: RewardFunction) -> CallResult:
         begun = time.monotonic()
         if getattr(function, "limits_itself", False):
             indices = range(len(arguments["completions"]))

@@ -27,7 +27,7 @@ from ..errors import ConfigError, RewardError
 from ..models.embedding import SentenceEmbedding
 from ..records import Failure, Scores, Tick
 from .builtin import BUILT_IN, Similarity
-from .calls import Called, call_all
+from .calls import CallResult, call_all
 from .signature import Completion, RewardFunction
 
 
@@ -83,7 +83,7 @@ class Rewards:
             raise RewardError(str(failures[0]))
         return Scores(total.float(), parts, failures, measured)
 
-    def _call(self, calls: Mapping[str, Sequence[Any]], tick: Tick) -> dict[str, Called]:
+    def _call(self, calls: Mapping[str, Sequence[Any]], tick: Tick) -> dict[str, CallResult]:
         return call_all(self.functions, calls, concurrency=self.config.concurrency, timeout=self.config.timeout, tick=tick)
 
     def check_binary(self, method: str, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:

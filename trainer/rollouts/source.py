@@ -63,7 +63,7 @@ class RolloutSource:
         texts = self.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
         with self.console.phase("rewards", alone=True) as tick:
             scores = score_together(self.rewards, columns, texts, rollouts.completion_ids, tick)
-        for line in scores.complaints():
+        for line in scores.failure_lines():
             self.console.line(f"left out: {line}")
         return ScoredRollouts(rollouts, texts, columns, scores, group_ids)
 
