@@ -14,9 +14,10 @@
 - A method may also change how completions are sampled (``hooks``). Metrics of rewards, lengths and
   diversity cover the first samples, before a hook selects, replaces or adds some, because a
   selection would bias them.
-- A group with a failed reward is left out of the step. A step without a complete group ends the run.
-- Random numbers are functions of (seed, purpose, step). The global generators are seeded for
-  reward functions that use them.
+- A group with a failed reward is left out of the step. A step without a complete group ends the
+  run.
+- Random numbers are functions of (seed, purpose, step). The global generators are seeded for reward
+  functions that use them.
 - A loss or gradient norm that is not finite ends the run before the optimizer step.
 - SIGINT or SIGTERM interrupts the current phase at its next tick; an update that has begun is
   finished. Then a checkpoint and the model are saved and the report is drawn.

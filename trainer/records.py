@@ -96,7 +96,8 @@ class Scores:
         parts: function name -> its B scores; None where it did not score the completion or failed
             on it.
         failures: one entry for each failed score.
-        measured: "<function>/<metric>" -> a measurement of the calls, as in ``CallResult.measured``.
+        measured: "<function>/<metric>" -> a measurement of the calls, as in
+            ``CallResult.measured``.
     """
 
     total: Tensor
