@@ -26,6 +26,7 @@ LAYERS = {
     "eapo_kernels.integrations": 7,
     "trainer": 8,
     "benchmarks": 8,
+    "benchmarks.experiments": 9,
 }
 SIBLINGS = [("eapo_kernels.ops", "eapo_kernels.objectives"), ("eapo_kernels.ops", "eapo_kernels.reference"),
             ("eapo_kernels.objectives", "eapo_kernels.reference"), ("eapo_kernels.loss", "eapo_kernels.reference"),

@@ -1,4 +1,6 @@
-"""A lean reinforcement-learning trainer for language models on the public API of ``eapo_kernels``.
+"""A small reinforcement-learning trainer for language models, built on the public API of
+``eapo_kernels``.
 
-Read ``loop.py`` first: it is the whole algorithm from top to bottom. ``python -m trainer --help`` lists the commands.
+Start with ``loop.py``: it holds the algorithm from top to bottom. ``python -m trainer --help``
+lists the commands.
 """

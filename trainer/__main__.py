@@ -4,16 +4,13 @@ commands:
   train --config RECIPE.toml [--section.key value ...]   train, evaluate before and after, save, draw the report
   eval  --run RUN [--checkpoint NAME|latest]             evaluate a run's model, or one of its checkpoints
   eval  --config RECIPE.toml [--model.path DIR ...]      evaluate a model or a saved adapter
-  compare --config RECIPE.toml [--methods ...] [--seeds ...] [--jobs N] [overrides]
-                                                         EAPO against fixed positive weights; continues where it stopped
   export RUN|RUN/checkpoints/NAME --out DIR [--dtype bfloat16]
                                                          write the model as transformers and vLLM load it, adapters merged
-  report RUN [RUN ...] [--out DIR]                       draw curves and a Markdown page from run directories, or from
-                                                         the directory of a comparison, finished or not
+  report RUN [RUN ...] [--out DIR]                       draw curves and a Markdown page from run directories
   print-config [--config RECIPE.toml] [overrides]        print the resolved configuration as TOML
   demo [overrides]                                       a real EAPO run in minutes, without GPU or network
 
-``train --help`` lists every setting. Exit code 2: a wrong recipe, argument, file or model. 130: interrupted.
+``train --help`` lists every setting. Exit code 1: the run failed. 2: a wrong recipe, argument, file or model. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -28,8 +25,8 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     if arguments[0] == "demo":
-        # Both are read once, when OpenMP and transformers are loaded. Threads that sleep instead of spin while they wait
-        # cost nothing on a quiet machine and save two thirds of the time on one that has something else to do.
+        # Read once, when OpenMP and transformers are loaded. Passive waiting saves two thirds of the time on a busy machine and
+        # costs nothing on an idle one.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ["HF_HUB_OFFLINE"] = "1"
     from .commands import run

@@ -1,4 +1,4 @@
-"""What each command does. Heavy imports wait until its arguments are known to be good."""
+"""The commands. Heavy packages are imported only after the arguments have been checked."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from eapo_kernels import EapoError
 
 from .config.checks import check
 from .config.settings import parse_config, to_toml
-from .errors import ConfigError, DataError, FailedElsewhere, ModelError
-from .evaluation.arms import ARMS
+from .errors import ConfigError, DataError, ModelError, RemoteRankError
 
 DEMO = Path(__file__).parent / "recipes" / "demo.toml"
 
@@ -48,27 +47,15 @@ def _eval(arguments: Sequence[str]) -> int:
 
 
 def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The parser's own options, and the arguments that are settings (whose help comes after the parser's own)."""
+    """The parser's own options, and the remaining arguments, which are settings. Prints the
+    parser's help where it was asked for.
+    """
     if {"-h", "--help"} & set(arguments):
         print(parser.format_help())
     try:
         return parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(f"command line: {error}") from None
-
-
-def _compare(arguments: Sequence[str]) -> int:
-    prog = "python -m trainer compare"
-    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--methods", nargs="+", default=ARMS, help=f"default: {' '.join(ARMS)}; or any method of the library")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="default: 0 1 2")
-    parser.add_argument("--jobs", type=int, default=0, help="runs at a time; default: one for each core, or each GPU")
-    options, rest = _split(parser, arguments)
-    config = parse_config(rest, prog=prog)
-    check(options.jobs >= 0, "--jobs", "at least 0 (0: one for each core or GPU)", options.jobs)
-    from .evaluation.compare import compare
-
-    return compare(config, options.methods, options.seeds, options.jobs)
 
 
 def _export(arguments: Sequence[str]) -> int:
@@ -85,18 +72,12 @@ def _export(arguments: Sequence[str]) -> int:
 
 def _report(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer report", description="Draw curves and a Markdown page.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories, or the one directory of a comparison")
-    parser.add_argument("--out", type=Path, help="where picture and page go (default: the first run, or the comparison)")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--out", type=Path, help="where the page and its figures go (default: the first run)")
     options = parser.parse_args(arguments)
-    from .evaluation.comparison import is_comparison
-    from .evaluation.comparison_page import write_comparison
     from .evaluation.report import write_report
 
-    if len(options.runs) == 1 and is_comparison(options.runs[0]):
-        paths = write_comparison(options.runs[0], options.out)
-    else:
-        paths = write_report(options.runs, options.out or options.runs[0])
-    for path in paths:
+    for path in write_report(options.runs, options.out or options.runs[0]):
         print(path)
     return 0
 
@@ -115,11 +96,11 @@ def _demo(arguments: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "train": _train, "eval": _eval, "compare": _compare, "export": _export, "report": _report,
+    "train": _train, "eval": _eval, "export": _export, "report": _report,
     "print-config": _print_config, "demo": _demo,
 }  # fmt: skip
-ALONE = ("compare", "export", "report")
-"""Commands of one process, also for what several have trained."""
+SINGLE_PROCESS = ("export", "report")
+"""Commands that refuse to run under torchrun."""
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -128,12 +109,12 @@ def run(name: str, arguments: Sequence[str]) -> int:
         if name not in COMMANDS:
             raise ConfigError(f"command: expected one of {', '.join(COMMANDS)}, got {name!r}")
         processes = os.environ.get("WORLD_SIZE", "1")
-        check(name not in ALONE or processes == "1", name, "one process (no torchrun)", f"{processes} processes")
+        check(name not in SINGLE_PROCESS or processes == "1", name, "one process (no torchrun)", f"{processes} processes")
         return COMMANDS[name](arguments)
-    except FailedElsewhere:
+    except RemoteRankError:
         return 1
     except EapoError as error:
-        notes = getattr(error, "__notes__", [])  # from ``ranks.joined``; before it all ranks fail alike
+        notes = getattr(error, "__notes__", [])  # from ``ranks.init_distributed``; earlier errors are the same on all ranks
         if notes or os.environ.get("RANK", "0") == "0":
             print(" ".join([f"error: {error}", *notes]), file=sys.stderr)
         return 2 if isinstance(error, ConfigError | DataError | ModelError) else 1

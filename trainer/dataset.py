@@ -1,4 +1,4 @@
-"""Questions from JSONL or Parquet, the chat template, and the sampler."""
+"""Prompts from JSONL or Parquet, the chat template, and the sampler."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Prompt = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Questions:
+class PromptSet:
     """Rows of a data file.
 
     Attributes:
-        rows: column name -> value, one mapping a question; always with ``prompt`` and ``answer``.
-        source: where they came from, for messages.
+        rows: one mapping a prompt, column name -> value; always with ``prompt`` and ``answer``.
+        source: the file they were read from, for messages.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -37,21 +37,23 @@ class Questions:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def head(self, count: int) -> Questions:
-        """The first ``count`` questions."""
-        return Questions(self.rows[:count], self.source)
+    def head(self, count: int) -> PromptSet:
+        """The first ``count`` prompts."""
+        return PromptSet(self.rows[:count], self.source)
 
     def columns(self, indices: Sequence[int], repeats: int) -> dict[str, list[Any]]:
-        """Columns of the chosen rows, each row ``repeats`` times in a row: what reward functions receive."""
+        """Columns of the chosen rows, each row ``repeats`` times in a row, as reward functions
+        receive them.
+        """
         chosen = [self.rows[i] for i in indices for _ in range(repeats)]
         return {name: [row[name] for row in chosen] for name in chosen[0]}
 
 
-def load_questions(path: str, limit: int = 0) -> Questions:
+def load_prompts(path: str, limit: int = 0) -> PromptSet:
     """Read ``path`` (.jsonl, .json or .parquet; ``limit`` > 0 keeps the first rows).
 
     Raises:
-        DataError: no such file, another format, unreadable, empty, or without prompts and answers.
+        DataError: the file is missing, empty, unreadable or of another format, or lacks a column.
     """
     file = Path(path)
     readers = {".jsonl": Dataset.from_json, ".json": Dataset.from_json, ".parquet": Dataset.from_parquet}
@@ -62,7 +64,7 @@ def load_questions(path: str, limit: int = 0) -> Questions:
     if file.stat().st_size == 0:
         raise DataError(f"data: expected at least one row, got the empty file {path}")
     disable_progress_bars()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # its errors are raised as well, and reported once
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # its errors are raised as well
     try:
         table = readers[file.suffix](str(file))
     except (DatasetsError, ValueError, OSError) as error:
@@ -80,7 +82,7 @@ def load_questions(path: str, limit: int = 0) -> Questions:
         if not _is_prompt(row["prompt"]):
             expected = "text or messages with role and content"
             raise DataError(f"data: row {number} of {path}: prompt: expected {expected}, got {row['prompt']!r}")
-    return Questions(rows, path)
+    return PromptSet(rows, path)
 
 
 def _is_prompt(prompt: object) -> bool:
@@ -94,17 +96,19 @@ def _is_prompt(prompt: object) -> bool:
 
 
 def teacher_prompt(prompt: Prompt, answer: object, template: str) -> Prompt:
-    """A question with what ``template`` puts around it, {prompt} and {answer}; of messages the last one is changed."""
-    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    changed = template.replace("{prompt}", question).replace("{answer}", str(answer))
+    """Insert a prompt and its reference answer into ``template`` ({prompt}, {answer}). In chat
+    messages the last message is replaced.
+    """
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    changed = template.replace("{prompt}", text).replace("{answer}", str(answer))
     return changed if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": changed}]
 
 
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
-    """Token ids of a prompt up to where the answer starts.
+    """Token ids of a prompt, up to where the completion starts.
 
-    Messages go through the chat template. Text becomes one user message where the tokenizer has a template, and is
-    encoded as it is (with the tokenizer's own special tokens) where it has none.
+    Messages go through the chat template. Text becomes one user message where the tokenizer has a
+    template; without one it is encoded as it is, with the tokenizer's special tokens.
 
     Raises:
         DataError: messages without a chat template, or a prompt longer than ``max_prompt_tokens``.
@@ -126,20 +130,21 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: Da
 
 
 def fingerprint(prompts: Sequence[Sequence[int]]) -> str:
-    """A hash of encoded questions and their order."""
+    """A hash of encoded prompts in their order."""
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
 class PromptSampler:
-    """Endless batches of row numbers: every epoch is a new permutation that depends on the seed and its number only.
+    """Endless batches of row numbers. Every epoch is a permutation that depends on the seed and the
+    number of the epoch alone.
 
-    A batch never holds a row twice unless it crosses the border of two epochs. ``state_dict`` is all that a checkpoint
-    needs to continue with the very next batch.
+    A batch holds a row twice only where it spans two epochs. ``state_dict`` is enough to continue
+    with the next batch.
     """
 
     def __init__(self, size: int, batch: int, seed: int) -> None:
         if batch > size:
-            raise DataError(f"rollout.prompts: expected at most the {size} training questions, got {batch}")
+            raise DataError(f"rollout.prompts: expected at most the {size} training prompts, got {batch}")
         self.size, self.batch, self.seed = size, batch, seed
         self.epoch = self.position = 0
 

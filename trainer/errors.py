@@ -1,4 +1,4 @@
-"""Errors of the trainer. They extend ``EapoError``: one ``except`` in the command line turns each into one line."""
+"""Errors of the trainer. All extend ``EapoError``; the command line prints each as one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from eapo_kernels import EapoError
 
 
 class ConfigError(EapoError):
-    """A recipe or an override is wrong; the message names the key, what was expected and what was given."""
+    """A recipe or an override is wrong; the message names the key, what was expected and what was
+    given.
+    """
 
 
 class DataError(EapoError):
@@ -18,7 +20,7 @@ class ModelError(EapoError):
 
 
 class RewardError(EapoError):
-    """A reward function cannot be imported, breaks its contract, or left nothing to train on."""
+    """A reward function cannot be imported, breaks its contract, or leaves nothing to train on."""
 
 
 class DivergenceError(EapoError):
@@ -26,12 +28,12 @@ class DivergenceError(EapoError):
 
 
 class Interrupted(Exception):
-    """Raised at a safe point after the first SIGINT."""
+    """Raised at a safe point after the first SIGINT or SIGTERM."""
 
 
 class CheckpointError(EapoError):
     """A checkpoint is damaged, or does not belong to this run."""
 
 
-class FailedElsewhere(EapoError):
-    """Another rank failed and says why; this one ends with it, silently."""
+class RemoteRankError(EapoError):
+    """Another rank failed and reports the error; this rank ends without a message."""

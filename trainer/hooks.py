@@ -1,7 +1,7 @@
-"""Methods that also change how answers are sampled: before the step's rollouts, and with what came of them.
+"""Rollout hooks: methods that also change how completions are sampled or selected.
 
-A hook is chosen by the method's name and its numbers are keys of ``[loss]`` like the method's own. What it samples goes through
-the same engine, rewards and metrics as everything else. Random choices are functions of the seed that it is handed.
+The name of the method selects the hook, and the hook's numbers are keys of ``[loss]``. Further
+samples use the same engine, rewards and metrics. Random choices depend on the given seed alone.
 """
 
 from __future__ import annotations
@@ -19,61 +19,66 @@ from torch import Tensor
 from eapo_kernels.checks import require_number
 from eapo_kernels.errors import require
 
-from .records import Rollouts, Sampled, Sampling
+from .records import Rollouts, Sampling, ScoredRollouts
 
 
 class Source(Protocol):
-    """What a hook may ask for: the first half of a step (``rollouts.source``).
+    """What a hook may call: sampling, scoring and measuring (``rollouts.source``).
 
     Attributes:
-        step_questions: the configured number of questions of a step.
+        step_prompts: the configured number of prompts of a step.
         tokenizer: the policy's.
     """
 
-    step_questions: int
+    step_prompts: int
     tokenizer: Any
 
-    def questions(self) -> tuple[list[list[int]], dict[str, list[Any]]]: ...
+    def next_prompts(self) -> tuple[list[list[int]], dict[str, list[Any]]]: ...
 
     def draw(
         self, prompts: Sequence[list[int]], columns: dict[str, list[Any]], group_ids: Sequence[int], sampling: Sampling
-    ) -> Sampled: ...
+    ) -> ScoredRollouts: ...
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Rollouts: ...
 
-    def score(self, rollouts: Rollouts, columns: dict[str, list[Any]], group_ids: list[int]) -> Sampled: ...
+    def score(self, rollouts: Rollouts, columns: dict[str, list[Any]], group_ids: list[int]) -> ScoredRollouts: ...
 
-    def entropies(self, sampled: Sampled) -> list[Tensor]: ...
+    def entropies(self, sampled: ScoredRollouts) -> list[Tensor]: ...
 
-    def advantages(self, sampled: Sampled) -> Tensor: ...
+    def advantages(self, sampled: ScoredRollouts) -> Tensor: ...
 
 
 @dataclass
 class RolloutHook:
-    """Nothing but the ordinary rollouts. Subclasses change one of the three."""
+    """The ordinary rollouts, unchanged. Subclasses override one or more of the first three methods."""
 
     def responses(self, wanted: int) -> int:
-        """Answers to sample for each question, where a group of ``wanted`` is configured; refuses what cannot be."""
+        """Completions to sample for each prompt when groups of ``wanted`` are configured. Raises
+        for a size that the hook cannot use.
+        """
         return wanted
 
     def before(self, sampling: Sampling) -> Sampling:
-        """How the step's answers are sampled."""
+        """The sampling parameters of the step's rollouts."""
         return replace(sampling, responses=self.responses(sampling.responses))
 
-    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
-        """The answers that are learned from.
+    def after(
+        self, sampled: ScoredRollouts, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int
+    ) -> ScoredRollouts:
+        """The completions that are trained on.
 
         Args:
-            sampled: what was sampled as ``before`` said, whole groups with all their rewards.
+            sampled: the completions sampled as ``before`` returned, complete groups in which all
+                have rewards.
             sampling: the configured sampling, with the step's seed.
             source: samples, scores and measures more.
-            state: the controller's numbers before this step.
-            seed: of the hook's own random choices.
+            state: the controller's values before this step.
+            seed: for the hook's own random choices.
         """
         return sampled
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on, as plain values and tensors."""
+        """State that the next step depends on, as plain values and tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -82,11 +87,12 @@ class RolloutHook:
 
 @dataclass
 class SpreadRollouts(RolloutHook):
-    """DAPO (arXiv 2503.14476): groups without spread teach nothing and give way to other questions.
+    """DAPO (arXiv 2503.14476): groups whose rewards are all equal have no gradient and are replaced
+    by groups of other prompts.
 
     Attributes:
-        rounds: most further draws of as many questions as a step has; 0 only leaves flat groups out. A step without any other
-            stays as it is.
+        rounds: most additional draws, each of as many prompts as a step has. 0 only drops the flat
+            groups. A step with no other group is kept as it is.
     """
 
     rounds: int = 2
@@ -94,39 +100,42 @@ class SpreadRollouts(RolloutHook):
     def __post_init__(self) -> None:
         require(isinstance(self.rounds, int) and self.rounds >= 0, "rounds", "an int >= 0", repr(self.rounds))
 
-    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
-        result, wanted = _with_spread(sampled, len(sampled)), source.step_questions
+    def after(
+        self, sampled: ScoredRollouts, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int
+    ) -> ScoredRollouts:
+        result, wanted = _with_spread(sampled, len(sampled)), source.step_prompts
         first = max(sampled.group_ids) + 1
         for number in range(self.rounds):
             missing = wanted - len(result.groups())
             if missing <= 0:
                 break
-            prompts, columns = source.questions()
+            prompts, columns = source.next_prompts()
             groups = range(first, first := first + len(prompts))
             more = source.draw(prompts, columns, groups, replace(sampling, seed=seed + number))
-            result = result.joined(_with_spread(more.chosen(more.whole()), missing))
+            result = result.concat(_with_spread(more.take(more.fully_scored()), missing))
         return result if len(result) else sampled
 
 
-def _with_spread(sampled: Sampled, most: int) -> Sampled:
+def _with_spread(sampled: ScoredRollouts, most: int) -> ScoredRollouts:
     """The first ``most`` groups whose rewards are not all equal."""
     spread = [group for group in sampled.groups() if sampled.scores.total[group].unique().numel() > 1]
-    return sampled.chosen([i for group in spread[:most] for i in group])
+    return sampled.take([i for group in spread[:most] for i in group])
 
 
 @dataclass
 class TargetRollouts(RolloutHook):
-    """AEPO (arXiv 2510.08141): correct answers sampled hotter or cooler take the place of ordinary ones.
+    """AEPO (arXiv 2510.08141): correct completions sampled at another temperature replace ordinary
+    ones.
 
-    A share of the questions is sampled again at the controller's temperature; of those answers the ones with a positive
-    advantage are marked "reinforce" and replace ordinary answers, drawn at random; the others keep the advantages of their
-    whole groups.
+    A share of the prompts is sampled again at the controller's temperature. The new completions
+    with a positive advantage are marked "reinforce" and replace randomly chosen ordinary
+    completions. The remaining ordinary completions keep the advantages of their complete groups.
 
     Attributes:
-        resampled_share: share of the questions that are sampled again.
-        positive_above: smallest advantage that counts as positive.
-        replaced_share: most answers of the step that are replaced; half as many while the entropy is above its target (the
-            authors replace 60 and 30).
+        resampled_share: share of the prompts that are sampled again.
+        positive_above: an advantage above this counts as positive.
+        replaced_share: largest share of the step's completions that are replaced; half of it while
+            the entropy is above its target (the authors replace 60 and 30).
     """
 
     resampled_share: float = 0.25
@@ -138,7 +147,9 @@ class TargetRollouts(RolloutHook):
         require_number("positive_above", self.positive_above)
         require_number("replaced_share", self.replaced_share, 0, 1)
 
-    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
+    def after(
+        self, sampled: ScoredRollouts, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int
+    ) -> ScoredRollouts:
         factor = float(state["temperature"])
         sampled = replace(sampled, advantages=source.advantages(sampled))
         random, groups = np.random.default_rng(seed), sampled.groups()
@@ -155,19 +166,20 @@ class TargetRollouts(RolloutHook):
         good = (advantages > self.positive_above).nonzero().flatten().tolist()  # NaN is not
         good = good[: max(1, int(share * len(sampled)))]
         left = sorted(random.permutation(len(sampled))[len(good) :].tolist())
-        return sampled.chosen(left).joined(replace(again, advantages=advantages).chosen(good).marked("reinforce"))
+        return sampled.take(left).concat(replace(again, advantages=advantages).take(good).marked("reinforce"))
 
 
 @dataclass
 class CutRollouts(RolloutHook):
-    """CURE (arXiv 2508.11016): answers are cut at one of their most uncertain tokens and continued anew.
+    """CURE (arXiv 2508.11016): completions are cut before an uncertain token and continued again.
 
-    Of a group of n answers n / (1 + continuations) are sampled from the question; each is cut in front of a token drawn from
-    the ``top`` of highest entropy whose text is longer than one character, and continued so often. All n form the group.
+    Of a group of n completions, n / (1 + continuations) are sampled from the prompt. Each is cut
+    before a token drawn from the ``top`` tokens of highest entropy whose text is longer than one
+    character, and continued ``continuations`` times. All n form the group.
 
     Attributes:
-        continuations: new answers from each cut.
-        top: number of tokens to draw the cut from.
+        continuations: new completions from each cut.
+        top: number of tokens from which the cut is drawn.
     """
 
     continuations: int = 3
@@ -183,7 +195,9 @@ class CutRollouts(RolloutHook):
         require(wanted % each == 0, "responses", f"a multiple of {each} (1 + continuations) with method 'cure'", wanted)
         return wanted // each
 
-    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
+    def after(
+        self, sampled: ScoredRollouts, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int
+    ) -> ScoredRollouts:
         random, rollouts, tokenizer = np.random.default_rng(seed), sampled.rollouts, source.tokenizer
         special = set(tokenizer.all_special_ids)
         cuts = []
@@ -206,18 +220,20 @@ class CutRollouts(RolloutHook):
             continued.completion_ids[number] = prefixes[i] + ids[:room]
             continued.logp[number] = torch.cat([rollouts.logp[i][: cuts[i]], logp[:room]])
         columns = {name: [column[i] for i in parents] for name, column in sampled.columns.items()}
-        return sampled.joined(source.score(continued, columns, [sampled.group_ids[i] for i in parents]))
+        return sampled.concat(source.score(continued, columns, [sampled.group_ids[i] for i in parents]))
 
 
 @dataclass
 class OversampledRollouts(RolloutHook):
-    """T1 (arXiv 2501.11651): many answers at a high temperature, of which the best and the worst of each group are kept.
+    """T1 (arXiv 2501.11651): many completions at a high temperature, of which the best and the
+    worst of each group are kept.
 
-    The paper samples 64 at a high temperature; which are kept, and the numbers, are ours.
+    The paper samples 64 at a high temperature. The rule for which are kept, and the default
+    numbers, are this trainer's.
 
     Attributes:
-        oversample: answers sampled for each that is kept.
-        hotter: factor on the sampling temperature; the loss stays at the configured one.
+        oversample: completions sampled for each that is kept.
+        hotter: factor on the sampling temperature; the loss uses the configured one.
     """
 
     oversample: int = 2
@@ -235,34 +251,39 @@ class OversampledRollouts(RolloutHook):
     def before(self, sampling: Sampling) -> Sampling:
         return replace(super().before(sampling), temperature=sampling.temperature * self.hotter)
 
-    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
+    def after(
+        self, sampled: ScoredRollouts, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int
+    ) -> ScoredRollouts:
         kept: list[int] = []
         for group in sampled.groups():
             order = sorted(group, key=lambda i: (-float(sampled.scores.total[i]), i))
             best = -(-sampling.responses // 2)
             kept += sorted(order[:best] + order[len(order) - (sampling.responses - best) :])
-        return sampled.chosen(kept)
+        return sampled.take(kept)
 
 
 @dataclass
 class ReplayRollouts(RolloutHook):
-    """SPEAR (arXiv 2509.22601): good answers of earlier steps are learned from again, marked "replayed".
+    """SPEAR (arXiv 2509.22601): good completions of earlier steps are trained on again, marked
+    "replayed".
 
-    Answers with an advantage above ``good_above`` enter a buffer. What is replayed is measured against the median of the recent
-    rewards; how much of it counts, and Clip-Cov on it, are the method's. The buffer lives as long as the run.
+    Completions with an advantage above ``good_above`` enter a buffer that is kept for the whole
+    run. The advantage of a replayed completion is its reward minus the median of the recent
+    rewards. Its weight in the loss, and Clip-Cov, are the method's.
 
     Attributes:
-        buffer: most answers kept, the oldest leave.
-        recent: most rewards that the median is taken of.
-        good_above: advantage above which an answer is kept.
-        replayed_share: most answers replayed in a step, as a share of the fresh ones (ours).
+        buffer: most completions kept; the oldest are dropped.
+        recent: number of recent rewards whose median is taken.
+        good_above: advantage above which a completion is kept.
+        replayed_share: most completions replayed in a step, as a share of the new ones (this
+            trainer's choice).
     """
 
     buffer: int = 2048
     recent: int = 10240
     good_above: float = 1.0
     replayed_share: float = 0.5
-    answers: deque[Sampled] = field(default_factory=deque, init=False, repr=False)
+    completions: deque[ScoredRollouts] = field(default_factory=deque, init=False, repr=False)
     rewards: deque[float] = field(default_factory=deque, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -271,30 +292,32 @@ class ReplayRollouts(RolloutHook):
             require(isinstance(value, int) and value >= 1, name, "a positive int", repr(value))
         require_number("good_above", self.good_above)
         require_number("replayed_share", self.replayed_share, 0)
-        self.answers, self.rewards = deque(maxlen=self.buffer), deque(maxlen=self.recent)
+        self.completions, self.rewards = deque(maxlen=self.buffer), deque(maxlen=self.recent)
 
-    def after(self, sampled: Sampled, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int) -> Sampled:
+    def after(
+        self, sampled: ScoredRollouts, sampling: Sampling, source: Source, state: Mapping[str, Tensor], seed: int
+    ) -> ScoredRollouts:
         fresh = replace(sampled, advantages=source.advantages(sampled))
         assert fresh.advantages is not None
-        count = min(len(self.answers), int(self.replayed_share * len(fresh)))
+        count = min(len(self.completions), int(self.replayed_share * len(fresh)))
         result = fresh
         if count:
             median = float(np.median(self.rewards))
-            chosen = np.random.default_rng(seed).choice(len(self.answers), count, replace=False).tolist()
+            chosen = np.random.default_rng(seed).choice(len(self.completions), count, replace=False).tolist()
             first = max(fresh.group_ids) + 1
             for number, i in enumerate(chosen):
-                old = self.answers[i]
-                result = result.joined(replace(old, group_ids=[first + number], advantages=old.scores.total - median))
+                old = self.completions[i]
+                result = result.concat(replace(old, group_ids=[first + number], advantages=old.scores.total - median))
         self.rewards.extend(fresh.scores.total.tolist())
         for i in (fresh.advantages > self.good_above).nonzero().flatten().tolist():
-            self.answers.append(fresh.chosen([i]).marked("replayed"))
+            self.completions.append(fresh.take([i]).marked("replayed"))
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        return {"answers": [answer.state_dict() for answer in self.answers], "rewards": list(self.rewards)}
+        return {"completions": [completion.state_dict() for completion in self.completions], "rewards": list(self.rewards)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.answers = deque((Sampled.from_state(answer) for answer in state["answers"]), self.buffer)
+        self.completions = deque((ScoredRollouts.from_state(completion) for completion in state["completions"]), self.buffer)
         self.rewards = deque(state["rewards"], self.recent)
 
 
@@ -305,6 +328,6 @@ HOOKS: MappingProxyType[str, type[RolloutHook]] = MappingProxyType(
 
 
 def hook_numbers(method: str) -> list[str]:
-    """The names of a method's hook's numbers."""
+    """Names of the numbers of a method's hook."""
     hook = HOOKS.get(method, RolloutHook)
     return [name for name, item in hook.__dataclass_fields__.items() if item.init]

@@ -1,30 +1,34 @@
 """The training loop, from top to bottom.
 
-Decisions, so that nobody has to find them in the code:
-
-- One step: sample answers, score them, measure the policy on them, update. Nothing runs ahead: the answers a step
-  learns from are drawn from the weights it starts with, so with one minibatch and one epoch the ratio is exactly 1.
-- Log-probs, entropy and loss are those of the *sampled* distribution: at the sampling temperature, over the whole
-  vocabulary. The log-probs that train come from the trainer's own forward pass; the engine's are kept, their mismatch
-  is logged, and ``loss.importance_cap`` corrects for it.
-- The end-of-sequence token is part of the answer and is learned; nothing after it exists. A truncated answer counts as
-  it stands.
-- A step has two phases. First the policy is measured on all answers of the step, in the pass that gives the old log-probs, and
-  every weight that the method gives a token is fixed there, over the whole step: EAPO's from the mean entropy (H_0 is the first
-  step's), others' from covariances, quantiles or group statistics. Then the updates, on any cut of the tokens.
-- A method may also change how answers are sampled (``hooks``). Metrics of rewards, lengths and diversity are about all answers
-  that were drawn first, before a hook selects, replaces or adds some: a choice of them would be biased.
-- A group with a failed reward is left out of the step as a whole. A step without a single whole group ends the run.
-- Random numbers are functions of (seed, purpose, step); the global generators are seeded for reward functions that use them.
+- One step: sample completions, score them, measure the policy on them, update. A step samples from
+  the weights it starts with, so with one minibatch and one epoch the ratio is exactly 1.
+- Log-probs, entropy and loss are those of the sampled distribution: at the sampling temperature,
+  over the whole vocabulary. The log-probs in the loss come from the trainer's own forward pass. The
+  engine's are kept, their mismatch is logged, and ``loss.importance_cap`` corrects for it.
+- The end-of-sequence token belongs to the completion and is trained on. A truncated completion is
+  used as it is.
+- Before the updates, one pass over all completions computes the old log-probs and the statistics
+  from which the method weights tokens. The weights are fixed there, over the whole step: EAPO's
+  from the mean entropy (H_0 is that of the first step), others' from covariances, quantiles or
+  group statistics. The updates then use any split of the tokens.
+- A method may also change how completions are sampled (``hooks``). Metrics of rewards, lengths and
+  diversity cover the first samples, before a hook selects, replaces or adds some, because a
+  selection would bias them.
+- A group with a failed reward is left out of the step. A step without a complete group ends the
+  run.
+- Random numbers are functions of (seed, purpose, step). The global generators are seeded for reward
+  functions that use them.
 - A loss or gradient norm that is not finite ends the run before the optimizer step.
-- SIGINT or SIGTERM: the phase at hand is left at its next tick, but an update that has begun is finished. A checkpoint and the
-  model are saved and the report is drawn.
-- Under torchrun (FSDP2) every rank holds all answers with all that is known of them, and only work is shared: each generates,
-  scores and measures some answers and runs its part of every minibatch. What a rank alone knows goes through ``ranks`` before
-  anything is decided by it, so all take the same turns, and a run is that of one process but for rounding.
-- A checkpoint is the state between two steps, before any evaluation there: weights, optimizer, controller (H_0), sampler, hook,
-  generators and how long the log files were. A run that goes on from it takes the files back to that length and does
-  everything after it again: bit for bit the run that was never stopped (same machine, number of processes and of threads).
+- SIGINT or SIGTERM interrupts the current phase at its next tick; an update that has begun is
+  finished. Then a checkpoint and the model are saved and the report is drawn.
+- Under torchrun (FSDP2) all ranks hold all completions and share the work: each generates, scores
+  and measures some completions and runs its part of every minibatch. Values that only one rank
+  knows are exchanged through ``ranks`` before any rank acts on them. The run equals that of one
+  process up to rounding.
+- A checkpoint is the state between two steps, before an evaluation at that step: weights,
+  optimizer, controller (H_0), sampler, hook, generators and the lengths of the log files. A resumed
+  run cuts the log files back to these lengths and repeats what followed. Its results are bitwise
+  equal to an uninterrupted run on the same machine with the same number of processes and threads.
 """
 
 from __future__ import annotations
@@ -39,12 +43,19 @@ from eapo_kernels import make_controller
 from . import ranks
 from .config import Config
 from .config.advice import advice, advice_on_rewards
-from .dataset import PromptSampler, encode_prompt, fingerprint, load_questions
+from .dataset import PromptSampler, encode_prompt, fingerprint, load_prompts
 from .errors import Interrupted, RewardError
 from .evaluation.evaluate import evaluate
 from .evaluation.report import summary_table, write_report
-from .evaluation.step_metrics import answer_metrics, best_and_worst, call_metrics, engine_metrics, reward_metrics, sample_record
-from .learning.batching import Answers, select
+from .evaluation.step_metrics import (
+    best_and_worst,
+    call_metrics,
+    completion_metrics,
+    engine_metrics,
+    reward_metrics,
+    sample_record,
+)
+from .learning.batching import Completions, select
 from .learning.experience import extra_statistics, per_token, weigh
 from .learning.learner import Learner
 from .learning.measure import NOTHING, Measurement, Wanted, measure, wanted_by
@@ -53,7 +64,7 @@ from .models.reference import Reference
 from .records import Sampling, Tick, derive_seed
 from .rewards.scoring import Rewards
 from .rollouts.engines import make_engine
-from .rollouts.source import AnswerSource
+from .rollouts.source import RolloutSource
 from .runs.checkpoint import step_of
 from .runs.console import Console
 from .runs.interrupt import StopRequest
@@ -70,40 +81,41 @@ def train(config: Config) -> bool:
     """Run ``config`` to its end. Returns False when it was interrupted.
 
     Raises:
-        EapoError: bad configuration, data, model or rewards, or a run that diverged; see ``errors``.
+        EapoError: bad configuration, data, model or rewards, or a run that diverged; see
+            ``errors``.
     """
-    with ranks.joined(config.model.device), StopRequest() as stop, Console(stop) as console:
+    with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
         try:
             return _train(config, console)
         except Interrupted:
-            console.line("interrupted before the first step: nothing to keep")
+            console.line("interrupted before the first step: nothing to save")
             return False
 
 
 def _train(config: Config, console: Console) -> bool:
     rollout, budget = config.rollout, config.optim.micro_batch_tokens
 
-    train_set = load_questions(config.data.train, config.data.train_limit)
-    held_out = load_questions(config.data.eval, config.data.eval_limit) if config.data.eval else None
+    train_set = load_prompts(config.data.train, config.data.train_limit)
+    held_out = load_prompts(config.data.eval, config.data.eval_limit) if config.data.eval else None
     sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
     seed_generators(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
     run = RunDirectory(config)
-    done = ranks.on_first(run.finished)
+    done = ranks.run_on_main(run.finished)
     if config.resume and done and done >= config.steps:
-        console.line(f"run {run.path} is finished ({done} steps): nothing to resume; more steps go on from there")
+        console.line(f"run {run.path} is finished ({done} steps): nothing to resume; a larger --steps continues it")
         return True
     with console.phase("checking checkpoints"):
-        checkpoint = ranks.on_first(lambda: choose(config, run, console))
+        checkpoint = ranks.run_on_main(lambda: choose(config, run, console))
     if not checkpoint:
-        ranks.on_first(lambda: run.start(replace=config.overwrite or bool(config.resume)))
+        ranks.run_on_main(lambda: run.start(replace=config.overwrite or bool(config.resume)))
     trackers = Trackers(config, run.path, step_of(checkpoint))
-    console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training questions")
+    console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training prompts")
 
     with console.phase(f"loading {config.model.path} (an embedded model is converted the first time)"):
         policy = load_policy(config.model, config.lora, seed=derive_seed(config.seed, ADAPTER_SEED))
     with console.phase("loading the rewards"):
         rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
-    with console.phase("encoding the questions"):
+    with console.phase("encoding the prompts"):
         prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in train_set.rows]
 
     for line in advice(config):
@@ -112,45 +124,47 @@ def _train(config: Config, console: Console) -> bool:
         engine = make_engine(config, policy)
     method, hook = config.method(), config.loss.hook()
     if method.config.advantage == "binary":
-        ranks.on_first(lambda: rewards.check_binary(method.name, train_set.rows[:4], policy.tokenizer))
+        ranks.run_on_main(lambda: rewards.check_binary(method.name, train_set.rows[:4], policy.tokenizer))
     learner = Learner(policy, method, config.optim, temperature=rollout.temperature, steps=config.steps)
     controller = make_controller(method)
     reference = Reference(policy, config.loss.reference_share()) if method.config.kl_coef else None
 
-    def questions() -> tuple[list[list[int]], dict[str, list[Any]]]:
+    def next_prompts() -> tuple[list[list[int]], dict[str, list[Any]]]:
         indices = sampler.next()
         return [prompts[i] for i in indices], train_set.columns(indices, 1)
 
-    source = AnswerSource(config, method, policy, engine, rewards, console, questions)
+    source = RolloutSource(config, method, policy, engine, rewards, console, next_prompts)
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
     console.line(f"training {trained:,} of {weights:,} weights on {policy.device}")
 
-    eval_sets = {"held-out": held_out, "train": train_set.head(config.eval.train_questions)}
+    eval_sets = {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)}
 
     def evaluation(step: int) -> None:
-        for name, questions in eval_sets.items():
-            if questions:
-                result, samples = evaluate(config, policy, engine, rewards, questions, dataset=name, step=step, console=console)
+        for name, prompt_set in eval_sets.items():
+            if prompt_set:
+                result, samples = evaluate(
+                    config, policy, engine, rewards, prompt_set, dataset=name, step=step, console=console
+                )
                 run.append("evaluations", asdict(result))
                 trackers.log(result.metrics(), step)
                 for sample in samples[:: result.responses]:
                     run.append("samples", sample)
-                console.line(f"after step {step}, {name} questions: {result.headline(config.eval.resamples)}")
+                console.line(f"after step {step}, {name} prompts: {result.headline(config.eval.resamples)}")
 
-    def statistics(answers: Answers, tick: Tick, wanted: Wanted = NOTHING) -> Measurement:
-        return measure(policy, answers, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
+    def statistics(completions: Completions, tick: Tick, wanted: Wanted = NOTHING) -> Measurement:
+        return measure(policy, completions, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
 
     progress = Progress(
         config, run, policy, learner.optimizer, parts={"sampler": sampler, "controller": controller, "hook": hook},
-        reference=reference, questions=fingerprint(prompts),
+        reference=reference, prompts=fingerprint(prompts),
     )  # fmt: skip
     step, finished = 0, False
     if checkpoint:
         with console.phase(f"reading {checkpoint}"):
             step = progress.restore(checkpoint)
-        ranks.on_first(run.go_on)
+        ranks.run_on_main(run.resume)
         engine.sync_weights(policy)
-        console.line(f"going on from {checkpoint.name}: {step} of {config.steps} steps are done")
+        console.line(f"resuming from {checkpoint.name}: {step} of {config.steps} steps are done")
 
     try:
         while True:
@@ -168,28 +182,28 @@ def _train(config: Config, console: Console) -> bool:
                 seed=derive_seed(config.seed, ROLLOUT_SEED, step),
             )
             state = controller.values() if controller else {}
-            drawn = source.draw(*questions(), range(rollout.prompts), hook.before(sampling))
-            sampled = scored = drawn.chosen(drawn.whole())
+            drawn = source.draw(*next_prompts(), range(rollout.prompts), hook.before(sampling))
+            sampled = scored = drawn.take(drawn.fully_scored())
             if len(sampled):
                 sampled = hook.after(scored, sampling, source, state, derive_seed(config.seed, HOOK_SEED, step))
-                sampled = sampled.chosen(sampled.whole())
+                sampled = sampled.take(sampled.fully_scored())
             if not len(sampled):
                 raise RewardError(
                     f"step {step + 1}: expected at least one fully scored group, got none; {drawn.scores.failures[0]}"
                 )
 
-            answers = select(sampled.rollouts, range(len(sampled)))
+            completions = select(sampled.rollouts, range(len(sampled)))
             with console.phase("old_logp") as tick:
                 wanted = wanted_by(method, tempered=float(state.get("temperature", 1.0)), diagnose=diagnosed)
-                old = statistics(answers, tick, wanted)
+                old = statistics(completions, tick, wanted)
                 ref_logp = None
                 if reference:
                     with reference.installed():
-                        ref_logp = statistics(answers, tick).logp
+                        ref_logp = statistics(completions, tick).logp
                 experience = weigh(
-                    method, answers, sampled.scores.total, torch.tensor(sampled.group_ids), old,
+                    method, completions, sampled.scores.total, torch.tensor(sampled.group_ids), old,
                     controller=controller, advantages=sampled.advantages, ref_logp=ref_logp,
-                    extras=extra_statistics(config, method, policy, sampled, answers, tick),
+                    extras=extra_statistics(config, method, policy, sampled, completions, tick),
                     progress=step / config.steps, seed=derive_seed(config.seed, WEIGHT_SEED, step),
                 )  # fmt: skip
 
@@ -200,14 +214,14 @@ def _train(config: Config, console: Console) -> bool:
                 engine.sync_weights(policy)
                 if reference:
                     reference.follow()
-                if diagnosed:  # not left half-way: the weights have changed already, and the step counts
-                    change = statistics(answers, lambda *_: None).entropy.mean() - old.entropy.mean()
+                if diagnosed:  # without a tick: the weights have changed, so the step must be completed
+                    change = statistics(completions, lambda *_: None).entropy.mean() - old.entropy.mean()
                     dynamics["dynamics/measured_entropy_change"] = change.item()
 
             step += 1
             seconds = dict(console.seconds)
-            ordinary = sampled.ordinary() or list(range(len(sampled)))
-            own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(ordinary)), answers)
+            ordinary = sampled.unmarked() or list(range(len(sampled)))
+            own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(ordinary)), completions)
             metrics = {
                 "step": step,
                 **reward_metrics(scored),
@@ -218,10 +232,10 @@ def _train(config: Config, console: Console) -> bool:
                 "eapo/entropy": old.entropy.mean().item(),
                 **dynamics,
                 **{f"rollout/{name}": sum(flags) / len(flags) for name, flags in sampled.marks.items()},
-                **answer_metrics(scored),
-                **engine_metrics(sampled.chosen(ordinary), old.logp.cpu()[own], method.config.importance_cap),
+                **completion_metrics(scored),
+                **engine_metrics(sampled.take(ordinary), old.logp.cpu()[own], method.config.importance_cap),
                 **{f"seconds/{name}": value for name, value in seconds.items()},
-                "tokens_per_second": answers.tokens / sum(seconds.values()),
+                "tokens_per_second": completions.tokens / sum(seconds.values()),
             }
             for line in advice_on_rewards(config, sampled.scores.total) if step == 1 else ():
                 console.line(f"advice: {line}")
@@ -244,7 +258,7 @@ def _train(config: Config, console: Console) -> bool:
         return False
 
     if config.checkpoint.every and not finished:
-        console.line(f"saved {progress.save()}: --resume auto goes on from there")
+        console.line(f"saved {progress.save()}: --resume auto continues from it")
     policy.save(run.model)
 
     def conclude() -> None:
@@ -252,7 +266,7 @@ def _train(config: Config, console: Console) -> bool:
         console.line(f"\n{summary_table(run.path, config.eval.resamples)}\n")
         if finished:
             run.finish(step)
-        console.line(f"model    {run.model}\nreport   {page}\npicture  {picture}")
+        console.line(f"model    {run.model}\nreport   {page}\nfigure   {picture}")
 
-    ranks.on_first(conclude)
+    ranks.run_on_main(conclude)
     return finished

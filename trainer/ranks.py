@@ -1,7 +1,8 @@
-"""Several processes that train one model: who this one is, and what they exchange.
+"""Communication between the processes that train one model.
 
-Without a process group every function here is that of the only process. Values that decide anything go through here: what one
-rank alone knows (a failure, a stop request, its answers) becomes what all ranks know, so that they never part ways.
+Without a process group every function behaves as on a single process. A value that only one rank
+knows (a failure, a stop request, its completions) is exchanged here before any rank acts on it, so
+that all ranks run the same sequence of collectives.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from eapo_kernels import EapoError
 
-from .errors import FailedElsewhere, Interrupted, ModelError
+from .errors import Interrupted, ModelError, RemoteRankError
 
 T = TypeVar("T")
-PATIENCE = datetime.timedelta(hours=1)
-"""Longest wait for the other ranks, of which one may be asking a slow judge. A rank that dies is noticed at once."""
+TIMEOUT = datetime.timedelta(hours=1)
+"""Timeout of a collective: another rank may be waiting for a slow judge. The death of a rank is
+noticed at once."""
 
 
 def rank() -> int:
@@ -33,16 +35,18 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def first() -> bool:
-    """Whether this process is the one that prints and writes the run's files."""
+def is_main() -> bool:
+    """Whether this process is rank 0, which prints and writes the run's files."""
     return rank() == 0
 
 
 @contextmanager
-def joined(device: str) -> Iterator[None]:
-    """Join the processes that torchrun started (nccl on ``cuda:LOCAL_RANK``, else gloo); nothing without torchrun.
+def init_distributed(device: str) -> Iterator[None]:
+    """Initialize the process group of torchrun (nccl on ``cuda:LOCAL_RANK``, else gloo) for the
+    duration of the context. Does nothing without torchrun.
 
-    Of several ranks that fail, within it, only the first says why; the others raise ``FailedElsewhere``.
+    When several ranks fail, the first one raises its own error and the others raise
+    ``RemoteRankError``.
 
     Args:
         device: the setting ``model.device``.
@@ -61,14 +65,14 @@ def joined(device: str) -> Iterator[None]:
         if local >= torch.cuda.device_count():
             raise ModelError(f"model.device: expected a GPU for each process, got {torch.cuda.device_count()} for {local + 1}")
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
         yield
-    except (FailedElsewhere, Interrupted):
+    except (RemoteRankError, Interrupted):
         raise
     except BaseException as error:
         if _failed_before():
-            raise FailedElsewhere("another rank failed first") from error
+            raise RemoteRankError("another rank failed first") from error
         error.add_note(f"(rank {rank()} of {size()})")
         raise
     dist.barrier()
@@ -76,18 +80,19 @@ def joined(device: str) -> Iterator[None]:
 
 
 def _failed_before() -> bool:
-    """Whether another rank was here first. A store that is gone went with the rank that failed."""
+    """Whether another rank failed earlier. A store that cannot be reached has ended with the job."""
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) > 1
     except RuntimeError:
         return True
 
 
-def gather(work: Callable[[], T]) -> list[T]:
-    """Call ``work`` on every rank and give all of them all results, in the order of ranks.
+def all_gather(work: Callable[[], T]) -> list[T]:
+    """Call ``work`` on every rank and return all results on every rank, in the order of ranks.
 
-    ``work`` must not exchange anything itself. An ``EapoError`` or a stop on any rank ends it on all: each raises its own, or
-    ``FailedElsewhere``, or ``Interrupted``.
+    ``work`` must not call a collective. When it raises an ``EapoError`` or ``Interrupted`` on any
+    rank, this function raises on all: a rank's own error, else ``RemoteRankError`` or
+    ``Interrupted``.
     """
     if size() == 1:
         return [work()]
@@ -99,24 +104,24 @@ def gather(work: Callable[[], T]) -> list[T]:
         mine = ("stopped", None)
     except EapoError as error:
         mine, own = ("failed", None), error
-    everyone: list[Any] = [None] * size()
-    dist.all_gather_object(everyone, mine)
-    ends = [how for how, _ in everyone]
+    results: list[Any] = [None] * size()
+    dist.all_gather_object(results, mine)
+    ends = [how for how, _ in results]
     if own is not None:
         raise own
     if "failed" in ends:
-        raise FailedElsewhere(f"rank {ends.index('failed')} failed")
+        raise RemoteRankError(f"rank {ends.index('failed')} failed")
     if "stopped" in ends:
         raise Interrupted
-    return [result for _, result in everyone]
+    return [result for _, result in results]
 
 
-def on_first(work: Callable[[], T]) -> T:
-    """What ``work`` returns on the first rank, which alone calls it; errors as in ``gather``."""
-    return gather(lambda: work() if first() else None)[0]  # type: ignore[return-value]
+def run_on_main(work: Callable[[], T]) -> T:
+    """Call ``work`` on rank 0 and return its result on all ranks; errors as in ``all_gather``."""
+    return all_gather(lambda: work() if is_main() else None)[0]  # type: ignore[return-value]
 
 
-def any_of(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
     if size() == 1:
         return flag
@@ -125,15 +130,17 @@ def any_of(flag: bool) -> bool:
     return bool(found)
 
 
-def add_up(values: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over all ranks, in place."""
     if size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def shares(costs: list[int], indices: list[int]) -> list[list[int]]:
-    """Spread ``indices`` over the ranks so that the sums of their costs are close: dearest first, to who has least."""
+    """Distribute ``indices`` over the ranks with balanced total cost: in order of falling cost,
+    each goes to the rank with the smallest sum.
+    """
     loads, result = [0] * size(), [[] for _ in range(size())]  # type: list[int], list[list[int]]
     for index in sorted(indices, key=lambda i: -costs[i]):
         least = loads.index(min(loads))

@@ -1,4 +1,4 @@
-"""The records that travel between the trainer's packages, and below all of them: what is sampled, scored and learned from."""
+"""Records that the trainer's packages exchange. This module imports none of them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 Tick = Callable[[int, int], None]
-"""Called with (done, total) while work goes on; may raise ``Interrupted``."""
+"""Called with (done, total) during a phase of work; may raise ``Interrupted``."""
 
 
 def derive_seed(*parts: int) -> int:
-    """A seed for one purpose, from the run's seed and what tells the purposes apart: no generator state to keep."""
+    """A seed for one purpose, from the run's seed and numbers that identify the purpose. No
+    generator state has to be saved.
+    """
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. ``seed`` decides every random number, so a call is a function of its arguments and the weights."""
+    """Sampling parameters. ``seed`` determines every random number, so a call is a function of its
+    arguments and the weights.
+    """
 
     responses: int
     max_new_tokens: int
@@ -32,14 +36,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Sampled answers; those to prompt ``p`` are ``p * responses`` to ``(p + 1) * responses - 1``. Ragged: no padding.
+    """Sampled completions, ragged. Those of prompt ``p`` are ``p * responses`` to ``(p + 1) *
+    responses - 1``.
 
     Attributes:
-        prompt_ids: B token lists, the prompt of each answer.
-        completion_ids: B non-empty token lists; the end-of-sequence token is the last one where the answer ended.
-        logp: B [length] fp32 CPU, log-prob of each token under the distribution it was drawn from (temperature and
-            top-p applied, nats), as the engine computed it.
-        truncated: B flags, True where max_new_tokens came before an end-of-sequence token.
+        prompt_ids: B token lists, the prompt of each completion.
+        completion_ids: B non-empty token lists. A completion that ended has the end-of-sequence
+            token as its last one.
+        logp: B [length] fp32 CPU, log-prob of each token under the distribution it was drawn from
+            (temperature and top-p applied, nats), as the engine computed it.
+        truncated: B flags, True where max_new_tokens was reached before an end-of-sequence token.
     """
 
     prompt_ids: list[list[int]]
@@ -47,8 +53,8 @@ class Rollouts:
     logp: list[Tensor]
     truncated: list[bool]
 
-    def chosen(self, indices: Sequence[int]) -> Rollouts:
-        """Some of the answers, in the order given."""
+    def take(self, indices: Sequence[int]) -> Rollouts:
+        """The completions ``indices``, in that order."""
         return Rollouts(
             [self.prompt_ids[i] for i in indices],
             [self.completion_ids[i] for i in indices],
@@ -56,8 +62,8 @@ class Rollouts:
             [self.truncated[i] for i in indices],
         )
 
-    def joined(self, other: Rollouts) -> Rollouts:
-        """These answers and then those."""
+    def concat(self, other: Rollouts) -> Rollouts:
+        """These completions followed by ``other``."""
         return Rollouts(
             self.prompt_ids + other.prompt_ids,
             self.completion_ids + other.completion_ids,
@@ -68,28 +74,30 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Failure:
-    """One answer that one reward function could not score."""
+    """A completion that a reward function could not score."""
 
     function: str
     index: int
     prompt: Any
-    answer: str
+    completion: str
     reason: str
 
     def __str__(self) -> str:
-        sample = f"prompt {self.prompt!r}, answer {self.answer[:120]!r}"
-        return f"reward {self.function} failed on answer {self.index}: {self.reason}; {sample}"
+        sample = f"prompt {self.prompt!r}, completion {self.completion[:120]!r}"
+        return f"reward {self.function} failed on completion {self.index}: {self.reason}; {sample}"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of B answers.
+    """Scores of B completions.
 
     Attributes:
-        total: [B] fp32 CPU, the weighted sum; NaN where the answer must not be trained on.
-        parts: function name -> its B scores; None where it did not score the answer or failed on it.
+        total: [B] fp32 CPU, the weighted sum; NaN where the completion must not be trained on.
+        parts: function name -> its B scores; None where it did not score the completion or failed
+            on it.
         failures: one entry for each failed score.
-        measured: "<function>/<metric>" -> what was measured of the calls, as ``Called.measured``.
+        measured: "<function>/<metric>" -> a measurement of the calls, as in
+            ``CallResult.measured``.
     """
 
     total: Tensor
@@ -97,24 +105,25 @@ class Scores:
     failures: list[Failure]
     measured: dict[str, float] = field(default_factory=dict)
 
-    def complaints(self, most: int = 3) -> list[str]:
-        """The failures as lines to print: the first ones and how many more there are."""
+    def failure_lines(self, most: int = 3) -> list[str]:
+        """The first ``most`` failures as lines to print, and the number of the others."""
         more = len(self.failures) - most
         return [str(failure) for failure in self.failures[:most]] + ([f"... and {more} more failures"] if more > 0 else [])
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """B answers.
+class ScoredRollouts:
+    """B completions with their rewards.
 
     Attributes:
         rollouts: their tokens.
-        texts: their text.
-        columns: the data file's columns, one value for each answer.
+        texts: their decoded text.
+        columns: the data file's columns, one value for each completion.
         scores: their rewards.
-        group_ids: B numbers, equal for the answers that are compared with each other.
-        marks: name -> B flags, "reinforce" or "replayed" (see ``weight_tokens``); a name that is missing is all False.
-        advantages: [B] fp32 CPU that take the place of the method's, or None.
+        group_ids: B numbers; completions with equal numbers form a group.
+        marks: name -> B flags, "reinforce" or "replayed" (see ``weight_tokens``); a missing name
+            means all False.
+        advantages: [B] fp32 CPU that replace the method's, or None.
     """
 
     rollouts: Rollouts
@@ -129,26 +138,28 @@ class Sampled:
         return len(self.texts)
 
     def groups(self) -> list[list[int]]:
-        """The numbers of the answers of each group, groups in order of their first answer."""
+        """Indices of the completions of each group, groups in order of their first completion."""
         found: dict[int, list[int]] = {}
         for i, group in enumerate(self.group_ids):
             found.setdefault(group, []).append(i)
         return list(found.values())
 
-    def ordinary(self) -> list[int]:
-        """The answers without a mark: those whose log-probs the metrics compare with the engine's."""
+    def unmarked(self) -> list[int]:
+        """Indices of the completions without a mark. Only their log-probs are compared with the
+        engine's in the metrics.
+        """
         return [i for i in range(len(self)) if not any(flags[i] for flags in self.marks.values())]
 
-    def whole(self) -> list[int]:
-        """The answers of the groups in which every answer has a reward."""
+    def fully_scored(self) -> list[int]:
+        """Indices of the completions in groups in which every completion has a reward."""
         finite = self.scores.total.isfinite().tolist()
         return sorted(i for group in self.groups() if all(finite[j] for j in group) for i in group)
 
-    def chosen(self, indices: Sequence[int]) -> Sampled:
-        """Some of the answers, in the order given."""
+    def take(self, indices: Sequence[int]) -> ScoredRollouts:
+        """The completions ``indices``, in that order."""
         s = self.scores
-        return Sampled(
-            self.rollouts.chosen(indices),
+        return ScoredRollouts(
+            self.rollouts.take(indices),
             [self.texts[i] for i in indices],
             {name: [column[i] for i in indices] for name, column in self.columns.items()},
             Scores(s.total[list(indices)], {name: [part[i] for i in indices] for name, part in s.parts.items()}, []),
@@ -158,30 +169,30 @@ class Sampled:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The answers as plain values and tensors; failures are only text and stay behind."""
+        """The completions as plain values and tensors, without the failures."""
         scores = {"total": self.scores.total, "parts": self.scores.parts}
         own = {name: getattr(self, name) for name in ("texts", "columns", "group_ids", "marks", "advantages")}
         return {"rollouts": vars(self.rollouts), "scores": scores, **own}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Sampled:
-        """The answers of ``state_dict()``."""
+    def from_state(cls, state: dict[str, Any]) -> ScoredRollouts:
+        """The completions of ``state_dict()``."""
         return cls(**{**state, "rollouts": Rollouts(**state["rollouts"]), "scores": Scores(**state["scores"], failures=[])})
 
-    def marked(self, name: str) -> Sampled:
-        """The same answers, all with this mark."""
+    def marked(self, name: str) -> ScoredRollouts:
+        """The same completions, all with this mark."""
         return replace(self, marks={**self.marks, name: [True] * len(self)})
 
-    def joined(self, other: Sampled) -> Sampled:
-        """These answers and then those; advantages only where both have them."""
+    def concat(self, other: ScoredRollouts) -> ScoredRollouts:
+        """These completions followed by ``other``. Advantages are kept only where both have them."""
         parts = {name: part + other.scores.parts[name] for name, part in self.scores.parts.items()}
         marks = {
             name: self.marks.get(name, [False] * len(self)) + other.marks.get(name, [False] * len(other))
             for name in {**self.marks, **other.marks}
         }
         both = self.advantages is not None and other.advantages is not None
-        return Sampled(
-            self.rollouts.joined(other.rollouts),
+        return ScoredRollouts(
+            self.rollouts.concat(other.rollouts),
             self.texts + other.texts,
             {name: column + other.columns[name] for name, column in self.columns.items()},
             Scores(torch.cat([self.scores.total, other.scores.total]), parts, self.scores.failures + other.scores.failures),

@@ -1,12 +1,11 @@
-"""A run of the real loop on a tiny model and questions about numbers."""
+"""Fixtures: a tiny model, prompts about numbers, and the configuration of a short run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,27 +17,30 @@ pytest.importorskip("rouge_score", reason="the trainer's ROUGE reward needs roug
 pytest.importorskip("nltk", reason="the trainer's measures of diversity need nltk: pip install '.[train]'")
 pytest.importorskip("datasets", reason="the trainer's data files need datasets: pip install '.[train]'")
 
-from tiny import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer, tiny_config, with_sections, without_report
 
-from trainer.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    RewardsConfig,
-    RolloutConfig,
-)
+from trainer.config import Config
 from trainer.models.policy import Policy
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """A tiny model gains nothing from threads, which on a busy machine wait for each other most of the time."""
+    """One thread: a tiny model gains nothing from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def with_report() -> None:
+    """For tests that need the report which the loop draws at its end."""
+
+
+@pytest.fixture(autouse=True)
+def no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "with_report" not in request.fixturenames:
+        without_report(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -55,35 +57,22 @@ def policy() -> Policy:
 
 
 @pytest.fixture(scope="session")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     rows = [{"prompt": f"what is after n{i} ?", "answer": f"n{i + 1} n{i + 2}", "number": i} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.fixture
-def config(model_dir: Path, questions: Path, tmp_path: Path) -> Config:
-    """A run of the real loop that takes about a second."""
-    return Config(
-        name="tiny",
-        out=str(tmp_path / "runs"),
-        steps=3,
-        model=ModelConfig(path=str(model_dir), device="cpu"),
-        data=DataConfig(train=str(questions), eval=str(questions), train_limit=8, eval_limit=2),
-        rollout=RolloutConfig(prompts=3, responses=4, max_new_tokens=6),
-        rewards=RewardsConfig(functions=("reward_functions:low_numbers",)),
-        optim=OptimConfig(lr=1e-2),
-        eval=EvalConfig(responses=3, resamples=50),
-    )
+def config(model_dir: Path, prompts: Path, tmp_path: Path) -> Config:
+    """A run of the real loop that takes less than a second."""
+    return tiny_config(model_dir, prompts, tmp_path / "runs")
 
 
 @pytest.fixture
 def changed(config: Config) -> Callable[..., Config]:
-    """``changed(steps=5, optim={"lr": 1.0})``: the config with fields of itself and of its sections replaced."""
-
-    def change(**fields: Any) -> Config:
-        sections = {k: replace(getattr(config, k), **v) for k, v in fields.items() if isinstance(v, dict)}
-        return replace(config, **{**fields, **sections})
-
-    return change
+    """``changed(steps=5, optim={"lr": 1.0})``: the config with fields replaced, of itself and of
+    its sections.
+    """
+    return partial(with_sections, config)

@@ -1,4 +1,6 @@
-"""A local chat endpoint that behaves as the answer to be judged says: "busy", "down", "drip" and so on."""
+"""A local chat endpoint whose behaviour the completion under judgement selects: "busy", "down",
+"drip" and so on.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ REPLIES = {
 
 
 class JudgeServer:
-    """What it was asked and how often. hold: seconds that it takes for an ordinary reply."""
+    """Counts and records requests. hold: seconds before an ordinary reply."""
 
     def __init__(self) -> None:
         self.hold = 0.0

@@ -1,8 +1,9 @@
-"""``python killed_run.py CASE.json``: run a configuration once through, then again with kills and resumptions.
+"""``python killed_run.py CASES.json``: for every case train without interruption, then again with
+kills and resumptions.
 
-A process for every attempt is forked from this one, which has done nothing but imports: starting Python anew takes seconds.
-CASE: {"through": recipe, "killed": recipe, "metrics": the killed run's file, "seed": int, "by_time": kills at a random moment,
-"in_save": kills at a random point of a save}.
+The process of every attempt is forked from this one: starting Python takes seconds. CASE:
+{"through": recipe, "killed": recipe, "metrics": file of the killed run, "seed": int, "by_time":
+number of kills at a random moment, "in_save": number of kills at a random point of a save}.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from tiny import without_report
 
 from trainer import loop
 from trainer.config.settings import parse_config
@@ -25,7 +28,9 @@ from trainer.runs import checkpoint
 
 
 def kill_at(point: int) -> None:
-    """SIGKILL this process at the so-manieth moment of its saves: in front of a write, a look, a sync or a removal."""
+    """Send SIGKILL to this process at call number ``point`` of the functions that a save writes,
+    hashes, syncs and removes with.
+    """
     left = point
 
     def counted(function):  # type: ignore[no-untyped-def]
@@ -44,7 +49,7 @@ def kill_at(point: int) -> None:
 
 
 def slow_disk() -> None:
-    """Syncing takes long enough for kills at random moments to meet it."""
+    """Slow down syncs, so that kills at random moments hit them."""
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -55,7 +60,7 @@ def slow_disk() -> None:
 
 
 def wait_for_steps(metrics: Path, steps: int, child: int) -> None:
-    """Return when the run has logged so many more steps, or has ended."""
+    """Return when the run has logged ``steps`` more steps, or has ended."""
     begun = logged(metrics)
     while logged(metrics) < begun + steps and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(0.002)
@@ -66,7 +71,9 @@ def logged(metrics: Path) -> int:
 
 
 def attempt(recipe: str, resume: str, *, metrics: Path | None = None, steps: int = 0, wait: float = 0, point: int = 0) -> int:
-    """Fork a process that trains; it is killed so many steps and seconds later or at a point of its saves. Returns its end."""
+    """Fork a process that trains, and kill it after ``steps`` steps and ``wait`` seconds or at
+    ``point`` of its saves. Returns its wait status.
+    """
     child = os.fork()
     if child == 0:
         if point:
@@ -89,8 +96,7 @@ def attempt(recipe: str, resume: str, *, metrics: Path | None = None, steps: int
 
 
 def main(case: dict[str, Any]) -> None:
-    loop.write_report = lambda *_, **__: (Path("curves.png"), Path("report.md"))  # takes longer than the steps
-    loop.summary_table = lambda *_, **__: ""
+    without_report(pytest.MonkeyPatch())
     choose = random.Random(case["seed"])
     assert attempt(case["through"], "") == 0
     metrics = Path(case["metrics"])
@@ -104,4 +110,5 @@ def main(case: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        main(case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def has_a_low_number(completions: list[str], **_: Any) -> list[float]:
 
 
 def nan_for_number_1(completions: list[str], number: list[int], **_: Any) -> list[float]:
-    """The last answer to question 1 has no valid score."""
+    """The last completion to prompt 1 has no valid score."""
     last = max((i for i, n in enumerate(number) if n == 1), default=None)
     return [math.nan if i == last else float(len(text)) for i, text in enumerate(completions)]
 
@@ -51,6 +52,17 @@ def slow(completions: list[str], **_: Any) -> list[float]:
     Path(os.environ["SLOW_REWARD_STARTED"]).touch()
     time.sleep(60)
     return [0.0 for _ in completions]
+
+
+STOPS: list[signal.Signals | None] = []
+"""What the next calls of ``stops`` send to this process."""
+
+
+def stops(completions: list[str], **_: Any) -> list[float]:
+    number = STOPS.pop(0) if STOPS else None
+    if number:
+        signal.raise_signal(number)
+    return low_numbers(completions)
 
 
 def noisy(completions: list[str], **_: Any) -> list[float]:

@@ -1,32 +1,83 @@
-"""``torchrun --standalone --nproc-per-node 2 runs_on_ranks.py [KILL] RECIPE ...``: train each on one pair of processes.
+"""``python runs_on_ranks.py LAUNCHES.json``: run pairs of processes, which are forked from this
+one.
 
-KILL: a number; the last rank kills itself at the so-manieth moment of its saves (see ``killed_run.kill_at``).
+Starting Python for every process would take longer than the runs. LAUNCHES is a list of {"name":
+str, "recipes": [path]} with an optional "kill" (rank 1 kills itself at that point of its saves, see
+``killed_run.kill_at``), or of {"name": str, "command": [argument]} for the command line. Output
+goes to NAME-RANK.out and .err beside LAUNCHES, exit statuses to standard output.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import json
+import os
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from killed_run import kill_at
+from tiny import GivenCompletions, without_report
 
-from trainer import loop, ranks
+from trainer import commands, loop, ranks
+from trainer.config import Config
 from trainer.config.settings import parse_config
 
 
-def main(arguments: list[str]) -> None:
-    faulthandler.dump_traceback_later(240, exit=True)  # what hangs says where
-    torch.set_num_threads(1)
-    loop.write_report = lambda *_, **__: (Path("curves.png"), Path("report.md"))  # takes longer than the steps
-    loop.summary_table = lambda *_, **__: ""
-    with ranks.joined("cpu"):
-        if arguments[0].isdigit() and not ranks.first():
-            kill_at(int(arguments[0]))
-        for recipe in arguments[arguments[0].isdigit() :]:
-            assert loop.train(parse_config(["--config", recipe]))
+def train(config: Config) -> bool:
+    """Train without drawing a report, which takes longer than the steps; in bfloat16 on
+    ``GivenCompletions``.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        without_report(patch)
+        if config.model.dtype == "bfloat16":
+            patch.setattr(loop, "make_engine", lambda *_: GivenCompletions())
+        return loop.train(config)
+
+
+def work(launch: dict[str, Any]) -> int:
+    """What one rank does. Returns its exit status."""
+    if "command" in launch:
+        name, *arguments = launch["command"]
+        return commands.run(name, arguments)
+    with ranks.init_distributed("cpu"):
+        if "kill" in launch and not ranks.is_main():
+            kill_at(launch["kill"])
+        return 0 if all(train(parse_config(["--config", recipe])) for recipe in launch["recipes"]) else 130
+
+
+def fork(launch: dict[str, Any], rank: int, port: int, directory: Path) -> int:
+    """Start one rank and return its process id. As under torchrun, its parent hosts the store."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        for descriptor, kind in ((1, "out"), (2, "err")):
+            os.dup2(os.open(directory / f"{launch['name']}-{rank}.{kind}", os.O_WRONLY | os.O_CREAT), descriptor)
+        faulthandler.dump_traceback_later(240, exit=True)  # shows where a rank hangs
+        torch.set_num_threads(1)
+        status = work(launch)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main(file: Path) -> None:
+    for launch in json.loads(file.read_text()):
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        children = [fork(launch, rank, store.port, file.parent) for rank in range(2)]
+        print(launch["name"], *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(Path(sys.argv[1]))

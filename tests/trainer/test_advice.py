@@ -1,4 +1,6 @@
-"""Settings that cannot do what they are for are pointed out, once and in one line; the others are not."""
+"""Warnings about settings that have no effect: one line each, printed once, and none for other
+settings.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ ROUNDED = {"rollout": {"engine": "vllm", "vllm": VllmConfig(dtype="bfloat16")}}
     ("sections", "expected"),
     [
         ({}, None),
-        (LATE, "kl_cov acts where the ratio is not 1"),
+        (LATE, "kl_cov has no effect while the ratio is 1"),
         ({**LATE, "optim": {"epochs": 2}}, None),
         ({**LATE, "optim": {"minibatches": 2}}, None),
         (PAIRS, "spear replays nothing: no advantage in a group of 2 exceeds 0.71, and loss.good_above is 1"),
@@ -48,7 +50,7 @@ def test_after_the_first_step(changed: Callable[..., Config], method: str) -> No
     config = changed(loss={"method": method})
     (line,) = advice_on_rewards(config, torch.tensor([0.1, 0.5]))
     assert line.startswith(
-        f"{method} takes answers with a reward above 0.5 for correct, and the best of the first step has 0.5"
+        f"{method} counts completions with a reward above 0.5 as correct, and the highest reward of the first step is 0.5"
     )
     assert advice_on_rewards(config, torch.tensor([0.1, 0.6])) == []
     assert advice_on_rewards(changed(loss={"method": method, "numbers": {"correct_above": 0.3}}), torch.tensor([0.4])) == []
@@ -60,4 +62,4 @@ def test_a_run_says_it_once(changed: Callable[..., Config], capsys: pytest.Captu
     assert train(config)
     output = capsys.readouterr().out
     assert output.count("advice: rollout.top_p is 0.9") == 1
-    assert output.count("advice: pear takes answers with a reward above 0.5") == 1
+    assert output.count("advice: pear counts completions with a reward above 0.5") == 1

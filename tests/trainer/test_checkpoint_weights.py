@@ -1,4 +1,4 @@
-"""The weights that an engine is given are those of the checkpoint that ``save_pretrained`` writes."""
+"""The weights handed to an engine equal those that ``save_pretrained`` writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.models.policy import Policy
 
 
 def adapted(model: Any, **options: Any) -> Any:
-    """With adapters that do something: B starts as zero."""
+    """Adapters with an effect: B would start from zero."""
     torch.manual_seed(1)
     model = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, **{"target_modules": ["q_proj", "down_proj"], **options}))
     for name, parameter in model.named_parameters():

@@ -1,4 +1,6 @@
-"""Checkpoints: a killed run goes on bit for bit, damage is noticed and named, settings are compared."""
+"""Checkpoints: an interrupted run resumes bitwise, damage is detected and named, settings are
+compared.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_loop import rows, start, wait_for, without_times
+import reward_functions
+from test_loop import rows, without_times
+from tiny import tiny_config, with_sections
 
+from trainer.__main__ import main
 from trainer.config import Config
 from trainer.config.settings import to_toml
 from trainer.errors import CheckpointError, ConfigError
@@ -23,13 +28,6 @@ from trainer.runs.checkpoint import checkpoints
 
 Change = Callable[..., Config]
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than the steps."""
-    monkeypatch.setattr("trainer.loop.write_report", lambda *_, **__: (Path("curves.png"), Path("report.md")))
-    monkeypatch.setattr("trainer.loop.summary_table", lambda *_, **__: "")
 
 
 def path_of(config: Config) -> Path:
@@ -41,7 +39,7 @@ def names(config: Config) -> list[str]:
 
 
 def assert_same_run(one: Config, other: Config) -> None:
-    """Bit for bit, but for how long things took."""
+    """Everything equal except durations."""
     for a, b in zip(without_times(rows(one)), without_times(rows(other)), strict=True):
         assert {name: (a[name], b[name]) for name in a if a[name] != b[name]} == {}, f"step {a['step']}"
         assert a.keys() == b.keys()
@@ -62,25 +60,39 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_killed_run_goes_on_bit_for_bit(changed: Change, tmp_path: Path, case: str) -> None:
-    """SIGKILL at random moments and at random points of a save, with global generators in use."""
-    sections = {"checkpoint": {"every": 1}, **CASES[case]}
-    reward = {"functions": ("reward_functions:noisy",)}
-    through = changed(name="through", steps=8, rewards=reward, **sections)
-    killed = replace(through, name="killed")
-    recipes, metrics = {}, str(path_of(killed) / "metrics.jsonl")
-    for config in (through, killed):
-        recipes[config.name] = str(tmp_path / f"{config.name}.toml")
-        Path(recipes[config.name]).write_text(to_toml(config))
-    (tmp_path / "case.json").write_text(json.dumps({**recipes, "metrics": metrics, "seed": 11, "by_time": 3, "in_save": 3}))
+@pytest.fixture(scope="module")
+def killed_runs(model_dir: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, Config]]:
+    """Case -> the configurations of an uninterrupted run and of one that was killed and resumed,
+    all from one process.
+    """
+    directory = tmp_path_factory.mktemp("killed")
+    runs, cases = {}, []
+    for name, sections in CASES.items():
+        config = tiny_config(model_dir, prompts, directory / name)
+        sections = {"checkpoint": {"every": 1}, "rewards": {"functions": ("reward_functions:noisy",)}, **sections}
+        through = with_sections(config, name="through", steps=8, **sections)
+        killed = replace(through, name="killed")
+        case = {"metrics": str(path_of(killed) / "metrics.jsonl"), "seed": 11, "by_time": 2, "in_save": 2}
+        for run in (through, killed):
+            case[run.name] = str(directory / f"{name}-{run.name}.toml")
+            Path(case[run.name]).write_text(to_toml(run))
+        runs[name] = through, killed
+        cases.append(case)
+    (directory / "cases.json").write_text(json.dumps(cases))
     paths = os.pathsep.join([str(HERE), *sys.path])
     done = subprocess.run(
-        [sys.executable, str(HERE / "killed_run.py"), str(tmp_path / "case.json")], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(HERE / "killed_run.py"), str(directory / "cases.json")], capture_output=True, text=True,
+        timeout=240, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("going on from step-") >= 2, done.stdout
+    assert done.stdout.count("resuming from step-") >= 3, done.stdout
+    return runs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_resumes_bitwise(killed_runs: dict[str, tuple[Config, Config]], case: str) -> None:
+    """SIGKILL at random moments and at random points of a save, with global generators in use."""
+    through, killed = killed_runs[case]
     assert_same_run(through, killed)
     assert not list((path_of(killed) / "checkpoints").glob("*.tmp"))
     assert len(names(killed)) == killed.checkpoint.keep
@@ -126,7 +138,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
     assert train(longer)
     output = capsys.readouterr().out
     assert f"refused: checkpoint {latest}" in output
-    assert "going on from step-000002: 2 of 5 steps are done" in output
+    assert "resuming from step-000002: 2 of 5 steps are done" in output
     assert train(straight)
     assert_same_run(straight, longer)
     assert names(longer) == ["step-000004", "step-000005"]
@@ -159,7 +171,7 @@ def test_resume_auto_starts_where_there_is_nothing(short: Config, capsys: pytest
     assert_same_run(short, again)
 
 
-def test_what_cannot_be_resumed_is_refused(short: Config, questions: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_resumed_is_refused(short: Config, prompts: Path, tmp_path: Path) -> None:
     train(short)
     longer = replace(short, steps=4, resume="auto")
     other = replace(longer, seed=5, optim=replace(short.optim, lr=0.5), loss=replace(short.loss, numbers={"kl_coef": 0.1}))
@@ -173,14 +185,14 @@ def test_what_cannot_be_resumed_is_refused(short: Config, questions: Path, tmp_p
         train(replace(longer, overwrite=True))
     with pytest.raises(ConfigError, match=r"resume: expected auto or a checkpoint in .*step-000002, step-000003"):
         train(replace(longer, resume=str(tmp_path)))
-    changed_rows = questions.read_text().replace("n3 ?", "n33 ?")
-    kept = questions.read_text()
+    changed_rows = prompts.read_text().replace("n3 ?", "n33 ?")
+    kept = prompts.read_text()
     try:
-        questions.write_text(changed_rows)
-        with pytest.raises(CheckpointError, match=r"data\.train: expected the questions"):
+        prompts.write_text(changed_rows)
+        with pytest.raises(CheckpointError, match=r"data\.train: expected the prompts"):
             train(longer)
     finally:
-        questions.write_text(kept)
+        prompts.write_text(kept)
     with (path_of(short) / "metrics.jsonl").open("r+") as file:
         file.truncate(10)
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl: expected at least the \d+ bytes of the checkpoint, got 10"):
@@ -198,16 +210,22 @@ def test_an_earlier_checkpoint_can_be_gone_back_to(short: Config) -> None:
 
 
 @pytest.mark.parametrize(("number", "method"), [(signal.SIGINT, "eapo"), (signal.SIGTERM, "aepo")])
-def test_a_stopped_run_goes_on_bit_for_bit(changed: Change, tmp_path: Path, number: signal.Signals, method: str) -> None:
-    """Stopped in the middle of a step, far from any due checkpoint."""
-    config = changed(name="stopped", steps=100_000, data={"eval": ""}, loss={"method": method})
-    process = start(config, tmp_path)
-    wait_for(lambda: len(rows(config)) >= 2, process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+def test_a_stopped_run_resumes_bitwise(
+    changed: Change, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, method: str
+) -> None:
+    """Stopped in the middle of a step, far from any due checkpoint; the model is saved."""
+    reward = {"functions": ("reward_functions:stops",)}
+    config = changed(name="stopped", steps=100, data={"eval": ""}, loss={"method": method}, rewards=reward)
+    (tmp_path / "recipe.toml").write_text(to_toml(config))
+    reward_functions.STOPS[:] = [None, None, number]
+    assert main(["train", "--config", str(tmp_path / "recipe.toml")]) == 130
     done = len(rows(config))
-    assert f"step-{done:06d}: --resume auto goes on from there" in out
+    assert done == {"eapo": 2, "aepo": 1}[method], "aepo calls the rewards twice in a step"
+    out, err = capfd.readouterr()
+    assert "stopping at the next safe point" in err
+    assert f"interrupted after {done} of 100 steps" in out
+    assert f"step-{done:06d}: --resume auto continues from it" in out
+    assert (path_of(config) / "model" / "model.safetensors").exists()
     longer = replace(config, steps=done + 2, resume="auto")
     straight = replace(longer, name="straight", resume="")
     assert train(longer)

@@ -1,4 +1,4 @@
-"""Progress is never silent, and every tick passes a stop request on."""
+"""Progress output at regular intervals, and a stop request at every tick."""
 
 from __future__ import annotations
 

@@ -9,20 +9,20 @@ from datasets import Dataset
 from tiny import make_tokenizer
 
 from trainer.config import DataConfig
-from trainer.dataset import PromptSampler, encode_prompt, load_questions
+from trainer.dataset import PromptSampler, encode_prompt, load_prompts
 from trainer.errors import DataError
 
 
-def test_jsonl_and_parquet_give_the_same_rows(questions: Path, tmp_path: Path) -> None:
-    rows = load_questions(str(questions))
-    parquet = tmp_path / "questions.parquet"
+def test_jsonl_and_parquet_give_the_same_rows(prompts: Path, tmp_path: Path) -> None:
+    rows = load_prompts(str(prompts))
+    parquet = tmp_path / "prompts.parquet"
     Dataset.from_list([dict(row) for row in rows.rows]).to_parquet(parquet)
-    assert [dict(row) for row in load_questions(str(parquet)).rows] == [dict(row) for row in rows.rows]
-    assert len(load_questions(str(questions), limit=5)) == 5
+    assert [dict(row) for row in load_prompts(str(parquet)).rows] == [dict(row) for row in rows.rows]
+    assert len(load_prompts(str(prompts), limit=5)) == 5
 
 
-def test_columns_repeat_each_row_for_its_answers(questions: Path) -> None:
-    columns = load_questions(str(questions)).columns([4, 0], repeats=2)
+def test_columns_repeat_each_row_for_its_completions(prompts: Path) -> None:
+    columns = load_prompts(str(prompts)).columns([4, 0], repeats=2)
     assert columns["number"] == [4, 4, 0, 0]
     assert set(columns) == {"prompt", "answer", "number"}
 
@@ -44,10 +44,10 @@ def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(DataError, match="data: ") as error:
-        load_questions(str(path))
+        load_prompts(str(path))
     assert message in str(error.value)
     with pytest.raises(DataError, match="expected a file"):
-        load_questions(str(tmp_path / "missing.jsonl"))
+        load_prompts(str(tmp_path / "missing.jsonl"))
 
 
 def test_text_becomes_one_user_message_where_there_is_a_template() -> None:
@@ -78,5 +78,5 @@ def test_sampler_covers_every_epoch_and_continues_from_its_state() -> None:
     second.load_state_dict(state)
     assert [second.next() for _ in range(3)] == batches[2:]
     assert PromptSampler(size=10, batch=4, seed=4).next() != batches[0]
-    with pytest.raises(DataError, match="at most the 3 training questions, got 4"):
+    with pytest.raises(DataError, match="at most the 3 training prompts, got 4"):
         PromptSampler(size=3, batch=4, seed=0)

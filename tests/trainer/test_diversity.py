@@ -1,4 +1,4 @@
-"""Diversity and intervals against values worked out by hand."""
+"""Diversity and confidence intervals against values computed by hand."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from trainer.evaluation.diversity import bootstrap, dispersion, distinct_n, pass
 
 
 def test_distinct_n() -> None:
-    answers = ["A cat, a dog.", "a cat"]  # words: a cat a dog / a cat; bigrams: a-cat cat-a a-dog / a-cat
-    assert distinct_n(answers, 1) == pytest.approx(3 / 6)
-    assert distinct_n(answers, 2) == pytest.approx(3 / 4)
+    completions = ["A cat, a dog.", "a cat"]  # words: a cat a dog / a cat; bigrams: a-cat cat-a a-dog / a-cat
+    assert distinct_n(completions, 1) == pytest.approx(3 / 6)
+    assert distinct_n(completions, 2) == pytest.approx(3 / 4)
     assert distinct_n(["one", ""], 2) == 0.0
 
 
@@ -38,7 +38,7 @@ def test_dispersion_is_one_minus_the_mean_cosine_of_the_pairs() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_pass_at_k_is_the_share_of_the_draws_with_a_right_answer(k: int) -> None:
+def test_pass_at_k_is_the_share_of_the_draws_with_a_right_completion(k: int) -> None:
     rewards = [0.0, 1.0, 0.0, 0.0, 1.0]
     draws = list(combinations(rewards, k))
     assert pass_at_k(rewards, k) == pytest.approx(sum(map(max, draws)) / len(draws))

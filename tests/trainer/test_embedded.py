@@ -1,4 +1,4 @@
-"""The real models: conversion into a cache, and whether they are what they claim."""
+"""The embedded models: conversion into a cache, and outputs that identify them."""
 
 from __future__ import annotations
 

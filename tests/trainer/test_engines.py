@@ -1,4 +1,6 @@
-"""Which engine a run gets, what is refused before vLLM starts, and in which order it sleeps, wakes and takes weights."""
+"""The choice of the engine, errors before vLLM starts, and the order of sleep, wake-up and weight
+updates.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from trainer.rollouts.vllm_engine import VllmEngine
 
 
 class FakeLLM:
-    """Notes what is asked of it; answers every request with one token at once."""
+    """Records calls; completes every request with one token at once."""
 
     def __init__(self, **options: Any) -> None:
         self.options, self.calls, self.waiting = options, list[str](), list[str]()
@@ -117,7 +119,7 @@ def test_what_is_refused(changed: Callable[..., Config], policy: Policy, monkeyp
 
 
 def start(policy: Policy, monkeypatch: pytest.MonkeyPatch, level: int) -> tuple[VllmEngine, FakeLLM]:
-    """An engine on a fake; only its memory is pretended to be a GPU's."""
+    """An engine on a fake vLLM that reports the memory of a GPU."""
     install(monkeypatch, fake_vllm())
     monkeypatch.setattr(VllmEngine, "_check", lambda self: None)
     engine = VllmEngine(policy, RolloutConfig(vllm=VllmConfig(sleep_level=level)), 64)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What an evaluation measures beyond the loop's own test of it."""
+"""Metrics of an evaluation, the samples that are kept, and the command ``eval``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from trainer.__main__ import main
 from trainer.config import Config
-from trainer.dataset import load_questions
+from trainer.dataset import load_prompts
 from trainer.evaluation.evaluate import Evaluation, evaluate
 from trainer.loop import train
 from trainer.models.policy import Policy
@@ -31,9 +31,9 @@ Change = Callable[..., Config]
 
 
 def _evaluate(config: Config, policy: Policy, rewards: Rewards) -> tuple[Evaluation, list[dict[str, Any]]]:
-    questions, engine = load_questions(config.data.train, 3), TransformersEngine(policy, batch=64)
+    prompts, engine = load_prompts(config.data.train, 3), TransformersEngine(policy, batch=64)
     console = Console(StopRequest())
-    return evaluate(config, policy, engine, rewards, questions, dataset="train", step=0, console=console)
+    return evaluate(config, policy, engine, rewards, prompts, dataset="train", step=0, console=console)
 
 
 def test_rewards_of_0_and_1_give_pass_at_k(policy: Policy, changed: Change) -> None:
@@ -60,7 +60,7 @@ def test_graded_rewards_give_no_pass_at_k_and_similarity_gives_dispersion(policy
     assert found.values["dispersion"][0] == pytest.approx(1 - sum(cosines) / 3, abs=1e-6)
 
 
-def test_the_best_and_the_worst_answer_of_every_step_are_kept(changed: Change) -> None:
+def test_the_best_and_the_worst_completion_of_every_step_are_kept(changed: Change) -> None:
     config = changed(samples_per_step=3, data={"eval": ""})
     everything = changed(name="all", samples_per_step=100, data={"eval": ""})
     assert train(config)

@@ -1,4 +1,6 @@
-"""What is measured and marked before a step's weights are fixed, against dense logits and plain search."""
+"""Statistics, masks and teacher log-probs before the token weights are fixed, against dense logits
+and plain search.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ from tiny import make_model, make_tokenizer, no_tick
 from eapo_kernels import TokenStats, diagnostics, get_method, make_controller, observed_entropy, weight_tokens
 from trainer.config import Config
 from trainer.dataset import teacher_prompt
-from trainer.learning.batching import Answers, select
+from trainer.learning.batching import Completions, select
 from trainer.learning.experience import extra_statistics, final_answer, per_token, weigh
 from trainer.learning.measure import Wanted, measure, wanted_by
 from trainer.loop import train
 from trainer.models.policy import Policy
 from trainer.models.reference import Reference
-from trainer.records import Rollouts, Sampled, Sampling, Scores
+from trainer.records import Rollouts, Sampling, ScoredRollouts, Scores
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.runs.rundir import read
 
@@ -30,25 +32,25 @@ PROMPTS = [[5, 6, 7, 12, 8], [9], [10, 11, 12]]
 
 
 @pytest.fixture
-def answers(policy: Policy) -> Answers:
+def completions(policy: Policy) -> Completions:
     rollouts = TransformersEngine(policy, 64).generate(PROMPTS, Sampling(4, 9, TEMPERATURE, 1.0, seed=2), no_tick)
     return select(rollouts, range(12))
 
 
-def dense(policy: Policy, answers: Answers) -> torch.Tensor:
-    """[T, V] float64 raw logits, one answer at a time."""
+def dense(policy: Policy, completions: Completions) -> torch.Tensor:
+    """[T, V] float64 raw logits, one completion at a time."""
     rows = []
-    for prompt, completion in zip(answers.prompt_ids, answers.completion_ids, strict=True):
+    for prompt, completion in zip(completions.prompt_ids, completions.completion_ids, strict=True):
         with torch.no_grad():
             rows.append(policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double())
     return torch.cat(rows)
 
 
 @pytest.mark.parametrize("budget", [30, 1000])
-def test_everything_that_methods_read(policy: Policy, answers: Answers, budget: int) -> None:
+def test_everything_that_methods_read(policy: Policy, completions: Completions, budget: int) -> None:
     wanted = Wanted(second_moments=True, tempered=1.5, top_p=0.7)
-    found = measure(policy, answers, temperature=TEMPERATURE, budget=budget, tick=no_tick, wanted=wanted)
-    z, targets = dense(policy, answers), torch.tensor([token for ids in answers.completion_ids for token in ids])
+    found = measure(policy, completions, temperature=TEMPERATURE, budget=budget, tick=no_tick, wanted=wanted)
+    z, targets = dense(policy, completions), torch.tensor([token for ids in completions.completion_ids for token in ids])
     log_p = (z / TEMPERATURE).log_softmax(-1)
     p = log_p.exp()
     ordered = p.sort(-1, descending=True).values
@@ -73,8 +75,8 @@ def test_everything_that_methods_read(policy: Policy, answers: Answers, budget: 
         )
 
 
-def test_only_what_is_wanted_is_measured(policy: Policy, answers: Answers) -> None:
-    plain = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+def test_only_what_is_wanted_is_measured(policy: Policy, completions: Completions) -> None:
+    plain = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick)
     assert plain.p2 is None
     assert plain.tempered_logp is None
     assert plain.nucleus_entropy is None
@@ -88,42 +90,42 @@ def test_the_final_answer_follows_the_marker() -> None:
     tokenizer = make_tokenizer()
     n1, n2, n3 = tokenizer.convert_tokens_to_ids(["n1", "n2", "n3"])
     completions = [[n1, n2, n3, 1], [n3, n3], [n2], [n1, n1, n2], [n2, n1, n2]]
-    answers = select(Rollouts([[5]] * 5, completions, [torch.zeros(len(c)) for c in completions], [False] * 5), range(5))
-    found = final_answer(answers, "n2", tokenizer)
+    completions = select(Rollouts([[5]] * 5, completions, [torch.zeros(len(c)) for c in completions], [False] * 5), range(5))
+    found = final_answer(completions, "n2", tokenizer)
     assert found.tolist() == [False, False, True, True] + [False] * 2 + [False] + [False] * 3 + [False, True, True]
-    assert not final_answer(answers, "n1 n3", tokenizer).any()
-    assert per_token(torch.tensor([1, 2, 3, 4, 5]), answers).tolist() == [1] * 4 + [2] * 2 + [3] + [4] * 3 + [5] * 3
+    assert not final_answer(completions, "n1 n3", tokenizer).any()
+    assert per_token(torch.tensor([1, 2, 3, 4, 5]), completions).tolist() == [1] * 4 + [2] * 2 + [3] + [4] * 3 + [5] * 3
 
 
-def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: Config, answers: Answers) -> None:
+def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: Config, completions: Completions) -> None:
     assert teacher_prompt("what ?", "n1", "{prompt} is {answer}") == "what ? is n1"
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "what ?"}]
     assert teacher_prompt(messages, 3, "{answer} {prompt}")[1] == {"role": "user", "content": "3 what ?"}
     columns = {"prompt": ["what is n1 ?"] * 12, "answer": ["n2 n3"] * 12}
     scores = Scores(torch.zeros(12), {}, [])
-    rollouts = Rollouts(answers.prompt_ids, answers.completion_ids, [torch.zeros(1)] * 12, [False] * 12)
-    sampled = Sampled(rollouts, [""] * 12, columns, scores, [0] * 12, {"replayed": [i % 2 == 0 for i in range(12)]})
+    rollouts = Rollouts(completions.prompt_ids, completions.completion_ids, [torch.zeros(1)] * 12, [False] * 12)
+    sampled = ScoredRollouts(rollouts, [""] * 12, columns, scores, [0] * 12, {"replayed": [i % 2 == 0 for i in range(12)]})
     config = replace(config, rollout=replace(config.rollout, temperature=TEMPERATURE))
-    found = extra_statistics(config, get_method("trace"), policy, sampled, answers, no_tick)
+    found = extra_statistics(config, get_method("trace"), policy, sampled, completions, no_tick)
     text = "user: what is n1 ?\n\nA correct answer: n2 n3\n\n assistant:"
     prompt = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-    shown = replace(answers, prompt_ids=[prompt] * 12)
-    targets = torch.tensor([token for ids in answers.completion_ids for token in ids])
+    shown = replace(completions, prompt_ids=[prompt] * 12)
+    targets = torch.tensor([token for ids in completions.completion_ids for token in ids])
     expected = (dense(policy, shown) / TEMPERATURE).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(found["teacher_logp"].double(), expected, atol=3e-5, rtol=0)
-    assert found["replayed"].tolist() == [i % 2 == 0 for i, ids in enumerate(answers.completion_ids) for _ in ids]
-    assert set(extra_statistics(config, get_method("pear"), policy, sampled, answers, no_tick)) == {"answer", "replayed"}
+    assert found["replayed"].tolist() == [i % 2 == 0 for i, ids in enumerate(completions.completion_ids) for _ in ids]
+    assert set(extra_statistics(config, get_method("pear"), policy, sampled, completions, no_tick)) == {"answer", "replayed"}
 
 
-def test_the_predicted_change_has_the_sign_of_a_small_steps(policy: Policy, answers: Answers) -> None:
-    """Plain gradient descent on the loss in logit space, tried on the policy's own logits."""
+def test_the_predicted_change_has_the_sign_of_a_small_steps(policy: Policy, completions: Completions) -> None:
+    """A gradient step on the loss in logit space, applied to the policy's own logits."""
     method = get_method("w_reinforce")
     wanted = Wanted(second_moments=True)
-    old = measure(policy, answers, temperature=1.0, budget=1000, tick=no_tick, wanted=wanted)
+    old = measure(policy, completions, temperature=1.0, budget=1000, tick=no_tick, wanted=wanted)
     rewards = (torch.arange(12) % 3 == 0).float()
-    experience = weigh(method, answers, rewards, torch.arange(12) // 4, old)
+    experience = weigh(method, completions, rewards, torch.arange(12) // 4, old)
     found = experience.diagnose(method)["dynamics/predicted_entropy_change"]
-    z, targets = dense(policy, answers), experience.batch.targets
+    z, targets = dense(policy, completions), experience.batch.targets
     weights = diagnostics.token_weights(method, experience.batch).logp.double()
     score = torch.nn.functional.one_hot(targets, z.shape[1]) - z.softmax(-1)
 
@@ -134,15 +136,15 @@ def test_the_predicted_change_has_the_sign_of_a_small_steps(policy: Policy, answ
     assert found == pytest.approx(((total(z + step) - total(z - step)) / 2e-4).item(), rel=1e-3)
 
 
-def test_the_controllers_number_reaches_the_loss(policy: Policy, answers: Answers) -> None:
+def test_the_controllers_number_reaches_the_loss(policy: Policy, completions: Completions) -> None:
     method = get_method("eapo")
     controller = make_controller(method)
     assert controller is not None
-    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+    old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick)
     rewards, groups = torch.arange(12.0), torch.arange(12) // 4
-    first = weigh(method, answers, rewards, groups, old, controller=controller)
+    first = weigh(method, completions, rewards, groups, old, controller=controller)
     half = replace(old, entropy=old.entropy / 2)
-    second = weigh(method, answers, rewards, groups, half, controller=controller)
+    second = weigh(method, completions, rewards, groups, half, controller=controller)
     assert first.positive_weight is not None
     assert second.positive_weight is not None
     assert (first.positive_weight.item(), second.positive_weight.item()) == pytest.approx((1.0, 0.5))
@@ -183,20 +185,22 @@ def test_diagnostics_can_be_left_out(changed: Change) -> None:
 
 
 def test_models_differ() -> None:
-    """The tiny model is not uniform: mistakes of the tests above would show."""
+    """The tiny model is not uniform, so mistakes show in the tests above."""
     z = dense(Policy(make_model(), make_tokenizer()), select(Rollouts([[5]], [[6, 7]], [torch.zeros(2)], [True]), [0]))
     assert z.std() > 0.3
 
 
-def test_weights_are_those_of_shape_batch(policy: Policy, answers: Answers) -> None:
-    """The controller is updated with what the method watches, before its numbers are read; progress and seed get through."""
+def test_weights_are_those_of_weight_tokens(policy: Policy, completions: Completions) -> None:
+    """The controller is updated with the statistic it observes before its state is read; progress
+    and seed are passed on.
+    """
     rewards, groups = torch.arange(12.0) % 5, torch.arange(12) // 4
     for name, wanted in {"siren": Wanted(top_p=0.8), "entrocraft": Wanted(), "clip_cov": Wanted(), "epo": Wanted()}.items():
         changes = {"clip_cov": {"ratio": 0.2, "low": 0.01, "high": 9.0}, "entrocraft": {"low_first": 0.1, "high_first": 0.2}}
         method = get_method(name, fixed_length=9, **changes.get(name, {}))
         controller, twin = make_controller(method), make_controller(method)
-        old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick, wanted=wanted)
-        experience = weigh(method, answers, rewards, groups, old, controller=controller, progress=0.75, seed=11)
+        old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick, wanted=wanted)
+        experience = weigh(method, completions, rewards, groups, old, controller=controller, progress=0.75, seed=11)
         extras = {} if old.nucleus_entropy is None else {"nucleus_entropy": old.nucleus_entropy}
         plain = replace(experience.batch, advantages=None, token_advantages=None, entropy_coef=None, mask=None)
         if twin is not None:
@@ -212,11 +216,13 @@ def test_weights_are_those_of_shape_batch(policy: Policy, answers: Answers) -> N
 
 
 def test_what_the_loop_hands_over(changed: Change, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Advantages and marks of the hook, the share of the training that is done, and another seed each step."""
+    """Advantages and marks of the hook, the fraction of the run that is done, and a new seed each
+    step.
+    """
     seen: list[dict[str, Any]] = []
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        seen.append({**options, "answers": len(arguments[1]), "rewards": arguments[2]})
+        seen.append({**options, "completions": len(arguments[1]), "rewards": arguments[2]})
         return weigh(*arguments, **options)
 
     monkeypatch.setattr("trainer.loop.weigh", spy)
@@ -228,6 +234,6 @@ def test_what_the_loop_hands_over(changed: Change, monkeypatch: pytest.MonkeyPat
     assert seen[1]["extras"]["replayed"].any()
     assert not seen[1]["extras"]["replayed"].all()
     for call in seen:
-        assert call["advantages"].shape == call["rewards"].shape == (call["answers"],)
+        assert call["advantages"].shape == call["rewards"].shape == (call["completions"],)
         assert call["advantages"].isfinite().all()
-    assert seen[1]["answers"] > 12
+    assert seen[1]["completions"] > 12

@@ -1,4 +1,4 @@
-"""An exported model is the trained one, in a folder of the standard format."""
+"""An exported model equals the trained one, in the standard format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IDS = torch.arange(3, 19).reshape(2, 8)
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], tuple[Path, Policy]]:
-    """Trains and returns the run's directory with the policy as it was in memory at the end."""
+    """Train; return the directory of the run and the policy as it was in memory at the end."""
     policies = []
 
     def keep(*args: Any, **options: Any) -> Policy:
@@ -37,8 +37,6 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], tuple[Path, P
 
     load = loop.load_policy
     monkeypatch.setattr(loop, "load_policy", keep)
-    monkeypatch.setattr(loop, "write_report", lambda *_, **__: (Path("curves.png"), Path("report.md")))
-    monkeypatch.setattr(loop, "summary_table", lambda *_, **__: "")
 
     def run(config: Config) -> tuple[Path, Policy]:
         assert loop.train(config)
@@ -120,7 +118,7 @@ def test_what_is_refused_leaves_nothing(
     damaged = run / "checkpoints" / "step-000001"
     (damaged / "state.pt").write_bytes(b"")
     assert "state.pt: expected" in fails(source=damaged)
-    for name, command in (("export", ["export", str(run), "--out", str(out)]), ("compare", ["compare"])):
+    for name, command in (("export", ["export", str(run), "--out", str(out)]), ("report", ["report", str(run)])):
         with monkeypatch.context() as patch:
             patch.setenv("WORLD_SIZE", "2")
             assert main(command) == 2

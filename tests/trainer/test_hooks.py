@@ -1,4 +1,4 @@
-"""What the rollout hooks do to a step's answers, on the tiny model."""
+"""Effects of the rollout hooks on the completions of a step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from eapo_kernels import get_method
 from trainer.config import Config
 from trainer.hooks import CutRollouts, OversampledRollouts, ReplayRollouts, RolloutHook, SpreadRollouts, TargetRollouts
 from trainer.models.policy import Policy
-from trainer.records import Sampled, Sampling
+from trainer.records import Sampling, ScoredRollouts
 from trainer.rewards.scoring import Rewards
-from trainer.rollouts.source import AnswerSource
+from trainer.rollouts.source import RolloutSource
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.runs.console import Console
 from trainer.runs.interrupt import StopRequest
@@ -26,19 +26,19 @@ SAMPLING = Sampling(responses=4, max_new_tokens=8, temperature=1.0, top_p=1.0, s
 
 
 @pytest.fixture
-def source(policy: Policy, config: Config) -> AnswerSource:
+def source(policy: Policy, config: Config) -> RolloutSource:
     config = replace(config, rollout=replace(config.rollout, max_new_tokens=SAMPLING.max_new_tokens))
     rewards = Rewards(config.rewards, cache="unused", device=policy.device)
     engine, console = TransformersEngine(policy, 64), Console(StopRequest())
-    return AnswerSource(config, get_method("grpo"), policy, engine, rewards, console, lambda: (PROMPTS, COLUMNS))
+    return RolloutSource(config, get_method("grpo"), policy, engine, rewards, console, lambda: (PROMPTS, COLUMNS))
 
 
-def draw(source: AnswerSource, hook: RolloutHook, seed: int = 7) -> Sampled:
+def draw(source: RolloutSource, hook: RolloutHook, seed: int = 7) -> ScoredRollouts:
     return source.draw(PROMPTS, COLUMNS, range(4), hook.before(replace(SAMPLING, seed=seed)))
 
 
-def check(sampled: Sampled) -> None:
-    """Everything has one entry for each answer, and scores belong to their texts."""
+def check(sampled: ScoredRollouts) -> None:
+    """All fields have one entry for each completion, and scores belong to their texts."""
     n = len(sampled)
     rollouts = sampled.rollouts
     sizes = [len(c) for c in (rollouts.prompt_ids, rollouts.completion_ids, rollouts.logp, rollouts.truncated)]
@@ -55,7 +55,7 @@ def check(sampled: Sampled) -> None:
         assert (sampled.columns["answer"][i], rollouts.prompt_ids[i]) == (COLUMNS["answer"][row], PROMPTS[row])
 
 
-def test_without_a_hook_nothing_changes(source: AnswerSource) -> None:
+def test_without_a_hook_nothing_changes(source: RolloutSource) -> None:
     hook = RolloutHook()
     sampled = draw(source, hook)
     assert hook.before(SAMPLING) == SAMPLING
@@ -63,7 +63,7 @@ def test_without_a_hook_nothing_changes(source: AnswerSource) -> None:
     check(sampled)
 
 
-def test_dapo_asks_other_questions_in_the_place_of_flat_groups(source: AnswerSource) -> None:
+def test_dapo_asks_other_prompts_in_the_place_of_flat_groups(source: RolloutSource) -> None:
     hook, sampled = SpreadRollouts(rounds=2), draw(source, SpreadRollouts())
     assert source.config.rollout.prompts == 3
     flat = sampled.scores.total.clone()
@@ -72,7 +72,7 @@ def test_dapo_asks_other_questions_in_the_place_of_flat_groups(source: AnswerSou
     sampled = replace(sampled, scores=replace(sampled.scores, total=flat))
     result = hook.after(sampled, SAMPLING, source, {}, seed=9)
     assert result.rollouts.completion_ids[:4] == sampled.rollouts.completion_ids[:4]
-    check(result.chosen(range(4, len(result))))
+    check(result.take(range(4, len(result))))
     groups = result.groups()
     assert len(groups) == 3
     assert all(result.scores.total[group].unique().numel() > 1 for group in groups)
@@ -83,8 +83,8 @@ def test_dapo_asks_other_questions_in_the_place_of_flat_groups(source: AnswerSou
 
 
 @pytest.mark.parametrize(("temperature", "above"), [(1.2, 0.0), (0.8, 1.0)])
-def test_aepo_replaces_some_by_good_answers_of_another_temperature(
-    source: AnswerSource, temperature: float, above: float
+def test_aepo_replaces_some_by_good_completions_of_another_temperature(
+    source: RolloutSource, temperature: float, above: float
 ) -> None:
     hook = TargetRollouts(resampled_share=0.5, replaced_share=0.25)
     sampled = draw(source, hook)
@@ -108,7 +108,7 @@ def test_aepo_replaces_some_by_good_answers_of_another_temperature(
     assert again.rollouts.completion_ids == result.rollouts.completion_ids
 
 
-def test_cure_continues_from_an_uncertain_token(source: AnswerSource) -> None:
+def test_cure_continues_from_an_uncertain_token(source: RolloutSource) -> None:
     hook = CutRollouts(continuations=3, top=2)
     sampled = draw(source, hook)
     assert len(sampled) == 4
@@ -123,7 +123,7 @@ def test_cure_continues_from_an_uncertain_token(source: AnswerSource) -> None:
         best = sorted(words, key=lambda place: -float(entropy[place]))[:2] if words else range(len(ids))
         new = result.rollouts.completion_ids[4 + 3 * i : 7 + 3 * i]
         assert any(all(other[:cut] == ids[:cut] for other in new) for cut in best)
-    # recorded log-probs are those of the whole answer under the policy, prefix and continuation
+    # recorded log-probs are those of the whole completion under the policy, prefix and continuation
     dense = source.policy.model(
         input_ids=torch.tensor([result.rollouts.prompt_ids[4] + result.rollouts.completion_ids[4]])
     ).logits
@@ -132,7 +132,7 @@ def test_cure_continues_from_an_uncertain_token(source: AnswerSource) -> None:
     torch.testing.assert_close(result.rollouts.logp[4], logp.detach(), atol=2e-5, rtol=0)
 
 
-def test_t1_keeps_the_best_and_the_worst(source: AnswerSource) -> None:
+def test_t1_keeps_the_best_and_the_worst(source: RolloutSource) -> None:
     hook = OversampledRollouts(oversample=3, hotter=1.5)
     assert hook.before(SAMPLING) == replace(SAMPLING, responses=12, temperature=1.5)
     sampled = draw(source, hook)
@@ -143,13 +143,13 @@ def test_t1_keeps_the_best_and_the_worst(source: AnswerSource) -> None:
         assert sorted(result.scores.total[after].tolist()) == ordered[:2] + ordered[-2:]
 
 
-def test_spear_replays_good_answers_against_the_median(source: AnswerSource) -> None:
+def test_spear_replays_good_completions_against_the_median(source: RolloutSource) -> None:
     hook = ReplayRollouts(buffer=3, good_above=0.5, replayed_share=0.25)
     first = hook.after(draw(source, hook), SAMPLING, source, {}, 0)
     assert len(first) == 16
     assert not first.marks
     good = [i for i in range(16) if source.advantages(first)[i] > 0.5]
-    assert [answer.texts[0] for answer in hook.answers] == [first.texts[i] for i in good][-3:]
+    assert [completion.texts[0] for completion in hook.completions] == [first.texts[i] for i in good][-3:]
     median = float(first.scores.total.median()) if len(first) % 2 else float(first.scores.total.sort().values[7:9].mean())
     fresh = draw(source, hook, seed=8)
     second = hook.after(fresh, SAMPLING, source, {}, 1)
@@ -160,6 +160,6 @@ def test_spear_replays_good_answers_against_the_median(source: AnswerSource) -> 
     assert second.advantages is not None
     torch.testing.assert_close(second.advantages[old], second.scores.total[old] - median)
     torch.testing.assert_close(second.advantages[:16], source.advantages(fresh))
-    assert set(second.ordinary()) == set(range(16))
+    assert set(second.unmarked()) == set(range(16))
     assert len({second.group_ids[i] for i in old} - set(fresh.group_ids)) == len(old)
     assert len(hook.rewards) == 32

@@ -1,4 +1,6 @@
-"""Measurement against dense logits, micro-batches that change nothing, and a stop before a bad step."""
+"""Measurement against dense logits, independence of micro-batches, and a stop before an update that
+is not finite.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from tiny import make_model, make_tokenizer, no_tick
 from eapo_kernels import METHODS, get_method, make_controller
 from trainer.config import OptimConfig
 from trainer.errors import DivergenceError, Interrupted
-from trainer.learning.batching import Answers, collate, plan, select
+from trainer.learning.batching import Completions, collate, plan, select
 from trainer.learning.experience import Experience, weigh
 from trainer.learning.learner import Learner
 from trainer.learning.measure import Wanted, measure
@@ -30,16 +32,18 @@ def rollouts(policy: Policy) -> Rollouts:
 
 
 def weighed(policy: Policy, rollouts: Rollouts, method: str) -> Experience:
-    """Twelve answers in three groups with rewards of 0 and 1, weighed with everything that any method reads."""
-    answers, built = select(rollouts, range(12)), get_method(method, fixed_length=9)
+    """Twelve completions in three groups with rewards of 0 and 1, with all extras that any method
+    reads.
+    """
+    completions, built = select(rollouts, range(12)), get_method(method, fixed_length=9)
     wanted = Wanted(second_moments=True, tempered=1.2, top_p=0.8)
-    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick, wanted=wanted)
+    old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick, wanted=wanted)
     rewards = torch.randint(0, 2, (12,), generator=torch.Generator().manual_seed(0)).float()
     rewards[:3] = torch.tensor([0.0, 1.0, 1.0])
-    place = torch.arange(answers.tokens)
+    place = torch.arange(completions.tokens)
     extras = {"answer": place % 3 == 0, "teacher_logp": old.logp - 0.1}
     return weigh(
-        built, answers, rewards, torch.arange(12) // 4, old, controller=make_controller(built), ref_logp=old.logp + 0.1,
+        built, completions, rewards, torch.arange(12) // 4, old, controller=make_controller(built), ref_logp=old.logp + 0.1,
         extras=extras, progress=0.5, seed=1,
     )  # fmt: skip
 
@@ -55,39 +59,39 @@ def learner(policy: Policy, method: str = "eapo", changes: dict[str, Any] | None
 
 
 def test_batches_hold_every_response_token_once(rollouts: Rollouts) -> None:
-    answers = select(rollouts, [7, 0, 3, 11, 5])
-    groups = plan(answers, range(5), budget=30)
+    completions = select(rollouts, [7, 0, 3, 11, 5])
+    groups = plan(completions, range(5), budget=30)
     assert sorted(i for group in groups for i in group) == list(range(5))
     tokens = []
     for group in groups:
-        assert len(group) == 1 or len(group) * max(map(answers.length, group)) <= 30
-        batch = collate(answers, group, torch.device("cpu"))
+        assert len(group) == 1 or len(group) * max(map(completions.length, group)) <= 30
+        batch = collate(completions, group, torch.device("cpu"))
         columns = (batch.rows, batch.targets, batch.sequence_ids, batch.tokens)
         for row, target, sequence, token in zip(*(column.tolist() for column in columns), strict=True):
-            position = token - answers.starts[sequence]
-            assert target == answers.completion_ids[sequence][position]
+            position = token - completions.starts[sequence]
+            assert target == completions.completion_ids[sequence][position]
             place, column = divmod(row, batch.input_ids.shape[1])
-            assert column == len(answers.prompt_ids[sequence]) - 1 + position
+            assert column == len(completions.prompt_ids[sequence]) - 1 + position
             assert batch.input_ids[place, column + 1] == target
         tokens += batch.tokens.tolist()
-        assert batch.attention_mask.sum() == sum(map(answers.length, group))
-    assert sorted(tokens) == list(range(answers.tokens))
-    assert plan(answers, range(5), budget=1) == [[i] for i in sorted(range(5), key=answers.length, reverse=True)]
+        assert batch.attention_mask.sum() == sum(map(completions.length, group))
+    assert sorted(tokens) == list(range(completions.tokens))
+    assert plan(completions, range(5), budget=1) == [[i] for i in sorted(range(5), key=completions.length, reverse=True)]
 
 
 @pytest.mark.parametrize("budget", [1, 40, 1000])
 def test_measurement_equals_dense_logits(policy: Policy, rollouts: Rollouts, budget: int) -> None:
-    answers = select(rollouts, range(12))
-    found = measure(policy, answers, temperature=TEMPERATURE, budget=budget, tick=no_tick)
-    for i, (prompt, completion) in enumerate(zip(answers.prompt_ids, answers.completion_ids, strict=True)):
+    completions = select(rollouts, range(12))
+    found = measure(policy, completions, temperature=TEMPERATURE, budget=budget, tick=no_tick)
+    for i, (prompt, completion) in enumerate(zip(completions.prompt_ids, completions.completion_ids, strict=True)):
         with torch.no_grad():
             logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         full = (logits.double() / TEMPERATURE).log_softmax(-1)
-        own = slice(answers.starts[i], answers.starts[i + 1])
+        own = slice(completions.starts[i], completions.starts[i + 1])
         torch.testing.assert_close(found.logp[own].double(), full.gather(1, torch.tensor(completion)[:, None])[:, 0],
                                    atol=2e-5, rtol=0)  # fmt: skip
         torch.testing.assert_close(found.entropy[own].double(), -(full.exp() * full).sum(-1), atol=2e-5, rtol=0)
-    torch.testing.assert_close(found.logp, answers.rollout_logp, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found.logp, completions.rollout_logp, atol=2e-5, rtol=0)
 
 
 def gradients(policy: Policy, experience: Experience, budget: int, method: str, **changes: Any) -> tuple[list, dict]:
@@ -112,17 +116,17 @@ def test_the_cut_into_micro_batches_changes_nothing(policy: Policy, rollouts: Ro
 
 
 def test_gradient_is_that_of_the_equation(policy: Policy, experience: Experience) -> None:
-    """E10 with ratio 1, retyped on the model's own logits: -1/T sum_t w_i A_i dlogp_t."""
+    """E10 with ratio 1, written out on the model's own logits: -1/T sum_t w_i A_i dlogp_t."""
     found, _ = gradients(policy, experience, 10_000, "eapo")
     rewards = experience.batch.rewards.view(3, 4)
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)).flatten()
     weighted = torch.where(advantages > 0, 0.7 * advantages, advantages)
     policy.zero_grad()
-    answers = experience.answers
-    for i, (prompt, completion) in enumerate(zip(answers.prompt_ids, answers.completion_ids, strict=True)):
+    completions = experience.completions
+    for i, (prompt, completion) in enumerate(zip(completions.prompt_ids, completions.completion_ids, strict=True)):
         logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         logp = (logits / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])
-        (-weighted[i] * logp.sum() / answers.tokens).backward()
+        (-weighted[i] * logp.sum() / completions.tokens).backward()
     for a, p in zip(found, policy.trainable(), strict=True):
         torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-3)
 
@@ -136,10 +140,10 @@ def test_minibatches_and_epochs_take_as_many_optimizer_steps(policy: Policy, exp
     assert metrics["ratio_mean"] != 1.0
 
 
-def test_fewer_answers_than_minibatches_are_a_minibatch_each(policy: Policy, rollouts: Rollouts) -> None:
-    answers, built = select(rollouts, [0, 5]), get_method("grpo")
-    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
-    experience = weigh(built, answers, torch.tensor([0.0, 1.0]), torch.zeros(2, dtype=torch.int64), old)
+def test_fewer_completions_than_minibatches_are_a_minibatch_each(policy: Policy, rollouts: Rollouts) -> None:
+    completions, built = select(rollouts, [0, 5]), get_method("grpo")
+    old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+    experience = weigh(built, completions, torch.tensor([0.0, 1.0]), torch.zeros(2, dtype=torch.int64), old)
     own = learner(policy, "grpo", minibatches=5)
     ticks: list[tuple[int, int]] = []
     metrics = own.update(experience, step=0, seed=0, tick=lambda *done: ticks.append(done))
@@ -177,36 +181,38 @@ def test_schedules() -> None:
     assert [cosine.learning_rate(step) for step in (2, 6, 10)] == pytest.approx([1e-2, 5.5e-3, 1e-3])
 
 
-def answers_of(lengths: list[tuple[int, int]]) -> Answers:
+def completions_of(lengths: list[tuple[int, int]]) -> Completions:
     rollouts = Rollouts([[2] * p for p, _ in lengths], [[3] * c for _, c in lengths], [torch.zeros(c) for _, c in lengths], [])
     return select(rollouts, range(len(lengths)))
 
 
 def test_plan_puts_neighbours_in_length_together() -> None:
-    answers = answers_of([(1, 1), (1, 99), (2, 1), (2, 98), (1, 2)])
-    assert plan(answers, range(5), budget=200) == [[1, 3], [2, 4, 0]]
+    completions = completions_of([(1, 1), (1, 99), (2, 1), (2, 98), (1, 2)])
+    assert plan(completions, range(5), budget=200) == [[1, 3], [2, 4, 0]]
 
 
 @pytest.mark.parametrize("method", ["psr", "grpo"])
 def test_a_step_with_nothing_to_learn_leaves_the_weights(policy: Policy, rollouts: Rollouts, method: str) -> None:
-    """No correct answer for psr, no spread for grpo: a finite loss of zero, and no gradient."""
-    answers, built = select(rollouts, range(12)), get_method(method)
-    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+    """psr without a correct completion, grpo with equal rewards: a loss of zero and no gradient."""
+    completions, built = select(rollouts, range(12)), get_method(method)
+    old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick)
     before = [p.clone() for p in policy.trainable()]
     own = learner(policy, method, micro_batch_tokens=45, minibatches=2)
-    experience = weigh(built, answers, torch.zeros(12), torch.arange(12) // 4, old)
+    experience = weigh(built, completions, torch.zeros(12), torch.arange(12) // 4, old)
     metrics = own.update(experience, step=0, seed=0, tick=no_tick)
     assert metrics["loss"] == metrics["grad_norm"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
 
 
-def test_dropped_answers_leave_the_denominator(policy: Policy, rollouts: Rollouts) -> None:
-    """nsr with two wrong answers of twelve: the mean over the tokens of those two, in any cut."""
-    answers, built = select(rollouts, range(12)), get_method("nsr")
-    old = measure(policy, answers, temperature=TEMPERATURE, budget=1000, tick=no_tick)
+def test_dropped_completions_leave_the_denominator(policy: Policy, rollouts: Rollouts) -> None:
+    """nsr with two wrong completions of twelve: the mean over the tokens of those two, for any
+    split.
+    """
+    completions, built = select(rollouts, range(12)), get_method("nsr")
+    old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick)
     rewards = torch.ones(12)
     rewards[[2, 7]] = 0
-    experience = weigh(built, answers, rewards, torch.arange(12) // 4, old)
+    experience = weigh(built, completions, rewards, torch.arange(12) // 4, old)
     for budget in (45, 10_000):
         _, metrics = gradients(policy, experience, budget, "nsr")
         assert metrics["loss"] == pytest.approx(1.0, abs=1e-5)  # -mean(ratio * -1)

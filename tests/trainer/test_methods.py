@@ -1,4 +1,4 @@
-"""Every method trains from its name alone, and its controller goes on where a checkpoint left it."""
+"""Every method trains from its name alone, and its controller resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,19 +24,12 @@ BINARY = {"psr", "nsr", "w_reinforce"}
 BY_CORRECTNESS = BINARY | {"pear", "dcpo", "trace"}  # a tiny model's share of low numbers hardly ever exceeds a half
 
 
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than the three steps."""
-    monkeypatch.setattr("trainer.loop.write_report", lambda *_, **__: (Path("curves.png"), Path("report.md")))
-    monkeypatch.setattr("trainer.loop.summary_table", lambda *_, **__: "")
-
-
 def metrics_of(config: Config) -> list[dict[str, Any]]:
     return read(Path(config.out) / config.name, "metrics")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_from_its_name(changed: Change, no_report: None, method: str) -> None:
+def test_every_method_trains_from_its_name(changed: Change, method: str) -> None:
     reward = "has_a_low_number" if method in BY_CORRECTNESS else "low_numbers"
     config = changed(
         data={"eval": ""}, loss={"method": method}, rewards={"functions": (f"reward_functions:{reward}",)},
@@ -57,7 +50,7 @@ def test_every_method_trains_from_its_name(changed: Change, no_report: None, met
 
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.controller])
 def test_a_controller_goes_on_after_a_checkpoint(method: str) -> None:
-    """Five steps, or three, a file, and two: the same numbers."""
+    """Five steps give the same state as three steps, a checkpoint, and two steps."""
     entropies = [2.0, 1.5, 1.7, 1.2, 0.9]
     through, first, again = (make_controller(METHODS[method]) for _ in range(3))
     assert through
@@ -88,7 +81,7 @@ def test_graded_rewards_are_refused_before_anything_is_generated(
     with pytest.raises(ConfigError, match=expected):
         train(changed(loss={"method": method}))
     half = {"functions": ("exact_match",), "weights": (0.5,)}
-    with pytest.raises(ConfigError, match=r"got 0\.5 from exact_match for the answer 'n1 n2'"):
+    with pytest.raises(ConfigError, match=r"got 0\.5 from exact_match for the completion 'n1 n2'"):
         train(changed(loss={"method": method}, rewards=half, overwrite=True))
 
 

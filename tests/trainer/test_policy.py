@@ -1,4 +1,4 @@
-"""The policy: heads of several families, adapters, precision, and what it refuses."""
+"""The policy: output heads of several families, adapters, precision, and errors."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_trained_is_refused(model_dir: Path, model: dict, lora: d
 
 
 @pytest.mark.parametrize(("config", "expected"), [(7, [1, 7]), ([7, 1, 8], [1, 7, 8]), (None, [1]), (0, [0, 1])])
-def test_an_answer_ends_at_any_of_the_ids(config: int | list[int] | None, expected: list[int]) -> None:
+def test_a_completion_ends_at_any_of_the_ids(config: int | list[int] | None, expected: list[int]) -> None:
     model = make_model()
     model.generation_config.eos_token_id = config
     assert Policy(model, make_tokenizer()).eos_ids == expected

@@ -1,4 +1,4 @@
-"""Two processes under torchrun are one: the same run but for rounding, resumable, and none hangs when the other ends."""
+"""Two processes give the run of one up to rounding, resume, and end when one of them ends."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs_on_ranks import train
 from safetensors.torch import load_file
 from test_checkpoints import assert_same_run, names, path_of
 from test_loop import rows, without_times
-from tiny import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer, with_sections
 
 from trainer import ranks
 from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
 from trainer.config.settings import to_toml
-from trainer.errors import FailedElsewhere
-from trainer.loop import train
+from trainer.errors import RemoteRankError
 from trainer.runs.export import export
 
 HERE = Path(__file__).parent
@@ -30,7 +31,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 CASES: dict[str, dict[str, Any]] = {
     "full": {"optim": {"minibatches": 2, "epochs": 2}, "eval": {"every": 2}},
-    # Weights over the whole step (quantiles of all tokens); minibatches of two or three answers, unevenly shared.
+    # Weights over the whole step (quantiles of all tokens); minibatches of two or three completions, unevenly shared.
     "batch_scope": {"loss": {"method": "clip_cov"}, "optim": {"minibatches": 5, "micro_batch_tokens": 30}},
     "adapters": {
         "lora": {"rank": 2}, "model": {"gradient_checkpointing": True}, "loss": {"numbers": {"kl_coef": 0.1}},
@@ -44,34 +45,31 @@ CASES: dict[str, dict[str, Any]] = {
     "dapo": {"loss": {"method": "dapo"}, "rewards": {"functions": ("reward_functions:has_a_low_number",)}},
     "cure": {"loss": {"method": "cure"}, "rollout": {"prompts": 1}},
     "majority": {"rewards": {"functions": ("majority",)}, "loss": {"method": "grpo"}},
-    "bfloat16": {"model": {"dtype": "bfloat16"}, "lora": {"rank": 2}},
+    "bfloat16": {"steps": 3, "model": {"dtype": "bfloat16"}, "lora": {"rank": 2}, "optim": {"lr": 1e-3}},
 }  # fmt: skip
+
+
+Weights = dict[str, torch.Tensor]
 
 
 @dataclass
 class Pair:
-    """What the launches left: recipes by case, and what the killed pair said."""
+    """What the launches left: recipes by case, and the exit statuses and the output of each
+    launch's ranks.
+    """
 
     one: dict[str, Config]
     two: dict[str, Config]
     straight: Config
     killed: Config
     narrowed: Config
-    attempt: subprocess.CompletedProcess[str]
-
-
-def torchrun(*arguments: str | Path, script: Path | None = HERE / "runs_on_ranks.py") -> subprocess.CompletedProcess[str]:
-    command = [*TORCHRUN, *([str(script)] if script else []), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
+    statuses: dict[str, list[int]]
+    out: dict[str, list[str]]
+    err: dict[str, list[str]]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
-
-
-def with_sections(config: Config, **fields: Any) -> Config:
-    sections = {k: replace(getattr(config, k), **v) for k, v in fields.items() if isinstance(v, dict)}
-    return replace(config, **{**fields, **sections})
 
 
 @pytest.fixture(scope="module")
@@ -79,47 +77,59 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
     directory = tmp_path_factory.mktemp("ranks")
     make_model().save_pretrained(directory / "tiny")
     make_tokenizer().save_pretrained(directory / "tiny")
-    questions = [{"prompt": f"what is after n{i} ?" + " is" * (i % 3), "answer": f"n{i + 1}"} for i in range(9)]
-    (directory / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    data = str(directory / "questions.jsonl")
+    prompts = [{"prompt": f"what is after n{i} ?" + " is" * (i % 3), "answer": f"n{i + 1}"} for i in range(9)]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    data = str(directory / "prompts.jsonl")
     return Config(
-        out=str(directory / "runs"), steps=3, diagnose_every=2, model=ModelConfig(path=str(directory / "tiny"), device="cpu"),
+        out=str(directory / "runs"), steps=2, diagnose_every=2, model=ModelConfig(path=str(directory / "tiny"), device="cpu"),
         data=DataConfig(train=data, eval=data, eval_limit=3), rollout=RolloutConfig(prompts=3, responses=4, max_new_tokens=6),
         rewards=RewardsConfig(functions=("reward_functions:low_numbers",)), optim=OptimConfig(lr=1e-2),
         eval=EvalConfig(responses=3, resamples=50),
     )  # fmt: skip
 
 
-def recipe(config: Config, name: str = "") -> Path:
+def recipe(config: Config, name: str = "") -> str:
     path = Path(config.out).parent / f"{name or config.name}.toml"
     path.write_text(to_toml(config))
-    return path
+    return str(path)
 
 
 @pytest.fixture(scope="module")
 def pair(base: Config) -> Pair:
-    """Every run on two processes from two launches: starting them takes longer than all the rest."""
     two = {name: with_sections(base, name=f"two-{name}", **sections) for name, sections in CASES.items()}
     straight = with_sections(base, name="straight", steps=5, checkpoint={"every": 1, "keep": 5}, loss={"method": "spear"})
     killed, half = replace(straight, name="killed", resume="auto"), replace(straight, name="narrowed", checkpoint=replace(
         straight.checkpoint, every=2))  # fmt: skip
-    attempt = torchrun(8, recipe(killed))  # a rank's third save: before, in or after the write of its share
-    done = torchrun(*(recipe(config) for config in (*two.values(), straight, killed, half)))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from step-000002: 2 of 5 steps are done" in done.stdout
+    broken = with_sections(base, name="broken", rewards={"functions": ("reward_functions:raises_on_the_second_rank",)})
+    launches = [
+        # A rank's third save: before, in or after the write of its shards.
+        {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
+        {"name": "all", "recipes": [recipe(config) for config in (*two.values(), straight, killed, half)]},
+        {"name": "broken", "command": ["train", "--config", recipe(broken)]},
+    ]
+    directory = Path(base.out).parent
+    (directory / "launches.json").write_text(json.dumps(launches))
+    command = [sys.executable, str(HERE / "runs_on_ranks.py"), str(directory / "launches.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
+    assert done.returncode == 0, done.stderr
+    statuses = {name: [int(a), int(b)] for name, a, b in (line.split() for line in done.stdout.splitlines())}
+    out, err = (
+        {name: [(directory / f"{name}-{rank}.{kind}").read_text() for rank in range(2)] for name in statuses}
+        for kind in ("out", "err")
+    )
+    assert statuses["all"] == [0, 0], err["all"]
     one = {name: replace(config, name=f"one-{name}") for name, config in two.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.loop.write_report", lambda *_, **__: (Path("curves.png"), Path("report.md")))
-        patch.setattr("trainer.loop.summary_table", lambda *_, **__: "")
-        for config in one.values():
-            assert train(config)
-        narrowed = replace(half, resume=str(path_of(half) / "checkpoints" / "step-000002"))
-        assert train(narrowed)
-    return Pair(one, two, straight, killed, narrowed, attempt)
+    for config in one.values():
+        assert train(config)
+    narrowed = replace(half, resume=str(path_of(half) / "checkpoints" / "step-000002"))
+    assert train(narrowed)
+    return Pair(one, two, straight, killed, narrowed, statuses, out, err)
 
 
-def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> None:
-    """The same answers, and numbers up to the order of sums."""
+def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> tuple[Weights, Weights]:
+    """The same completions, and logged numbers within the bounds. Returns the saved weights of
+    both.
+    """
     assert rows(one, "samples") == rows(two, "samples")
     logged = zip(without_times(rows(one)), without_times(rows(two)), strict=True)
     for a, b in logged:
@@ -131,27 +141,60 @@ def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> None:
     file = "adapter_model.safetensors" if one.lora.rank else "model.safetensors"
     ours, theirs = (load_file(path_of(config) / "model" / file) for config in (one, two))
     assert ours.keys() == theirs.keys()
+    return ours, theirs
+
+
+def assert_equal_in_fp32(one: Config, two: Config) -> None:
+    """Numbers within 1e-4 of their size or 2e-5: fp32 sums in another order, through the steps of
+    Adam.
+    """
+    ours, theirs = assert_close_runs(one, two, rel=1e-4, at=2e-5)
     for name, weight in ours.items():
-        torch.testing.assert_close(weight, theirs[name], rtol=rel, atol=20 * at, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=4e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name in CASES if name != "bfloat16"])
 def test_two_processes_are_one(pair: Pair, case: str) -> None:
-    """The same answers; numbers within 1e-4 of their size or 2e-5 (fp32 sums in another order, through three steps of Adam)."""
-    loose = case == "bfloat16"
-    assert_close_runs(pair.one[case], pair.two[case], rel=2e-2 if loose else 1e-4, at=2e-3 if loose else 2e-5)
+    assert_equal_in_fp32(pair.one[case], pair.two[case])
 
 
-def test_a_killed_pair_ends_and_goes_on_bit_for_bit(pair: Pair) -> None:
-    assert pair.attempt.returncode != 0
-    assert "Signal 9" in pair.attempt.stderr
-    assert pair.attempt.stdout.count("step 3/5") == 1
-    assert "step 4/5" not in pair.attempt.stdout
+def test_two_processes_are_one_in_bfloat16(pair: Pair) -> None:
+    """Given completions (``GivenCompletions``), so that every number is a continuous function of
+    the weights.
+
+    u = 2^-8 is the unit roundoff of bfloat16. A logit of size 4 passes through a handful of
+    roundings, so two runs that round differently agree within 4 u of a number's size, or 4 u nats.
+    Adam divides a gradient by its own size: the share 4 u of the entries, whose gradient is no
+    larger than its error, may move in the other direction. Each such entry differs by twice its
+    update, and the adapters' B, which starts from zero, by 2 sqrt(4 u) of its norm.
+    """
+    bound = 4 * 2**-8
+    ours, theirs = assert_close_runs(pair.one["bfloat16"], pair.two["bfloat16"], rel=bound, at=bound)
+    a, b = (torch.cat([w.flatten() for name, w in sorted(side.items()) if "lora_B" in name]) for side in (ours, theirs))
+    assert (a - b).norm() <= 2 * bound**0.5 * b.norm()
+
+
+def test_a_killed_pair_ends_and_resumes_bitwise(pair: Pair) -> None:
+    """The rank that is left ends with an error, and the next launch continues from the last
+    checkpoint.
+    """
+    assert pair.statuses["killed"] == [1, -signal.SIGKILL]
+    assert "step 3/5" in pair.out["killed"][0]
+    assert "step 4/5" not in pair.out["killed"][0]
+    assert "resuming from step-000002: 2 of 5 steps are done" in pair.out["all"][0]
     assert_same_run(pair.straight, pair.killed)
 
 
-def test_one_process_goes_on_from_two(pair: Pair) -> None:
-    assert_close_runs(pair.straight, pair.narrowed, rel=1e-4, at=2e-5)
+def test_an_error_is_printed_once_by_the_rank_that_raised_it(pair: Pair) -> None:
+    assert pair.statuses["broken"] == [1, 1]
+    assert "error: " not in pair.err["broken"][0]
+    assert pair.err["broken"][1].count("error: ") == 1
+    assert "error: reward reward_functions:raises_on_the_second_rank: expected" in pair.err["broken"][1]
+    assert "(rank 1 of 2)" in pair.err["broken"][1]
+
+
+def test_one_process_resumes_from_two(pair: Pair) -> None:
+    assert_equal_in_fp32(pair.straight, pair.narrowed)
 
 
 def test_a_checkpoint_of_two_processes_is_exported_as_the_whole_model(pair: Pair, tmp_path: Path) -> None:
@@ -162,22 +205,15 @@ def test_a_checkpoint_of_two_processes_is_exported_as_the_whole_model(pair: Pair
     assert all(torch.equal(exported[name], weight) for name, weight in saved.items())
 
 
-def test_the_command(base: Config) -> None:
-    """``torchrun -m trainer train``: an error is said once, by the rank that has it, and SIGINT leaves a checkpoint."""
-    broken = with_sections(base, name="broken", rewards={"functions": ("reward_functions:raises_on_the_second_rank",)})
-    done = torchrun("-m", "trainer", "train", "--config", recipe(broken), script=None)
-    assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1
-    assert "error: reward reward_functions:raises_on_the_second_rank: expected" in done.stderr
-    assert "(rank 1 of 2)" in done.stderr
-
+def test_sigint_leaves_a_checkpoint_under_torchrun(base: Config) -> None:
     config = with_sections(base, name="stopped", steps=100_000, data={"eval": ""})
     process = subprocess.Popen(
-        [*TORCHRUN, "-m", "trainer", "train", "--config", str(recipe(config))], text=True, stdout=subprocess.PIPE,
+        [*TORCHRUN, "-m", "trainer", "train", "--config", recipe(config)], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=environment(),
     )  # fmt: skip
     while len(rows(config)) < 2:
         assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     done_steps = len(rows(config))
@@ -187,15 +223,15 @@ def test_the_command(base: Config) -> None:
 
 def test_one_process_needs_no_group() -> None:
     def fails() -> int:
-        raise FailedElsewhere("no")
+        raise RemoteRankError("no")
 
-    assert (ranks.rank(), ranks.size(), ranks.first()) == (0, 1, True)
-    assert ranks.gather(lambda: 3) == [3]
-    assert ranks.on_first(lambda: "x") == "x"
-    assert ranks.any_of(True)
-    assert not ranks.any_of(False)
-    with pytest.raises(FailedElsewhere):
-        ranks.gather(fails)
+    assert (ranks.rank(), ranks.size(), ranks.is_main()) == (0, 1, True)
+    assert ranks.all_gather(lambda: 3) == [3]
+    assert ranks.run_on_main(lambda: "x") == "x"
+    assert ranks.any_rank(True)
+    assert not ranks.any_rank(False)
+    with pytest.raises(RemoteRankError):
+        ranks.all_gather(fails)
 
 
 def test_shares_are_balanced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Tables and intervals of the report, and runs that it cannot draw."""
+"""Tables and intervals of the report, and runs that cannot be drawn."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def run(tmp_path: Path) -> Path:
     directory.mkdir()
     (directory / "config.toml").write_text(to_toml(Config()))
     metrics = [{"step": i + 1, "reward/mean": 0.1 * i, "eapo/entropy": None} for i in range(25)]
-    answers = [
+    completions = [
         {"step": i + 1, "prompt": "q", "completion": f"{word} {i + 1}", "reward": reward}
         for i in range(25)
         for word, reward in (("middling", 0.5), ("poor", 0.1 + i / 100), ("splendid", 0.9))
     ]
-    (directory / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    (directory / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in completions))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     found = [vars(evaluation(0, 0.0)), vars(evaluation(25, 0.5))]
     (directory / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     return directory
 
 
-def test_the_change_is_paired_by_question() -> None:
+def test_the_change_is_paired_by_prompt() -> None:
     change = difference(evaluation(0, 0.0), evaluation(9, 0.5), "reward", resamples=200)
     assert (change.mean, change.low, change.high) == (0.5, 0.5, 0.5)
     assert bootstrap([1.5, 3.5], 200).low < 2.5 < bootstrap([1.5, 3.5], 200).high
@@ -48,7 +48,7 @@ def test_the_change_is_paired_by_question() -> None:
 
 def test_summary_has_before_after_and_change(run: Path) -> None:
     table = summary_table(run, resamples=100)
-    assert "one: 3 held-out questions, 4 answers each" in table
+    assert "one: 3 held-out prompts, 4 completions each" in table
     cells = [cell.strip() for cell in next(line for line in table.splitlines() if "| reward  " in line).split("|")]
     assert cells[1] == "reward"
     assert cells[2].startswith("2.000 [")
@@ -65,7 +65,7 @@ def test_report_draws_runs_with_gaps_and_refuses_runs_without_steps(run: Path, t
         write_report([tmp_path], tmp_path / "out")
 
 
-def test_the_best_and_the_worst_answer_of_some_steps_are_shown(run: Path) -> None:
+def test_the_best_and_the_worst_completion_of_some_steps_are_shown(run: Path) -> None:
     _, page = write_report([run], run, resamples=50)
     text = page.read_text()
     shown = [line.removeprefix("- step ") for line in text.splitlines() if line.startswith("- step ")]

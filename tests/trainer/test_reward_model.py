@@ -1,4 +1,6 @@
-"""A tiny reward model on disk: what it reads, batches against single answers, and directories that are none."""
+"""A tiny reward model on disk: its input, batches against single completions, and invalid
+directories.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def load(directory: Path, **options: Any) -> RewardModel:
 
 
 def expected(model: LlamaForSequenceClassification, ids: list[list[int]]) -> list[float]:
-    """One answer at a time: the score head on the last token's hidden state."""
+    """The score head on the last token's hidden state, one completion at a time."""
     with torch.no_grad():
         hidden = [model.model(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in ids]
         return [model.score(h).item() for h in hidden]
@@ -52,9 +54,9 @@ def test_scores_of_a_chat_model(tmp_path: Path, batch: int, pad: bool) -> None:
     made = load(tmp_path, batch=batch)
     assert made(PROMPTS, TEXTS) == pytest.approx(wanted, abs=1e-5)
     chats = [[{"role": "user", "content": p}] for p in PROMPTS]
-    answers: Any = [[{"role": "assistant", "content": t}] for t in TEXTS]
-    assert made(chats, answers) == pytest.approx(wanted, abs=1e-5)
-    assert len({round(value, 3) for value in wanted}) == 4, "it tells the answers apart"
+    completions: Any = [[{"role": "assistant", "content": t}] for t in TEXTS]
+    assert made(chats, completions) == pytest.approx(wanted, abs=1e-5)
+    assert len({round(value, 3) for value in wanted}) == 4, "it tells the completions apart"
 
 
 def test_a_tokenizer_without_a_template_gets_a_pair(tmp_path: Path) -> None:
@@ -63,7 +65,7 @@ def test_a_tokenizer_without_a_template_gets_a_pair(tmp_path: Path) -> None:
     assert load(tmp_path)(PROMPTS, TEXTS) == pytest.approx(wanted, abs=1e-5)
 
 
-def test_long_answers_fail_alone(tmp_path: Path) -> None:
+def test_long_completions_fail_alone(tmp_path: Path) -> None:
     save(tmp_path)
     reward_model = RewardModelConfig(path=str(tmp_path), max_tokens=9, dtype="bfloat16")
     rewards = Rewards(

@@ -1,4 +1,4 @@
-"""TRL's signature, weights, and what a failed score leads to."""
+"""TRL's signature, weights, and failed scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from trainer.config import RewardsConfig
 from trainer.errors import ConfigError, RewardError
 from trainer.evaluation.step_metrics import reward_metrics
-from trainer.records import Rollouts, Sampled
+from trainer.records import Rollouts, ScoredRollouts
 from trainer.rewards.builtin import Similarity, agreement, exact_match, majority, rouge
 from trainer.rewards.scoring import Rewards
 
@@ -64,9 +64,9 @@ def test_failed_scores_are_reported_and_take_their_group_along(function: str, ba
     assert [failure.index for failure in found.failures] == bad
     assert texts[bad[0]] in str(found.failures[0])
     empty: list[Any] = [[] for _ in texts]
-    sampled = Sampled(Rollouts(empty, empty, empty, empty), texts, {}, found, [0, 0, 1, 1, 2, 2])
-    assert sampled.whole() == [0, 1, 4, 5]
-    metrics = reward_metrics(sampled.chosen(sampled.whole()))
+    sampled = ScoredRollouts(Rollouts(empty, empty, empty, empty), texts, {}, found, [0, 0, 1, 1, 2, 2])
+    assert sampled.fully_scored() == [0, 1, 4, 5]
+    metrics = reward_metrics(sampled.take(sampled.fully_scored()))
     assert metrics["reward/mean"] == pytest.approx((1 + 2 + 1 + 2) / 4)
     with pytest.raises(RewardError, match=function):
         score(make(HERE + function, on_failure="stop"), texts, number=[0, 0, 1, 1, 2, 2])
@@ -113,11 +113,13 @@ def test_built_in_values() -> None:
 
 
 def test_rewards_without_reference_answers() -> None:
-    """arXiv 2504.05812: a cluster's share of the question's answers, nothing where all differ; and the largest cluster."""
+    """arXiv 2504.05812: share of equal completions of the prompt, 0 where all differ; and the
+    largest set of equal ones.
+    """
     prompts = ["q1"] * 4 + ["q2"] * 2 + ["q3"] * 3
     texts = ["n1  N2", "n1 n2", "n3", "", "a", "b", "x", "x", "x"]
     assert agreement(prompts, texts) == [0.5, 0.5, 0.25, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
     assert majority(prompts, texts) == [1, 1, 0, 0, 1, 1, 1, 1, 1]
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    answers = [[{"role": "assistant", "content": text}] for text in texts]
-    assert agreement(messages, answers) == agreement(prompts, texts)
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    assert agreement(messages, completions) == agreement(prompts, texts)

@@ -1,4 +1,4 @@
-"""The transformers engine: what an answer is, and whose log-probs are recorded."""
+"""The transformers engine: where a completion ends, and which log-probs are recorded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def generate(policy: Policy, sampling: Sampling = SAMPLING, batch: int = 64) -> 
 
 
 def teacher_forced(policy: Policy, rollouts: Rollouts, temperature: float) -> list[torch.Tensor]:
-    """Scaled log-probs over the whole vocabulary at every response position, one answer at a time, no padding."""
+    """Scaled log-probs over the whole vocabulary at every response position, one completion at a
+    time, no padding.
+    """
     result = []
     for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True):
         with torch.no_grad():
@@ -28,7 +30,7 @@ def teacher_forced(policy: Policy, rollouts: Rollouts, temperature: float) -> li
     return result
 
 
-def test_an_answer_ends_with_its_eos_and_never_holds_another(policy: Policy) -> None:
+def test_a_completion_ends_with_its_eos_and_never_holds_another(policy: Policy) -> None:
     rollouts = generate(policy)
     assert len(rollouts.completion_ids) == 18
     assert rollouts.prompt_ids == [prompt for prompt in PROMPTS for _ in range(6)]
@@ -67,7 +69,7 @@ def test_the_models_own_sampling_defaults_do_not_leak_in() -> None:
     assert altered.language_model.generation_config is own
 
 
-def test_answers_depend_on_the_seed_and_leave_global_random_numbers_alone(policy: Policy) -> None:
+def test_completions_depend_on_the_seed_and_leave_global_random_numbers_alone(policy: Policy) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -78,8 +80,8 @@ def test_answers_depend_on_the_seed_and_leave_global_random_numbers_alone(policy
     assert generate(policy, Sampling(6, 10, 0.7, 1.0, seed=6)).completion_ids != first.completion_ids
 
 
-def test_an_answer_does_not_depend_on_its_batch(policy: Policy) -> None:
-    """Nor on how many other prompts there are."""
+def test_a_completion_does_not_depend_on_its_batch(policy: Policy) -> None:
+    """Nor on the number of other prompts."""
     whole = generate(policy)
     assert generate(policy, batch=4).completion_ids == whole.completion_ids
     alone = TransformersEngine(policy, 64).generate(PROMPTS[:1], SAMPLING, no_tick)
@@ -88,7 +90,9 @@ def test_an_answer_does_not_depend_on_its_batch(policy: Policy) -> None:
 
 
 def test_sampling_follows_the_distribution(policy: Policy) -> None:
-    """2,000 first tokens against the model's probabilities: chi-square of the ten most likely and the rest."""
+    """2,000 first tokens against the model's probabilities: chi-square of the ten most likely and
+    the rest.
+    """
     rollouts = TransformersEngine(policy, 2000).generate([PROMPTS[0]], Sampling(2000, 1, 1.3, 1.0, 0), no_tick)
     with torch.no_grad():
         p = (policy.model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1] / 1.3).softmax(-1)

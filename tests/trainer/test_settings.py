@@ -1,4 +1,4 @@
-"""Recipes and overrides: precedence, round trip, and one clear line with exit code 2 for everything wrong."""
+"""Recipes and overrides: precedence, round trip, and errors of one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -117,6 +117,17 @@ def test_help_documents_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
     ):
         assert key in text
         assert sentence in text
+
+
+def test_help_of_eval_names_its_options_and_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--checkpoint" in shown
+    assert "--optim.lr" in shown
+    assert main(["eval", "--run"]) == 2
+    assert "argument --run: expected one argument" in capsys.readouterr().err
 
 
 def test_commands_run_as_a_module() -> None:

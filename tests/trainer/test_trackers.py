@@ -55,7 +55,7 @@ def test_tensorboard_goes_on_after_a_checkpoint_and_starts_anew_without(tmp_path
 
 
 def test_of_several_processes_the_first_one_logs(changed: Change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.ranks.first", lambda: False)
+    monkeypatch.setattr("trainer.ranks.is_main", lambda: False)
     trackers = Trackers(changed(log={"tensorboard": True, "wandb": True}), tmp_path)
     trackers.log({"x": 1.0}, 1)
     trackers.close()

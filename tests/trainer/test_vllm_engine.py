@@ -1,4 +1,4 @@
-"""Real vLLM on a CPU: what an answer is, whose log-probs are recorded, and that the engine follows the trainer."""
+"""Real vLLM on a CPU: where a completion ends, which log-probs are recorded, and weight updates."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def start(policy: Policy, batch: int = 64, longest: int = 512, **options: Any) -
 
 
 def gap(policy: Policy, rollouts: Rollouts, temperature: float = SAMPLING.temperature) -> float:
-    """Largest distance of the recorded log-probs from the policy's."""
+    """Largest difference between the recorded log-probs and the policy's."""
     dense = teacher_forced(policy, rollouts, temperature)
     rows = zip(rollouts.completion_ids, rollouts.logp, dense, strict=True)
     return max((logp - full.gather(1, torch.tensor(ids)[:, None])[:, 0]).abs().max().item() for ids, logp, full in rows)
 
 
 def change(policy: Policy, seed: int = 3) -> None:
-    """Something like a step, on everything that is trained."""
+    """Change all trained weights, as a step would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.trainable():
@@ -53,7 +53,9 @@ def change(policy: Policy, seed: int = 3) -> None:
 
 
 class TestOneEngine:
-    """What does not change its weights. A process has one engine at a time, so it is closed before the others start."""
+    """Tests that leave the weights of the engine unchanged. A process has one engine at a time, so
+    it is closed before the others start.
+    """
 
     @pytest.fixture(scope="class")
     def shared(self) -> Iterator[tuple[Policy, VllmEngine]]:
@@ -62,7 +64,7 @@ class TestOneEngine:
         yield policy, engine
         engine.close()
 
-    def test_an_answer_ends_with_its_eos_and_never_holds_another(self, shared: tuple[Policy, VllmEngine]) -> None:
+    def test_a_completion_ends_with_its_eos_and_never_holds_another(self, shared: tuple[Policy, VllmEngine]) -> None:
         rollouts = shared[1].generate(PROMPTS, SAMPLING, no_tick)
         assert len(rollouts.completion_ids) == 18
         assert rollouts.prompt_ids == [prompt for prompt in PROMPTS for _ in range(6)]
@@ -87,7 +89,7 @@ class TestOneEngine:
             expected = (cut / cut.sum(-1, keepdim=True)).gather(1, torch.tensor(ids)[:, None])[:, 0].log()
             torch.testing.assert_close(logp.double(), expected, atol=EXACT, rtol=0)
 
-    def test_an_answer_depends_on_its_own_seed_only(self, shared: tuple[Policy, VllmEngine]) -> None:
+    def test_a_completion_depends_on_its_own_seed_only(self, shared: tuple[Policy, VllmEngine]) -> None:
         _, engine = shared
         everyone = engine.generate(PROMPTS, SAMPLING, no_tick)
         again = engine.generate(PROMPTS, SAMPLING, no_tick)
@@ -98,11 +100,11 @@ class TestOneEngine:
         assert everyone.completion_ids != other.completion_ids
         assert len({tuple(ids) for ids in first.completion_ids}) > 1
 
-    def test_a_question_that_leaves_no_room_is_refused(self, shared: tuple[Policy, VllmEngine]) -> None:
-        with pytest.raises(ModelError, match="expected room for an answer to 512 tokens, got 512 in all"):
+    def test_a_prompts_that_leaves_no_room_is_refused(self, shared: tuple[Policy, VllmEngine]) -> None:
+        with pytest.raises(ModelError, match="expected room for a completion to 512 tokens, got 512 in all"):
             shared[1].generate([[5], [6] * 512], SAMPLING, no_tick)
         rollouts = shared[1].generate([[6] * 509], SAMPLING, no_tick)
-        assert max(map(len, rollouts.completion_ids)) == 3, "an answer ends where the model's positions do"
+        assert max(map(len, rollouts.completion_ids)) == 3, "a completion ends where the model's positions do"
 
     def test_an_interrupted_pass_leaves_nothing_behind(self, shared: tuple[Policy, VllmEngine]) -> None:
         _, engine = shared
@@ -137,7 +139,7 @@ def alone() -> Iterator[Callable[..., VllmEngine]]:
 
 
 def test_the_engine_follows_the_trainer_and_stale_weights_show(alone: Callable[..., VllmEngine]) -> None:
-    """Also for a prompt whose attention keys were kept from before the change: they belong to the old weights."""
+    """Includes a prompt with cached attention keys, which belong to the old weights."""
     policy = Policy(make_model(**SIZES), make_tokenizer())
     engine = alone(policy)
     prompts = [[2 + i % 40 for i in range(400)]]  # longer than a block of the prefix cache
@@ -167,7 +169,7 @@ def test_adapters_and_tied_heads(alone: Callable[..., VllmEngine], tied: bool) -
 
 
 def test_weights_under_wrong_names_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM only logs a weight that it was not given; what it started with stays in its place."""
+    """vLLM only logs a missing weight and keeps its random initial value."""
     own = vllm_engine.checkpoint_weights
     monkeypatch.setattr(
         vllm_engine, "checkpoint_weights", lambda p: ((n, w) for n, w in own(p) if not n.endswith("down_proj.weight"))
@@ -194,8 +196,10 @@ def run(changed: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]
     return make
 
 
-def test_answers_cut_and_continued(run: Callable[..., Config]) -> None:
-    """cure: what was sampled is part of the next question, and its log-probs stay the engine's."""
+def test_completions_cut_and_continued(run: Callable[..., Config]) -> None:
+    """cure: the sampled prefix becomes part of the next prompt, and its log-probs stay the
+    engine's.
+    """
     config = run(steps=2, loss={"method": "cure"}, data={"eval": ""})
     assert train(config)
     for row in read(Path(config.out) / config.name, "metrics"):
@@ -217,7 +221,9 @@ def test_a_run(run: Callable[..., Config], lora: int) -> None:
 
 
 def test_a_bf16_engine_with_truncated_importance_sampling(run: Callable[..., Config]) -> None:
-    """The same answers with and without the cap: the mismatch is real, the first step's loss is weighted by it."""
+    """The same completions with and without the cap: the mismatch is real, and the loss of the
+    first step is weighted by it.
+    """
     losses = {}
     for name, cap in (("plain", None), ("wide", 5.0), ("tight", 1.0)):
         config = run(name=name, steps=2, vllm={"dtype": "bfloat16"}, loss={"importance_cap": cap}, data={"eval": ""})

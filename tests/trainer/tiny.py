@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
+from trainer.models.policy import Policy
+from trainer.records import Rollouts, Sampling, Tick
 
 WORDS = ["<pad>", "<eos>", "<unk>", "user:", "assistant:", "what", "is", "after", "?", *(f"n{i}" for i in range(40))]
 TEMPLATE = (
@@ -31,5 +40,52 @@ def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **ids, "initializer_range": 0.2, **changes})).eval()
 
 
+def tiny_config(model: Path, prompts: Path, out: Path) -> Config:
+    """Three steps on a tiny model with a held-out set."""
+    return Config(
+        name="tiny",
+        out=str(out),
+        steps=3,
+        model=ModelConfig(path=str(model), device="cpu"),
+        data=DataConfig(train=str(prompts), eval=str(prompts), train_limit=8, eval_limit=2),
+        rollout=RolloutConfig(prompts=3, responses=4, max_new_tokens=6),
+        rewards=RewardsConfig(functions=("reward_functions:low_numbers",)),
+        optim=OptimConfig(lr=1e-2),
+        eval=EvalConfig(responses=3, resamples=50),
+    )
+
+
+def with_sections(config: Config, **fields: Any) -> Config:
+    """``config`` with fields replaced; a dict replaces fields of a section."""
+    sections = {k: replace(getattr(config, k), **v) for k, v in fields.items() if isinstance(v, dict)}
+    return replace(config, **{**fields, **sections})
+
+
+def without_report(patch: pytest.MonkeyPatch) -> None:
+    """The loop draws no report, which takes longer than the steps of a tiny model."""
+    patch.setattr("trainer.loop.write_report", lambda *_, **__: (Path("curves.png"), Path("report.md")))
+    patch.setattr("trainer.loop.summary_table", lambda *_, **__: "")
+
+
 def no_tick(done: int, total: int) -> None:
-    """Progress that nobody looks at."""
+    """Ignore progress."""
+
+
+class GivenCompletions:
+    """A rollout engine whose completions depend on the seed alone, with a log-prob of 0 for every
+    token.
+
+    Sampling from a model turns a rounding difference into another token. With given tokens every
+    logged number is a continuous function of the weights.
+    """
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
+        random = np.random.default_rng(sampling.seed)
+        repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
+        lengths = random.integers(1, sampling.max_new_tokens, size=len(repeated), endpoint=True)
+        ids = [random.integers(WORDS.index("n0"), len(WORDS), size=length).tolist() for length in lengths]
+        return Rollouts(repeated, ids, [torch.zeros(length) for length in lengths], [True] * len(ids))
+
+    def sync_weights(self, policy: Policy) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""What a run is told: the tree of settings, and how it is read from TOML and the command line."""
+"""The configuration: a tree of settings, read from TOML and the command line."""
 
 from .loss import EntropyWeightConfig, LossConfig
 from .model import DataConfig, LoraConfig, ModelConfig

@@ -1,4 +1,4 @@
-"""Settings that are allowed and probably not meant: one line each, for the console."""
+"""Warnings about settings that are allowed and probably not intended, one line each."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .tree import Config
 
 
 def advice(config: Config) -> list[str]:
-    """What to say before the first step."""
+    """Warnings to print before the first step."""
     rollout, optim, method, hook = config.rollout, config.optim, config.method(), config.loss.hook()
     found = []
     if method.name == "kl_cov" and optim.minibatches == optim.epochs == 1:
         found.append(
-            "kl_cov acts where the ratio is not 1, never in a step's first update: set optim.minibatches or optim.epochs > 1"
+            "kl_cov has no effect while the ratio is 1, in the first update: set optim.minibatches or optim.epochs > 1"
         )
-    highest = (rollout.responses - 1) / math.sqrt(rollout.responses)  # of group_norm: one answer apart from all others
+    highest = (rollout.responses - 1) / math.sqrt(rollout.responses)  # group_norm advantage of a single different reward
     if isinstance(hook, ReplayRollouts) and method.config.advantage == "group_norm" and highest <= hook.good_above:
         found.append(
             f"{method.name} replays nothing: no advantage in a group of {rollout.responses} exceeds {highest:.2g}, "
@@ -27,9 +27,7 @@ def advice(config: Config) -> list[str]:
     if method.config.importance_cap is None:
         cap = "; loss.importance_cap (2, say) corrects for it"
         if rollout.top_p < 1:
-            found.append(
-                f"rollout.top_p is {rollout.top_p:g}: answers come from another distribution than the loss assumes{cap}"
-            )
+            found.append(f"rollout.top_p is {rollout.top_p:g}: the sampled distribution differs from that of the loss{cap}")
         dtype = rollout.vllm.dtype
         if rollout.engine == "vllm" and dtype not in ("auto", config.model.dtype):
             found.append(f"rollout.vllm.dtype is {dtype} and model.dtype {config.model.dtype}: log-probs differ{cap}")
@@ -37,12 +35,12 @@ def advice(config: Config) -> list[str]:
 
 
 def advice_on_rewards(config: Config, rewards: Tensor) -> list[str]:
-    """What to say after the first step. rewards: [B], those of its answers."""
+    """Warnings to print after the first step. rewards: [B], those of its completions."""
     method = config.method()
     bound = getattr(method.token_weighting, "correct_above", None)
     if bound is None or not len(rewards) or rewards.max() > bound:
         return []
     return [
-        f"{method.name} takes answers with a reward above {bound:g} for correct, and the best of the first step has "
-        f"{rewards.max().item():.3g}: scale rewards.weights or set loss.correct_above"
+        f"{method.name} counts completions with a reward above {bound:g} as correct, and the highest reward of the first step "
+        f"is {rewards.max().item():.3g}: scale rewards.weights or set loss.correct_above"
     ]

@@ -1,4 +1,4 @@
-"""How the sections check their values."""
+"""Checks of settings, shared by the sections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check(condition: bool, key: str, expected: str, got: object) -> None:
 
 @contextmanager
 def section(name: str) -> Iterator[None]:
-    """Errors of the library's own checks, with the name of the section in front of the key."""
+    """Prefix the section's name to errors of the library's own checks."""
     try:
         yield
     except EapoError as error:

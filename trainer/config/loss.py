@@ -16,20 +16,24 @@ from .checks import check, section
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective: a method of eapo_kernels and what to change about it (None keeps the method's own).
+    """The objective: a method of eapo_kernels, and changes to it (None keeps the method's own
+    value).
 
-    Every other number of the chosen method is a key of this section too: of its weights, its controller, its rollouts and its
-    configuration (``lambda_min`` for steer, ``target`` for aepo, ``kl_coef`` for any). docs/methods.md lists the methods.
+    Every other number of the chosen method is a key of this section too: those of its token
+    weights, its controller, its rollout hook and its configuration (``lambda_min`` for steer,
+    ``target`` for aepo, ``kl_coef`` for any). docs/methods.md lists the methods.
     """
 
     method: str = "eapo"
-    """A method of eapo_kernels.METHODS: eapo, grpo, dapo, steer, clip_cov, siren, aepo, cure and more (docs/methods.md)."""
+    """A method of eapo_kernels.METHODS: eapo, grpo, dapo, steer, clip_cov, siren, aepo, cure and
+    more (docs/methods.md)."""
     surrogate: str | None = None
     """ppo_clip, unclipped, balanced_clip, cispo, gspo or reinforce."""
     advantage: str | None = None
     """group_norm, group_mean, sign, batch_norm or binary."""
     reduction: str | None = None
-    """token_mean, seq_mean_token_mean, seq_mean_token_sum or fixed_length (of rollout.max_new_tokens)."""
+    """token_mean, seq_mean_token_mean, seq_mean_token_sum or fixed_length (of
+    rollout.max_new_tokens)."""
     clip_low: float | None = None
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float | None = None
@@ -39,10 +43,10 @@ class LossConfig:
     importance_cap: float | None = None
     """Truncated importance sampling: cap of exp(trainer's old log-prob - engine's log-prob)."""
     reference_ema: float | None = None
-    """Where the method has a KL penalty: the reference's weights keep this share at every step and take the rest from the
-    policy; 1 (the default, but 0.99 for t1) keeps the first policy."""
+    """For a method with a KL penalty: after every step the reference weights become ema * reference
+    + (1 - ema) * policy. 1 (the default except for t1, which has 0.99) keeps the initial policy."""
     numbers: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
-    """What ``settings`` found under other keys of this section."""
+    """Values that ``settings`` found under other keys of this section."""
 
     def __post_init__(self) -> None:
         check(self.method in METHODS, "loss.method", f"one of {', '.join(METHODS)}", self.method)
@@ -53,7 +57,9 @@ class LossConfig:
             self.hook()
 
     def build(self, fixed_length: int) -> Method:
-        """The method with these changes; ``fixed_length`` is used by the reduction of that name only."""
+        """The method with these changes. ``fixed_length`` is used by the reduction of that name
+        only.
+        """
         own = {name: getattr(self, name) for name in _LOSS_FIELDS if getattr(self, name) is not None}
         numbers = {name: value for name, value in self.numbers.items() if name not in hook_numbers(self.method)}
         weight = controller_fields("entropy_ratio")
@@ -63,12 +69,12 @@ class LossConfig:
         return get_method(self.method, **{"fixed_length": fixed_length, **own, **numbers})
 
     def hook(self) -> RolloutHook:
-        """A fresh rollout hook of the method."""
+        """A new rollout hook of the method."""
         own = hook_numbers(self.method)
         return HOOKS.get(self.method, RolloutHook)(**{k: v for k, v in self.numbers.items() if k in own})
 
     def reference_share(self) -> float:
-        """``reference_ema``, or the method's own."""
+        """``reference_ema``, or the method's default."""
         return self.reference_ema if self.reference_ema is not None else 0.99 if self.method == "t1" else 1.0
 
 
@@ -76,7 +82,7 @@ _LOSS_FIELDS = ("surrogate", "advantage", "reduction", "clip_low", "clip_high", 
 
 
 def loss_numbers() -> frozenset[str]:
-    """The keys of the section loss that are numbers of some method and not fields of ``LossConfig``."""
+    """Keys of the section loss that are numbers of some method and not fields of ``LossConfig``."""
     names = {"positive_weight", *(item.name for item in fields(EAPOConfig))}
     for name, method in METHODS.items():
         names.update(hook_numbers(name))
@@ -87,7 +93,9 @@ def loss_numbers() -> frozenset[str]:
 
 @dataclass(frozen=True)
 class EntropyWeightConfig:
-    """Weight of the positive answers: clamp(scale * (H / H_0)^kappa, low, high) with H the policy's token entropy."""
+    """Weight of the positive completions: clamp(scale * (H / H_0)^kappa, low, high) with H the
+    policy's token entropy.
+    """
 
     kappa: float = 1.0
     """Exponent of the entropy ratio."""

@@ -1,4 +1,4 @@
-"""Sections model, lora and data: what is trained, and on which questions."""
+"""Sections model, lora and data: the model to train, and the prompts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ class ModelConfig:
     """The language model that is trained."""
 
     path: str = "smollm2-135m"
-    """A directory in Hugging Face format (a model, or an adapter saved by a run), or the name of an embedded model."""
+    """A directory in Hugging Face format (a model, or an adapter saved by a run), or the name of an
+    embedded model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; the trained weights themselves always stay in fp32."""
     attention: str = "auto"
-    """Attention implementation as transformers names it: sdpa, eager, flash_attention_2; auto is flash_attention_2 on a GPU
-    with flash-attn installed and dtype bfloat16, else sdpa."""
+    """Attention implementation as transformers names it: sdpa, eager, flash_attention_2; auto is
+    flash_attention_2 on a GPU with flash-attn installed and dtype bfloat16, else sdpa."""
     device: str = "auto"
     """auto (cuda where there is one, else cpu), cpu, cuda, or cuda:N."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cache: str = "~/.cache/eapo_kernels"
-    """Where embedded models are kept after their one conversion."""
+    """Directory of converted embedded models."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,26 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Questions to train on and questions to evaluate on."""
+    """Training prompts and held-out prompts."""
 
     train: str = "trainer/data/medical_definitions/train.jsonl"
-    """JSONL or Parquet with the columns prompt (text or chat messages) and answer; all others go to the rewards."""
+    """JSONL or Parquet with the columns prompt (text or chat messages) and answer; all other
+    columns go to the rewards."""
     eval: str = "trainer/data/medical_definitions/eval.jsonl"
-    """Held-out questions in the same format; empty for none."""
+    """Held-out prompts in the same format; empty for none."""
     train_limit: int = 0
-    """Use only the first so many training questions; 0 means all."""
+    """Use only the first N training prompts; 0 means all."""
     eval_limit: int = 0
-    """Use only the first so many held-out questions; 0 means all."""
+    """Use only the first N held-out prompts; 0 means all."""
     system_prompt: str = ""
-    """Put before every text prompt as the system message; empty leaves that to the chat template."""
+    """System message before every text prompt; empty keeps the chat template's default."""
     max_prompt_tokens: int = 1024
-    """A longer prompt is an error: cutting a question silently changes it."""
+    """A longer prompt is an error, because truncation would silently change it."""
     answer_marker: str = "</think>"
     """Text that ends the reasoning: the final answer is what follows it (pear)."""
     teacher_prompt: str = "{prompt}\n\nA correct answer: {answer}\n\n"
-    """What the teacher of trace is asked: the policy itself, with the reference answer before its eyes."""
+    """Template of the prompt from which trace computes its teacher log-probs: the policy is also
+    shown the reference answer."""
 
     def __post_init__(self) -> None:
         check(self.train_limit >= 0, "data.train_limit", "at least 0", self.train_limit)

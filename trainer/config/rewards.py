@@ -1,4 +1,4 @@
-"""Section rewards: what a good answer is."""
+"""Section rewards: how completions are scored."""
 
 from __future__ import annotations
 
@@ -27,34 +27,41 @@ Judge only whether its content is correct and complete, not its length or style.
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The reward ``judge``: a language model behind an OpenAI-compatible endpoint gives every answer a score."""
+    """The reward ``judge``: a language model behind an OpenAI-compatible endpoint scores every
+    completion.
+    """
 
     url: str = "http://localhost:8000/v1"
-    """Requests go to <url>/chat/completions; the default is what ``vllm serve MODEL`` opens on this machine."""
+    """Requests go to <url>/chat/completions; the default is the address of ``vllm serve MODEL`` on
+    this machine."""
     model: str = ""
     """The model's name as the endpoint knows it."""
     api_key_env: str = ""
     """Environment variable that holds the API key; empty sends none."""
     template: str = TEMPLATE
-    """What the judge is asked; {prompt}, {answer} (the reference) and {completion} are put in, each marked as data."""
+    """Message to the judge. {prompt}, {answer} (the reference) and {completion} are replaced, each
+    marked as data."""
     score_pattern: str = r"score[\s*:=]*(-?\d+(?:\.\d+)?)"
-    """Regular expression, upper and lower case alike, whose first group is the score; the last match in the reply counts."""
+    """Regular expression (case-insensitive) whose first group is the score; the last match in the
+    reply counts."""
     score_range: tuple[float, float] = (0.0, 10.0)
-    """Worst and best score; the reward is where the score lies between them, in [0, 1]. A score outside is a failure."""
+    """Worst and best score, mapped linearly to a reward in [0, 1]. A score outside is a failure."""
     temperature: float = 0.0
     """Sampling temperature of the judge."""
     max_tokens: int = 256
-    """Longest reply of the judge."""
+    """Most tokens of the judge's reply."""
     concurrency: int = 16
-    """Most requests under way at once."""
+    """Most concurrent requests."""
     timeout: float = 60.0
     """Seconds for one request, from connecting to the last byte."""
     retries: int = 4
-    """Most further tries after status 408, 429 or 5xx, a time-out or a lost connection."""
+    """Retries after status 408, 429 or 5xx, a time-out or a lost connection."""
     backoff: float = 1.0
-    """Seconds before the first retry, twice as many before each further one; a random half of it is left out."""
+    """Seconds before the first retry, doubled before each further one, minus a random part of up to
+    one half."""
     max_wait: float = 60.0
-    """Longest pause before a retry (seconds); a server that asks for a longer one with Retry-After is not asked again."""
+    """Longest pause before a retry (seconds). When a server asks for a longer one with Retry-After,
+    the request is not retried."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -80,14 +87,15 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class RewardModelConfig:
-    """The reward ``reward_model``: a sequence classifier with one output, whose output is the reward."""
+    """The reward ``reward_model``: the output of a sequence classifier with one output."""
 
     path: str = ""
     """A directory in Hugging Face format for AutoModelForSequenceClassification."""
     batch: int = 16
-    """Most answers in one forward pass."""
+    """Most completions in one forward pass."""
     max_tokens: int = 4096
-    """Question and answer together; a longer answer is a failure, since cutting it would judge another one."""
+    """Most tokens of prompt and completion together. A longer completion is a failure: truncation
+    would score a different text."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and computation."""
     device: str = "auto"
@@ -100,23 +108,29 @@ class RewardModelConfig:
 
 @dataclass(frozen=True)
 class RewardsConfig:
-    """What a good answer is. The reward of an answer is the weighted sum over the functions that scored it."""
+    """How completions are scored. The reward is the weighted sum over the functions that scored the
+    completion.
+    """
 
     functions: tuple[str, ...] = ("similarity",)
-    """Built-in names (similarity, rouge, exact_match, reward_model, judge; without reference answers agreement, majority) or
-    import paths module:function with TRL's signature, async or not."""
+    """Built-in names (similarity, rouge, exact_match, reward_model, judge; without reference
+    answers agreement, majority) or import paths module:function with TRL's signature, async or
+    not."""
     weights: tuple[float, ...] = (1.0,)
     """One weight for each function."""
     on_failure: Literal["exclude", "stop"] = "exclude"
-    """A score that is missing, NaN, infinite or raised: leave that question's group out of the step, or end the run."""
+    """What a missing, NaN, infinite or failed score does: exclude the group of that prompt from the
+    step, or stop the run."""
     concurrency: int = 16
-    """Most calls of one async function under way at once; a call is about all answers to one question."""
+    """Most concurrent calls of one async function; a call covers all completions of one prompt."""
     timeout: float = 120.0
-    """Seconds for one call of an async function. Ordinary functions have no limit: nothing can stop them from outside."""
+    """Seconds for one call of an async function. Ordinary functions have no time limit, because
+    they cannot be cancelled."""
     embedding_model: str = "minilm-l6-v2"
     """Sentence embedding for similarity: an embedded name or a directory in Hugging Face format."""
     embedding_share: float = 0.5
-    """Share of the embedding's cosine in similarity; the rest is ROUGE-L, which a fluent wrong answer cannot game."""
+    """Share of the embedding cosine in similarity; the rest is ROUGE-L, which a fluent wrong
+    completion does not raise."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
 

@@ -1,4 +1,4 @@
-"""Sections optim, eval, log and checkpoint: the updates, what is measured, where it is shown, and what is kept."""
+"""Sections optim, eval, log and checkpoint: optimizer, evaluation, trackers and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .checks import check
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and how the step's answers are cut into updates."""
+    """AdamW, and how a step's completions are split into updates."""
 
     lr: float = 1e-6
     """Peak learning rate."""
@@ -19,17 +19,18 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Gradients are clipped to this global norm."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up; cosine ends at a tenth of the peak."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     minibatches: int = 1
-    """Optimizer updates a pass over the step's answers; more than one makes the later ones off-policy."""
+    """Optimizer updates in one pass over the completions of a step; with more than one the later
+    updates are off-policy."""
     epochs: int = 1
-    """Passes over the step's answers."""
+    """Passes over the step's completions."""
     micro_batch_tokens: int = 8192
-    """Most padded tokens in one forward pass. It decides memory and speed, never the result."""
+    """Most padded tokens in one forward pass. It determines memory and speed, not the result."""
 
     def __post_init__(self) -> None:
         check(self.lr > 0, "optim.lr", "a positive number", self.lr)
@@ -42,32 +43,33 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation before and after training, with the sampling of ``rollout`` and a seed of its own."""
+    """Evaluation before and after training, with the sampling of ``rollout`` and a separate seed."""
 
     responses: int = 4
-    """Answers to each question."""
-    train_questions: int = 0
-    """Also evaluate on the first so many training questions."""
+    """Completions to each prompt."""
+    train_prompts: int = 0
+    """Also evaluate on the first N training prompts."""
     every: int = 0
-    """Also evaluate after every so many steps; 0 only before and after."""
+    """Also evaluate after every N steps; 0 evaluates only before and after training."""
     resamples: int = 2000
-    """Bootstrap resamples (of questions) behind the 95 % confidence intervals."""
+    """Bootstrap resamples (of prompts) behind the 95 % confidence intervals."""
 
     def __post_init__(self) -> None:
-        check(self.responses >= 2, "eval.responses", "at least 2 (diversity compares answers)", self.responses)
-        check(self.train_questions >= 0, "eval.train_questions", "at least 0", self.train_questions)
+        check(self.responses >= 2, "eval.responses", "at least 2 (diversity compares completions)", self.responses)
+        check(self.train_prompts >= 0, "eval.train_prompts", "at least 0", self.train_prompts)
         check(self.every >= 0, "eval.every", "at least 0", self.every)
         check(self.resamples >= 1, "eval.resamples", "at least 1", self.resamples)
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where numbers go beside the run's own files (``metrics.jsonl`` is always written)."""
+    """Trackers beside the run's own files (``metrics.jsonl`` is always written)."""
 
     tensorboard: bool = False
     """Write TensorBoard's event files to <run>/tensorboard (pip install '.[track]')."""
     wandb: bool = False
-    """Log to Weights & Biases (pip install '.[track]'); WANDB_MODE=offline keeps it on this machine."""
+    """Log to Weights & Biases (pip install '.[track]'); WANDB_MODE=offline keeps it on this
+    machine."""
     wandb_project: str = "eapo"
     """The project there."""
 
@@ -77,12 +79,13 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Everything that a run needs to go on as if it had never been stopped, in <out>/<name>/checkpoints."""
+    """Checkpoints in <out>/<name>/checkpoints, from which a run resumes exactly."""
 
     every: int = 50
-    """Steps between checkpoints; one more is written at the end and when the run is interrupted. 0 writes none at all."""
+    """Steps between checkpoints; a last one is written at the end and on interruption. 0 writes
+    none."""
     keep: int = 2
-    """The last so many are kept."""
+    """Number of latest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
         check(self.every >= 0, "checkpoint.every", "at least 0", self.every)

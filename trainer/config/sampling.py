@@ -1,4 +1,4 @@
-"""Section rollout: how answers are drawn."""
+"""Section rollout: how completions are sampled."""
 
 from __future__ import annotations
 
@@ -10,22 +10,28 @@ from .checks import check
 
 @dataclass(frozen=True)
 class VllmConfig:
-    """The engine ``vllm``: in this process, on the trained model's device, with its own copy of the weights."""
+    """The engine ``vllm``: in this process, on the device of the trained model, with its own copy
+    of the weights.
+    """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the engine's weights and computation; auto is model.dtype. With another one than the trainer's it samples
-    from another distribution: set loss.importance_cap."""
+    """Precision of the engine's weights and computation; auto is model.dtype. With another dtype
+    than the trainer's, the engine samples from a different distribution: set
+    loss.importance_cap."""
     gpu_memory_utilization: float = 0.4
-    """Share of the GPU's memory for the engine, weights and KV cache; the trainer needs the rest beside it."""
+    """Share of the GPU's memory for the engine's weights and KV cache; the trainer uses the
+    rest."""
     kv_cache_gib: float = 0.0
     """Memory of the KV cache; 0 is what gpu_memory_utilization leaves, on a CPU 1 GiB."""
     max_model_len: int = 0
-    """Longest question and answer together; 0 is data.max_prompt_tokens + rollout.max_new_tokens, or the model's limit."""
+    """Longest prompt and completion together; 0 is data.max_prompt_tokens + rollout.max_new_tokens,
+    or the model's limit if that is smaller."""
     enforce_eager: bool = False
-    """Neither compilation nor CUDA graphs: a start without minutes of waiting, slower generation. On a CPU always so."""
+    """Disable compilation and CUDA graphs: faster start, slower generation. Always set on a CPU."""
     sleep_level: Literal[0, 1, 2] = 1
-    """What the engine leaves to the trainer between rollouts on a GPU: 0 nothing; 1 the KV cache's memory, and the weights' by
-    keeping them in the machine's; 2 both, the weights are thrown away and taken from the trainer again."""
+    """Memory that the engine frees between rollouts on a GPU. 0: none. 1: the KV cache, and the
+    weights by moving them to host memory. 2: both; the weights are discarded and copied from the
+    trainer again."""
 
     def __post_init__(self) -> None:
         share = self.gpu_memory_utilization
@@ -36,22 +42,24 @@ class VllmConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How answers are sampled."""
+    """How completions are sampled."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    """The engine that generates: transformers with the trained module itself, or vllm with a copy that follows it."""
+    """transformers generates with the trained module itself; vllm has a copy of the weights that is
+    updated after every step."""
     prompts: int = 4
-    """Questions a step."""
+    """Prompts in a step."""
     responses: int = 8
-    """Answers to each question; together they form one group."""
+    """Completions of each prompt; together they form one group."""
     max_new_tokens: int = 128
-    """An answer that has not ended by then is truncated."""
+    """A completion without an end-of-sequence token within this length is truncated."""
     temperature: float = 1.0
     """Sampling temperature. Log-probs, entropy and loss use the same one."""
     top_p: float = 1.0
-    """Nucleus sampling; below 1 the engine's log-probs are those of the cut distribution, so a mismatch is logged."""
+    """Nucleus sampling. Below 1 the engine's log-probs are those of the truncated distribution and
+    differ from the trainer's, which is logged."""
     batch: int = 64
-    """Most answers generated at once."""
+    """Most completions generated at once."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def __post_init__(self) -> None:

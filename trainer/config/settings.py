@@ -1,7 +1,8 @@
 """From a TOML recipe and command-line overrides to a ``Config``, and back to TOML.
 
-tyro parses and converts both: the recipe is handed to it as arguments, so there is one set of rules for values. Its
-boxes of help are turned into one line, because a typo in a job script should not fill a screen.
+tyro parses and converts both: the recipe is handed to it as arguments, so there is one set of rules
+for values. Its boxes of help are turned into one line, because a typo in a job script should not
+fill a screen.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from .tree import Config
 
 
 def parse_config(arguments: Sequence[str], *, recipe: Path | None = None, prog: str = "python -m trainer train") -> Config:
-    """Build a ``Config`` from ``--config RECIPE`` (or ``recipe``) and ``--section.key value`` overrides.
+    """Build a ``Config`` from ``--config RECIPE`` (or ``recipe``) and ``--section.key value``
+    overrides.
 
     Raises:
-        ConfigError: the recipe cannot be read, a key is unknown or a value does not fit; one line, expected and got.
+        ConfigError: the recipe cannot be read, a key is unknown or a value does not fit; one line,
+            expected and got.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path, default=recipe)
@@ -48,7 +51,8 @@ def parse_config(arguments: Sequence[str], *, recipe: Path | None = None, prog: 
 
 
 def _apply(arguments: Sequence[str], default: Config, prog: str, source: str) -> Config:
-    """The arguments on top of ``default``: a method's numbers are taken here, everything else is tyro's.
+    """The arguments on top of ``default``: a method's numbers are taken here, everything else is
+    tyro's.
 
     Another method than the default's starts from its own numbers.
     """

@@ -1,4 +1,5 @@
-"""The configuration tree: frozen dataclasses, a sentence under every field, checked when they are built.
+"""The configuration tree: frozen dataclasses, a sentence under every field, checked when they are
+built.
 
 ``settings.parse_config`` fills it from a TOML recipe and from overrides.
 """
@@ -26,19 +27,20 @@ class Config:
     out: str = "runs"
     """Directory of all runs."""
     overwrite: bool = False
-    """Replace a finished run of the same name instead of refusing."""
+    """Replace a run of the same name instead of raising an error."""
     resume: str = ""
-    """auto: go on from the latest sound checkpoint of the run of this name, or start where there is none. Or the path of one of
-    its checkpoints. Empty: start afresh."""
+    """auto: resume from the latest valid checkpoint of the run of this name, or start a new run
+    where there is none. Or the path of one of its checkpoints. Empty: start a new run."""
     seed: int = 0
-    """Of everything: order of questions, adapters' initial weights, sampling of answers."""
+    """Seed of everything: order of prompts, initial adapter weights, sampling of completions."""
     steps: int = 100
-    """Training steps; each samples answers and learns from them."""
+    """Training steps; each samples completions and updates on them."""
     samples_per_step: int = 2
-    """Answers of each step that are written to samples.jsonl: the best, the worst, the second best, and so on."""
+    """Completions of each step written to samples.jsonl: the best, the worst, the second best, and
+    so on."""
     diagnose_every: int = 1
-    """Steps between measurements of the entropy change that an update was predicted to make and made: one more forward pass
-    over the step's answers; 0 for none."""
+    """Steps between measurements of predicted and actual entropy change of an update (one more
+    forward pass over the completions of the step); 0 for none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -58,7 +60,7 @@ class Config:
         with section("rollout"):
             self.loss.hook().responses(self.rollout.responses)
         updates = self.rollout.prompts * self.rollout.responses
-        expected = f"at most the {updates} answers of a step"
+        expected = f"at most the {updates} completions of a step"
         check(self.optim.minibatches <= updates, "optim.minibatches", expected, self.optim.minibatches)
 
     def method(self) -> Method:

@@ -1,1 +1,1 @@
-"""What a model has learned: evaluation, diversity, reports."""
+"""Evaluation, measures of diversity, and reports."""

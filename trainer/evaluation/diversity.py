@@ -1,4 +1,4 @@
-"""How different the answers to one question are, and how sure an average over questions is."""
+"""Diversity of the completions of one prompt, and confidence intervals of means over prompts."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def distinct_n(answers: Sequence[str], n: int) -> float:
-    """Different n-grams over all n-grams of the answers together (arXiv:1510.03055); 0 when none is long enough."""
-    grams = [tuple(tokens[i : i + n]) for tokens in map(words, answers) for i in range(len(tokens) - n + 1)]
+def distinct_n(completions: Sequence[str], n: int) -> float:
+    """Number of different n-grams over the number of all n-grams of the completions together
+    (arXiv:1510.03055); 0 where there is none.
+    """
+    grams = [tuple(tokens[i : i + n]) for tokens in map(words, completions) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def self_bleu(answers: Sequence[str]) -> float:
-    """Mean BLEU-4 of each answer against all others (arXiv:1802.01886): 1 when all are equal, near 0 when none overlap.
+def self_bleu(completions: Sequence[str]) -> float:
+    """Mean BLEU-4 of each completion against all others (arXiv:1802.01886): 1 when all are equal,
+    near 0 without overlap.
 
-    Empty answers are left out, and weights are spread over the orders that an answer of fewer than four words has.
+    Empty completions are left out. For a completion of fewer than four words the weights are spread
+    over the orders it has.
     """
-    tokenised = [tokens for tokens in map(words, answers) if tokens]
+    tokenised = [tokens for tokens in map(words, completions) if tokens]
     if len(tokenised) < 2:
         return math.nan
     smoothing = SmoothingFunction().method1
@@ -41,7 +45,9 @@ def self_bleu(answers: Sequence[str]) -> float:
 
 
 def dispersion(vectors: Tensor) -> float:
-    """1 - mean cosine of all pairs of answers: 0 when all mean the same. vectors: [k, dim] unit sentence embeddings."""
+    """1 - mean cosine of all pairs of completions: 0 when all mean the same. vectors: [k, dim] unit
+    sentence embeddings.
+    """
     count = len(vectors)
     if count < 2:
         return math.nan
@@ -51,10 +57,11 @@ def dispersion(vectors: Tensor) -> float:
 
 
 def pass_at_k(rewards: Sequence[float], k: int) -> float:
-    """Probability that one of ``k`` of these answers, drawn without replacement, is right: 1 - C(n - c, k) / C(n, k), the
-    unbiased estimate of pass@k from n answers of which c are right (arXiv:2107.03374). NaN for fewer than k answers.
+    """Probability that at least one of ``k`` completions drawn without replacement is correct: 1 -
+    C(n - c, k) / C(n, k), the unbiased estimate of pass@k from n completions of which c are correct
+    (arXiv:2107.03374). NaN for n < k.
 
-    rewards: n of 0 or 1.
+    rewards: n values of 0 or 1.
     """
     count, right = len(rewards), round(sum(rewards))
     return 1.0 - math.comb(count - right, k) / math.comb(count, k) if count >= k else math.nan
@@ -73,7 +80,9 @@ class Estimate:
 
 
 def bootstrap(values: Sequence[float], resamples: int, seed: int = 0) -> Estimate:
-    """Mean of the finite ``values`` with a percentile bootstrap interval over them; NaN when there are none."""
+    """Mean of the finite ``values`` with a percentile bootstrap interval over them; NaN when there
+    are none.
+    """
     kept = np.asarray([value for value in values if math.isfinite(value)])
     if not len(kept):
         return Estimate(math.nan, math.nan, math.nan)

@@ -1,4 +1,4 @@
-"""``python -m trainer eval``: one model, no training."""
+"""``python -m trainer eval``: evaluate one model without training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import ranks
 from ..config import Config
-from ..dataset import load_questions
+from ..dataset import load_prompts
 from ..errors import ConfigError, Interrupted
 from ..models.policy import load_policy
 from ..rewards.scoring import Rewards
@@ -21,13 +21,15 @@ from .report import estimates_table
 
 
 def of_run(config: Config, run: Path, checkpoint: str | None) -> tuple[Config, Path | None]:
-    """What evaluates a run: its exported model, or with ``checkpoint`` ("latest", or the name of one) the weights of that.
+    """Configuration and checkpoint for the evaluation of a run: its exported model, or
+    ``checkpoint`` ("latest" or a name).
 
     Args:
-        config: the run's own, perhaps with other questions or another number of answers.
+        config: the run's, possibly with other prompts or another number of completions.
 
     Returns:
-        The configuration of the evaluation, which goes to ``<run>-eval`` beside the run, and the checkpoint's path.
+        The configuration of the evaluation, which goes to ``<run>-eval`` beside the run, and the
+        path of the checkpoint.
 
     Raises:
         ConfigError: the run has no such model or checkpoint.
@@ -48,13 +50,15 @@ def of_run(config: Config, run: Path, checkpoint: str | None) -> tuple[Config, P
 
 
 def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
-    """Evaluate ``config.model`` and print one table for each set of questions; False when interrupted.
+    """Evaluate ``config.model`` and print one table for each set of prompts. Returns False when
+    interrupted.
 
-    The values go to evaluations.jsonl of a run directory of their own.
+    The values go to evaluations.jsonl in a run directory of their own.
 
     Args:
-        checkpoint: of a run with this configuration: its weights are put into the model first. Without one, the model is
-            evaluated as it is, and new adapters, which would change nothing, are not made.
+        checkpoint: of a run with this configuration; its weights are loaded into the model first.
+            Without one the model is evaluated as it is, and no new adapters are added, because they
+            would not change it.
 
     Raises:
         EapoError: bad configuration, data, model, rewards or checkpoint.
@@ -63,24 +67,24 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
         config = replace(config, lora=replace(config.lora, rank=0))
     else:
         verify(checkpoint)
-    train_set = load_questions(config.data.train, config.eval.train_questions) if config.eval.train_questions else None
-    held_out = load_questions(config.data.eval, config.data.eval_limit) if config.data.eval else None
+    train_set = load_prompts(config.data.train, config.eval.train_prompts) if config.eval.train_prompts else None
+    held_out = load_prompts(config.data.eval, config.data.eval_limit) if config.data.eval else None
     if not (train_set or held_out):
-        raise ConfigError("data.eval: expected a file, or eval.train_questions of at least 1; got neither")
+        raise ConfigError("data.eval: expected a file, or eval.train_prompts of at least 1; got neither")
     try:
-        with ranks.joined(config.model.device), StopRequest() as stop, Console(stop) as console:
+        with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
             run = RunDirectory(config)
-            ranks.on_first(lambda: run.start(replace=config.overwrite))
+            ranks.run_on_main(lambda: run.start(replace=config.overwrite))
             with console.phase(f"loading {config.model.path}"):
                 policy = load_policy(config.model, config.lora, seed=0)
                 if checkpoint is not None:
                     read_weights(checkpoint, policy)
                 rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
                 engine = make_engine(config, policy)
-            for name, questions in {"held-out": held_out, "train": train_set}.items():
-                if questions:
+            for name, prompts in {"held-out": held_out, "train": train_set}.items():
+                if prompts:
                     result, samples = evaluate(
-                        config, policy, engine, rewards, questions, dataset=name, step=step_of(checkpoint), console=console
+                        config, policy, engine, rewards, prompts, dataset=name, step=step_of(checkpoint), console=console
                     )
                     run.append("evaluations", asdict(result))
                     for sample in samples:

@@ -1,4 +1,6 @@
-"""Evaluation on fixed questions with fixed seeds: quality, diversity and entropy, one value a question."""
+"""Evaluation on fixed prompts with a fixed seed: quality, diversity and entropy, one value a
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config
-from ..dataset import Questions, encode_prompt
+from ..dataset import PromptSet, encode_prompt
 from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.embedding import SentenceEmbedding
@@ -22,18 +24,18 @@ from ..runs.console import Console
 from .diversity import Estimate, bootstrap, dispersion, distinct_n, pass_at_k, self_bleu
 
 EVALUATION_SEED = 1_000_003
-"""Apart from every training step's number, so that no evaluation shares random numbers with a step."""
+"""Larger than any step number, so that no evaluation shares random numbers with a step."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Values of each question, so that two evaluations can be compared question by question.
+    """Values of each prompt, so that two evaluations can be compared prompt by prompt.
 
     Attributes:
         dataset: "held-out" or "train".
         step: training steps done before it.
-        values: metric -> one number a question (None where there is none).
-        responses: answers to each question.
+        values: metric -> one number a prompt (None where there is none).
+        responses: completions of each prompt.
     """
 
     dataset: str
@@ -42,11 +44,11 @@ class Evaluation:
     responses: int
 
     def estimates(self, resamples: int) -> dict[str, Estimate]:
-        """Mean over questions with a bootstrap interval, for every metric."""
+        """Mean over prompts with a bootstrap interval, for every metric."""
         return {name: bootstrap(known(column), resamples) for name, column in self.values.items()}
 
     def metrics(self) -> dict[str, float]:
-        """Mean over questions of every metric, as trackers show it; without those that no question has."""
+        """Mean over prompts of every metric that any prompt has, under the names of trackers."""
         columns = {name: [value for value in known(column) if not math.isnan(value)] for name, column in self.values.items()}
         return {f"evaluation/{self.dataset}/{name}": sum(found) / len(found) for name, found in columns.items() if found}
 
@@ -60,12 +62,12 @@ class Evaluation:
 
 
 def known(column: Sequence[float | None]) -> list[float]:
-    """A column with NaN for None (which is how NaN is kept in JSON)."""
+    """A column with NaN for None, which stands for NaN in JSON."""
     return [math.nan if value is None else value for value in column]
 
 
 def difference(before: Evaluation, after: Evaluation, metric: str, resamples: int) -> Estimate:
-    """After minus before, paired by question."""
+    """After minus before, paired by prompt."""
     pairs = zip(known(before.values[metric]), known(after.values[metric]), strict=True)
     return bootstrap([b - a for a, b in pairs], resamples)
 
@@ -75,36 +77,37 @@ def evaluate(
     policy: Policy,
     engine: RolloutEngine,
     rewards: Rewards,
-    questions: Questions,
+    prompt_set: PromptSet,
     *,
     dataset: str,
     step: int,
     console: Console,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Answer every question ``eval.responses`` times and measure. Also returns the answers, as samples.
+    """Sample ``eval.responses`` completions of every prompt and measure them. Also returns them as
+    samples.
 
-    A failed reward is left out of its question's mean and reported; it never ends an evaluation unless
-    ``rewards.on_failure`` is "stop". Where all rewards are 0 or 1, pass@k is measured too; where similarity is among the
-    rewards, the dispersion of its sentence embeddings.
+    A failed reward is reported and left out of the mean of its prompt; it ends an evaluation only
+    with ``rewards.on_failure`` "stop". Where all rewards are 0 or 1, pass@k is measured too; with
+    the reward similarity, also the dispersion of its sentence embeddings.
     """
-    k, indices = config.eval.responses, range(len(questions))
-    prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in questions.rows]
+    k, indices = config.eval.responses, range(len(prompt_set))
+    prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in prompt_set.rows]
     sampling = Sampling(
         k, config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.top_p,
         derive_seed(config.seed, EVALUATION_SEED),
     )  # fmt: skip
-    title = f"evaluation on {dataset} questions"
-    with console.phase(f"{title}: answers", alone=True) as tick:
+    title = f"evaluation on {dataset} prompts"
+    with console.phase(f"{title}: completions", alone=True) as tick:
         rollouts = engine.generate(prompts, sampling, tick)
     texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
     with console.phase(f"{title}: rewards", alone=True) as tick:
-        scores = score_together(rewards, questions.columns(indices, k), texts, rollouts.completion_ids, tick)
-    for line in scores.complaints():
+        scores = score_together(rewards, prompt_set.columns(indices, k), texts, rollouts.completion_ids, tick)
+    for line in scores.failure_lines():
         console.line(line)
     with console.phase(f"{title}: entropy") as tick:
-        answers = select(rollouts, range(len(texts)))
+        completions = select(rollouts, range(len(texts)))
         budget = config.optim.micro_batch_tokens
-        entropy = measure(policy, answers, temperature=sampling.temperature, budget=budget, tick=tick).entropy.cpu()
+        entropy = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick).entropy.cpu()
     embedding = _embedding(rewards)
     verified = bool(((scores.total == 0) | (scores.total == 1) | scores.total.isnan()).all())
     values: dict[str, list[float | None]] = {}
@@ -117,7 +120,7 @@ def evaluate(
             "distinct_1": distinct_n(texts[own], 1),
             "distinct_2": distinct_n(texts[own], 2),
             "self_bleu": self_bleu(texts[own]),
-            "entropy": entropy[answers.starts[own.start] : answers.starts[own.stop]].mean().item(),
+            "entropy": entropy[completions.starts[own.start] : completions.starts[own.stop]].mean().item(),
             "length": sum(map(len, rollouts.completion_ids[own])) / k,
             "truncated": sum(rollouts.truncated[own]) / k,
             **({"dispersion": dispersion(embedding(texts[own]))} if embedding else {}),
@@ -125,7 +128,7 @@ def evaluate(
         }
         for name, value in row.items():
             values.setdefault(name, []).append(value)
-    asked = (row["prompt"] for row in questions.rows for _ in range(k))
+    asked = (row["prompt"] for row in prompt_set.rows for _ in range(k))
     samples = [
         {"step": step, "dataset": dataset, "prompt": prompt, "completion": text, "reward": reward}
         for prompt, text, reward in zip(asked, texts, scores.total.tolist(), strict=True)

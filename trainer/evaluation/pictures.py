@@ -1,4 +1,4 @@
-"""Pictures of runs: curves of training, and the diagnostics of what its updates did to the entropy."""
+"""Figures of runs: training curves, and diagnostics of how updates changed the entropy."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only: a machine without a display must draw them too
+matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 Rows = Sequence[Mapping[str, Any]]
 
 CURVES = {
-    "reward/mean": "mean reward of the step's answers",
+    "reward/mean": "mean reward of the step's completions",
     "eapo/entropy": "token entropy (nats)",
-    "eapo/positive_weight": "weight of positive answers",
-    "diversity/distinct_2": "distinct-2 of the answers to one question",
-    "response/length": "tokens of an answer",
+    "eapo/positive_weight": "weight of positive completions",
+    "diversity/distinct_2": "distinct-2 of the completions to one prompt",
+    "response/length": "tokens of a completion",
     "grad_norm": "gradient norm before clipping",
 }
 """Metric -> title, in the order of the picture."""
@@ -37,7 +37,7 @@ def points(rows: Rows, metric: str) -> tuple[list[int], list[float]]:
 
 
 def draw_curves(runs: Mapping[str, Rows], target: Path) -> None:
-    """One panel for each of CURVES, one line for each run; a run without a metric has no line in its panel."""
+    """One panel for each of CURVES with one line for each run that has the metric."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), sharex=True, layout="constrained")
     for (metric, title), axis in zip(CURVES.items(), axes.flat, strict=True):
         for name, rows in runs.items():
@@ -51,7 +51,9 @@ def draw_curves(runs: Mapping[str, Rows], target: Path) -> None:
 
 
 def sign_agreement(rows: Rows) -> float | None:
-    """Share of the measured steps whose entropy changed in the predicted direction; None without any."""
+    """Share of the measured steps whose entropy changed in the predicted direction; None without
+    any.
+    """
     signs = [(row[PREDICTED] > 0) == (row[MEASURED] > 0) for row in _diagnosed(rows)]
     return sum(signs) / len(signs) if signs else None
 
@@ -61,7 +63,8 @@ def _diagnosed(rows: Rows) -> Rows:
 
 
 def draw_diagnostics(runs: Mapping[str, Rows], target: Path) -> bool:
-    """Gradient share and polarity of the positives, predicted against measured entropy change, and the engine's mismatch.
+    """Gradient share and polarity of the positive completions, predicted against measured entropy
+    change, and the engine's log-prob mismatch.
 
     Returns:
         Whether any run has measured them (``diagnose_every``); if none has, nothing is drawn.
@@ -73,7 +76,7 @@ def draw_diagnostics(runs: Mapping[str, Rows], target: Path) -> bool:
         color, agreed = f"C{i}", sign_agreement(rows)
         share.plot(*points(rows, SHARE), marker=".", color=color, label=name)
         for metric, style in CONTRACTING.items():
-            polarity.plot(*points(rows, metric), style, color=color, label=f"{name}: {metric.rpartition('_')[2]} answers")
+            polarity.plot(*points(rows, metric), style, color=color, label=f"{name}: {metric.rpartition('_')[2]} completions")
         if agreed is not None:
             label = f"{name}: same sign in {agreed:.0%} of the steps"
             found = _diagnosed(rows)
@@ -83,7 +86,7 @@ def draw_diagnostics(runs: Mapping[str, Rows], target: Path) -> bool:
         level(0, color="grey", linewidth=0.8)
     gap.set_yscale("log")
     titles = {
-        share: "share of the squared gradient that is the positive answers'",
+        share: "share of the squared gradient from positive completions",
         polarity: "share of tokens whose reinforcement contracts the entropy (D > 0)",
         change: "entropy change of a step: measured (nats) against predicted (nats per logit step)",
         gap: "engine's against trainer's log-prob: mean absolute difference (nats)",

@@ -1,4 +1,4 @@
-"""Pictures and one Markdown page from run directories."""
+"""Figures and a Markdown page from run directories."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .pictures import CURVES, draw_curves, draw_diagnostics
 
 METRICS = {
     "reward": "reward",
-    "reward_best": "best reward of {k} answers",
+    "reward_best": "best reward of {k} completions",
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
     "self_bleu": "self-BLEU (lower = more varied)",
@@ -27,18 +27,18 @@ METRICS = {
 
 
 DIAGNOSTICS = """\
-What the updates did to the entropy (docs/math.md, E7): a token's polarity D says whether making it likelier contracts the
-entropy (D > 0) or expands it; the gradient share says how much of the update is the positive answers'; the prediction is first
-order and for each token's logits alone, so its sign and relative size count."""
+How the updates changed the entropy (docs/math.md, E7). Raising the probability of a token with polarity D > 0 contracts the
+entropy, with D < 0 it expands it. The gradient share is the part of the squared gradient that comes from positive completions.
+The prediction is first order in each token's logits, so only its sign and relative size are meaningful."""
 
 
 def metric_name(metric: str, responses: int) -> str:
-    """How a table calls a metric of an evaluation with so many answers to a question."""
+    """Name of a metric in a table; ``responses`` is the number of completions of each prompt."""
     return METRICS.get(metric, metric).format(k=responses)
 
 
 def first_and_last(run: Path) -> list[tuple[Evaluation, Evaluation]]:
-    """For every evaluated set of questions the first and the last evaluation, where there are two."""
+    """The first and the last evaluation of every dataset that was evaluated at least twice."""
     by_set: dict[str, list[Evaluation]] = {}
     for row in read(run, "evaluations"):
         by_set.setdefault(row["dataset"], []).append(Evaluation(**row))
@@ -56,7 +56,7 @@ def comparison(before: Evaluation, after: Evaluation, resamples: int) -> list[li
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned table, readable as plain text too."""
+    """A Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
     return "\n".join(f"| {line} |" for line in [lines[0], " | ".join("-" * width for width in widths), *lines[1:]])
@@ -66,9 +66,9 @@ def estimates_table(evaluation: Evaluation, resamples: int) -> str:
     """One evaluation as a Markdown table."""
     found = evaluation.estimates(resamples)
     rows = [[metric_name(name, evaluation.responses), str(estimate)] for name, estimate in found.items()]
-    questions = len(evaluation.values["reward"])
+    prompts = len(evaluation.values["reward"])
     return markdown_table(
-        [f"{questions} {evaluation.dataset} questions, {evaluation.responses} answers each", "mean [95 % interval]"],
+        [f"{prompts} {evaluation.dataset} prompts, {evaluation.responses} completions each", "mean [95 % interval]"],
         rows,
     )
 
@@ -77,8 +77,8 @@ def summary_table(run: Path, resamples: int) -> str:
     """Before/after tables of one run as Markdown; empty when it was not evaluated twice."""
     parts = []
     for before, after in first_and_last(run):
-        questions = len(before.values["reward"])
-        title = f"{run.name}: {questions} {before.dataset} questions, {before.responses} answers each, mean [95 % interval]"
+        prompts = len(before.values["reward"])
+        title = f"{run.name}: {prompts} {before.dataset} prompts, {before.responses} completions each, mean [95 % interval]"
         header = ["", f"before (step {before.step})", f"after (step {after.step})", "change"]
         parts.append(f"{title}\n\n{markdown_table(header, comparison(before, after, resamples))}")
     return "\n\n".join(parts)
@@ -122,7 +122,7 @@ def _run_section(run: Path, resamples: int) -> list[str]:
     curve = [[str(row["step"]), *(_number(row.get(name)) for name in picked)] for row in shown]
     about = (
         f"{config['model']['path']}, method {config['loss']['method']}, seed {config['seed']}, {rows[-1]['step']} of "
-        f"{config['steps']} steps, {config['rollout']['prompts']} questions x {config['rollout']['responses']} answers "
+        f"{config['steps']} steps, {config['rollout']['prompts']} prompts x {config['rollout']['responses']} completions "
         f"a step, learning rate {config['optim']['lr']}, LoRA rank {config['lora']['rank']} (0 = all weights)."
     )
     sections = [f"## {run.name}", about, summary_table(run, resamples), markdown_table(header, curve), _best_and_worst(run)]
@@ -134,12 +134,12 @@ def _number(value: Any) -> str:
 
 
 def _samples(run: Path) -> str:
-    """The same evaluation questions answered at first and at last."""
+    """Completions of the same evaluation prompts, first and last."""
     rows = [row for row in read(run, "samples") if row.get("dataset") == "held-out"]
     if not rows:
         return ""
     first, last = rows[0]["step"], rows[-1]["step"]
-    lines = ["One answer each to the first held-out questions:"]
+    lines = ["One completion each to the first held-out prompts:"]
     for before in [row for row in rows if row["step"] == first][:3]:
         after = next(row for row in rows if row["step"] == last and row["prompt"] == before["prompt"])
         lines.append(
@@ -149,7 +149,9 @@ def _samples(run: Path) -> str:
 
 
 def _best_and_worst(run: Path, most: int = 5) -> str:
-    """The best and the worst answer of some steps, evenly chosen, the first and the last among them."""
+    """The best and the worst completion of up to ``most`` steps, evenly spaced, the first and the
+    last step included.
+    """
     by_step: dict[int, list[dict[str, Any]]] = {}
     for row in read(run, "samples"):
         if "dataset" not in row:
@@ -158,7 +160,7 @@ def _best_and_worst(run: Path, most: int = 5) -> str:
         return ""
     steps = sorted(by_step)
     chosen = sorted({steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)})
-    lines = ["Best and worst answer of a step:"]
+    lines = ["Best and worst completion of a step:"]
     for step in chosen:
         ranked = sorted(by_step[step], key=lambda row: -row["reward"])
         lines.append(f"- step {step}")
@@ -168,5 +170,5 @@ def _best_and_worst(run: Path, most: int = 5) -> str:
 
 
 def _text(prompt: Any) -> str:
-    """A prompt's text; of messages the last one's."""
+    """A prompt's text; for chat messages, the last one's."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])

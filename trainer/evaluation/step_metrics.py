@@ -1,4 +1,4 @@
-"""What a step logs, as plain numbers."""
+"""Metrics of a step, as plain numbers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..records import Sampled
+from ..records import ScoredRollouts
 from .diversity import distinct_n
 
 
-def reward_metrics(sampled: Sampled) -> dict[str, float]:
-    """Mean and spread of the reward and of every function's part; all answers have a reward."""
+def reward_metrics(sampled: ScoredRollouts) -> dict[str, float]:
+    """Mean and spread of the reward and of the part of every function. All completions must have a
+    reward.
+    """
     rewards = sampled.scores.total
     spread = torch.stack([rewards[group].std(correction=1 if len(group) > 1 else 0) for group in sampled.groups()])
     result = {
@@ -30,15 +32,17 @@ def reward_metrics(sampled: Sampled) -> dict[str, float]:
     return result
 
 
-def call_metrics(drawn: Sampled) -> dict[str, float]:
-    """Every reward function's failed share of all answers that were drawn, its seconds, and what it measured of itself."""
+def call_metrics(drawn: ScoredRollouts) -> dict[str, float]:
+    """For every reward function: the failed share of all sampled completions, its seconds, and its
+    own measurements.
+    """
     scores = drawn.scores
     failed = Counter(failure.function for failure in scores.failures)
     shares = {f"reward/{name}/failed": failed[name] / len(drawn) for name in scores.parts}
     return {**shares, **{f"reward/{name}": value for name, value in scores.measured.items()}}
 
 
-def answer_metrics(sampled: Sampled) -> dict[str, float]:
+def completion_metrics(sampled: ScoredRollouts) -> dict[str, float]:
     """Lengths and diversity."""
     rollouts, groups = sampled.rollouts, [[sampled.texts[i] for i in group] for group in sampled.groups()]
     lengths = torch.tensor([float(len(ids)) for ids in rollouts.completion_ids])
@@ -51,16 +55,18 @@ def answer_metrics(sampled: Sampled) -> dict[str, float]:
     }
 
 
-def engine_metrics(sampled: Sampled, old_logp: Tensor, cap: float | None = None) -> dict[str, float]:
-    """How far the engine's log-probs are from the trainer's, and what that does to importance weights.
+def engine_metrics(sampled: ScoredRollouts, old_logp: Tensor, cap: float | None = None) -> dict[str, float]:
+    """Difference between the engine's and the trainer's log-probs, and its effect on importance
+    weights.
 
-    ``rollout/kl`` is the k3 estimate of KL(engine || trainer) (http://joschu.net/blog/kl-approx.html) in nats a token.
-    ``importance_mean`` and ``importance_ess`` are of min(exp(gap), cap): their mean, and the effective sample size
-    (sum w)^2 / sum w^2 as a share of the tokens; ``importance_capped``, only with a cap, is the share of tokens that it holds
-    down.
+    ``rollout/kl`` is the k3 estimate of KL(engine || trainer)
+    (http://joschu.net/blog/kl-approx.html) in nats a token. ``importance_mean`` and
+    ``importance_ess`` describe min(exp(gap), cap): its mean, and the effective sample size (sum
+    w)^2 / sum w^2 as a share of the tokens. ``importance_capped``, only with a cap, is the share of
+    tokens above it.
 
-    old_logp: [T] fp32 CPU, the trainer's log-probs of these answers (nats).
-    cap: ``loss.importance_cap``; None is no cap, and the weights are then those that the loss leaves out.
+    old_logp: [T] fp32 CPU, the trainer's log-probs of these completions (nats).
+    cap: ``loss.importance_cap``; with None the weights are not capped (and not part of the loss).
     """
     gap = old_logp - torch.cat(sampled.rollouts.logp)
     whole = gap.double().exp()
@@ -76,15 +82,15 @@ def engine_metrics(sampled: Sampled, old_logp: Tensor, cap: float | None = None)
     }
 
 
-def best_and_worst(sampled: Sampled, count: int) -> list[int]:
-    """The answers of a step worth keeping: the best, the worst, the second best, and so on; ``count`` of them, or all."""
+def best_and_worst(sampled: ScoredRollouts, count: int) -> list[int]:
+    """Indices of up to ``count`` completions: the best, the worst, the second best, and so on."""
     order = sampled.scores.total.argsort(descending=True, stable=True).tolist()
     picked = [i for pair in zip(order, reversed(order), strict=True) for i in pair]
     return list(dict.fromkeys(picked))[:count]
 
 
-def sample_record(step: int, index: int, sampled: Sampled) -> dict[str, Any]:
-    """One answer as samples.jsonl keeps it."""
+def sample_record(step: int, index: int, sampled: ScoredRollouts) -> dict[str, Any]:
+    """The record of one completion in samples.jsonl."""
     return {
         "step": step,
         "prompt": sampled.columns["prompt"][index],

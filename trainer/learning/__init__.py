@@ -1,1 +1,1 @@
-"""What is learned from a step's answers."""
+"""The update half of a step."""

@@ -1,6 +1,7 @@
-"""Ragged answers -> padded micro-batches and flat response tokens.
+"""Ragged completions -> padded micro-batches and flat completion tokens.
 
-The tokens of all answers of a step stand in one row of T; a micro-batch knows which of them are its own.
+The T tokens of all completions of a step are concatenated in one row; a micro-batch holds the
+positions of its own tokens in it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from ..records import Rollouts
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Answers with what the learner needs of them.
+class Completions:
+    """Completions as the learner uses them.
 
     Attributes:
         prompt_ids, completion_ids: B token lists each.
@@ -39,28 +40,29 @@ class Answers:
         return self.starts[-1]
 
     def length(self, index: int) -> int:
-        """Tokens of answer ``index`` together with its prompt."""
+        """Tokens of completion ``index`` and its prompt."""
         return len(self.prompt_ids[index]) + len(self.completion_ids[index])
 
 
-def select(rollouts: Rollouts, indices: Sequence[int]) -> Answers:
-    """The chosen answers of ``rollouts``, renumbered in the order given."""
-    completions = [rollouts.completion_ids[i] for i in indices]
+def select(rollouts: Rollouts, indices: Sequence[int]) -> Completions:
+    """The completions ``indices`` of ``rollouts``, numbered in that order."""
+    ids = [rollouts.completion_ids[i] for i in indices]
     logp = torch.cat([rollouts.logp[i] for i in indices])
-    starts = list(accumulate(map(len, completions), initial=0))
-    return Answers([rollouts.prompt_ids[i] for i in indices], completions, logp, starts)
+    starts = list(accumulate(map(len, ids), initial=0))
+    return Completions([rollouts.prompt_ids[i] for i in indices], ids, logp, starts)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some answers, padded on the right.
+    """Some completions, padded on the right.
 
     Attributes:
         input_ids, attention_mask: [b, L] int64.
-        rows: [N] int64, flattened positions that predict the response tokens (each one before its token).
-        targets: [N] int64, the response tokens.
-        sequence_ids: [N] int64, the answer's number among all B.
-        tokens: [N] int64, where the tokens stand in the row of T.
+        rows: [N] int64, flattened positions of the hidden states that predict the completion tokens
+            (one before each token).
+        targets: [N] int64, the completion tokens.
+        sequence_ids: [N] int64, the number of the token's completion among all B.
+        tokens: [N] int64, positions in the row of T tokens.
     """
 
     input_ids: Tensor
@@ -71,47 +73,48 @@ class MicroBatch:
     tokens: Tensor
 
 
-def plan(answers: Answers, indices: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut ``indices`` into micro-batches of at most ``budget`` padded tokens; neighbours have similar lengths.
+def plan(completions: Completions, indices: Sequence[int], budget: int) -> list[list[int]]:
+    """Split ``indices`` into micro-batches of at most ``budget`` padded tokens, sorted by length.
 
-    One answer longer than the budget is a micro-batch of its own.
+    A completion longer than the budget is a micro-batch of its own.
     """
     groups: list[list[int]] = []
-    for index in sorted(indices, key=answers.length, reverse=True):  # the first of a group is its longest
-        if groups and (len(groups[-1]) + 1) * answers.length(groups[-1][0]) <= budget:
+    for index in sorted(indices, key=completions.length, reverse=True):  # the first of a group is its longest
+        if groups and (len(groups[-1]) + 1) * completions.length(groups[-1][0]) <= budget:
             groups[-1].append(index)
         else:
             groups.append([index])
     return groups
 
 
-def plan_shares(answers: Answers, indices: Sequence[int], budget: int) -> tuple[list[list[int]], list[list[int]]]:
-    """This rank's micro-batches of ``indices``, and those it runs without counting them.
+def plan_shares(completions: Completions, indices: Sequence[int], budget: int) -> tuple[list[list[int]], list[list[int]]]:
+    """This rank's micro-batches of ``indices``, and micro-batches to run with zero weight.
 
-    A sharded model is gathered by all ranks together, so all run it equally often: who has fewer micro-batches repeats the
-    shortest answer. On one process there are none of those.
+    A sharded model is gathered by all ranks together, so all ranks must run the same number of
+    forward passes. A rank with fewer micro-batches repeats the shortest completion. On one process
+    the second list is empty.
     """
-    costs = [answers.length(index) for index in range(len(answers))]
-    plans = [plan(answers, share, budget) for share in ranks.shares(costs, list(indices))]
+    costs = [completions.length(index) for index in range(len(completions))]
+    plans = [plan(completions, share, budget) for share in ranks.shares(costs, list(indices))]
     own = plans[ranks.rank()]
-    shortest = min(indices, key=answers.length)
+    shortest = min(indices, key=completions.length)
     return own, [[shortest]] * (max(map(len, plans)) - len(own))
 
 
-def collate(answers: Answers, indices: Sequence[int], device: torch.device) -> MicroBatch:
+def collate(completions: Completions, indices: Sequence[int], device: torch.device) -> MicroBatch:
     """Build the tensors of one micro-batch on ``device``."""
-    width = max(map(answers.length, indices))
+    width = max(map(completions.length, indices))
     input_ids = torch.zeros(len(indices), width, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     rows, sequence_ids, tokens = [], [], []
     for place, index in enumerate(indices):
-        prompt, completion = answers.prompt_ids[index], answers.completion_ids[index]
+        prompt, completion = completions.prompt_ids[index], completions.completion_ids[index]
         input_ids[place, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
         attention_mask[place, : len(prompt) + len(completion)] = 1
         first = place * width + len(prompt) - 1
         rows.append(torch.arange(first, first + len(completion)))
         sequence_ids.append(torch.full((len(completion),), index))
-        tokens.append(torch.arange(answers.starts[index], answers.starts[index + 1]))
+        tokens.append(torch.arange(completions.starts[index], completions.starts[index + 1]))
     chosen = torch.cat(rows)
     fields = (
         input_ids,

@@ -1,4 +1,4 @@
-"""The learning half of a step: the updates."""
+"""The updates of a step."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .. import ranks
 from ..config import OptimConfig
 from ..errors import DivergenceError, Interrupted
 from ..models.policy import Policy
-from ..models.sharding import whole
+from ..models.sharding import full_tensor
 from ..records import Tick
 from .batching import MicroBatch, collate, plan_shares
 from .experience import Experience
 
 SEQUENCE_MEAN = "eapo/positive_fraction"
-"""The one metric that is a mean over answers; all others are means over tokens."""
+"""The one metric that is a mean over completions; all others are means over tokens."""
 
 
 class Learner:
-    """Owns the optimizer and its schedule. ``steps`` is the length of the whole run."""
+    """The optimizer and its schedule. ``steps`` is the length of the whole run."""
 
     def __init__(self, policy: Policy, method: Method, optim: OptimConfig, *, temperature: float, steps: int) -> None:
         self.policy, self.method, self.optim = policy, method, optim
@@ -48,16 +48,20 @@ class Learner:
         return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
     def update(self, experience: Experience, *, step: int, seed: int, tick: Tick) -> dict[str, float]:
-        """Learn from ``experience``; returns token means of the loss's metrics, and ``loss``, ``grad_norm`` and ``lr``.
+        """Train on ``experience``. Returns token means of the loss's metrics, and ``loss``,
+        ``grad_norm`` and ``lr``.
 
-        Every micro-batch is divided by the counts of its whole minibatch, so how that is cut and spread over ranks changes
-        nothing: all ranks hold all answers, run a share of every minibatch, and add up gradients and metrics.
-        Fewer answers than minibatches are as many minibatches of one answer.
-        ``tick`` can end it before the first optimizer step; from then on the update is finished, because there is no going on
-        from the middle of one.
+        The loss of a micro-batch is divided by the counts of its whole minibatch, so the split into
+        micro-batches and ranks does not change the result. All ranks hold all completions, run a
+        share of every minibatch, and sum gradients and metrics. With fewer completions than
+        minibatches, each completion is a minibatch.
+
+        ``tick`` may raise ``Interrupted`` before the first optimizer step. After it the update
+        always finishes, because a run cannot resume from the middle of an update.
 
         Raises:
-            DivergenceError: the loss or the gradient norm is not finite; the weights are those of the last good step.
+            DivergenceError: the loss or the gradient norm is not finite. The weights are those
+                after the last finite optimizer step.
         """
         optim = self.optim
         for group in self.optimizer.param_groups:
@@ -66,10 +70,10 @@ class Learner:
         minibatches = [
             indices.tolist()
             for _ in range(optim.epochs)
-            for indices in np.array_split(shuffle.permutation(len(experience.answers)), optim.minibatches)
+            for indices in np.array_split(shuffle.permutation(len(experience.completions)), optim.minibatches)
             if len(indices)
         ]
-        plans = [plan_shares(experience.answers, indices, optim.micro_batch_tokens) for indices in minibatches]
+        plans = [plan_shares(experience.completions, indices, optim.micro_batch_tokens) for indices in minibatches]
         done, total = count(), sum(len(own) + len(repeated) for own, repeated in plans)
         sums: dict[str, float] = defaultdict(float)
         for number, (indices, (own, repeated)) in enumerate(zip(minibatches, plans, strict=True)):
@@ -94,27 +98,29 @@ class Learner:
         repeated: Sequence[Sequence[int]],
         tick: Callable[[], None],
     ) -> dict[str, float]:
-        """One optimizer step on the answers ``indices``: this rank's micro-batches ``own``, and ``repeated`` for nothing."""
-        answers, device = experience.answers, self.policy.device
-        tokens = [torch.arange(answers.starts[i], answers.starts[i + 1]) for i in indices]
+        """One optimizer step on the completions ``indices``: this rank's micro-batches ``own``, and
+        ``repeated`` with zero weight.
+        """
+        completions, device = experience.completions, self.policy.device
+        tokens = [torch.arange(completions.starts[i], completions.starts[i + 1]) for i in indices]
         minibatch = experience.batch.select(torch.cat(tokens).to(device))
         denominator = loss_denominator(minibatch, method=self.method, positive_weight=experience.positive_weight)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
         self.optimizer.zero_grad(set_to_none=True)
         for number, group in enumerate([*own, *repeated]):
             tick()
-            out = self._loss(experience, collate(answers, group, device), denominator)
+            out = self._loss(experience, collate(completions, group, device), denominator)
             counts = float(number < len(own))
             (counts * out.loss).backward()
             sums["loss"] += counts * out.loss.detach()
             for name, value in out.metrics.items():
                 sums[name] += counts * _share_of(name, out, len(group)) * value
         names = sorted(sums)  # the same order on all ranks
-        totals = dict(zip(names, ranks.add_up(torch.stack([sums[name] for name in names])), strict=True))
+        totals = dict(zip(names, ranks.all_reduce_sum(torch.stack([sums[name] for name in names])), strict=True))
         loss, counted = totals.pop("loss"), totals.pop("tokens").clamp_min(1)
         means = {name: total / (len(indices) if name == SEQUENCE_MEAN else counted) for name, total in totals.items()}
         weights = self.policy.trainable()
-        norm = whole(get_total_norm([weight.grad for weight in weights if weight.grad is not None]))
+        norm = full_tensor(get_total_norm([weight.grad for weight in weights if weight.grad is not None]))
         clip_grads_with_norm_(weights, self.optim.max_grad_norm, norm)
         values = {name: float(value) for name, value in {**means, "loss": loss, "grad_norm": norm}.items()}
         for name in ("loss", "grad_norm"):

@@ -1,4 +1,6 @@
-"""Statistics of a policy at every token of a step's answers: what methods weigh tokens by, before the first update."""
+"""Statistics of a policy at every token of a step's completions, from which methods compute token
+weights before the first update.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,13 @@ from eapo_kernels import Method, TokenStats, nucleus_entropy, token_stats
 from .. import ranks
 from ..models.policy import Policy
 from ..records import Tick
-from .batching import Answers, collate, plan_shares
+from .batching import Completions, collate, plan_shares
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Statistics of every response token, [T] fp32 each (nats but for p2); None: not asked for.
+    """Statistics of every completion token, [T] fp32 each (in nats except p2); None where not
+    requested.
 
     Attributes:
         logp, entropy: of the sampled distribution, at the sampling temperature.
@@ -37,18 +40,18 @@ class Measurement:
     nucleus_entropy: Tensor | None = None
 
     def stats(self) -> TokenStats:
-        """What ``weight_tokens`` and the diagnostics take."""
+        """The statistics as ``weight_tokens`` and the diagnostics take them."""
         return TokenStats(**{name: getattr(self, name) for name in TokenStats._fields})
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to measure beyond log-prob and entropy.
+    """Statistics to measure besides log-prob and entropy.
 
     Attributes:
         second_moments: p2, p2_logp and varentropy.
         tempered: the other temperature, as a factor on the sampling temperature, or None.
-        top_p: the nucleus' mass, or None.
+        top_p: the probability mass of the nucleus, or None.
     """
 
     second_moments: bool = False
@@ -60,9 +63,9 @@ NOTHING = Wanted()
 
 
 def wanted_by(method: Method, *, tempered: float, diagnose: bool) -> Wanted:
-    """What ``method`` reads, and what its diagnostics do.
+    """The statistics that ``method`` needs, and with ``diagnose`` those of its diagnostics.
 
-    tempered: the factor to use where the method needs the log-probs at another temperature.
+    tempered: the temperature factor, for a method that needs log-probs at another temperature.
     """
     needs = frozenset() if method.token_weighting is None else method.token_weighting.needs
     return Wanted(
@@ -74,18 +77,19 @@ def wanted_by(method: Method, *, tempered: float, diagnose: bool) -> Wanted:
 
 @torch.no_grad()
 def measure(
-    policy: Policy, answers: Answers, *, temperature: float, budget: int, tick: Tick, wanted: Wanted = NOTHING
+    policy: Policy, completions: Completions, *, temperature: float, budget: int, tick: Tick, wanted: Wanted = NOTHING
 ) -> Measurement:
-    """Teacher-forced statistics of ``answers`` at the sampling temperature, in micro-batches of ``budget`` padded tokens.
+    """Teacher-forced statistics of ``completions`` at the sampling temperature, in micro-batches of
+    ``budget`` padded tokens.
 
-    Every rank measures a share and gets the statistics of all answers, which all ranks hold.
+    Every rank measures a share and receives the statistics of all completions.
     """
     columns: dict[str, Tensor] = {}
-    groups, repeated = plan_shares(answers, range(len(answers)), budget)
+    groups, repeated = plan_shares(completions, range(len(completions)), budget)
 
     for number, group in enumerate(groups + repeated):
         tick(number, len(groups + repeated))
-        batch = collate(answers, group, policy.device)
+        batch = collate(completions, group, policy.device)
 
         def head(hidden: Tensor, weight: Tensor, targets: Tensor = batch.targets, **options: Any) -> dict[str, Tensor | None]:
             found = token_stats(
@@ -105,7 +109,9 @@ def measure(
 
         for name, values in policy(batch.input_ids, batch.attention_mask, batch.rows, head).items():
             if values is not None:
-                column = columns.setdefault(name, torch.zeros(answers.tokens, device=policy.device))
+                column = columns.setdefault(name, torch.zeros(completions.tokens, device=policy.device))
                 if number < len(groups):
                     column[batch.tokens] = values.float()
-    return Measurement(**{name: ranks.add_up(column) for name, column in columns.items()})  # each token is one rank's
+    return Measurement(
+        **{name: ranks.all_reduce_sum(column) for name, column in columns.items()}
+    )  # each token is measured by one rank and 0 on the others

@@ -1,1 +1,1 @@
-"""The language model that is trained and the models it comes from or is held against."""
+"""The trained language model, its reference, and the models of rewards and evaluation."""

@@ -1,4 +1,6 @@
-"""A policy's weights as a checkpoint of its model family has them: adapters merged, tied ones once, names as in the files."""
+"""A policy's weights in the checkpoint format of its model family: adapters merged, tied weights
+once, names as in the files.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ ADAPTER = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
 
 
 def checkpoint_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) one after the other. W + scale * B A is formed when it is its turn, in fp32.
+    """Yield (name, weight). W + scale * B A is computed in fp32 when its turn comes.
 
-    A family whose files have other names or another layout than its module (experts stacked in memory, one by one on disk) is
-    converted at once, which needs the memory of a second copy.
+    A family whose checkpoint names or layout differ from its module's (experts stacked in memory,
+    separate on disk) is converted all at once, which needs memory for a second copy.
 
     Raises:
         ModelError: adapters other than plain LoRA on linear layers.
@@ -34,7 +36,7 @@ def checkpoint_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
 
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The same under the names that the module has without adapters."""
+    """The same, under the names of the module without adapters."""
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) in seen or ADAPTER.search(name):

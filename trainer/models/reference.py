@@ -1,4 +1,4 @@
-"""The policy that a KL penalty pulls towards: the first one, or one that follows at a distance."""
+"""The reference policy of a KL penalty: the initial policy, or a moving average."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import torch
 
 from .policy import Policy
-from .sharding import local
+from .sharding import local_tensor
 
 
 class Reference:
-    """Trained weights of an earlier policy. ``keep``: the share of them that stays at every ``follow``; 1 never moves."""
+    """Trained weights of an earlier policy. ``follow`` sets them to keep * reference + (1 - keep) *
+    policy; keep = 1 leaves them.
+    """
 
     def __init__(self, policy: Policy, keep: float) -> None:
         self.policy, self.keep = policy, keep
@@ -20,7 +22,7 @@ class Reference:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Within it the policy has the reference's weights."""
+        """Within this context the policy has the reference's weights."""
         self._swap()
         try:
             yield
@@ -29,16 +31,18 @@ class Reference:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """In place: a sharded parameter is a view of the memory that its gathering reads."""
+        """Exchange the weights in place: FSDP2 gathers from the memory that a sharded parameter is
+        a view of.
+        """
         for weight, parameter in zip(self.weights, self.policy.trainable(), strict=True):
-            ours, theirs = local(weight), local(parameter)
+            ours, theirs = local_tensor(weight), local_tensor(parameter)
             kept = ours.clone()
             ours.copy_(theirs)
             theirs.copy_(kept)
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Move towards the policy as it is now."""
+        """Move towards the present policy."""
         if self.keep < 1:
             for weight, parameter in zip(self.weights, self.policy.trainable(), strict=True):
-                local(weight).lerp_(local(parameter), 1 - self.keep)
+                local_tensor(weight).lerp_(local_tensor(parameter), 1 - self.keep)

@@ -1,4 +1,4 @@
-"""The policy over several processes: FSDP2, each rank keeping its share of every weight, gradient and optimizer state."""
+"""Sharding of the policy over several processes with FSDP2: weights, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .. import ranks
 
 
 def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Shard the layers of ``model`` one by one and what is left of ``root``, in place.
+    """Shard the layers of ``model`` one by one, then the rest of ``root``, in place.
 
-    Gradients are added up over the ranks, not averaged: losses are divided by counts over all of them. Layers are gathered in
-    ``dtype``, in which autocast would compute anyway; embedding, final norm and head stay as they are, so that the residual
-    stream is what it is on one process. The root is gathered anew for the backward pass: a copy that stayed would miss weights
-    that are changed in between.
+    Gradients are summed over the ranks, not averaged: losses are divided by counts over all ranks.
+    Layers are gathered in ``dtype``, in which autocast would compute anyway. Embedding, final norm
+    and head keep fp32, so that the residual stream equals that of one process. The root is gathered
+    again for the backward pass, because weights may be exchanged in between.
     """
     mesh = init_device_mesh(device.type, (ranks.size(),))
     mixed = MixedPrecisionPolicy() if dtype is torch.float32 else _cast(dtype)
@@ -32,7 +32,7 @@ def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype, device: t
     fully_shard(root, mesh=mesh, reshard_after_forward=True)
     for module in _sharded(root):
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no other; the factor is 1 anyway
+        module.set_force_sum_reduction_for_comms(True)  # gloo supports sums only
 
 
 def _cast(dtype: torch.dtype) -> MixedPrecisionPolicy:
@@ -45,9 +45,11 @@ def _sharded(root: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def unsharded(root: nn.Module) -> Iterator[None]:
-    """Within it every rank has all weights, so that ranks may call parts of the model as often as each of them likes.
+    """Within this context every rank holds all weights, so ranks may run different numbers of
+    forward passes.
 
-    This takes the memory of the whole model on every rank. All ranks enter and leave it; without shards it does nothing.
+    It takes the memory of the whole model on every rank. All ranks enter and leave it together.
+    Without shards it does nothing.
     """
     modules = _sharded(root)
     for module in modules:
@@ -61,11 +63,11 @@ def unsharded(root: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded; all ranks ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; all ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded, not copied."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

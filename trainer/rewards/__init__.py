@@ -1,1 +1,1 @@
-"""What a good answer is."""
+"""Rewards of completions."""

@@ -1,4 +1,6 @@
-"""Rewards that come with the trainer: similarity to a reference answer, and agreement where there is none."""
+"""Built-in rewards: similarity to a reference answer, and agreement between completions without
+one.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ from .signature import Completion, RewardFunction, text_of
 
 
 class Similarity:
-    """share * cosine of sentence embeddings + (1 - share) * ROUGE-L, between the answer and the reference ``answer``.
+    """share * cosine of sentence embeddings + (1 - share) * ROUGE-L, between the completion and the
+    reference ``answer``.
 
-    The cosine alone can be gamed: "Asthma is a kind of fruit" is close to any sentence about asthma.
+    The cosine alone can be gamed: "Asthma is a kind of fruit" is close to any sentence about
+    asthma.
     """
 
     def __init__(self, embedding: SentenceEmbedding, share: float) -> None:
@@ -41,32 +45,37 @@ def rouge(completions: Sequence[Completion], answer: Sequence[str], **_: object)
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
-    """1 where the answer equals the reference up to case and surrounding space, else 0."""
+    """1 where the completion equals the reference up to case and surrounding space, else 0."""
     pairs = zip(completions, answer, strict=True)
     return [float(text_of(c).strip().casefold() == str(reference).strip().casefold()) for c, reference in pairs]
 
 
 def agreement(prompts: Sequence[Any], completions: Sequence[Completion], **_: object) -> list[float]:
-    """Share of the question's answers that say the same, up to case and space; no reference answer (EMPO)."""
+    """Share of the prompt's completions with the same text, up to case and space; needs no
+    reference answer (EMPO).
+    """
     return semantic_rewards(*_clusters(prompts, completions)).tolist()
 
 
 def majority(prompts: Sequence[Any], completions: Sequence[Completion], **_: object) -> list[float]:
-    """1 for the answers of the question that most agree on, else 0; no reference answer (SPINE)."""
+    """1 for the completions in the largest set of equal texts of the prompt, else 0; needs no
+    reference answer (SPINE).
+    """
     return majority_rewards(*_clusters(prompts, completions)).tolist()
 
 
 def _clusters(prompts: Sequence[Any], completions: Sequence[Completion]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B] int64 each: numbers of equal answers (-1: empty) and of equal questions."""
+    """[B] int64 each: a number for equal completions (-1: empty) and for equal prompts."""
     texts = [" ".join(text_of(completion).casefold().split()) for completion in completions]
-    questions = [json.dumps(prompt) for prompt in prompts]
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    question = {text: i for i, text in enumerate(dict.fromkeys(questions))}
-    clusters = torch.tensor([number[text] if text else -1 for text in texts])
-    return clusters, torch.tensor([question[text] for text in questions])
+    keys = [json.dumps(prompt) for prompt in prompts]
+    cluster = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    group = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    clusters = torch.tensor([cluster[text] if text else -1 for text in texts])
+    return clusters, torch.tensor([group[key] for key in keys])
 
 
 BUILT_IN: dict[str, RewardFunction] = {
     "rouge": rouge, "exact_match": exact_match, "agreement": agreement, "majority": majority,
 }  # fmt: skip
-"""Functions that need nothing but the texts. ``similarity`` is built in too, with the configured embedding."""
+"""Functions that need nothing but the texts. ``similarity`` is built in too, with the configured
+embedding."""

@@ -1,10 +1,13 @@
-"""How reward functions are called: ordinary ones in turn, then all async ones side by side.
+"""How reward functions are called: ordinary functions one after the other, then all async functions
+concurrently.
 
-An ordinary function gets all answers at once; where it raises, each answer alone, which finds the culprit. An async function
-is called once for all answers to one question (neighbours with equal prompts), so that it may compare them, at most
-``concurrency`` calls at once and none longer than ``timeout``. A call that raises or is late has failed for all its answers,
-which changes nothing for training: a group with one failure is left out as a whole. An async function with a true attribute
-``limits_itself`` is called once with everything.
+An ordinary function receives all completions in one call. When it raises, it is called again for
+each completion alone, to find those it fails on. An async function is called once for all
+completions of one prompt (neighbours with equal prompts), so that it may compare them, with at most
+``concurrency`` concurrent calls and ``timeout`` seconds for each. A call that raises or times out
+is a failure of all its completions: their group is left out of the step, as it would be with a
+single failure. An async function with a true attribute ``limits_itself`` is called once with
+everything.
 """
 
 from __future__ import annotations
@@ -26,17 +29,18 @@ from .signature import Failed, RewardFunction, Score, WithMetrics
 
 Arguments = Mapping[str, Sequence[Any]]
 WATCH_SECONDS = 0.2
-"""Between two looks at a stop request while calls are under way."""
+"""Interval between two checks for a stop request while calls are running."""
 
 
 @dataclass(frozen=True)
-class Called:
-    """What one function said about B answers.
+class CallResult:
+    """Results of one function on B completions.
 
     Attributes:
-        values: B scores; None where it did not score the answer or failed on it.
-        reasons: answer -> why it failed.
-        measured: metric -> number; ``seconds`` from the start of the first call to the end of the last.
+        values: B scores; None where it did not score the completion or failed on it.
+        reasons: index of a completion -> why it failed.
+        measured: metric -> number; ``seconds`` is the time from the start of the first call to the
+            end of the last.
     """
 
     values: list[float | None]
@@ -46,8 +50,9 @@ class Called:
 
 def call_all(
     functions: Mapping[str, RewardFunction], arguments: Arguments, *, concurrency: int, timeout: float, tick: Tick
-) -> dict[str, Called]:
-    """Call every function on the B answers in ``arguments``. tick: looked at while async functions are under way.
+) -> dict[str, CallResult]:
+    """Call every function on the B completions in ``arguments``. tick: called while async functions
+    are running.
 
     Raises:
         RewardError: a function broke its contract.
@@ -60,12 +65,14 @@ def call_all(
 
 
 def is_async(function: RewardFunction) -> bool:
-    """Whether calling it gives something to await: an ``async def``, or an object whose ``__call__`` is one."""
+    """Whether a call returns an awaitable: an ``async def``, or an object whose ``__call__`` is
+    one.
+    """
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _called(function: RewardFunction, scores: list[Score], seconds: float) -> Called:
-    """Failures out of the scores, and what was measured."""
+def _called(function: RewardFunction, scores: list[Score], seconds: float) -> CallResult:
+    """Separate failures from scores, and add the measurements."""
     values: list[float | None] = []
     reasons: dict[int, str] = {}
     for i, score in enumerate(scores):
@@ -75,59 +82,59 @@ def _called(function: RewardFunction, scores: list[Score], seconds: float) -> Ca
             reasons[i] = f"expected a finite number, got {score}"
         values.append(None if i in reasons else cast("float | None", score))
     own: Mapping[str, float] = function.metrics() if isinstance(function, WithMetrics) else {}
-    return Called(values, reasons, {"seconds": seconds, **own})
+    return CallResult(values, reasons, {"seconds": seconds, **own})
 
 
-def _timed(name: str, function: RewardFunction, arguments: Arguments) -> Called:
+def _timed(name: str, function: RewardFunction, arguments: Arguments) -> CallResult:
     begun = time.monotonic()
     scores = _ordinary(name, function, arguments)
     return _called(function, scores, time.monotonic() - begun)
 
 
 def _ordinary(name: str, function: RewardFunction, arguments: Arguments) -> list[Score]:
-    everyone = range(len(arguments["completions"]))
+    indices = range(len(arguments["completions"]))
 
     def on(rows: Sequence[int]) -> list[Score]:
         return _checked(name, function(**_rows(arguments, rows)), len(rows))
 
     try:
-        return on(everyone)
+        return on(indices)
     except RewardError:
         raise
-    except Exception as whole:  # users' code may raise anything; one call for each answer finds the culprit
+    except Exception as whole:  # users' code may raise anything; retried below for each completion
         scores: list[Score] = []
-        culprits = 0
-        for i in everyone:
+        failures = 0
+        for i in indices:
             try:
                 scores += on([i])
             except RewardError:
                 raise
             except Exception as error:
                 scores.append(Failed(f"{type(error).__name__}: {error}"))
-                culprits += 1
-        if not culprits:
+                failures += 1
+        if not failures:
             raise RewardError(
-                f"reward {name}: expected the same for one answer as for many, got {type(whole).__name__}: {whole} "
-                f"on {len(everyone)} answers together and none on each alone"
+                f"reward {name}: expected the same result for one completion as for many, got {type(whole).__name__}: {whole} "
+                f"on {len(indices)} completions together and none on each alone"
             ) from whole
         return scores
 
 
 async def _side_by_side(
     functions: Mapping[str, RewardFunction], arguments: Arguments, concurrency: int, timeout: float, tick: Tick
-) -> dict[str, Called]:
-    async def timed(name: str, function: RewardFunction) -> Called:
+) -> dict[str, CallResult]:
+    async def timed(name: str, function: RewardFunction) -> CallResult:
         begun = time.monotonic()
         if getattr(function, "limits_itself", False):
-            everyone = range(len(arguments["completions"]))
-            scores = _checked(name, await _awaitable(function(**arguments)), len(everyone))
+            indices = range(len(arguments["completions"]))
+            scores = _checked(name, await _awaitable(function(**arguments)), len(indices))
         else:
-            scores = await _by_question(name, function, arguments, concurrency, timeout)
+            scores = await _by_prompt(name, function, arguments, concurrency, timeout)
         return _called(function, scores, time.monotonic() - begun)
 
     tasks = {name: asyncio.create_task(timed(name, function)) for name, function in functions.items()}
     pending = set(tasks.values())
-    while pending:  # leaving early through tick or an error cancels the rest: asyncio.run does that
+    while pending:  # when tick or a task raises, asyncio.run cancels the others
         done, pending = await asyncio.wait(pending, timeout=WATCH_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()
@@ -135,7 +142,7 @@ async def _side_by_side(
     return {name: task.result() for name, task in tasks.items()}
 
 
-async def _by_question(
+async def _by_prompt(
     name: str, function: RewardFunction, arguments: Arguments, concurrency: int, timeout: float
 ) -> list[Score]:
     gate = asyncio.Semaphore(concurrency)
@@ -152,8 +159,8 @@ async def _by_question(
                 return [Failed(reason)] * len(rows)
         return _checked(name, scores, len(rows))
 
-    questions = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda i: prompts[i])]
-    found = await asyncio.gather(*map(on, questions))
+    groups = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda i: prompts[i])]
+    found = await asyncio.gather(*map(on, groups))
     return [score for scores in found for score in scores]
 
 

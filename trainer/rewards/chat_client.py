@@ -1,4 +1,6 @@
-"""Requests to an OpenAI-compatible chat endpoint: a limit of requests under way, a time limit, retries with growing pauses."""
+"""A client of an OpenAI-compatible chat endpoint: limited concurrency, a time limit, retries with
+exponential backoff.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,16 @@ from ..config import JudgeConfig
 from ..errors import ConfigError
 
 RETRIED = frozenset({408, 429, *range(500, 600)})
-"""Statuses that may be other on the next try."""
+"""Status codes after which a request is retried."""
 
 
 class RequestFailed(Exception):
-    """No reply after all tries, or one that no further try would change."""
+    """No reply after all retries, or an error that a retry would not change."""
 
 
 @dataclass
 class Traffic:
-    """What a client did since ``clear``. seconds: duration of every try."""
+    """Statistics since ``clear``. seconds: duration of every attempt."""
 
     retries: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -38,13 +40,13 @@ class Traffic:
 
 
 class ChatClient:
-    """Asks ``config.model`` at ``config.url``; open within ``async with``.
+    """Sends requests to ``config.model`` at ``config.url``; use within ``async with``.
 
-    A request that waits for its retry keeps its place among the ``concurrency`` ones: a server that is too busy gets fewer
-    requests, not others.
+    A request that waits for its retry still counts as one of the ``concurrency`` requests, so an
+    overloaded server receives fewer.
 
     Raises:
-        ConfigError: the variable ``config.api_key_env`` is not set.
+        ConfigError: the environment variable ``config.api_key_env`` is not set.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -57,11 +59,11 @@ class ChatClient:
                     f"rewards.judge.api_key_env: expected a variable that holds the key, got {name!r}, which is unset"
                 )
             self.headers["Authorization"] = f"Bearer {key}"
-        self._random = random.Random()  # its own: the pauses leave the run's random numbers alone
+        self._random = random.Random()  # separate, so that pauses do not change the run's random numbers
 
     async def __aenter__(self) -> ChatClient:
         limits = httpx2.Limits(max_connections=self.config.concurrency)
-        # The time limit is one for the whole request (below), not one for each read: a server that drips bytes is late too.
+        # The time limit (below) covers the whole request, not each read, so it also catches a slow stream.
         self._http = httpx2.AsyncClient(headers=self.headers, limits=limits, timeout=None)
         self._gate = asyncio.Semaphore(self.config.concurrency)
         return self
@@ -73,7 +75,7 @@ class ChatClient:
         """The text of the reply to ``messages``.
 
         Raises:
-            RequestFailed: with what was expected and what came.
+            RequestFailed: with what was expected and what was received.
         """
         config = self.config
         body = {
@@ -125,7 +127,9 @@ def _content(response: httpx2.Response) -> str:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds that the header asks to wait, given as seconds or as a date; 0 without or with an unreadable one."""
+    """Seconds of the Retry-After header, given as seconds or as a date; 0 where it is missing or
+    unreadable.
+    """
     if value is None:
         return 0.0
     if value.strip().isdecimal():

@@ -1,10 +1,11 @@
-"""The reward ``judge``: a language model behind an OpenAI-compatible endpoint scores every answer.
+"""The reward ``judge``: a language model behind an OpenAI-compatible endpoint scores every
+completion.
 
-The answer comes from the policy that is being trained on the score, so it must be able to do nothing but be judged. It is put
-into the judge's message as data: between tags whose name holds a hash of the texts, which the answer cannot know, so it cannot
-close them; what it contains is never searched for {placeholders}; and the judge is told, in the system message, to take nothing
-between such tags as an instruction. That makes it hard to talk the judge into a score, not impossible: look at the best answers
-in samples.jsonl.
+The completion comes from the policy that is trained on the score, so it is treated as untrusted
+input. It is inserted as data between tags whose name holds a hash of the texts, which the
+completion cannot contain, so it cannot close them. Placeholders inside it are not replaced. The
+system message tells the judge to follow no instruction between such tags. This makes prompt
+injection hard, not impossible: read the best completions in samples.jsonl.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ SYSTEM = (
 
 
 class Judge:
-    """Scores in [0, 1], one request for each answer. A request that failed or a reply without a valid score is a failure.
+    """Scores in [0, 1], one request for each completion. A failed request or a reply without a
+    valid score is a failure.
 
     Raises:
-        ConfigError: the API key's variable is not set, or (``check``) the endpoint does not serve.
+        ConfigError: the environment variable of the API key is not set, or (``check``) the endpoint
+            does not respond.
     """
 
     limits_itself = True
@@ -44,19 +47,20 @@ class Judge:
         self, prompts: Sequence[Any], completions: Sequence[Completion], **columns: Sequence[Any]
     ) -> list[Score]:
         self.client.traffic.clear()
-        answers = columns.get("answer") or [""] * len(prompts)
+        references = columns.get("answer") or [""] * len(prompts)
         async with self.client:
-            rows = zip(prompts, answers, completions, strict=True)
+            rows = zip(prompts, references, completions, strict=True)
             return list(await asyncio.gather(*(self._score(p, str(a), text_of(c)) for p, a, c in rows)))
 
     def metrics(self) -> Mapping[str, float]:
-        """Of the latest call: retries, and the mean duration of a request in seconds."""
+        """Retries of the latest call, and the mean duration of its requests in seconds."""
         seconds = self.client.traffic.seconds
         latency = sum(seconds) / len(seconds) if seconds else 0.0
         return {"retries": float(self.client.traffic.retries), "latency": latency}
 
     def check(self) -> None:
-        """One request to an endpoint that should be serving; what it answers does not matter.
+        """Send one request to learn whether the endpoint responds; the content of the reply is
+        ignored.
 
         Raises:
             ConfigError: it cannot be reached or refuses.
@@ -79,7 +83,7 @@ class Judge:
         return self.parse(reply)
 
     def parse(self, reply: str) -> Score:
-        """The last score in a reply, from ``score_range`` to [0, 1]."""
+        """The last score in a reply, mapped from ``score_range`` to [0, 1]."""
         low, high = self.config.score_range
         found = [match.group(1) for match in self.pattern.finditer(reply)]
         try:
@@ -93,13 +97,13 @@ class Judge:
 
 
 def messages(config: JudgeConfig, prompt: Any, answer: str, completion: str) -> list[dict[str, str]]:
-    """What the judge is sent. prompt: text or chat messages."""
-    question = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-    texts = {"prompt": question, "answer": answer, "completion": completion}
+    """The messages to the judge. prompt: text or chat messages."""
+    asked = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    texts = {"prompt": asked, "answer": answer, "completion": completion}
     tag = "data-" + hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()[:16]
 
     def quoted(match: re.Match[str]) -> str:
         return f"<{tag}>\n{texts[match.group(1)]}\n</{tag}>"
 
-    content = re.sub(r"\{(prompt|answer|completion)\}", quoted, config.template)  # one pass: what is put in is not searched
+    content = re.sub(r"\{(prompt|answer|completion)\}", quoted, config.template)  # one pass: inserted text is not searched
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]

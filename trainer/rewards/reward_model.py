@@ -1,4 +1,6 @@
-"""The reward ``reward_model``: a sequence classifier with one output, as Hugging Face's reward models are."""
+"""The reward ``reward_model``: a sequence classifier with one output, the format of Hugging Face's
+reward models.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,14 @@ from .signature import Completion, Failed, Score, text_of
 
 
 class RewardModel:
-    """The classifier's output for question and answer together, as it is (no sigmoid).
+    """The raw output of the classifier (no sigmoid) for prompt and completion together.
 
-    Question and answer go through the tokenizer's chat template, or as a pair of texts where it has none. Without a padding
-    token answers are run one at a time.
+    Prompt and completion go through the tokenizer's chat template, or as a pair of texts where it
+    has none. Without a padding token completions are run one at a time.
 
     Raises:
-        ModelError: not such a model, more than one output, or a directory without the weights of the output.
+        ModelError: not such a model, more than one output, or a directory that lacks the weights of
+            the output layer.
     """
 
     def __init__(self, config: RewardModelConfig, device: torch.device) -> None:
@@ -72,8 +75,8 @@ class RewardModel:
 
     def _encode(self, prompt: Any, completion: str) -> dict[str, list[int]]:
         if self.tokenizer.chat_template is None:
-            question = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-            return dict(self.tokenizer(question, completion))
+            text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+            return dict(self.tokenizer(text, completion))
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         text = self.tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": completion}], tokenize=False)
         return dict(self.tokenizer(text, add_special_tokens=False))

@@ -1,13 +1,15 @@
-"""Rewards with TRL's signature, and what happens when one of them fails.
+"""Rewards with TRL's signature, and what a failed score does.
 
-A reward function is ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, one number for each
-answer, ``async`` or not (``calls`` says how each is called). ``columns`` are the data file's other columns, repeated like the
-prompts. For chat prompts ``completions`` are lists of messages, for text prompts they are text. None means "not for this
-function": it is left out of the sum.
+A reward function is ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``,
+one number for each completion, ``async`` or not (see ``calls``). ``columns`` are the other columns
+of the data file, repeated like the prompts. For chat prompts ``completions`` are lists of messages,
+for text prompts they are text. None means that the function does not apply to the completion; it is
+left out of the sum.
 
-An exception, NaN, an infinite score or ``Failed(reason)`` is a failure of that answer: it is reported with the answer, and the
-answer's whole group is left out of the step (its mean would be wrong without it) or the run stops (``rewards.on_failure``). A
-function that returns something else than one number for each answer is broken for all of them: the run always stops.
+An exception, NaN, an infinite score or ``Failed(reason)`` is a failure of that completion. It is
+reported, and the completion's group is left out of the step (the group mean would be wrong) or the
+run stops (``rewards.on_failure``). A function that returns anything but one number for each
+completion breaks its contract, and the run always stops.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ..errors import ConfigError, RewardError
 from ..models.embedding import SentenceEmbedding
 from ..records import Failure, Scores, Tick
 from .builtin import BUILT_IN, Similarity
-from .calls import Called, call_all
+from .calls import CallResult, call_all
 from .signature import Completion, RewardFunction
 
 
@@ -33,7 +35,7 @@ class Rewards:
     """The configured functions and their weights.
 
     Raises:
-        ConfigError: an import path that leads nowhere, or a judge that cannot be reached.
+        ConfigError: an import path that cannot be resolved, or a judge that cannot be reached.
         ModelError: an embedding or reward model that cannot be loaded.
     """
 
@@ -50,9 +52,9 @@ class Rewards:
         completion_ids: Sequence[Sequence[int]],
         tick: Tick = lambda *_: None,
     ) -> Scores:
-        """Score B answers, given as text, to the questions in ``columns`` (the data file's, with ``prompt``).
+        """Score B completions, given as text. columns: those of the data file, with ``prompt``.
 
-        tick: looked at while async functions are under way.
+        tick: called while async functions are running.
 
         Raises:
             RewardError: a function broke its contract, or failed while ``on_failure`` is "stop".
@@ -81,19 +83,20 @@ class Rewards:
             raise RewardError(str(failures[0]))
         return Scores(total.float(), parts, failures, measured)
 
-    def _call(self, calls: Mapping[str, Sequence[Any]], tick: Tick) -> dict[str, Called]:
+    def _call(self, calls: Mapping[str, Sequence[Any]], tick: Tick) -> dict[str, CallResult]:
         return call_all(self.functions, calls, concurrency=self.config.concurrency, timeout=self.config.timeout, tick=tick)
 
     def check_binary(self, method: str, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse rewards that are not 0 or 1, before anything is generated: tried on right and on wrong reference answers.
+        """Score correct and shuffled reference answers before anything is generated, and refuse
+        rewards other than 0 or 1.
 
-        A function that fails on them is left to the first step.
+        A function that fails on them is not refused here.
 
         Raises:
             ConfigError: a reward that ``method`` cannot use.
         """
-        answers = [str(row["answer"]) for row in rows]
-        texts = [*answers, *answers[1:], answers[0]]
+        references = [str(row["answer"]) for row in rows]
+        texts = [*references, *references[1:], references[0]]
         columns = {name: [row[name] for row in rows] * 2 for name in rows[0]}
         calls, _ = _arguments(columns, texts, [tokenizer(text)["input_ids"] for text in texts])
         total = torch.zeros(len(texts), dtype=torch.float64)
@@ -104,14 +107,14 @@ class Rewards:
         if off[worst] > 0:
             raise ConfigError(
                 f"rewards.functions: expected rewards of 0 or 1 with method {method!r} (exact_match or one of your own), "
-                f"got {total[worst]:.3g} from {', '.join(self.functions)} for the answer {texts[worst][:80]!r}"
+                f"got {total[worst]:.3g} from {', '.join(self.functions)} for the completion {texts[worst][:80]!r}"
             )
 
 
 def _arguments(
     columns: Mapping[str, Sequence[Any]], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Sequence[Any]], list[Completion]]:
-    """What reward functions are called with, and the completions among it."""
+    """The arguments of reward functions, and the completions among them."""
     prompts = columns["prompt"]
     completions: list[Completion] = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -122,7 +125,7 @@ def _arguments(
 
 
 def _function(name: str, config: RewardsConfig, cache: str, device: torch.device) -> RewardFunction:
-    """The function called ``name``, ready to score."""
+    """The function ``name``, ready to score."""
     if name == "similarity":
         return Similarity(SentenceEmbedding(config.embedding_model, cache, device), config.embedding_share)
     if name == "reward_model":
@@ -145,7 +148,7 @@ def import_function(path: str) -> RewardFunction:
     """The function behind ``module:function``.
 
     Raises:
-        ConfigError: not of that form, no such module or function, or not callable.
+        ConfigError: another form, no such module or function, or not callable.
     """
     module, _, attribute = path.partition(":")
     if not attribute:

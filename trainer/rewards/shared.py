@@ -1,4 +1,4 @@
-"""Scores from several ranks, each asking for a share of the questions."""
+"""Scoring shared among ranks: each scores the completions of some prompts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def score_together(
     completion_ids: Sequence[Sequence[int]],
     tick: Tick,
 ) -> Scores:
-    """``rewards.score`` for all ranks, which all hold all answers and get all scores.
+    """``rewards.score`` on all ranks. All ranks hold all completions and receive all scores.
 
-    The answers to one question (and to its duplicates) are scored by one rank, because functions may compare them. What was
-    measured of the calls is the largest value of any rank. tick: each rank calls it at its own pace.
+    The completions of one prompt (and of its duplicates) are scored by one rank, because functions
+    may compare them. A measurement of the calls is the largest value over the ranks. tick: called
+    by each rank independently.
     """
     if ranks.size() == 1:
         return rewards.score(columns, texts, completion_ids, tick)
@@ -38,7 +39,7 @@ def score_together(
         part = {name: [column[i] for i in own] for name, column in columns.items()}
         return rewards.score(part, [texts[i] for i in own], [completion_ids[i] for i in own], tick)
 
-    found = ranks.gather(lambda: score() if own else None)
+    found = ranks.all_gather(lambda: score() if own else None)
     scores = [(share, part) for share, part in zip(shares, found, strict=True) if part is not None]
     total = torch.empty(len(texts))
     parts: dict[str, list[float | None]] = {name: [None] * len(texts) for name in scores[0][1].parts}

@@ -1,4 +1,6 @@
-"""TRL's signature of a reward function, ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``."""
+"""TRL's signature of a reward function, ``f(prompts, completions, completion_ids, **columns) ->
+list[float | None]``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ Completion = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Failed:
-    """In the place of a score: why this answer could not be scored. It is reported and never trained on."""
+    """Returned instead of a score: why the completion could not be scored. It is reported and never
+    trained on.
+    """
 
     reason: str
 
@@ -22,11 +26,13 @@ RewardFunction = Callable[..., Sequence[Score] | Coroutine[Any, Any, Sequence[Sc
 
 @runtime_checkable
 class WithMetrics(Protocol):
-    """A reward function that measures itself: the numbers of its latest call are logged as ``reward/<function>/<name>``."""
+    """A reward function with measurements: those of its latest call are logged as
+    ``reward/<function>/<name>``.
+    """
 
     def metrics(self) -> Mapping[str, float]: ...
 
 
 def text_of(completion: Completion) -> str:
-    """The text of an answer, whichever form it has."""
+    """The text of a completion in either form."""
     return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)

@@ -1,1 +1,1 @@
-"""Answers: engines that sample them, and what methods change about it."""
+"""Rollouts: the engines that sample completions, and their scoring."""

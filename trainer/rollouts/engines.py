@@ -1,7 +1,4 @@
-"""What an engine that samples answers must offer, and the engine that ``rollout.engine`` names.
-
-An engine may run in this process or on another machine.
-"""
+"""The interface of an engine that samples completions, and the choice by ``rollout.engine``."""
 
 from __future__ import annotations
 
@@ -15,22 +12,22 @@ from .transformers_engine import TransformersEngine
 
 
 class RolloutEngine(Protocol):
-    """Samples answers from the latest weights it was given."""
+    """Samples completions from the weights of the latest ``sync_weights``."""
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts: ...
 
     def sync_weights(self, policy: Policy) -> None:
-        """Make ``policy``'s present weights the ones that ``generate`` uses."""
+        """Use ``policy``'s present weights from now on."""
 
     def close(self) -> None:
-        """Give back what the engine holds; it generates nothing afterwards."""
+        """Free the resources of the engine. It cannot generate afterwards."""
 
 
 def make_engine(config: Config, policy: Policy) -> RolloutEngine:
     """An engine with ``policy``'s weights.
 
     Raises:
-        EapoError: one that cannot run here; see ``VllmEngine``.
+        EapoError: it cannot run here; see ``VllmEngine``.
     """
     if config.rollout.engine == "vllm":
         from .vllm_engine import VllmEngine

@@ -25,13 +25,14 @@ _TokenTick = Callable[[int], None]
 
 
 class TransformersEngine:
-    """Generates with the learner's own module, so that there are no weights to move.
+    """Generates with the learner's own module, so no weights are copied.
 
-    Every answer draws from a generator of its own, seeded by the call's seed and the answer's number: it does not depend on
-    what it is batched with, nor on the rank that generates it (up to rounding in the model). Ranks share the answers; during
-    the call each of them holds all weights, because they generate different numbers of tokens.
+    Every completion has a random generator of its own, seeded by the call's seed and the number of
+    the completion. It depends neither on the batch nor on the rank that generates it (up to
+    rounding in the model). Ranks share the completions. During the call each rank holds all
+    weights, because ranks generate different numbers of tokens.
 
-    ``batch`` is the largest number of answers that a rank generates at once.
+    ``batch`` is the largest number of completions that a rank generates at once.
     """
 
     def __init__(self, policy: Policy, batch: int) -> None:
@@ -41,21 +42,23 @@ class TransformersEngine:
         self.policy = policy
 
     def close(self) -> None:
-        """Nothing: the module is the learner's."""
+        """Nothing to free: the module belongs to the learner."""
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
         repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
         own = range(ranks.rank(), len(repeated), ranks.size())
         with unsharded(self.policy):
-            shares = ranks.gather(lambda: self._answer(repeated, own, sampling, tick))
-        found = {index: answer for share in shares for index, answer in share.items()}
+            shares = ranks.all_gather(lambda: self._complete(repeated, own, sampling, tick))
+        found = {index: completion for share in shares for index, completion in share.items()}
         tokens, logp, truncated = zip(*(found[index] for index in range(len(repeated))), strict=True)
         return Rollouts(repeated, list(tokens), list(logp), list(truncated))
 
-    def _answer(
+    def _complete(
         self, prompts: Sequence[list[int]], indices: Sequence[int], sampling: Sampling, tick: Tick
     ) -> dict[int, tuple[list[int], Tensor, bool]]:
-        """Number -> tokens, their log-probs and whether the answer was cut off, for the answers ``indices`` of all."""
+        """Index -> tokens, their log-probs and whether the completion was truncated, for the
+        completions ``indices``.
+        """
         result = {}
         starts = range(0, len(indices), self.batch)
         total = len(starts) * sampling.max_new_tokens
@@ -76,12 +79,14 @@ class TransformersEngine:
     def _sample(
         self, prompts: list[list[int]], indices: Sequence[int], sampling: Sampling, tick: _TokenTick
     ) -> tuple[Tensor, Tensor]:
-        """Sampled tokens and their log-probs, both [b, T] CPU; what follows an end-of-sequence token means nothing."""
+        """Sampled tokens and their log-probs, both [b, T] CPU; entries after an end-of-sequence
+        token are undefined.
+        """
         policy = self.policy
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), policy.pad_id)
         mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # padding on the left: generation continues at the right edge
+        for row, prompt in enumerate(prompts):  # left padding, as generation needs it
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         sampler = _Sampler([derive_seed(sampling.seed, index) for index in indices], policy.device, tick)
@@ -89,7 +94,7 @@ class TransformersEngine:
         if sampling.top_p < 1:
             warpers.append(TopPLogitsWarper(sampling.top_p))
         config = GenerationConfig(
-            do_sample=False,  # the sampler leaves nothing but the token that it drew
+            do_sample=False,  # the sampler masks all tokens but the one it drew
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=policy.eos_ids,
             pad_token_id=policy.pad_id,
@@ -100,15 +105,16 @@ class TransformersEngine:
                 attention_mask=mask.to(policy.device),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([*warpers, sampler]),
-                synced_gpus=False,  # transformers would see a sharded model and wait for the other ranks at every token
+                synced_gpus=False,  # otherwise transformers synchronizes the ranks at every token of a sharded model
             )
         return sequences[:, width:].cpu(), torch.cat(sampler.logp, 1).cpu()
 
 
 class _Sampler(LogitsProcessor):
-    """Draws a token for every answer, keeps its log-prob, and leaves it the only one with a score.
+    """Draws a token for every completion, records its log-prob, and masks all other tokens.
 
-    The draw is a race: of exponential times E_v / p_v the smallest is v's with probability p_v. One generator for each answer.
+    The draw uses exponential variables E_v: argmin of E_v / p_v is v with probability p_v. Each
+    completion has a generator of its own.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device, tick: _TokenTick) -> None:
@@ -130,7 +136,9 @@ class _Sampler(LogitsProcessor):
 
 @contextmanager
 def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """``generate`` fills what its config leaves open (a repetition penalty, say) from the model's own config."""
+    """Remove the model's generation config, from which ``generate`` would fill unset fields (a
+    repetition penalty, for example).
+    """
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:

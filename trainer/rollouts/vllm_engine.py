@@ -1,8 +1,10 @@
-"""Rollouts with vLLM inside the trainer's process: a copy of the weights that follows the trained ones after every step.
+"""Rollouts with vLLM inside the trainer's process, with a copy of the weights that is updated after
+every step.
 
-The copy is never read from disk: the engine starts with random weights of the right shapes, and the first synchronisation
-fills them the same way as every later one, so whatever the policy is (fresh, resumed, with adapters) one path serves. That path
-is vLLM's own reload, which takes weights under the names of a checkpoint; adapters are merged on the way.
+The copy is never read from disk. The engine starts with random weights of the right shapes, and the
+first synchronisation fills them in the same way as every later one, whether the policy is new,
+resumed or has adapters. It uses vLLM's own reload, which takes weights under the names of a
+checkpoint; adapters are merged first.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from ..records import Rollouts, Sampling, Tick, derive_seed
 
 OLDEST = (0, 30)
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's core in this process: weights are handed over as they are
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # it shares the cores with the trainer
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process, so tensors are passed directly
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # shares the cores with the trainer
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -34,18 +36,21 @@ ENVIRONMENT = {
 
 
 class VllmEngine:
-    """Samples with vLLM; log-probs are those of the distribution that was sampled from, after temperature and top-p.
+    """Samples with vLLM. Log-probs are those of the sampled distribution, after temperature and
+    top-p.
 
-    Every request has a seed of its own, from the step's and the answer's number, so an answer does not depend on what it is
-    batched with, as far as the engine's arithmetic allows.
+    Every request has a seed from the step and the number of the completion, so a completion does
+    not depend on its batch, as far as the engine's arithmetic allows.
 
     Args:
-        policy: on the device where the engine goes too.
-        longest: most tokens of question and answer together, unless ``rollout.vllm.max_model_len`` says.
+        policy: on the device on which the engine shall run.
+        longest: most tokens of prompt and completion together, unless
+            ``rollout.vllm.max_model_len`` is set.
 
     Raises:
-        ConfigError: no vLLM, an old one, one for another device, or several processes.
-        ModelError: a model that this vLLM cannot run, or runs with other results.
+        ConfigError: vLLM is missing, too old or built for another device, or several processes
+            train.
+        ModelError: this vLLM cannot run the model, or its log-probs differ.
     """
 
     def __init__(self, policy: Policy, rollout: RolloutConfig, longest: int) -> None:
@@ -59,7 +64,7 @@ class VllmEngine:
         limit = getattr(text, "max_position_embeddings", None) or longest
         gib = self.own.kv_cache_gib or (1.0 if cpu else 0.0)
         self.dtype = policy.dtype if self.own.dtype == "auto" else getattr(torch, self.own.dtype)
-        with tempfile.TemporaryDirectory(prefix="vllm-") as directory:  # the architecture's numbers are all that is read
+        with tempfile.TemporaryDirectory(prefix="vllm-") as directory:  # only the configuration is read
             config = policy.language_model.config.to_dict()
             type(policy.language_model.config).from_dict(
                 {**config, "architectures": [type(policy.language_model).__name__]}
@@ -105,11 +110,13 @@ class VllmEngine:
         self._load()
 
     def close(self) -> None:
-        """Also lets go of vLLM's process group, of which a process has one: the next engine starts only after this."""
+        """Also destroys the process group of vLLM: a process can have only one, so the next engine
+        needs this.
+        """
         self.llm.llm_engine.engine_core.shutdown()
 
     def _load(self) -> None:
-        """Take the policy's weights as they are now, and forget what was computed with others."""
+        """Copy the policy's present weights and drop caches computed with earlier ones."""
         weights = checkpoint_weights(self.policy)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights, "is_checkpoint_format": True})
         if self.policy.device.type == "cpu":
@@ -120,7 +127,7 @@ class VllmEngine:
     def _wake(self) -> None:
         if not self._asleep:
             return
-        torch.cuda.empty_cache()  # what the trainer has freed is what the engine takes
+        torch.cuda.empty_cache()  # so that the engine can allocate it
         for tag in list(self._asleep):
             self.llm.wake_up(tags=[tag])
             self._asleep.remove(tag)
@@ -136,7 +143,7 @@ class VllmEngine:
         room = self.llm.model_config.max_model_len
         if max(map(len, prompts)) >= room:
             key = "rollout.vllm.max_model_len, or the model's own limit"
-            raise ModelError(f"{key}: expected room for an answer to {max(map(len, prompts))} tokens, got {room} in all")
+            raise ModelError(f"{key}: expected room for a completion to {max(map(len, prompts))} tokens, got {room} in all")
         repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
         params = [
             self._params(
@@ -145,7 +152,7 @@ class VllmEngine:
                 seed=derive_seed(sampling.seed, number),
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=self.policy.eos_ids,
-                ignore_eos=True,  # the policy's own list is the whole of it
+                ignore_eos=True,  # only the policy's eos_ids end a completion
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,
                 output_kind=self._final,
@@ -160,7 +167,7 @@ class VllmEngine:
             while core.has_unfinished_requests():
                 found |= {out.request_id: out.outputs[0] for out in core.step() if out.finished}
                 tick(len(found), len(repeated))
-        finally:  # of a pass that was interrupted nothing may be left for the next one
+        finally:  # an interrupted call must not leave requests behind
             core.abort_request([name for name in names if name not in found])
         result = Rollouts(repeated, [], [], [])
         for name in names:
@@ -172,13 +179,15 @@ class VllmEngine:
         return result
 
     def _check(self) -> None:
-        """Names that do not fit leave random weights behind without an error: compare once with the policy's log-probs."""
+        """Compare log-probs once with the policy's: vLLM leaves weights random, without an error,
+        when their names do not match.
+        """
         vocabulary = self.policy.language_model.config.get_text_config().vocab_size
         prompt = [i % vocabulary for i in range(1, 6)]
         rollouts = self._sample([prompt], Sampling(4, 8, 1.0, 1.0, seed=0), lambda *_: None)
-        answers = select(rollouts, range(4))
-        old = measure(self.policy, answers, temperature=1.0, budget=64, tick=lambda *_: None).logp.cpu()
-        gap = (old - answers.rollout_logp).abs().mean().item()
+        completions = select(rollouts, range(4))
+        old = measure(self.policy, completions, temperature=1.0, budget=64, tick=lambda *_: None).logp.cpu()
+        gap = (old - completions.rollout_logp).abs().mean().item()
         exact = self.dtype is torch.float32 and self.policy.dtype is torch.float32
         bound = 1e-3 if exact else 0.1
         if not gap < bound:
@@ -189,7 +198,9 @@ class VllmEngine:
 
 
 def _repack_heads(model: Any) -> None:
-    """On a CPU vLLM multiplies by packed copies of the weights. A tied head is loaded as the embedding: its copy stays old."""
+    """Repack output heads. On a CPU vLLM multiplies with packed copies of the weights, and a tied
+    head, which is loaded as the embedding, would keep its old copy.
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():
@@ -198,7 +209,7 @@ def _repack_heads(model: Any) -> None:
 
 
 def _import_vllm(device: torch.device) -> Any:
-    """The module, after the checks that would otherwise end in its middle.
+    """The vLLM module, after checks of what it would otherwise fail on later.
 
     Raises:
         ConfigError: see ``VllmEngine``.

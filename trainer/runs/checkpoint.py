@@ -1,8 +1,9 @@
-"""Checkpoints on disk: what may be there after a crash, and how a damaged one is noticed.
+"""Checkpoints on disk: written atomically and verified before use.
 
-``checkpoints/step-000012`` holds the tensors as torch.distributed.checkpoint writes them (each rank its share), ``state.pt``
-with everything else, and ``manifest.json`` with the size and SHA-256 of both. It is written under another name and renamed when
-all of it is on the disk, so a directory of that name is whole unless something damaged it afterwards; then reading says what.
+``checkpoints/step-000012`` holds the tensors in the format of torch.distributed.checkpoint (each
+rank writes its shards), ``state.pt`` with everything else, and ``manifest.json`` with sizes and
+SHA-256 hashes of both. It is written under a temporary name and renamed after all files are synced
+to disk, so a directory of that name is complete. Later damage is detected by ``verify``.
 """
 
 from __future__ import annotations
@@ -30,30 +31,31 @@ UNFINISHED = ".tmp"
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The finished checkpoints below ``root``, oldest first."""
+    """The complete checkpoints below ``root``, oldest first."""
     return sorted(path for path in root.glob("step-*") if path.suffix != UNFINISHED)
 
 
 def step_of(path: Path | None) -> int:
-    """The steps that are done in a checkpoint; 0 without one."""
+    """Number of steps done in a checkpoint; 0 for None."""
     return int(path.name.removeprefix("step-")) if path else 0
 
 
 def write(root: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], *, keep: int) -> Path:
-    """Write a checkpoint and remove all but the last ``keep``. One of this step that is there already stays. All ranks call it.
+    """Write a checkpoint and remove all but the last ``keep``. An existing checkpoint of this step
+    is kept. All ranks call it.
 
     Args:
-        tensors: nested dictionaries of tensors, also sharded ones.
-        state: what is equal on all ranks or gathered: plain values and small tensors.
+        tensors: nested dictionaries of tensors, sharded ones included.
+        state: plain values and small tensors, equal on all ranks.
     """
     path = root / f"step-{step:06d}"
     scratch = path.with_suffix(UNFINISHED)
-    if ranks.on_first(path.exists):
+    if ranks.run_on_main(path.exists):
         return path
-    ranks.on_first(lambda: _clear(root))
+    ranks.run_on_main(lambda: _clear(root))
     with _alone():
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, sync_files=True), no_dist=ranks.size() == 1)
-    own = ranks.gather(lambda: {file.name: _described(file) for file in scratch.glob(f"__{ranks.rank()}_*")})
+    own = ranks.all_gather(lambda: {file.name: _described(file) for file in scratch.glob(f"__{ranks.rank()}_*")})
 
     def finish() -> None:
         torch.save(state, scratch / STATE)
@@ -68,12 +70,12 @@ def write(root: Path, step: int, tensors: dict[str, Any], state: dict[str, Any],
         for old in checkpoints(root)[:-keep]:
             remove(old)
 
-    ranks.on_first(finish)
+    ranks.run_on_main(finish)
     return path
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint; at no moment is there half of one under its name."""
+    """Remove a checkpoint. It is renamed first, so a partly removed one never has a valid name."""
     doomed = path.with_suffix(UNFINISHED)
     path.rename(doomed)
     shutil.rmtree(doomed)
@@ -81,14 +83,14 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Without the warning that there is no process group, which is said outright."""
+    """Suppress the warning about a missing process group, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
 def _clear(root: Path) -> None:
-    """Make ``root``, without what a crash left unfinished in it."""
+    """Create ``root`` and remove unfinished checkpoints of a crashed run."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(f"*{UNFINISHED}"):
         shutil.rmtree(leftover)
@@ -100,7 +102,7 @@ def _described(file: Path) -> dict[str, Any]:
 
 
 def _sync(path: Path) -> None:
-    """Return when a file, or the names in a directory, are on the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -109,10 +111,11 @@ def _sync(path: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """Read all of a checkpoint once.
+    """Read all files of a checkpoint and compare their hashes.
 
     Raises:
-        CheckpointError: a file is missing, truncated or changed, or another version of this trainer wrote it.
+        CheckpointError: a file is missing, truncated or changed, or the format is that of another
+            version.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -133,7 +136,7 @@ def verify(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What ``write`` was given as ``state``."""
+    """The ``state`` given to ``write``."""
     with torch.serialization.safe_globals([datetime, date, time, timedelta]):  # columns of a data file may hold them
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
 
@@ -144,7 +147,7 @@ def saved_names(path: Path) -> set[str]:
 
 
 def read_tensors(path: Path, into: dict[str, Any]) -> None:
-    """Fill the tensors of ``into``, nested as they were given to ``write``; shards may be cut otherwise than they were.
+    """Fill the tensors of ``into``, nested as in ``write``. They may be sharded differently.
 
     Raises:
         CheckpointError: the checkpoint lacks one of them, or has it in another shape.
@@ -158,9 +161,9 @@ def read_tensors(path: Path, into: dict[str, Any]) -> None:
 
 
 def read_weights(path: Path, model: torch.nn.Module) -> None:
-    """Put the trained weights of a run's (verified) checkpoint into a model like that run's.
+    """Load the trained weights of a verified checkpoint into a model of the same configuration.
 
     Raises:
-        CheckpointError: it is another model's.
+        CheckpointError: it is a checkpoint of another model.
     """
     read_tensors(path, {"weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}})

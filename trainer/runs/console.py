@@ -1,4 +1,4 @@
-"""Progress that is never silent: a live line on a terminal, plain lines elsewhere."""
+"""Progress output: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ LINE = {"reward/mean": "reward", "eapo/entropy": "entropy", "eapo/positive_weigh
 
 
 class Console:
-    """Shows phases and steps, and passes a stop request on at every tick.
+    """Shows phases and steps, and checks for a stop request at every tick.
 
     Args:
-        stop: looked at on every tick.
-        silence: seconds after which a plain (non-terminal) output says what is going on.
+        stop: checked at every tick.
+        silence: without a terminal, seconds after which a progress line is printed.
         rich: where to print; standard output when not given.
 
     Attributes:
-        seconds: phase name -> time spent in it; the reader empties it.
+        seconds: phase name -> time spent in it; the caller clears it.
     """
 
     def __init__(self, stop: StopRequest, silence: float = 5.0, rich: RichConsole | None = None) -> None:
         self.stop, self.silence = stop, silence
-        self.rich = rich or RichConsole(highlight=False, soft_wrap=True, quiet=not ranks.first())
+        self.rich = rich or RichConsole(highlight=False, soft_wrap=True, quiet=not ranks.is_main())
         self.live = self.rich.is_terminal
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}", table_column=Column(no_wrap=True)), BarColumn(20),
@@ -72,13 +72,15 @@ class Console:
             self._progress.stop()
 
     def line(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         self._spoke = time.monotonic()
         self.rich.print(text, markup=False)
         sys.stdout.flush()
 
     def step(self, metrics: dict[str, float], steps: int) -> None:
-        """The line of a finished step, and on a terminal the live line of the run: the same, a bar and the time left."""
+        """Print the line of a finished step, and on a terminal the live line of the run with a bar
+        and the time left.
+        """
         step = int(metrics["step"])
         self._durations.append(sum(self.seconds.values()))
         pace = sum(self._durations[-10:]) / len(self._durations[-10:])
@@ -92,9 +94,10 @@ class Console:
 
     @contextmanager
     def phase(self, name: str, *, alone: bool = False) -> Iterator[Tick]:
-        """A piece of work; yields the function to call with (done, total).
+        """A phase of work; yields the function to call with (done, total).
 
-        alone: each of several ranks calls it at its own pace, otherwise all equally often (see ``StopRequest.check``).
+        alone: each rank ticks independently; otherwise all ranks tick equally often (see
+        ``StopRequest.check``).
         """
         task = self._progress.add_task(name, total=None)
         self._status, self._since = name, time.monotonic()
@@ -120,7 +123,7 @@ class Console:
 
 
 class _TimeLeft(ProgressColumn):
-    """The time left of the run, which counts down between its steps; nothing for a phase."""
+    """The estimated time left of the run; empty for a phase."""
 
     def render(self, task: Task) -> Text:
         ends = task.fields.get("ends")
@@ -128,7 +131,7 @@ class _TimeLeft(ProgressColumn):
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person reads them."""
+    """Seconds in readable form."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

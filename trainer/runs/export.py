@@ -1,4 +1,6 @@
-"""``python -m trainer export``: what a run has learned as a folder that ``from_pretrained`` and inference engines load."""
+"""``python -m trainer export``: a trained model as a directory that ``from_pretrained`` and
+inference engines load.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,22 @@ DTYPES = ("float32", "bfloat16")
 
 
 def export(source: Path, out: Path, dtype: str) -> Path:
-    """Write configuration, generation configuration, tokenizer with its chat template and safetensors.
+    """Write configuration, generation configuration, tokenizer with its chat template and
+    safetensors.
 
-    Adapters are merged in fp32. On one process and a CPU, whatever the run was trained on: shards are put together.
+    Adapters are merged in fp32. Runs on one process and a CPU, whatever the run was trained on;
+    shards are combined.
 
     Args:
-        source: a run's directory (the model it saved), or one of its checkpoints.
-        out: a new or empty directory. It takes its name when everything is in it.
-        dtype: of the weights, "float32" as they were trained or "bfloat16".
+        source: directory of a run (the model it saved), or one of its checkpoints.
+        out: a new or empty directory, renamed from a temporary one when it is complete.
+        dtype: of the weights, "float32" as trained or "bfloat16".
 
     Returns:
         ``out``.
 
     Raises:
-        ConfigError: there is no such run or checkpoint, or something is in the way.
+        ConfigError: there is no such run or checkpoint, or ``out`` is not empty.
         CheckpointError: the checkpoint is damaged.
     """
     check(dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", dtype)
@@ -41,7 +45,7 @@ def export(source: Path, out: Path, dtype: str) -> Path:
     policy, kind = _load(source), getattr(torch, dtype)
     model = policy.language_model
     weights = {name: w.to(kind) if w.is_floating_point() else w for name, w in merged_weights(model)}
-    model.to(kind)  # what the configuration will say
+    model.to(kind)  # also sets the dtype in the configuration
     scratch = out.with_name(f"{out.name}.tmp")
     check(not scratch.exists(), "--out", f"no other export that is being written, or was cut off, at {scratch}", "one")
     scratch.mkdir(parents=True)

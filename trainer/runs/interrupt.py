@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run cleanly with what it has; a second one ends it at once."""
+"""SIGINT and SIGTERM end a run at a safe point; a second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from ..errors import Interrupted
 
 
 class StopRequest:
-    """While active, the first signal only sets ``requested``; the loop calls ``check`` where stopping is safe."""
+    """While active, the first signal only sets ``requested``; the loop calls ``check`` where it is
+    safe to stop.
+    """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)  # from a person, and from a scheduler that wants the machine back
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and a scheduler that ends the job
 
     def __init__(self) -> None:
         self.requested = False
 
     def check(self, *, alone: bool = False) -> None:
-        """Raise ``Interrupted`` once a stop was requested, on any rank: all ranks must get here equally often.
+        """Raise ``Interrupted`` when a stop was requested on any rank. All ranks must call it
+        equally often.
 
-        alone: look at this rank's request only; whoever calls it tells the others (``ranks.gather``).
+        alone: check this rank's request only; the caller then informs the other ranks
+        (``ranks.all_gather``).
         """
-        if self.requested if alone else ranks.any_of(self.requested):
+        if self.requested if alone else ranks.any_rank(self.requested):
             raise Interrupted
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -31,8 +35,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.requested = True
-        # The handler may interrupt a write of the progress display, so nothing but a raw write is safe here.
-        if ranks.first():
+        # The handler may interrupt a write of the progress display; only a raw write is safe here.
+        if ranks.is_main():
             os.write(2, b"\nstopping at the next safe point; once more to stop at once\n")
 
     def __enter__(self) -> StopRequest:

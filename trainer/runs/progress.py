@@ -1,4 +1,4 @@
-"""Where a run is between two steps: what a checkpoint holds, and how the run goes on from one."""
+"""The state of a run between two steps: what a checkpoint holds, and how a run resumes from it."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ class Stateful(Protocol):
 
 
 class Progress:
-    """Takes note of everything small after every step, so that a run that is stopped in the middle of the next one can still be
-    saved as it was before: the weights and the optimizer only change in the update, which is never left half-way.
+    """Records the small state after every step, so that a run stopped within the next step can
+    still be saved as it was before it. Weights and optimizer change only in the update, which
+    always finishes.
 
     Args:
-        parts: what else has a state, by name: sampler, controller, hook.
-        questions: what the training questions are, as a hash.
+        parts: further objects with a state, by name: sampler, controller, hook.
+        prompts: a hash of the training prompts.
     """
 
     def __init__(
         self, config: Config, run: RunDirectory, policy: Policy, optimizer: torch.optim.Optimizer, *,
-        parts: Mapping[str, Stateful | None], reference: Reference | None, questions: str,
+        parts: Mapping[str, Stateful | None], reference: Reference | None, prompts: str,
     ) -> None:  # fmt: skip
         self.config, self.run, self.policy, self.optimizer = config, run, policy, optimizer
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.reference, self.questions = reference, questions
+        self.reference, self.prompts = reference, prompts
         self.mark(0)
 
     def mark(self, step: int) -> None:
-        """``step`` steps are done and logged: from here the run goes on."""
+        """Record that ``step`` steps are done and logged."""
         self.noted: dict[str, Any] = {
             "step": step,
             "offsets": self.run.offsets(),
@@ -60,25 +61,27 @@ class Progress:
         state = {
             **self.noted,
             "settings": settings_of(self.config),
-            "questions": self.questions,
-            "random": ranks.gather(lambda: self.noted["random"]),
+            "prompts": self.prompts,
+            "random": ranks.all_gather(lambda: self.noted["random"]),
         }
         step, keep = self.noted["step"], self.config.checkpoint.keep
         return write(self.run.checkpoints, step, self._tensors(), state, keep=keep)
 
     def restore(self, path: Path) -> int:
-        """Go on from a verified checkpoint; later ones, damaged or not wanted, are removed. Returns the steps that are done.
+        """Resume from a verified checkpoint and remove later ones. Returns the number of steps
+        done.
 
         Raises:
             ConfigError: it was written with other settings.
-            CheckpointError: other questions, or the run's files lack lines that were there.
+            CheckpointError: the training prompts differ, or the log files are shorter than at the
+                checkpoint.
         """
         state = read_state(path)
         check_settings(path, state["settings"], self.config)
         if state["step"] > self.config.steps:
             raise ConfigError(f"steps: expected at least the {state['step']} that are done in {path}, got {self.config.steps}")
-        if state["questions"] != self.questions:
-            raise CheckpointError(f"data.train: expected the questions that {path} was trained on, got others")
+        if state["prompts"] != self.prompts:
+            raise CheckpointError(f"data.train: expected the prompts that {path} was trained on, got others")
         read_tensors(path, self._tensors(saved_names(path)))
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -89,14 +92,16 @@ class Progress:
                 if other.name > path.name:
                     remove(other)
 
-        ranks.on_first(take_back)
+        ranks.run_on_main(take_back)
         own = ranks.rank() if len(state["random"]) == ranks.size() else 0
         restore_random_state(state["random"][own])
         self.mark(state["step"])
         return state["step"]
 
     def _tensors(self, saved: set[str] | None = None) -> dict[str, Any]:
-        """Trained weights, optimizer, moving reference, by name; with ``saved``, with room for what the optimizer lacks."""
+        """Trained weights, optimizer state and moving reference by name. ``saved``: names in a
+        checkpoint, for which missing optimizer state is allocated.
+        """
         weights = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         for name, weight in weights.items():
             if saved is not None and f"optimizer.{name}.step" in saved:

@@ -1,4 +1,6 @@
-"""The global generators' states. The trainer's own numbers come from seeds; reward functions of users may draw from these."""
+"""State of the global random generators. The trainer derives its own numbers from seeds; users'
+reward functions may use the global generators.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def seed_generators(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """States of Python's, numpy's and torch's generators in this process, as values that ``torch.load`` takes without code."""
+    """State of Python's, numpy's and torch's generators in this process, as values that
+    ``torch.load`` accepts with weights_only.
+    """
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -28,7 +32,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Continue from ``random_state()``; a GPU's state is left out where there is no GPU."""
+    """Restore ``random_state()``; the state of a GPU is skipped on a machine without one."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

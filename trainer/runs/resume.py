@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Which checkpoint a run resumes from, and whether its settings allow it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from .console import Console
 from .rundir import RunDirectory
 
 MAY_CHANGE = ("name", "out", "overwrite", "resume", "steps", "samples_per_step", "checkpoint.", "log.", "model.cache")
-"""Settings, or beginnings of their names, that do not change what a step does. More steps stretch what depends on the share of
-the run that is done: the cosine schedule and some methods."""
+"""Settings (or prefixes of their names) that may differ on resume, because they do not change a
+step. More steps rescale what depends on the fraction of the run that is done: the cosine schedule
+and some methods."""
 
 
 def choose(config: Config, run: RunDirectory, console: Console) -> Path | None:
-    """The checkpoint that ``resume`` asks for, verified; None: start afresh.
+    """The verified checkpoint that ``resume`` asks for; None for a new run.
 
     Raises:
-        ConfigError: no checkpoint of this run at that path, or together with ``overwrite``.
+        ConfigError: no checkpoint of this run at that path, or ``resume`` together with
+            ``overwrite``.
         CheckpointError: it is damaged; with "auto", all of them are.
     """
     if not config.resume:
@@ -30,9 +32,9 @@ def choose(config: Config, run: RunDirectory, console: Console) -> Path | None:
         raise ConfigError("overwrite: expected False together with resume, got True")
     there = checkpoints(run.checkpoints)
     if config.resume == "auto":
-        chosen = _latest_sound(there, console)
+        chosen = _latest_valid(there, console)
         if chosen is None and run.finished() is not None:
-            raise ConfigError(f"resume: expected a checkpoint of the finished run {run.path} to go on from, got none")
+            raise ConfigError(f"resume: expected a checkpoint of the finished run {run.path} to resume from, got none")
     else:
         chosen = Path(config.resume).resolve()
         if chosen not in [path.resolve() for path in there]:
@@ -42,7 +44,7 @@ def choose(config: Config, run: RunDirectory, console: Console) -> Path | None:
     return chosen
 
 
-def _latest_sound(there: list[Path], console: Console) -> Path | None:
+def _latest_valid(there: list[Path], console: Console) -> Path | None:
     problems = []
     for path in reversed(there):
         try:
@@ -53,13 +55,13 @@ def _latest_sound(there: list[Path], console: Console) -> Path | None:
         else:
             return path
     if problems:
-        expected = "expected one sound checkpoint, or none (remove the directory to start afresh)"
+        expected = "expected one valid checkpoint, or none (remove the directory to start a new run)"
         raise CheckpointError(f"{there[0].parent}: {expected}, got only damaged ones: {', '.join(problems)}")
     return None
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The settings as dotted names with their values."""
+    """The settings as a flat table with dotted names."""
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, table: dict[str, Any]) -> None:
@@ -74,10 +76,10 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def check_settings(path: Path, before: dict[str, Any], config: Config) -> None:
-    """Refuse to go on with other settings than ``before``, those of the checkpoint ``path``.
+    """Refuse to resume when settings differ from ``before``, those of the checkpoint ``path``.
 
     Raises:
-        ConfigError: settings differ; each is named with both values.
+        ConfigError: with every differing setting and both values.
     """
     now, default = settings_of(config), settings_of(Config())
     differing = [

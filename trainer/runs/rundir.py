@@ -1,4 +1,4 @@
-"""The directory of a run: what went in, and one JSON line for everything that came out."""
+"""The directory of a run: its configuration, and log files of one JSON object a line."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "numpy", "eap
 
 
 class RunDirectory:
-    """``<out>/<name>`` with config.toml, environment.json, metrics.jsonl, samples.jsonl, evaluations.jsonl, model/ and
-    checkpoints/. Only the first rank writes."""
+    """``<out>/<name>`` with config.toml, environment.json, metrics.jsonl, samples.jsonl,
+    evaluations.jsonl, model/ and checkpoints/. Only rank 0 writes.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, Path(config.out) / config.name
@@ -39,10 +40,10 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     def start(self, *, replace: bool) -> None:
-        """Begin a run here. ``replace`` removes an earlier one's results.
+        """Begin a new run. ``replace`` removes an earlier run's results.
 
         Raises:
-            ConfigError: there are results and they are not to be replaced.
+            ConfigError: there are results and ``replace`` is False.
         """
         if any((self.path / name).exists() for name in ("metrics.jsonl", "evaluations.jsonl")):
             if not replace:
@@ -59,25 +60,25 @@ class RunDirectory:
                 shutil.rmtree(stale, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-        self.go_on()
+        self.resume()
 
-    def go_on(self) -> None:
-        """Write down the present configuration; the run is (again) unfinished."""
+    def resume(self) -> None:
+        """Write the present configuration and mark the run as unfinished."""
         (self.path / "config.toml").write_text(to_toml(self.config))
         (self.path / "finished.json").unlink(missing_ok=True)
 
     def finish(self, step: int) -> None:
-        """Note that the run came to its end, with everything that belongs to it written."""
+        """Mark the run as finished, after all its files have been written."""
         (self.path / "finished.json").write_text(json.dumps({"step": step}) + "\n")
 
     def finished(self) -> int | None:
-        """The steps of a run that came to its end."""
+        """Number of steps of a finished run; None for an unfinished one."""
         file = self.path / "finished.json"
         return json.loads(file.read_text())["step"] if file.exists() else None
 
     def append(self, stream: str, record: dict[str, Any]) -> None:
-        """Add one JSON object to ``<stream>.jsonl``; it is in the file when this returns. NaN becomes null."""
-        if ranks.first():
+        """Append one JSON object to ``<stream>.jsonl``. NaN becomes null."""
+        if ranks.is_main():
             with (self.path / f"{stream}.jsonl").open("a") as file:
                 file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
 
@@ -85,20 +86,21 @@ class RunDirectory:
         return sorted(self.path.glob("*.jsonl"))
 
     def offsets(self) -> dict[str, int]:
-        """The bytes in each stream's file."""
+        """Size in bytes of each log file."""
         return {file.name: file.stat().st_size for file in self._streams()}
 
     def sync(self) -> None:
-        """Return when all that was appended is on the disk."""
-        for file in self._streams() if ranks.first() else ():
+        """Flush the log files to disk."""
+        for file in self._streams() if ranks.is_main() else ():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
 
     def truncate(self, offsets: dict[str, int]) -> None:
-        """Take the streams back to earlier ``offsets()``, so that what is done again is not logged twice.
+        """Cut the log files back to earlier ``offsets()``, so that repeated steps are not logged
+        twice.
 
         Raises:
-            CheckpointError: a file is shorter than it was.
+            CheckpointError: a file is shorter than its offset.
         """
         for name, size in offsets.items():
             got = (self.path / name).stat().st_size if (self.path / name).exists() else 0
@@ -150,7 +152,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in this checkout; None where there is no git or no repository."""
+    """Output of a git command in this checkout; None without git or a repository."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True

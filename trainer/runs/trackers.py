@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, beside the run's own files; both are switches of the section ``log``."""
+"""TensorBoard and Weights & Biases, switched on in the section ``log``."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from ..errors import ConfigError
 
 
 class Tracker(Protocol):
-    """Something that shows numbers by step."""
+    """Receives metrics by step."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take one step's finite numbers."""
+        """Log one step's finite metrics."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush what is buffered."""
 
 
 class Trackers:
-    """Those that ``config.log`` asks for; none is the default and does nothing. Of several processes the first one alone logs.
+    """The trackers that ``config.log`` asks for; none by default. Only rank 0 logs.
 
     Args:
-        directory: the run's; TensorBoard's and wandb's files go below it.
-        step: steps done before: 0 starts anew, more continues the same record.
+        directory: of the run; the files of TensorBoard and wandb go below it.
+        step: steps done before: 0 starts a new record, more continues the existing one.
 
     Raises:
-        ConfigError: a tracker's package is not installed.
+        ConfigError: the package of a tracker is not installed.
     """
 
     def __init__(self, config: Config, directory: Path, step: int = 0) -> None:
         self.trackers: list[Tracker] = []
-        if not ranks.first():
+        if not ranks.is_main():
             return
         if config.log.tensorboard:
             self.trackers.append(TensorBoard(directory / "tensorboard", step))
@@ -47,7 +47,7 @@ class Trackers:
             self.trackers.append(WeightsAndBiases(config, directory, step))
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
-        """Pass on the numbers that are finite."""
+        """Log the metrics that are finite."""
         finite = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
         for tracker in self.trackers:
             tracker.log(finite, step)
@@ -72,7 +72,7 @@ class TensorBoard:
         writer = _package("torch.utils.tensorboard", "log.tensorboard").SummaryWriter
         if not step:
             shutil.rmtree(directory, ignore_errors=True)
-        # What an interrupted run wrote after its last checkpoint is hidden, not shown twice.
+        # Hides what an interrupted run wrote after its last checkpoint.
         self.writer = writer(str(directory), purge_step=step + 1 if step else None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -85,9 +85,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A wandb run of the same name and configuration. Its id is kept in the run's directory: a resumed run goes on in it.
+    """A wandb run with the run's name and configuration. Its id is kept in the run's directory, so
+    that a resumed run continues it.
 
-    WANDB_MODE=offline writes to the directory alone.
+    WANDB_MODE=offline writes to the directory only.
     """
 
     def __init__(self, config: Config, directory: Path, step: int) -> None:

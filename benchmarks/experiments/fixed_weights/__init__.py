@@ -1,0 +1,3 @@
+"""EAPO against four fixed weights of the positive completions, over several seeds. README.md is the
+page.
+"""
