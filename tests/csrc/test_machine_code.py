@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tuning.cuda_candidates import CudaSearch
-from eapo_kernels.ops.cuda import build, configs, report
+from benchmarks import compiled_code, kernels
+from eapo_kernels.ops.cuda import build, configs
 from eapo_kernels.ops.cuda.configs import TILES, ProductBuild, RowBuild
 from eapo_kernels.ops.cuda.tile import SHARED_LIMIT
 
@@ -23,8 +23,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("item", list(configs.product_builds()), ids=lambda item: str(item).replace(" ", "-"))
 def test_compiles_well(item: ProductBuild, cache: Path) -> None:
-    u = report.usage(item, cache)
-    code, count = u.code, u.code.instructions
+    u = compiled_code.cuda_usage(item, cache)
+    code, count = u, u.instructions
     assert code.spills == 0
     assert code.stack == 0
     assert u.shared == item.shared_bytes <= SHARED_LIMIT, "all of it is named at launch"
@@ -57,8 +57,8 @@ PARTS = {"row_offsets": 0, "finalize": 7, "scaled_exp_finalize": 4}
 
 @pytest.mark.parametrize("item", list(configs.row_builds()), ids=str)
 def test_rows_are_read_wide_and_nothing_spills(item: RowBuild, cache: Path) -> None:
-    u = report.usage(item, cache)
-    code, count = u.code, u.code.instructions
+    u = compiled_code.cuda_usage(item, cache)
+    code, count = u, u.instructions
     assert (code.spills, code.stack) == (0, 0)
     assert u.shared == PARTS[item.kernel] * item.threads // 32 * item.rows * 4, "a number a field, warp and row"
     assert code.mnemonics["LDG.E.128"] == WIDE_LOADS[item.kernel]
@@ -69,7 +69,7 @@ def test_rows_are_read_wide_and_nothing_spills(item: RowBuild, cache: Path) -> N
         assert code.registers <= 40, "48 warps share a multiprocessor, which keeps memory busy"
 
 
-RACED = {replace(tile, group_n=1): None for tile in CudaSearch("scaled_exp_gemm", 4096, 4096, 131072).candidates()}
+RACED = {replace(tile, group_n=1): None for tile in kernels.cuda_tiles("scaled_exp_gemm", 4096, 4096)}
 
 
 @pytest.mark.parametrize("kernel", ["stream_statistics", "scaled_exp_gemm"])
@@ -79,10 +79,10 @@ def test_every_tile_that_is_raced_compiles_well(kernel: configs.ProductKernel, c
     for tile in RACED:
         if not any(replace(tile, name="", group_n=1) == replace(shipped, name="", group_n=1) for shipped in TILES):
             item = ProductBuild(kernel, tile, "bf16", entropy=True, second_moments=kernel == "stream_statistics", bias=True)
-            u = report.usage(item, cache)
-            assert (u.code.spills, u.code.stack) == (0, 0), item
+            u = compiled_code.cuda_usage(item, cache)
+            assert (u.spills, u.stack) == (0, 0), item
             assert u.shared <= SHARED_LIMIT
-            assert u.code.highest <= 232
+            assert u.highest <= 232
 
 
 def test_the_budget_of_registers_is_the_multiprocessors() -> None:
@@ -107,10 +107,10 @@ def test_a_wgmma_that_the_compiler_serialises_is_an_error(tmp_path: Path) -> Non
         build.compile_source(ProductBuild("stream_statistics", TILES[0], "bf16", entropy=True), sources)
 
 
-def test_report_prints_a_line_per_build(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    one = report.usage(ProductBuild("scaled_exp_gemm", TILES[0], "bf16", entropy=True), cache)
-    monkeypatch.setattr(report, "usage", lambda item: one)
-    lines = list(report.rows())
+def test_the_table_has_a_line_per_build(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    one = compiled_code.cuda_usage(ProductBuild("scaled_exp_gemm", TILES[0], "bf16", entropy=True), cache)
+    monkeypatch.setattr(compiled_code, "cuda_usage", lambda item: one)
+    lines = list(compiled_code.cuda_rows())
     assert len(lines) == 2 + len(list(configs.builds()))
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     assert "| 4 | 2 + 4 | 16 |" in lines[2]

@@ -20,7 +20,8 @@ import issue_times
 import pytest
 from host_library import compiled
 
-from eapo_kernels.ops.cuda import build, report
+from benchmarks import compiled_code
+from eapo_kernels.ops.cuda import build
 from eapo_kernels.ops.cuda.configs import TILES, ProductBuild, ProductKernel
 
 pytestmark = pytest.mark.csrc
@@ -173,7 +174,7 @@ def test_epilogues_take_what_the_machine_code_says(
 ) -> None:
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(build.cubin(ProductBuild(kernel, TILES[0], "bf16", entropy), cache=tmp_path))
-    command = [report.disassembler(), "--dump-sass", str(cubin)]
+    command = [compiled_code.disassembler(), "--dump-sass", str(cubin)]
     path = issue_times.epilogue(issue_times.parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert sum(one.name == "MUFU" for one in path) >= 128
     assert not any(one.name == "HGMMA" for one in path)
