@@ -22,7 +22,7 @@ help:
 	@echo "make format     let ruff rewrite"
 	@echo "make bench      pytest-benchmark suite, peers included"
 	@echo "make bench-cpu  this package beside its peers on the processor, ratios; OUT=dir keeps the JSON"
-	@echo "make gpu        the tests on the GPU (slow ones with --full), then this package beside its peers; OUT=dir for the JSON, ARGS=--full for all shapes"
+	@echo "make gpu        check and measure on one NVIDIA GPU (9 minutes); OUT=dir for the results, ARGS='--peers --full --tune' for more"
 	@echo "make report     renew the tables in README.md and docs/benchmarks.md; OUT=dir writes a report with plots"
 
 $(VENV)/.created:

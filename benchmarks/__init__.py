@@ -1,4 +1,5 @@
-"""Speed, memory and accuracy beside unfused PyTorch and the bare products. From a checkout: ``python -m benchmarks.cpu``."""
+"""Speed, memory and accuracy beside unfused PyTorch and the bare products. From a checkout:
+``python -m benchmarks.cpu``."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""The job that is measured: one policy-gradient step on the head."""
+"""The job that is measured: one policy-gradient step on the head. Its inputs, and its results in
+float64."""
 
 from __future__ import annotations
 
@@ -7,31 +8,39 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from eapo_kernels import TokenBatch
+from eapo_kernels import Options, TokenBatch
 from eapo_kernels.objectives.advantages import group_norm
 from eapo_kernels.testing import make_inputs
 from eapo_kernels.types import IGNORE_INDEX
-
-from . import real_rows
 
 POSITIVE_WEIGHT, CLIP = 0.7, 0.2
 N_RESPONSES, GROUP_SIZE = 16, 4
 
 MODES = ("fwd", "fwd_bwd", "frozen_head", "half_zero_rows")
-"""fwd: log-prob and entropy of every token. fwd_bwd: policy loss and both gradients. frozen_head: d_hidden only.
-half_zero_rows: fwd_bwd where the second half of every response is masked, as padding is."""
+"""fwd: log-prob and entropy of every token. fwd_bwd: policy loss and both gradients. frozen_head:
+d_hidden only. half_zero_rows: fwd_bwd where the second half of every response is masked, as padding
+is."""
 
-INPUTS = ("peaked", "uniform", "steep", "real")
-"""peaked, uniform: see ``make_inputs``. steep: peaked with all logits doubled, where rounding logits hurts most.
-real: hidden states and head of SmolLM2-135M, see ``benchmarks.real_rows``."""
+INPUTS = ("peaked", "uniform", "steep")
+"""peaked, uniform: see ``make_inputs``. steep: peaked with all logits doubled, where rounding
+logits hurts most."""
+
+OBJECTIVES = ("policy", "cross_entropy")
+"""policy: ``policy_loss``. cross_entropy: the mean of -logp, all that some peers can compute."""
+
+Results = dict[str, Tensor]
+"""What a run yields: some of logp, entropy [N], loss, d_hidden [N, D], d_weight [V, D]."""
 
 _PRODUCTS = {"fwd": 1, "fwd_bwd": 3, "frozen_head": 2, "half_zero_rows": 3}
 _EXACT_ROWS = 256
+_EVERYTHING = 2**27
+_SAMPLED_ROWS, _SAMPLED_COLUMNS = 512, 4096
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape with its inputs: 16 responses of equal length in 4 groups, an old policy 0.2 nats away.
+    """One shape with its inputs: 16 responses of equal length in 4 groups, an old policy 0.2 nats
+    away.
 
     Attributes:
         inputs_name: one of ``INPUTS``.
@@ -41,8 +50,9 @@ class Case:
         valid: [N] bool, the tokens that count.
         batch: the same for ``eapo_loss``, with rewards and old log-probs.
         advantages: [N] fp32, weighted, for providers that take them per token.
-        lse, logp, entropy: [N] float64 truth of every row, masked ones too.
+        lse, logp, entropy: [N] in float64, of every row, masked ones too.
         largest_logit: max |z| over the matrix.
+        memory_budget: bytes for this package's logit-sized workspace; None: its default.
     """
 
     inputs_name: str
@@ -56,6 +66,7 @@ class Case:
     logp: Tensor
     entropy: Tensor
     largest_logit: float
+    memory_budget: int | None = None
 
     @property
     def n(self) -> int:
@@ -80,6 +91,10 @@ class Case:
         return self.batch.old_logp
 
     @property
+    def options(self) -> Options:
+        return Options(memory_budget=self.memory_budget)
+
+    @property
     def n_valid(self) -> int:
         return int(self.valid.sum())
 
@@ -88,7 +103,8 @@ class Case:
         return 2 * _PRODUCTS[mode] * self.n_valid * self.d * self.v
 
     def least_bytes(self, mode: str) -> int:
-        """Bytes of operands and results, each moved once: hidden, weight, and their gradients where the mode wants them."""
+        """Bytes of operands and results, each moved once: hidden, weight, and their gradients where
+        the mode wants them."""
         hidden, weight = self.n_valid * self.d, self.v * self.d
         gradients = {"fwd": 0, "frozen_head": hidden}.get(mode, hidden + weight)
         return (hidden + weight + gradients) * self.hidden.element_size()
@@ -107,7 +123,8 @@ class Case:
 
 
 def policy_loss(case: Case, logp: Tensor) -> Tensor:
-    """The EAPO loss written by hand: clipped surrogate of weighted advantages, mean over the valid tokens (E9, E10).
+    """The EAPO loss written by hand: clipped surrogate of weighted advantages, mean over the valid
+    tokens (E9, E10).
 
     logp: [N]; rows that are not valid may hold any finite number.
     """
@@ -117,19 +134,25 @@ def policy_loss(case: Case, logp: Tensor) -> Tensor:
 
 
 def make_case(
-    n: int, d: int, v: int, dtype: torch.dtype, *, inputs: str = "peaked", device: str = "cpu", seed: int = 0
+    n: int,
+    d: int,
+    v: int,
+    dtype: torch.dtype,
+    *,
+    inputs: str = "peaked",
+    device: str = "cpu",
+    seed: int = 0,
+    memory_budget: int | None = None,
 ) -> Case:
-    """A case; ``n`` must be a multiple of the 16 responses. Raises ValueError for sizes or inputs that cannot be."""
+    """A case; ``n`` must be a multiple of the 16 responses. Raises ValueError for sizes or inputs
+    that cannot be."""
     if n % N_RESPONSES:
         raise ValueError(f"n: expected a multiple of {N_RESPONSES}, got {n}")
     if inputs not in INPUTS:
         raise ValueError(f"inputs: expected one of {', '.join(INPUTS)}, got {inputs!r}")
-    if inputs == "real":
-        made = real_rows.load(n, d, v, dtype, device)
-    else:
-        made = make_inputs(n, d, v, dtype=dtype, peaked=inputs != "uniform", device=device, seed=seed)
-        if inputs == "steep":
-            made.hidden.mul_(2)
+    made = make_inputs(n, d, v, dtype=dtype, peaked=inputs != "uniform", device=device, seed=seed)
+    if inputs == "steep":
+        made.hidden.mul_(2)
     generator = torch.Generator().manual_seed(seed + 1)
     rewards = torch.rand(N_RESPONSES, generator=generator).to(device)
     group_ids = torch.arange(N_RESPONSES, device=device) // GROUP_SIZE
@@ -140,11 +163,13 @@ def make_case(
     old_logp = logp.float() + 0.2 * torch.randn(n, generator=generator).to(device)
     batch = TokenBatch(made.targets, sequence_ids, rewards, group_ids, old_logp=old_logp)
     valid = torch.ones(n, dtype=torch.bool, device=device)
-    return Case(inputs, made.hidden, made.weight, made.targets, valid, batch, weighted, lse, logp, entropy, largest)
+    statistics = (lse, logp, entropy, largest)
+    return Case(inputs, made.hidden, made.weight, made.targets, valid, batch, weighted, *statistics, memory_budget)
 
 
 def _exact_statistics(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(lse, logp, entropy) [N] float64 and max |z|, a few rows at a time, without this package's kernels."""
+    """(lse, logp, entropy) [N] float64 and max |z|, a few rows at a time, without this package's
+    kernels."""
     wide, parts, largest = weight.double(), [], 0.0
     for start in range(0, hidden.shape[0], _EXACT_ROWS):
         rows = slice(start, start + _EXACT_ROWS)
@@ -156,3 +181,84 @@ def _exact_statistics(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[
         parts.append(torch.stack([lse, logp, -(z.exp() * z).sum(1)]))
     lse, logp, entropy = torch.cat(parts, 1)
     return lse, logp, entropy, largest
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A case's results in float64. Large cases keep a sample of the rows of d_hidden and of the
+    rows (columns of the logits) of d_weight.
+
+    Attributes:
+        logp, entropy: [N].
+        valid: [N] bool, the rows whose statistics are compared.
+        rows: [R] rows of ``d_hidden``; columns: [C] rows of ``d_weight``.
+        loss, d_hidden, d_weight: by objective: 0-dim, [R, D], [C, D].
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    valid: Tensor
+    rows: Tensor
+    columns: Tensor
+    loss: dict[str, Tensor]
+    d_hidden: dict[str, Tensor]
+    d_weight: dict[str, Tensor]
+
+    def errors(self, results: Results, objective: str) -> dict[str, float]:
+        """||result - reference|| / ||reference|| of everything the provider returned."""
+        errors = {}
+        for name, value in results.items():
+            if name in ("logp", "entropy"):
+                exact, value = getattr(self, name)[self.valid], value[self.valid]
+            else:
+                exact = getattr(self, name)[objective]
+                value = {"d_hidden": lambda v: v[self.rows], "d_weight": lambda v: v[self.columns]}.get(name, lambda v: v)(
+                    value
+                )
+            errors[name] = float((value.double() - exact).norm() / exact.norm())
+        return errors
+
+
+def reference_of(case: Case) -> Reference:
+    """Everything for small cases, gradients on a sample of rows and columns for large ones."""
+    n, v, device = case.n, case.v, case.hidden.device
+    rows, columns = torch.arange(n, device=device), torch.arange(v, device=device)
+    if n * v > _EVERYTHING:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randperm(n, generator=generator)[:_SAMPLED_ROWS].to(device)
+        drawn = torch.randint(v, (_SAMPLED_COLUMNS // 2,), generator=generator).to(device)
+        columns = torch.cat([drawn, case.targets[case.valid][: _SAMPLED_COLUMNS // 2]]).unique()  # half of them are targets
+    logp = case.logp.clone().requires_grad_()
+    losses = {"policy": policy_loss(case, logp), "cross_entropy": -(logp * case.valid).sum() / case.valid.sum()}
+    coefficients = {name: torch.autograd.grad(loss, logp)[0] for name, loss in losses.items()}
+    return Reference(
+        case.logp,
+        case.entropy,
+        case.valid,
+        rows,
+        columns,
+        {name: loss.detach() for name, loss in losses.items()},
+        {name: _d_hidden(case, c, rows) for name, c in coefficients.items()},
+        {name: _d_weight(case, c, columns) for name, c in coefficients.items()},
+    )
+
+
+def _logit_gradient(case: Case, coefficient: Tensor, rows: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
+    """a_t (1[v = y_t] - p_v), [rows, columns] float64; ``weight`` holds the columns' rows in
+    float64."""
+    p = (case.hidden[rows].double() @ weight.T).sub_(case.lse[rows, None]).exp_()
+    is_target = case.targets[rows, None] == columns[None, :]
+    return (is_target.double() - p).mul_(coefficient[rows, None])
+
+
+def _d_hidden(case: Case, coefficient: Tensor, rows: Tensor) -> Tensor:
+    weight, columns = case.weight.double(), torch.arange(case.v, device=case.weight.device)
+    return torch.cat([_logit_gradient(case, coefficient, part, columns, weight) @ weight for part in rows.split(256)])
+
+
+def _d_weight(case: Case, coefficient: Tensor, columns: Tensor) -> Tensor:
+    weight = case.weight[columns].double()
+    gradient = torch.zeros_like(weight)
+    for part in torch.arange(case.n, device=case.hidden.device).split(256):
+        gradient += _logit_gradient(case, coefficient, part, columns, weight).T @ case.hidden[part].double()
+    return gradient

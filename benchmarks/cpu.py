@@ -1,6 +1,9 @@
-"""``python -m benchmarks.cpu``: this package beside its peers and the bare products on this machine's processor.
+"""``python -m benchmarks.cpu``: this package beside its peers and the bare products on this
+machine's processor.
 
-Absolute times of a CPU mean little: read the ratios, which are medians over pairs of runs of the same round.
+Two cases: a small step with the default memory budget, and one whose logits are nine times a budget
+of 32 MiB, for the peak memory. Absolute times of a CPU mean little: read the ratios, which are
+medians over pairs of runs of the same round.
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ from pathlib import Path
 import torch
 
 from .case import INPUTS, MODES
+from .measure import Job, Limits, print_missing, sweep
 from .providers import chosen
 from .results import ResultFile, environment
-from .sweep import Job, Limits, print_missing, sweep
 
-SHAPE = (1024, 576, 49152)
-"""SmolLM2-135M's head and the tokens of a small step."""
+CASES = (
+    Job(1024, 576, 49152, torch.float32),
+    Job(1536, 576, 49152, torch.float32, modes=("fwd", "fwd_bwd"), memory_budget=32 * 2**20),
+)
+"""SmolLM2-135M's head. 1024 tokens: a small step. 1536 tokens: 288 MiB of fp32 logits."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,18 +31,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON (default: print only)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each provider that count (default: %(default)s)")
-    parser.add_argument("--shape", type=int, nargs=3, default=SHAPE, metavar=("N", "D", "V"), help="default: %(default)s")
+    parser.add_argument("--shape", type=int, nargs=3, default=None, metavar=("N", "D", "V"), help="instead of the two cases")
+    parser.add_argument("--budget", type=float, default=None, metavar="MIB", help="memory budget of --shape, default: 256 MiB")
     parser.add_argument("--inputs", choices=INPUTS, nargs="+", default=["peaked"], help="default: peaked")
-    parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES), help="default: all")
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES), help="default: all that the case has")
     parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="providers whose names begin so")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="leave out providers whose names begin so")
     options = parser.parse_args(arguments)
+    if options.budget is not None and options.shape is None:
+        parser.error("--budget: expected with --shape")
 
     providers = chosen(options.only, options.without)
     print_missing(providers, "cpu")
     result = ResultFile(environment("cpu"))
-    jobs = [Job(*options.shape, torch.float32, inputs, tuple(options.modes)) for inputs in options.inputs]
-    sweep(jobs, providers, result, options.out, "cpu", Limits(options.rounds))
+    cases = CASES
+    if options.shape is not None:
+        budget = None if options.budget is None else int(options.budget * 2**20)
+        cases = (Job(*options.shape, torch.float32, memory_budget=budget),)
+    jobs = [
+        Job(one.n, one.d, one.v, one.dtype, inputs, tuple(m for m in one.modes if m in options.modes), one.memory_budget)
+        for one in cases
+        for inputs in options.inputs
+    ]
+    sweep([job for job in jobs if job.modes], providers, result, options.out, "cpu", Limits(options.rounds))
     if options.out is not None:
         print(f"wrote {options.out / result.name}")
     return 0 if result.gate["green"] else 1

@@ -1,131 +1,566 @@
-"""``python -m benchmarks.gpu --quick|--full --out DIR``: the tests on the GPU, then everyone side by side.
+"""``python -m benchmarks.gpu``: check and measure this package on one NVIDIA GPU, in nine minutes.
 
-Writes DIR/<gpu>-<date>-<commit>.json after every mode. Nothing is measured when a test fails, unless --despite-red is given;
-such a file ends in .red.json, and the report refuses it.
+build    compile the kernels, in several processes
+kernels  every kernel once beside its float64 reference
+forms    every way through a backend beside float64: statistics, autograd, one pass
+tests    (--full) the tests that a GPU can change, compute-sanitizer among them
+speed    bare products, unfused PyTorch and our backends at three shapes;
+         --full: more shapes, --peers: other packages too
+tune     (--tune) race the kernels' tiles
+
+Every stage is a process of its own with a time limit. If one fails or hangs, the others run all
+the same, and the exit code is 1. All results go to one folder: gpu.log, stages.json, the rows as
+``<gpu>-<date>-<commit>.json``, and the tuner's tiles in measured/. ``--rehearse --device cpu``
+tries all stages at toy sizes with interpreted kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import re
+import signal
+import subprocess
 import sys
 import time
-from dataclasses import replace
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import real_rows
-from .case import N_RESPONSES
-from .gate import run_gate, side_by_side
-from .measure import DeviceLost
+from .case import Case, make_case, policy_loss
+from .measure import BOUNDS, GRADIENT_BOUND, DeviceLost, Job, Limits, make_clock, print_missing, sweep
 from .providers import chosen
-from .results import ResultFile, environment
-from .sweep import Job, Limits, print_missing, sweep
+from .results import ROOT, ResultFile, environment
 
-_BACKWARD = ("fwd_bwd", "half_zero_rows")
+SECONDS = {"build": 120.0, "kernels": 90.0, "forms": 60.0, "speed": 240.0}
+"""Limits of the stages of a plain call: with what starting them takes less than nine minutes."""
 
-QUICK = (
-    Job(4096, 4096, 131072),
-    Job(8192, 1024, 151936, modes=("fwd_bwd", "fwd")),
-    Job(4096, 576, 49152, inputs="real", modes=("fwd_bwd", "fwd")),
-    Job(8192, 2048, 151936, modes=("fwd_bwd", "fwd")),
+MORE = {"tests": 900.0, "tune": 300.0}
+"""Limits of the stages that are asked for."""
+
+OURS = ("bare_gemms", "unfused_eager", "eapo_")
+"""Providers without peers and without compiled PyTorch, whose compilation takes longer than
+everything else."""
+
+FIRST = (Job(4096, 4096, 131072), Job(8192, 2048, 151936), Job(8192, 1024, 151936))
+SPEED = tuple(Job(job.n, job.d, job.v, modes=("fwd_bwd", "fwd")) for job in FIRST)
+FULL = (
+    *SPEED,
     Job(4096, 4096, 131072, inputs="steep", modes=("fwd_bwd",)),
     Job(4096, 4096, 131072, inputs="uniform", modes=("fwd_bwd",)),
-)
-"""Most telling first: a run that is cut short keeps the head of this list."""
-
-FULL = (
-    *QUICK,
+    *(Job(job.n, job.d, job.v, modes=("frozen_head", "half_zero_rows")) for job in FIRST),
     Job(4096, 3584, 152064),
-    Job(8192, 2048, 151936, modes=("frozen_head", "half_zero_rows")),
-    Job(8192, 1024, 151936, modes=("frozen_head", "half_zero_rows")),
-    Job(8192, 4096, 32000, modes=_BACKWARD),
-    Job(1024, 4096, 131072, modes=("fwd", "fwd_bwd")),
-    Job(3328, 4096, 131072, modes=("fwd", "fwd_bwd")),
-    Job(16384, 4096, 131072, modes=("fwd", "fwd_bwd")),
+    *(Job(n, 4096, 131072, modes=("fwd", "fwd_bwd")) for n in (1024, 3328, 16384)),
+    *(Job(n, 2048, 151936, modes=("fwd_bwd",)) for n in (512, 1024, 4800, 65536)),
+    Job(8192, 4096, 32000, modes=("fwd_bwd", "half_zero_rows")),
     Job(8192, 4096, 128256, modes=("fwd_bwd",)),
     Job(4096, 8192, 131072, modes=("fwd_bwd",)),
     Job(8192, 2304, 262144, modes=("fwd", "fwd_bwd")),
     Job(8192, 2048, 248320, modes=("fwd_bwd",)),
-    Job(4800, 2048, 151936, modes=("fwd_bwd",)),
-    Job(1024, 2048, 151936, modes=("fwd_bwd",)),
-    Job(512, 2048, 151936, modes=("fwd_bwd",)),
-    Job(65536, 2048, 151936, modes=("fwd_bwd",)),
 )
+"""Most telling first: a run that is cut short keeps the head of the list."""
 
-TINY = (Job(64, 64, 512, torch.float32), Job(32, 32, 300, torch.float32, "uniform", ("fwd_bwd",)))
-"""For a machine without a GPU: shows that the command works, measures nothing of interest."""
+TOY = (Job(32, 16, 300, torch.float32, modes=("fwd_bwd",)),)
+
+TOY_GROUPS = ("triton scaled_exp_rescue",)
+"""The kernel of a rehearsal; tests/benchmarks/test_kernels.py has the others."""
+
+TESTS = ("tests/gpu", "tests/ops", "tests/integrations", "tests/test_*.py")
+"""What a GPU can change: not the trainer, the emulator, and compiling for other GPUs."""
 
 
-def _with_real_shape(job: Job) -> Job | None:
-    """A job on real rows with the sizes that their file has, or None without a file; other jobs as they are."""
-    if job.inputs != "real":
-        return job
-    found = real_rows.shape()
-    if found is None:
-        print(f"left out: {job}: no {real_rows.PATH.name}; python -m benchmarks.real_rows makes it")
-        return None
-    n, d, v = found
-    return replace(job, n=min(job.n, n // N_RESPONSES * N_RESPONSES), d=d, v=v)
+@dataclass
+class Verdict:
+    """What came of a stage.
+
+    Attributes:
+        right, skipped: numbers of comparisons, tests or rows.
+        wrong: a sentence each.
+        seconds: wall time.
+    """
+
+    right: int = 0
+    skipped: int = 0
+    wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the options ask for; every child process gets the same.
+
+    Attributes:
+        out: the folder of results.
+        device: "cuda" or "cpu".
+        rehearse: toy sizes.
+        peers, full: see the command.
+        rounds: timed runs of each provider.
+        without: names of providers, or their beginnings, to be left out.
+    """
+
+    out: Path
+    device: str
+    rehearse: bool
+    peers: bool
+    full: bool
+    rounds: int
+    without: tuple[str, ...] = ()
+
+    @property
+    def workers(self) -> int:
+        """Processes side by side."""
+        return 1 if self.rehearse else max(2, (os.cpu_count() or 2) // 2)
+
+    def backends(self) -> dict[str, str | None]:
+        """Backend -> why it cannot run here, or None."""
+        from eapo_kernels import available_backends
+
+        return available_backends(self.device)
+
+    def family(self) -> str:
+        """Of the GPU, as in the table of tiles."""
+        from .kernels import family
+
+        return family(torch.cuda.get_device_capability() if self.device == "cuda" else None)
+
+
+# ---- build
+
+
+def build_jobs(plan: Plan) -> list[tuple[str, int, tuple[int, int, int]]]:
+    """(backend, number of the check, shape) of everything that the next stage launches; a rehearsal
+    takes two for Hopper."""
+    from . import kernels
+
+    if plan.rehearse:
+        vectors = next(n for n, check in enumerate(kernels.checks("triton", "sm90")) if check.kernel == "finalize")
+        return [("triton", vectors, kernels.SHAPES[1]), ("cuda", 0, kernels.SHAPES[1])]
+    able = [name for name, reason in plan.backends().items() if reason is None and name != "torch"]
+    return [
+        (backend, number, shape)
+        for backend in able
+        for number in range(len(kernels.checks(backend, plan.family())))
+        for shape in (kernels.SHAPES if backend == "triton" else kernels.SHAPES[:1])
+    ]
+
+
+def build_one(job: tuple[str, int, tuple[int, int, int]], family: str, device: str) -> str | None:
+    """Compile a check's launch into the cache of its compiler; what went wrong, or None."""
+    from . import compiled_code, kernels
+
+    backend, number, shape = job
+    check = kernels.checks(backend, family)[number]
+    try:
+        if backend == "cuda":
+            from eapo_kernels.ops.cuda import build
+
+            build.cubin(check.cuda_build())
+        else:
+            launch = kernels.KERNELS[backend, check.kernel].run(check.operands(shape, "meta"), check.tile).launch
+            if device == "cuda":
+                kernels.warm_up(launch)
+            else:
+                compiled_code.compile_triton(launch, compiled_code.ARCHITECTURES[family])
+    except kernels.FAILURES as error:
+        return f"{check}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
+    return None
+
+
+def build(plan: Plan) -> Verdict:
+    """Stage "build"."""
+    jobs = build_jobs(plan)
+    family = "sm90" if plan.rehearse else plan.family()
+    os.environ["TRITON_INTERPRET"] = "0"
+    with ProcessPoolExecutor(1 if plan.rehearse else os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        count = len(jobs)
+        found = list(pool.map(build_one, jobs, [family] * count, ["cpu" if plan.rehearse else plan.device] * count))
+    wrong = [sentence for sentence in found if sentence is not None]
+    return Verdict(len(found) - len(wrong), wrong=wrong)
+
+
+# ---- kernels and forms: cases in processes of their own, which print each case and what came of it
+
+
+def kernel_groups(plan: Plan) -> dict[str, list[Any]]:
+    """Checks by what shares a process: a kernel, and of the CUDA kernels a tile."""
+    from . import kernels
+
+    found: dict[str, list[Any]] = {}
+    for backend, reason in plan.backends().items():
+        if backend == "torch" or reason is not None:
+            continue
+        for check in kernels.checks(backend, plan.family()):
+            tile = f" {check.tile.name}" if backend == "cuda" else ""
+            found.setdefault(f"{backend} {check.kernel}{tile}", []).append(check)
+    return {name: found[name] for name in TOY_GROUPS} if plan.rehearse else found
+
+
+def kernel_cases(plan: Plan, group: str) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """(name, what is wrong) of a group's cases."""
+    from . import kernels
+
+    shapes = kernels.TOY if plan.rehearse else kernels.SHAPES
+    for check in kernel_groups(plan)[group]:
+        for shape in shapes:
+            yield f"{check} {'x'.join(map(str, shape))}", lambda c=check, s=shape: c.why_wrong(s, plan.device)
+
+
+FORMS = (
+    "streamed statistics",
+    "autograd, gradients kept",
+    "autograd, recomputed",
+    "one pass, scaled exponentials",
+    "one pass, logits",
+)
+"""The ways through a backend; the torch backend has one form for the last two."""
+
+_ENTROPY = 0.01
+
+
+def form_results(form: str, backend: str, case: Case) -> dict[str, Tensor]:
+    """What a form computes: statistics, or a loss, with the gradients."""
+    from eapo_kernels import EAPOConfig, Options, eapo_loss, token_stats
+
+    leaves = [case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()]
+    if form == FORMS[0]:
+        with torch.no_grad():
+            stats = token_stats(*leaves, case.targets, second_moments=True, backend=backend)
+        return {name: value for name, value in stats._asdict().items() if value is not None}
+    if form.startswith("autograd"):
+        options = Options(plan="recompute" if form == FORMS[2] else "one_chunk")
+        stats = token_stats(*leaves, case.targets, backend=backend, options=options)
+        results = {"logp": stats.logp, "entropy": stats.entropy, "loss": _loss_of_statistics(case, stats.logp, stats.entropy)}
+    else:
+        config = EAPOConfig(entropy_coef=_ENTROPY if form == FORMS[4] else 0.0)
+        results = {
+            "loss": eapo_loss(
+                *leaves, case.batch, positive_weight=0.7, config=config, schedule="one_pass", backend=backend
+            ).loss
+        }
+    gradients = torch.autograd.grad(results["loss"], leaves)
+    return {n: v.detach() for n, v in results.items()} | dict(zip(("d_hidden", "d_weight"), gradients, strict=True))
+
+
+def _loss_of_statistics(case: Case, logp: Tensor, entropy: Tensor) -> Tensor:
+    return policy_loss(case, logp) - _ENTROPY * entropy.mean()
+
+
+def form_reference(form: str, case: Case) -> dict[str, Tensor]:
+    """The same by dense float64 autograd."""
+    from eapo_kernels import reference
+
+    leaves = [case.hidden.double().requires_grad_(), case.weight.double().requires_grad_()]
+    stats = reference.token_stats(*leaves, case.targets, second_moments=True)
+    bonus = form.startswith("autograd") or form == FORMS[4]
+    loss = _loss_of_statistics(case, stats.logp, stats.entropy) if bonus else policy_loss(case, stats.logp)
+    gradients = torch.autograd.grad(loss, leaves)
+    return stats._asdict() | {"loss": loss} | dict(zip(("d_hidden", "d_weight"), gradients, strict=True))
+
+
+def wrong_form(form: str, backend: str, case: Case) -> str | None:
+    """Which result of a form is farther from float64 than the benchmark's gate allows, or None."""
+    expected = form_reference(form, case)
+    for name, value in form_results(form, backend, case).items():
+        exact = expected[name].detach()
+        error = float((value.double() - exact).norm() / exact.norm())
+        bound = GRADIENT_BOUND[case.dtype] if name.startswith("d_") else BOUNDS.get(name, BOUNDS["entropy"])
+        if not error <= bound:
+            return f"{name}: error {error:.2e}, allowed {bound:.0e}"
+    return None
+
+
+def form_cases(plan: Plan, group: str) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """(name, what is wrong) of a backend's forms."""
+    n, d, v = (32, 16, 300) if plan.rehearse else (320, 256, 5003)
+    case = make_case(n, d, v, torch.bfloat16, device=plan.device)
+    for form in FORMS:
+        yield f"{group} {form}", lambda form=form: wrong_form(form, group, case)
+
+
+GROUPED = {
+    "kernels": (kernel_groups, kernel_cases),
+    "forms": (lambda plan: [name for name, reason in plan.backends().items() if reason is None], form_cases),
+}
+"""Stage -> (groups, cases of a group)."""
+
+
+def print_cases(plan: Plan, stage: str, group: str) -> None:
+    """In a group's process: print the name of each case, then what came of it; the first one that
+    raises ends the process."""
+    for name, check in GROUPED[stage][1](plan, group):
+        print(f"begin {name}", flush=True)
+        wrong = check()
+        print(f"right {name}" if wrong is None else f"wrong {name}: {wrong}", flush=True)
+
+
+def watch(
+    commands: dict[str, list[str]], seconds: float, workers: int, env: dict[str, str] | None = None
+) -> dict[str, Verdict]:
+    """Run commands that print cases, ``workers`` at a time; what is not done after ``seconds`` in
+    all hangs."""
+    until = time.monotonic() + seconds
+
+    def run(name: str) -> Verdict:
+        start = time.monotonic()
+        code, text = execute(commands[name], max(0.0, until - start), env)
+        lines, verdict = text.splitlines(), Verdict(seconds=time.monotonic() - start)
+        verdict.right = sum(line.startswith("right ") for line in lines)
+        verdict.wrong = [line.removeprefix("wrong ") for line in lines if line.startswith("wrong ")]
+        if code != 0:
+            said = [line for line in lines if line.startswith(("begin ", "right ", "wrong "))]
+            inside = said[-1].removeprefix("begin ") if said and said[-1].startswith("begin ") else f"{name}, outside a case"
+            last = next((line.strip()[:300] for line in reversed(lines) if line.strip()), "nothing printed")
+            verdict.wrong.append(f"{inside}: " + ("hangs" if code is None else f"ended with {code}: {last}"))
+        return verdict
+
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(zip(commands, pool.map(run, commands), strict=True))
+
+
+def execute(command: Sequence[str], seconds: float, env: dict[str, str] | None = None) -> tuple[int | None, str]:
+    """Exit code and everything printed; after ``seconds`` the command ends with all that it
+    started, and the code is None."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path} | (env or {})
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, process.communicate()[0]
+    return process.returncode, text
+
+
+# ---- tests
+
+
+def run_tests(plan: Plan, seconds: float) -> Verdict:
+    """Stage "tests": every test file in a pytest process of its own, so that a kernel that hangs
+    takes no other file with it."""
+    patterns = ["tests/objectives/test_advantages.py"] if plan.rehearse else TESTS
+    files = [
+        p
+        for pattern in patterns
+        for p in sorted([*(ROOT / pattern).rglob("test_*.py"), *(p for p in ROOT.glob(pattern) if p.is_file())])
+    ]
+    reports = plan.out / "tests"
+    reports.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + seconds
+
+    def run(file: Path) -> tuple[str, int | None, Path, str]:
+        name = file.relative_to(ROOT).as_posix()
+        report = reports / (name.replace("/", "-") + ".xml")
+        report.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={report}", name]
+        code, text = execute(command, max(0.0, until - time.monotonic()), {"OMP_NUM_THREADS": "2"})
+        report.with_suffix(".log").write_text(text)
+        return name, code, report, text
+
+    verdict = Verdict()
+    with ThreadPoolExecutor(plan.workers) as pool:
+        for name, code, report, text in pool.map(run, files):
+            if report.exists():
+                read_report(report, verdict)
+            if code is None:
+                last = next((line for line in reversed(text.splitlines()) if line.strip()), "nothing printed")
+                verdict.wrong.append(f"{name}: not finished in time, in {last[:200]}")
+            elif code not in (0, 1, 5) or not report.exists():  # all passed, some failed, none collected
+                verdict.wrong.append(f"{name}: pytest exited with {code}")
+    return verdict
+
+
+def read_report(path: Path, verdict: Verdict) -> None:
+    """Add a JUnit report's tests to ``verdict``."""
+    for test in ElementTree.parse(path).getroot().iter("testcase"):
+        bad = next((e for e in test if e.tag in ("failure", "error")), None)
+        if bad is not None:
+            message = next(iter((bad.get("message") or "").strip().splitlines()), "no message")
+            verdict.wrong.append(f"{test.get('classname')}::{test.get('name')}: {message[:200]}")
+        elif test.find("skipped") is not None:
+            verdict.skipped += 1
+        else:
+            verdict.right += 1
+
+
+# ---- speed and tuning
+
+
+BROKEN = re.compile(r"run again with --without (\w+)")
+"""What ``measure`` says when a provider has left the GPU unusable for its process."""
+
+
+def measure_speed(plan: Plan, seconds: float) -> Verdict:
+    """Stage "speed": the rows go to the result file after every mode. A backend that was wrong
+    before is left out."""
+    start, before = time.monotonic(), json.loads((plan.out / "stages.json").read_text())
+    providers = chosen(None if plan.peers else list(OURS), [*plan.without, *(f"eapo_{name}" for name in before["broken"])])
+    print_missing(providers, plan.device)
+    result = ResultFile(environment(plan.device))
+    result.gate["stages"] = {name: len(stage["wrong"]) or stage["right"] for name, stage in before["stages"].items()}
+    tests = before["stages"].get("tests")
+    if tests is not None:
+        result.gate["tests"] = {"passed": tests["right"], "failed": len(tests["wrong"]), "skipped": tests["skipped"]}
+    result.redden([f"{name}: {wrong}" for name, stage in before["stages"].items() for wrong in stage["wrong"]])
+    earlier = len(result.gate["red"])
+    jobs = TOY if plan.rehearse else FULL if plan.full else SPEED
+    # A tenth of the time for the rounds of one mode; what is begun last may take as long again for its checks.
+    limits = Limits(plan.rounds, seconds / 10, start + 0.75 * seconds)
+    try:
+        sweep(jobs, providers, result, plan.out, plan.device, limits)
+    except DeviceLost as error:
+        result.redden([str(error)])
+    result.save(plan.out)
+    return Verdict(sum(row["ms"] is not None for row in result.rows), wrong=result.gate["red"][earlier:])
+
+
+def race_tiles(plan: Plan, seconds: float) -> Verdict:
+    """Stage "tune"."""
+    from . import tune
+
+    able = [name for name, reason in plan.backends().items() if reason is None]
+    jobs = list(tune.searches(able, plan.family()))
+    if plan.rehearse:
+        jobs = [tune.Search("triton", "finalize", plan.family(), 40, 24, 301, torch.float32)]
+    written, wrong = tune.tune(
+        jobs, lambda job: tune.KernelContest(job, plan.device), make_clock(plan.device), seconds, plan.out / "measured",
+        environment(plan.device), workers=plan.workers,
+    )  # fmt: skip
+    return Verdict(written, wrong=wrong if written else [*wrong, "no tile could be written"])
+
+
+CHILDREN: dict[str, Callable[[Plan, float], Verdict]] = {
+    "build": lambda plan, seconds: build(plan),
+    "tests": run_tests,
+    "speed": measure_speed,
+    "tune": race_tiles,
+}
+"""Stages that are one process, which gets its time limit and prints its verdict as the last
+line."""
+
+
+# ---- the command
+
+
+def run_stage(name: str, plan: Plan, seconds: float, child: list[str]) -> tuple[Verdict, str]:
+    """A stage within ``seconds``, and what it printed."""
+    start = time.monotonic()
+    env = {"TRITON_INTERPRET": "1"} if plan.device == "cpu" else {}
+    if name in GROUPED:
+        groups = GROUPED[name][0](plan)
+        found = watch({group: [*child, "--stage", name, "--group", group] for group in groups}, seconds, plan.workers, env)
+        lines = [f"{'group':46} {'right':>6} {'wrong':>6} {'s':>6}"]
+        lines += [f"{group:46} {v.right:6} {len(v.wrong):6} {v.seconds:6.1f}" for group, v in found.items()]
+        verdict = Verdict(sum(v.right for v in found.values()), wrong=[w for v in found.values() for w in v.wrong])
+        lines += [f"{backend}: not here: {reason}" for backend, reason in plan.backends().items() if reason is not None]
+        text = "\n".join(lines)
+    else:
+        # The child ends a little earlier by itself, so that it can write down what it has.
+        code, text = execute([*child, "--stage", name, "--seconds", f"{0.9 * seconds:.1f}"], seconds, env)
+        *lines, last = text.splitlines() or [""]
+        if last.startswith("verdict: "):
+            text, verdict = "\n".join(lines), Verdict(**json.loads(last.removeprefix("verdict: ")))
+        else:
+            ended = f"not finished after {seconds:.0f} s" if code is None else f"ended with {code}"
+            verdict = Verdict(wrong=[f"{ended}: {last.strip()[:300] or 'nothing printed'}"])
+    verdict.seconds = round(time.monotonic() - start, 1)
+    return verdict, text
+
+
+def run(plan: Plan, limits: dict[str, float], child: list[str]) -> dict[str, Verdict]:
+    """All stages, one after the other; printed, in gpu.log and in stages.json."""
+    plan.out.mkdir(parents=True, exist_ok=True)
+    verdicts: dict[str, Verdict] = {}
+    broken: list[str] = []
+    with (plan.out / "gpu.log").open("w") as log:
+
+        def say(text: str) -> None:
+            print(text, flush=True)
+            log.write(f"{text}\n")
+            log.flush()
+
+        def stage(name: str, seconds: float, more: list[str]) -> Verdict:
+            say(f"\n## {name}, at most {seconds:.0f} s")
+            verdict, text = run_stage(name, plan, seconds, child + more)
+            say(text)
+            for sentence in verdict.wrong:
+                say(f"wrong: {sentence}")
+            return verdict
+
+        for name, seconds in limits.items():
+            verdicts[name] = stage(name, seconds, [])
+            lost = next((found[1] for wrong in verdicts[name].wrong if (found := BROKEN.search(wrong))), None)
+            left = seconds - verdicts[name].seconds
+            if lost is not None and left > 30:
+                say(f"{lost} left the GPU unusable; again without it")
+                again = stage(name, left, ["--without", lost, *plan.without])
+                again.wrong.insert(0, f"{lost} left the GPU unusable")
+                verdicts[name] = again
+            if name in GROUPED:
+                broken += [b for b in ("torch", "triton", "cuda") if any(w.startswith(b) for w in verdicts[name].wrong)]
+            content = {"broken": sorted(set(broken)), "stages": {n: vars(v) for n, v in verdicts.items()}}
+            (plan.out / "stages.json").write_text(json.dumps(content, indent=1) + "\n")
+        say(f"\n{'stage':10} {'right':>6} {'wrong':>6} {'s':>6}")
+        for name, v in verdicts.items():
+            say(f"{name:10} {v.right:6} {len(v.wrong):6} {v.seconds:6.1f}")
+        for backend in sorted(set(broken)):
+            say(f"the {backend} backend was wrong and was not timed")
+        say(f"results: {plan.out}")
+    return verdicts
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Gate, sweep, table. Exit code 1 when the gate is red, 3 when a provider broke the GPU; 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--quick", action="store_true", help="at most 4 minutes, tests included, slow ones left out (the default)"
+    """Exit code 1 when something is wrong, 2 for bad arguments or without the device."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    size.add_argument("--full", action="store_true", help="at most 8 minutes, all tests included")
-    size.add_argument("--tiny", action="store_true", help="a minute, any device: tries the command itself")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON")
-    parser.add_argument("--minutes", type=float, default=None, help="instead of the size's own limit")
-    parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="providers whose names begin so")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of all results, default: %(default)s")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only with --rehearse")
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes, to try the command")
+    parser.add_argument("--peers", action="store_true", help="measure other packages and compiled PyTorch too")
+    parser.add_argument("--full", action="store_true", help="more shapes, and the tests: 15 minutes more")
+    parser.add_argument("--tune", action="store_true", help="race tiles: 5 minutes more")
+    parser.add_argument("--rounds", type=int, default=20, help="timed runs of each provider, default: %(default)s")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="leave out providers whose names begin so")
-    parser.add_argument("--tests", nargs="+", default=None, metavar="PATH", help="the gate is these tests (default: all)")
-    parser.add_argument("--no-tests", action="store_true", help="skip the tests; the file says so, and the report refuses it")
-    parser.add_argument("--not-slow", action="store_true", help="leave the slow tests out of --full too; the file says so")
-    parser.add_argument("--despite-red", action="store_true", help="measure even when a test fails")
-    options = parser.parse_args(arguments)
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("expected a CUDA device, got none; --tiny tries the command on the CPU, benchmarks.cpu measures there")
-
-    start = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    minutes = options.minutes or (1.0 if options.tiny else 8.0 if options.full else 4.0)
-    until = start + 60 * minutes
-    providers = chosen(options.only, options.without)
-    print_missing(providers, device)
-    result = ResultFile(environment(device))
-    if options.no_tests:
-        result.redden(["the tests were not run (--no-tests)"])
-    else:
-        # Half of the time at most: what does not finish is red, and says which files.
-        only = options.tests or (["tests/test_structure.py"] if options.tiny else [])
-        arguments = [] if options.full and not options.not_slow else ["-m", "not slow"]
-        gate = run_gate(30 * minutes, side_by_side(), only=only, arguments=arguments, log=options.out / "gate.log")
-        result.gate["tests"] = gate.as_json()
-        result.redden(gate.red)
-        print(gate.summary())
-        for sentence in gate.red:
-            print(f"gate red: {sentence}", file=sys.stderr)
-        if gate.red and not options.despite_red:
-            result.save(options.out)
-            return 1
-    jobs = TINY if options.tiny else FULL if options.full else QUICK
-    jobs = tuple(job for job in map(_with_real_shape, jobs) if job is not None)
-    # A twentieth of the time for the rounds of one mode; what is begun last may take as long again for its checks.
-    limits = Limits(options.rounds, 3 * minutes, until - 6 * minutes)
-    try:
-        sweep(jobs, providers, result, options.out, device, limits)
-    except DeviceLost as error:
-        result.redden([str(error)])
-        print(f"gate red: {error}", file=sys.stderr)
-        result.save(options.out)
-        return 3
-    print(f"\nwrote {result.save(options.out)} after {time.monotonic() - start:.0f} s")
-    return 0 if result.gate["green"] else 1
+    for hidden in ("--stage", "--group", "--seconds"):
+        parser.add_argument(hidden, default=None, help=argparse.SUPPRESS)
+    o = parser.parse_args(arguments)
+    if o.device == "cpu" and not o.rehearse:
+        parser.error("--device cpu: expected with --rehearse; python -m benchmarks.cpu measures on the processor")
+    if o.device == "cuda" and not torch.cuda.is_available():
+        parser.error("expected a CUDA device, got none; --rehearse --device cpu tries the command")
+    if o.device == "cpu" and o.stage != "build":
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    plan = Plan(o.out.resolve(), o.device, o.rehearse, o.peers, o.full, o.rounds, tuple(o.without))
+    if o.group is not None:
+        print_cases(plan, o.stage, o.group)
+        return 0
+    if o.stage is not None:
+        verdict = CHILDREN[o.stage](plan, float(o.seconds))
+        print(f"\nverdict: {json.dumps(vars(verdict))}")
+        return 0
+    limits = dict(SECONDS)
+    if o.full or o.peers:
+        limits["speed"] *= 1 + o.full + o.peers
+    if o.full:
+        speed = limits.pop("speed")
+        limits |= {"tests": MORE["tests"], "speed": speed}
+    if o.tune:
+        limits["tune"] = MORE["tune"]
+    child = [sys.executable, "-m", "benchmarks.gpu", "--device", o.device, "--out", str(plan.out), "--rounds", str(o.rounds)]
+    child += [flag for flag in ("--rehearse", "--peers", "--full") if getattr(o, flag[2:])]
+    verdicts = run(plan, limits, child + (["--without", *o.without] if o.without else []))
+    return 1 if any(v.wrong for v in verdicts.values()) else 0
 
 
 if __name__ == "__main__":

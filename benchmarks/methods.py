@@ -1,8 +1,10 @@
-"""``python -m benchmarks.methods``: what every method of ``METHODS`` costs over plain GRPO, at one shape, interleaved.
+"""``python -m benchmarks.methods``: what every method of ``METHODS`` costs over plain GRPO, at one
+shape, interleaved.
 
-Two numbers a method: its loss, forward and backward, over GRPO's in the same round; and weighing the tokens (``weight_tokens``),
-which happens once a step, over one such GRPO pass of all the step's tokens. What a method asks the old policy for beyond
-log-prob and entropy (second moments, another temperature, the nucleus) is named, not timed.
+Two numbers a method: its loss, forward and backward, over GRPO's in the same round; and weighing
+the tokens (``weight_tokens``), which happens once a step, over one such GRPO pass of all the step's
+tokens. What a method asks the old policy for beyond log-prob and entropy (second moments, another
+temperature, the nucleus) is named, not timed.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from eapo_kernels import METHODS, Method, TokenStats, get_method, make_controlle
 from eapo_kernels.objectives.token_weights.step import MARKS, STATISTICS
 
 from .case import POSITIVE_WEIGHT, Case, make_case
-from .clock import make_clock, time_interleaved
+from .measure import make_clock, time_interleaved
 from .results import FOLDER, ResultFile, environment
 
 BASE = "grpo"
@@ -104,7 +106,8 @@ def _jobs(method: Method, case: Case) -> tuple[Callable[[], object], Callable[[]
 
 
 def _statistics(case: Case) -> TokenStats:
-    """Made-up second moments beside the true log-probs and entropies: they cost the same whatever they are."""
+    """Made-up second moments beside the true log-probs and entropies: they cost the same whatever
+    they are."""
     logp, entropy = case.logp.float(), case.entropy.float()
     return TokenStats(logp, entropy, case.lse.float(), (-entropy).exp(), -entropy * (-entropy).exp(), entropy)
 

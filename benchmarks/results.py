@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,12 +17,11 @@ from typing import Any
 
 import torch
 
-from .clock import telemetry
-
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 COMMIT = "BENCHMARK_COMMIT"
-"""Environment variable that names the commit where there is a copy of the files without their history."""
+"""Environment variable that names the commit where there is a copy of the files without their
+history."""
 
 _RED = ".red.json"
 """How the names of files behind a red gate end: they never replace a green one."""
@@ -55,14 +56,51 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    here = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
-    return here or os.environ.get(COMMIT, "unknown")
+    """The commit; without a history what the environment says, else the package's version and a
+    hash of its sources."""
+    here = output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or os.environ.get(COMMIT, "")
+    if here:
+        return here
+    sources = hashlib.sha256()
+    for path in sorted([*(ROOT / "eapo_kernels").rglob("*.py"), *(ROOT / "csrc").glob("*")]):
+        sources.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return f"{_version('eapo-kernels') or 'unknown'}+{sources.hexdigest()[:8]}"
+
+
+def output(*command: str) -> str:
+    """What a command prints; nothing where it fails or its program is not there."""
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+_TELEMETRY = {
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "power_w": "power.draw",
+    "power_limit_w": "power.limit",
+    "temperature_c": "temperature.gpu",
+}
+
+
+def telemetry(device: str) -> dict[str, float]:
+    """Clocks, power and temperature of the GPU now, without what nvidia-smi does not know."""
+    if device != "cuda":
+        return {}
+    query = f"--query-gpu={','.join(_TELEMETRY.values())}"
+    return parse_telemetry(output("nvidia-smi", query, "--format=csv,noheader,nounits", "--id=0"))
+
+
+def parse_telemetry(line: str) -> dict[str, float]:
+    """``nvidia-smi``'s line of numbers by the names of this package; what it does not support is
+    left out."""
+    cells = [cell.strip() for cell in line.strip().split(",")]
+    known = {name: cell for name, cell in zip(_TELEMETRY, cells, strict=False) if cell.replace(".", "", 1).isdigit()}
+    return {name: float(cell) for name, cell in known.items()}
 
 
 def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") or "unknown"
 
 
 def _version(package: str) -> str | None:
@@ -78,7 +116,9 @@ class ResultFile:
 
     Attributes:
         environment: see ``environment``.
-        gate: "green", "tests" (of the GPU gate), "cases" by "<inputs> N=.. D=.. V=.. dtype mode", "red": sentences.
+        gate: "green", "tests" (of the test suite on a GPU) or None, "cases" by "<mode> <inputs>
+            N=.. D=.. V=.. dtype=..", "red": sentences; "stages" of the GPU command: how many
+            comparisons were right.
         rows: one a provider, case and mode; see ``measure``.
     """
 
@@ -89,7 +129,8 @@ class ResultFile:
 
     @property
     def name(self) -> str:
-        """``<gpu>-<date>-<commit>.json``, with ``.red.json`` behind a red gate; processors are "cpu"."""
+        """``<gpu>-<date>-<commit>.json``, with ``.red.json`` behind a red gate; processors are
+        "cpu"."""
         gpu = self.environment["gpu"]
         short = "cpu" if gpu.startswith("CPU") else "-".join(gpu.lower().removeprefix("nvidia ").split())
         ending = ".json" if self.gate["green"] else _RED
@@ -109,7 +150,8 @@ class ResultFile:
     def save(self, folder: Path) -> Path:
         """Write the file whole or not at all, and return its path.
 
-        What this run wrote while it was still green goes when it is red, and what stood there before comes back.
+        What this run wrote while it was still green goes when it is red, and what stood there
+        before comes back.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.name
@@ -155,6 +197,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(kind: str, folder: Path = FOLDER) -> dict[str, Any] | None:
-    """The latest result of this package's own GPU ("gpu") or processor ("cpu") runs, red ones left out, or None."""
+    """The latest result of this package's own GPU ("gpu") or processor ("cpu") runs, red ones left
+    out, or None."""
     paths = [p for p in folder.glob("*.json") if p.name.startswith("cpu-") == (kind == "cpu") and not p.name.endswith(_RED)]
     return max((load(p) for p in paths), key=lambda r: r["environment"]["date"], default=None)

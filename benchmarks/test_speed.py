@@ -1,6 +1,8 @@
-"""The pytest-benchmark suite (``make bench``): every provider and mode on one shape; accuracy and memory in ``extra_info``.
+"""The pytest-benchmark suite (``make bench``): every provider and mode on one shape; accuracy and
+memory in ``extra_info``.
 
-On a GPU the shape is a real one; on a CPU it is small, and only the ratios between the lines of a group mean something.
+On a GPU the shape is a real one; on a CPU it is small, and only the ratios between the lines of a
+group mean something.
 """
 
 from __future__ import annotations
@@ -14,10 +16,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from eapo_kernels.testing import peak_memory
 
-from .case import MODES, Case, make_case
+from .case import MODES, Case, Reference, Results, make_case, reference_of
 from .measure import gate
 from .providers import Provider, load_providers
-from .truth import Results, Truth, exact
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = (4096, 2048, 151936) if DEVICE == "cuda" else (512, 256, 16384)
@@ -25,10 +26,10 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
 @pytest.fixture(scope="module")
-def cases() -> dict[str, tuple[Case, Truth]]:
+def cases() -> dict[str, tuple[Case, Reference]]:
     case = make_case(*SHAPE, DTYPE, device=DEVICE)
-    half, dense = case.for_mode("half_zero_rows"), exact(case)
-    return {mode: (half, exact(half)) if mode == "half_zero_rows" else (case, dense) for mode in MODES}
+    half, dense = case.for_mode("half_zero_rows"), reference_of(case)
+    return {mode: (half, reference_of(half)) if mode == "half_zero_rows" else (case, dense) for mode in MODES}
 
 
 @pytest.mark.parametrize(
@@ -36,17 +37,17 @@ def cases() -> dict[str, tuple[Case, Truth]]:
 )
 def test_speed(
     benchmark: BenchmarkFixture,
-    cases: dict[str, tuple[Case, Truth]],
+    cases: dict[str, tuple[Case, Reference]],
     provider: Provider,
     mode: str,
 ) -> None:
     reason = provider.unavailable(DEVICE)
     if reason is not None:
         pytest.skip(reason)
-    case, truth = cases[mode]
+    case, reference = cases[mode]
     benchmark.group = f"{mode} {DEVICE} " + " ".join(f"{key}={value}" for key, value in case.shape().items())
     run = _synchronised(provider.prepare(case, mode))
-    errors = truth.errors(run(), provider.objective)
+    errors = reference.errors(run(), provider.objective)
     assert gate({provider.name: errors}, DTYPE)["green"], errors
     benchmark.extra_info.update(
         job=provider.job,
@@ -55,7 +56,7 @@ def test_speed(
         flops=case.useful_flops(mode),
         bytes=case.least_bytes(mode),
         shape=case.shape(),
-        mean_entropy_nats=float(truth.entropy.mean()),
+        mean_entropy_nats=float(reference.entropy.mean()),
     )
     benchmark.pedantic(run, rounds=2 if _seconds(run) > 1 else 5, warmup_rounds=1)
 

@@ -36,8 +36,7 @@ TRAINER = (
     "errors", "ranks", "records", "hooks", "config", "dataset", "models", "rewards", "learning", "runs", "rollouts",
     "evaluation", "loop", "commands", "__main__",
 )  # fmt: skip
-# The demo's own loader fetches and unpacks the real model.
-EXCEPTIONS = {("benchmarks.real_rows", "trainer.models.embedded.resolve")}
+EXCEPTIONS: set[tuple[str, str]] = set()
 # Reward functions of users, kernels of peers: what they raise is a result.
 BORDERS = ("trainer/rewards/calls.py", "benchmarks/measure.py")
 

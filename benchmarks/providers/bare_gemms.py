@@ -1,7 +1,7 @@
 """The floor: the matrix products alone, together and each by itself, results thrown away.
 
-Masked rows are left out. Chunks are cut as ours are by default: even, aligned, within the device's default budget.
-``bare_gemms_whole`` makes all logits at once, in products as large as they can be.
+Masked rows are left out. Chunks are cut as ours are: even, aligned, within the case's memory
+budget. ``bare_gemms_whole`` makes all logits at once, in products as large as they can be.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
+from eapo_kernels import Options
 from eapo_kernels.ops.chunking import row_chunk, workspace_bytes
 
-from ..case import MODES, Case
-from ..truth import Results
+from ..case import MODES, Case, Results
 from . import Provider
 
 _WHOLE_BYTES = 2**33
@@ -28,7 +28,7 @@ def _prepare(only: str | None = None, *, whole: bool = False) -> Callable[[Case,
         n_rows, row_bytes = len(hidden), case.v * hidden.element_size()
         if whole and n_rows * row_bytes > _WHOLE_BYTES:
             raise ValueError(f"logits: expected at most {_WHOLE_BYTES} bytes at once, got {n_rows * row_bytes}")
-        step = n_rows if whole else row_chunk(n_rows, row_bytes, workspace_bytes(None, hidden.device))
+        step = n_rows if whole else row_chunk(n_rows, row_bytes, workspace_bytes(Options(case.memory_budget), hidden.device))
         # Not zeros: a GPU draws less power on them and clocks higher.
         matrix = torch.randn(min(step, n_rows), case.v, dtype=case.dtype, device=hidden.device)
         d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -58,7 +58,7 @@ PROVIDERS = [
         "matrix products only",
         _prepare(),
         MODES,
-        settings="even chunks of logits in our default budget: 256 MiB on a CPU, up to 1 GiB on a GPU",
+        settings="even chunks of logits in our memory budget: by default 256 MiB on a CPU, up to 1 GiB on a GPU",
     ),
     Provider(
         "bare_gemms_whole", "matrix products only", _prepare(whole=True), MODES, settings="all logits at once, up to 8 GiB"

@@ -1,4 +1,5 @@
-"""Cut cross-entropy: the filtered kernel that users get, the exact one, and its compiled PyTorch."""
+"""Cut cross-entropy: the filtered kernel that users get, the exact one, and its compiled
+PyTorch."""
 
 from __future__ import annotations
 
@@ -6,10 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..case import Case
-from ..truth import Results
-from . import Provider
-from .common import around, needs, require_dtype
+from ..case import Case, Results
+from . import Provider, around, needs, require_dtype
 
 
 def _prepare(options: dict) -> Callable[[Case, str], Callable[[], Results]]:

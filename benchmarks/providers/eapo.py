@@ -1,4 +1,5 @@
-"""This package: the op with a hand-written loss around it, and the EAPO loss by each schedule, for every backend."""
+"""This package: the op with a hand-written loss around it, and the EAPO loss by each schedule, for
+every backend."""
 
 from __future__ import annotations
 
@@ -6,10 +7,8 @@ from collections.abc import Callable
 
 from eapo_kernels import EAPOConfig, available_backends, eapo_loss, token_stats
 
-from ..case import CLIP, POSITIVE_WEIGHT, Case
-from ..truth import Results
-from . import Provider
-from .common import around, gradients, leaves
+from ..case import CLIP, POSITIVE_WEIGHT, Case, Results
+from . import Provider, around, gradients, leaves
 
 _BACKENDS = ("torch", "triton", "cuda")
 
@@ -17,7 +16,9 @@ _BACKENDS = ("torch", "triton", "cuda")
 def _op(backend: str) -> Callable[[Case, str], Callable[[], Results]]:
     def prepare(case: Case, mode: str) -> Callable[[], Results]:
         def op(hidden, weight):
-            stats = token_stats(hidden, weight, case.targets, mask=case.batch.mask, entropy="nograd", backend=backend)
+            stats = token_stats(
+                hidden, weight, case.targets, mask=case.batch.mask, entropy="nograd", backend=backend, options=case.options
+            )
             return stats.logp, stats.entropy
 
         return around(op, case, mode)
@@ -32,7 +33,14 @@ def _loss(backend: str, schedule: str) -> Callable[[Case, str], Callable[[], Res
 
         def run() -> Results:
             out = eapo_loss(
-                hidden, weight, case.batch, positive_weight=POSITIVE_WEIGHT, config=config, schedule=schedule, backend=backend
+                hidden,
+                weight,
+                case.batch,
+                positive_weight=POSITIVE_WEIGHT,
+                config=config,
+                schedule=schedule,
+                backend=backend,
+                options=case.options,
             )
             return gradients(out.loss, hidden, weight)
 

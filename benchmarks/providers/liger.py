@@ -1,4 +1,5 @@
-"""Liger-Kernel: fused linear cross-entropy, chunked GRPO loss, scaled cross-entropy with entropy."""
+"""Liger-Kernel: fused linear cross-entropy, chunked GRPO loss, scaled cross-entropy with
+entropy."""
 
 from __future__ import annotations
 
@@ -6,10 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..case import CLIP, N_RESPONSES, Case
-from ..truth import Results
-from . import Provider
-from .common import WITH_GRADIENTS, around, around_mean, gradients, leaves, needs, require_dtype
+from ..case import CLIP, N_RESPONSES, Case, Results
+from . import WITH_GRADIENTS, Provider, around, around_mean, gradients, leaves, needs, require_dtype
 
 _PACKAGE, _IGNORE = "liger-kernel", -100
 _FLCE, _CUTE_FLCE = "liger_kernel.transformers.functional", "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90"
@@ -82,7 +81,8 @@ def _scaled_uses_cute(device: str) -> bool:
 
 
 def _scaled_unavailable(device: str) -> str | None:
-    """Its own dispatch has no way back from the CuTe kernel on Hopper: without that package the call itself fails."""
+    """Its own dispatch has no way back from the CuTe kernel on Hopper: without that package the
+    call itself fails."""
     if _scaled_uses_cute(device):
         return needs(_PACKAGE, "liger_kernel.ops.cutedsl.ops", install=_CUTE_INSTALL)(device)
     return needs(_PACKAGE, "liger_kernel.ops")(device)

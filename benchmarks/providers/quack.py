@@ -1,4 +1,5 @@
-"""QuACK's linear cross-entropy: chunked (scaled-exp on Hopper), its base path, and unchunked per token."""
+"""QuACK's linear cross-entropy: chunked (scaled-exp on Hopper), its base path, and unchunked per
+token."""
 
 from __future__ import annotations
 
@@ -6,10 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..case import Case
-from ..truth import Results
-from . import Provider
-from .common import WITH_GRADIENTS, around, around_mean, needs, require_dtype
+from ..case import Case, Results
+from . import WITH_GRADIENTS, Provider, around, around_mean, needs, require_dtype
 
 _MODULE, _ALIGN = "quack.linear_cross_entropy", 8
 

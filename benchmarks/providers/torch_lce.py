@@ -7,10 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..case import Case
-from ..truth import Results
-from . import Provider
-from .common import WITH_GRADIENTS, around, around_mean
+from ..case import Case, Results
+from . import WITH_GRADIENTS, Provider, around, around_mean
 
 
 def _unavailable(device: str) -> str | None:

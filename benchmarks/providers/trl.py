@@ -7,14 +7,13 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-from ..case import Case
-from ..truth import Results
-from . import Provider
-from .common import around, needs
+from ..case import Case, Results
+from . import Provider, around, needs
 
 
 class _HeadAlone(nn.Module):
-    """What ``add_fused_lm_head`` asks of a causal language model, with given hidden states instead of a backbone."""
+    """What ``add_fused_lm_head`` asks of a causal language model, with given hidden states instead
+    of a backbone."""
 
     def __init__(self) -> None:
         super().__init__()

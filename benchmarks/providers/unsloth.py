@@ -1,13 +1,12 @@
-"""unsloth_zoo's fused head: log-probs (recomputed, or the gradient in forward when the head is frozen) and cross-entropy."""
+"""unsloth_zoo's fused head: log-probs (recomputed, or the gradient in forward when the head is
+frozen) and cross-entropy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..case import Case
-from ..truth import Results
-from . import Provider
-from .common import WITH_GRADIENTS, around, around_mean, import_alone, needs
+from ..case import Case, Results
+from . import WITH_GRADIENTS, Provider, around, around_mean, import_alone, needs
 
 # unsloth_zoo/__init__ refuses to run without the unsloth package; both patch torch, transformers and trl and set variables of
 # the allocator and of Triton for the process; the op's own module needs none of that, so it is imported alone.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..case import Case
-from ..truth import Results
-from . import Provider
-from .common import around, import_alone, needs
+from ..case import Case, Results
+from . import Provider, around, import_alone, needs
 
 # verl/__init__ imports ray and tensordict and sets an environment variable and the log level; the two modules used here need
 # nothing of that, so they are imported alone. The Triton module sets Triton's allocator for device-side descriptors for good.

@@ -1,4 +1,5 @@
-"""Every shipped tile compiles for its architecture without spills, on the tensor cores, within shared memory. Needs no GPU.
+"""Every shipped tile compiles for its architecture without spills, on the tensor cores, within
+shared memory. Needs no GPU.
 
 Compiling and interpreting exclude each other in one process: run as ``pytest tests/aot``.
 """
@@ -18,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs its own process: pytest tests/aot"),
 ]
 
-SHIPPED = [entry for entry in (*tiles.TABLE, *tiles.entries()) if entry.family != "interpreter"]
+SHIPPED = [entry for entry in (*tiles.TABLE, *tiles.measured(tiles.MEASURED)) if entry.family != "interpreter"]
 BUILDS = [(entry, variant) for entry in SHIPPED for variant in ("plain", "full")]
 TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA"}
 SHARED_LIMIT = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
@@ -35,9 +36,9 @@ def _name(value: object) -> str:
 
 @pytest.mark.parametrize(("entry", "variant"), BUILDS, ids=_name)
 def test_compiles_well(entry: Entry, variant: str) -> None:
-    from eapo_kernels.ops.triton import report
+    from benchmarks import compiled_code, kernels
 
-    u = report.usage(report.example(entry, variant), report.ARCHITECTURES[entry.family])
+    u = compiled_code.triton_usage(kernels.example(entry, variant), compiled_code.ARCHITECTURES[entry.family])
     assert u.spills == 0
     assert u.stack == 0
     assert u.doubles == 0, "a Python float has become fp64 arithmetic"
@@ -45,8 +46,8 @@ def test_compiles_well(entry: Entry, variant: str) -> None:
     assert u.threads == 32 * entry.tile.warps
     product = entry.kernel in PRODUCTS
     assert set(u.tensor) == ({TENSOR_CORES[entry.family]} if product and entry.itemsize == 2 else set())
-    assert (u.tma > 0) == entry.tile.descriptors
-    assert (u.tma_stores > 0) == entry.tile.stores
+    assert (u.tma[0] > 0) == entry.tile.descriptors
+    assert (u.tma[1] > 0) == entry.tile.stores
     if variant == "plain":
         residents = entry.tile.resident
         assert residents * u.threads * (-(-u.registers // 8) * 8) <= 65536, "registers of the programs that share an SM"
@@ -65,14 +66,15 @@ REDONE = [
 
 @pytest.mark.parametrize(("family", "itemsize", "block_v"), REDONE)
 def test_rows_are_redone_without_spills_whatever_the_columns(family: str, itemsize: int, block_v: int) -> None:
-    """The line of "scaled_exp_rescue" is used with the columns of the first run (``scaled_exp_gemm.rescue_tile``)."""
+    """The line of "scaled_exp_rescue" is used with the columns of the first run
+    (``scaled_exp_gemm.rescue_tile``)."""
     from dataclasses import replace
 
-    from eapo_kernels.ops.triton import report
+    from benchmarks import compiled_code, kernels
 
     (entry,) = (e for e in tiles.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_rescue", family, itemsize))
     entry = replace(entry, tile=replace(entry.tile, block_v=block_v))
-    u = report.usage(report.example(entry, "full"), report.ARCHITECTURES[family])
+    u = compiled_code.triton_usage(kernels.example(entry, "full"), compiled_code.ARCHITECTURES[family])
     assert u.spills == 0
     assert u.stack == 0
     assert u.shared <= SHARED_LIMIT[family]
@@ -95,26 +97,27 @@ def in_fp16(launch: Any) -> Any:
 
 def test_half_precision_and_bfloat16_compile_alike() -> None:
     """The table has one line for both: fp16 operands change neither registers nor instructions."""
-    from eapo_kernels.ops.triton import report
+    from benchmarks import compiled_code, kernels
 
     (entry, *_) = (e for e in tiles.TABLE if e.family == "sm90" and e.tile.descriptors and not e.tile.stores)
-    launch = report.example(entry, "plain")
-    assert report.usage(in_fp16(launch), 90) == report.usage(launch, 90)
+    launch = kernels.example(entry, "plain")
+    half, other = compiled_code.triton_usage(in_fp16(launch), 90), compiled_code.triton_usage(launch, 90)
+    assert half.instructions == other.instructions
+    assert (half.registers, half.stack, half.shared) == (other.registers, other.stack, other.shared)
 
 
 @pytest.mark.parametrize("kernel", ["scaled_exp_gemm", "scaled_exp_rescue"])
 def test_exponentials_in_fp16_compile_as_in_bfloat16(kernel: str) -> None:
-    """Another instruction packs them: spills and memory are as with bf16, in every tile for Hopper."""
-    from eapo_kernels.ops.triton import report
+    """Another instruction packs them: spills and memory are as with bf16, in every tile for
+    Hopper."""
+    from benchmarks import compiled_code, kernels
 
     for entry in SHIPPED:
         if (entry.family, entry.kernel, entry.itemsize) == ("sm90", kernel, 2):
-            launch = report.example(entry, "full")
-            half, other = report.usage(in_fp16(launch), 90), report.usage(launch, 90)
+            launch = kernels.example(entry, "full")
+            half, other = compiled_code.triton_usage(in_fp16(launch), 90), compiled_code.triton_usage(launch, 90)
             assert (half.spills, half.stack, half.doubles) == (0, 0, 0)
-            assert (half.shared, half.tensor, half.tma, half.tma_stores) == (
-                other.shared, other.tensor, other.tma, other.tma_stores
-            )  # fmt: skip
+            assert (half.shared, half.tensor, half.tma) == (other.shared, other.tensor, other.tma)
             assert half.registers <= (entry.tile.max_registers or 255)
 
 
@@ -123,12 +126,12 @@ def test_rows_are_judged_by_tile_and_by_all_processes_without_spills(family: str
     """What only fp16 asks ``collect_rescue_ids`` for."""
     from dataclasses import replace
 
-    from eapo_kernels.ops.triton import report
+    from benchmarks import compiled_code, kernels
 
     (entry,) = (e for e in tiles.TABLE if (e.family, e.kernel) == (family, "collect_rescue_ids"))
-    launch = report.example(entry, "full")
+    launch = kernels.example(entry, "full")
     given = {"largest": 65504.0, "everywhere": launch.arguments["row_inv_temperature"]}
-    u = report.usage(replace(launch, arguments=launch.arguments | given), report.ARCHITECTURES[family])
+    u = compiled_code.triton_usage(replace(launch, arguments=launch.arguments | given), compiled_code.ARCHITECTURES[family])
     assert (u.spills, u.stack, u.doubles) == (0, 0, 0)
 
 
@@ -141,11 +144,14 @@ def test_numbers_are_passed_as_fp32_and_never_specialised() -> None:
         assert native_specialize_impl(CUDABackend, value, False, True, True) == ("fp32", None)
 
 
-def test_report_prints_a_line_per_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eapo_kernels.ops.triton import report
+def test_the_table_has_a_line_per_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    from collections import Counter
 
-    monkeypatch.setattr(report, "usage", lambda launch, architecture: report.Usage(128, 0, 0, 1024, {"HGMMA": 4}, 6, 2, 0, 256))
-    lines = list(report.rows("sm90"))
+    from benchmarks import compiled_code
+
+    usage = compiled_code.Usage(128, 128, 0, 1024, 256, Counter({"HGMMA.64x256x16": 4, "UTMALDG.2D": 6, "UTMASTG.2D": 2}))
+    monkeypatch.setattr(compiled_code, "triton_usage", lambda launch, architecture: usage)
+    lines = list(compiled_code.triton_rows("sm90"))
     assert len(lines) == 2 + 2 * sum(entry.family == "sm90" for entry in tiles.TABLE)
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     assert "| 4 HGMMA | 6 + 2 |" in lines[2]

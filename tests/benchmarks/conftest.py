@@ -1,15 +1,16 @@
-"""Invented results of a GPU and of a CPU, and a project whose generated blocks are empty."""
+"""Triton interpreted without a GPU; invented results of a GPU and of a CPU; a project whose
+generated blocks are empty."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import interpreted  # noqa: F401
 import pytest
 from invented_results import FACTORS, Result, make_case, make_result, make_row
 
 from benchmarks import report
-from benchmarks.reporting import blocks
 
 
 @pytest.fixture
@@ -17,24 +18,17 @@ def gpu_result() -> Result:
     rows = [
         *make_case("fwd", 4096, 4096, 131072, eapo_triton_op=1.02),
         *make_case("fwd_bwd", 4096, 4096, 131072),
-        *make_case("frozen_head", 4096, 4096, 131072, eapo_triton_one_pass=1.07),
-        *make_case("half_zero_rows", 4096, 4096, 131072),
         *make_case("fwd_bwd", 16384, 4096, 131072, eapo_triton_one_pass=1.10),
-        *make_case("fwd_bwd", 8192, 4096, 32000),
-        *make_case("fwd_bwd", 8192, 4096, 128256),
         *make_case("fwd_bwd", 4096, 4096, 131072, "steep"),
-        *make_case("fwd_bwd", 4096, 4096, 131072, "uniform"),
     ]
-    half = [row for row in rows if row["mode"] == "half_zero_rows" and row["ms"]]
-    for row in half:
-        row["ms"] = {name: value * (0.55 if row["provider"].startswith("eapo") else 1.0) for name, value in row["ms"].items()}
     return make_result("NVIDIA H200", "2026-02-03 10:00 UTC", rows, {"passed": 1100, "failed": 0, "skipped": 20})
 
 
 @pytest.fixture
 def cpu_result() -> Result:
     rows = [
-        make_row(name, mode, 1024, 576, 49152, "peaked", FACTORS[name], {})
+        make_row(name, mode, n, 576, 49152, "peaked", FACTORS[name], {}) | {"memory_budget": budget}
+        for n, budget in ((1024, None), (1536, 2**25))
         for mode in ("fwd", "fwd_bwd")
         for name in ("bare_gemms", "unfused_eager", "eapo_triton_op", "trl_fused_head")
     ]
@@ -48,10 +42,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
     readme.write_text("# Title\n\n<!-- benchmark -->\nold\n<!-- /benchmark -->\n\ntail\n")
     docs.write_text("# Benchmarks\n\n<!-- results -->\n<!-- /results -->\n")
-    monkeypatch.setattr(report, "README", replace(blocks.README, path=readme))
-    monkeypatch.setattr(report, "DOCS", replace(blocks.DOCS, path=docs))
+    monkeypatch.setattr(report, "README", replace(report.README, path=readme))
+    monkeypatch.setattr(report, "DOCS", replace(report.DOCS, path=docs))
     methods = tmp_path / "docs" / "methods.md"
     methods.write_text("<!-- methods -->\nNo result is committed yet.\n<!-- /methods -->\n")
-    monkeypatch.setattr(report, "OVERHEAD", replace(blocks.OVERHEAD, path=methods))
+    monkeypatch.setattr(report, "OVERHEAD", replace(report.OVERHEAD, path=methods))
     monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
     return tmp_path

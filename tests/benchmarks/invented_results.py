@@ -1,4 +1,5 @@
-"""A result file's contents, invented: every number is made up to be recognised again. And what reads tables back."""
+"""A result file's contents, invented: every number is made up to be recognised again. And what
+reads tables back."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting.groups import unique
+from benchmarks.report import unique
 from benchmarks.results import ResultFile
 
 Result = dict[str, Any]
@@ -47,6 +48,7 @@ def make_row(provider: str, mode: str, n: int, d: int, v: int, inputs: str, fact
         "settings": "reduction none" if provider == "cce" else "defaults",
         "shape": {"N": n, "D": d, "V": v, "dtype": "bfloat16"},
         "inputs": inputs,
+        "memory_budget": None,
         "mean_entropy_nats": 5.94,
         "largest_logit": 16.0 * steep,
         "errors": {} if provider == "bare_gemms" else errors,

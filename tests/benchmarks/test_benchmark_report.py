@@ -1,4 +1,5 @@
-"""The report's command and the blocks that it renews, on invented results."""
+"""The report's command, its tables and plots, and the blocks that it renews, on invented
+results."""
 
 from __future__ import annotations
 
@@ -8,13 +9,82 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from invented_results import Result, save, tables
+from invented_results import FACTORS, Result, failed_row, save, tables
 
-from benchmarks import methods, report
-from benchmarks.reporting import blocks, plots
-from benchmarks.reporting.tables import result_section
-from benchmarks.results import load
-from eapo_kernels import METHODS
+from benchmarks import plots, report
+from benchmarks.report import absent, environment_line, groups, result_section, settings
+
+
+def test_gpu_tables(gpu_result: Result) -> None:
+    text = result_section(gpu_result)
+    assert text.startswith("## NVIDIA H200, 2026-02-03\n")
+    head, *body = tables(text)[1]
+    assert head == [
+        "implementation", "job", "time / floor", "time / unfused", "ms (p20-p80)", "TFLOP/s", "peak MiB",
+        "logp error", "entropy error", "d_hidden error", "d_weight error", "rounds",
+    ]  # fmt: skip
+    assert [row[0].strip("*`") for row in body] == sorted(FACTORS, key=lambda name: FACTORS[name])
+    assert body[1] == [
+        "**`eapo_triton_one_pass`**", "logp, entropy, policy loss", "1.05", "0.42", "23.09 (22.63-23.78)", "571", "4301",
+        "-", "-", "3.0e-03", "4.0e-03", "20",
+    ]  # fmt: skip
+    assert next(row for row in body if row[0] == "`liger_flce`")[1] == "mean CE"
+    assert "### `fwd_bwd`, loss and both gradients: peaked N=4096 D=4096 V=131072 bfloat16\n" in text
+    assert "Mean entropy 5.94 nats, largest |logit| 16.0; after the last round SM clock 1755 MHz, 689 of 700 W, 61 °C." in text
+
+
+def test_environment_line(gpu_result: Result, cpu_result: Result) -> None:
+    gpu_result["gate"]["stages"] = {"build": 9, "kernels": 152}
+    assert environment_line(gpu_result) == (
+        "NVIDIA H200, driver 580.1, CUDA 13.0, torch 2.13.0, liger-kernel 0.8.5, Python 3.11.7, commit abc1234, "
+        "2026-02-03 10:00 UTC, before the first run SM clock 1755 MHz, 689 of 700 W, 61 °C. "
+        "Correctness gate green: 1100 tests passed, 20 skipped, 152 comparisons of kernels with float64, "
+        "4 cases and modes within the bounds."
+    )
+    assert environment_line(cpu_result).endswith("10:00 UTC. Correctness gate green: 4 cases and modes within the bounds.")
+
+
+def test_cpu_reports_no_absolute_times(cpu_result: Result) -> None:
+    for text in (result_section(cpu_result), report.README.block([cpu_result]), report.DOCS.block([cpu_result])):
+        assert "1.30" in text
+        assert not re.search(r"\bms\b|TFLOP|°C", text)
+        times = [f"{row['ms']['p50']:.{digits}f}" for row in cpu_result["rows"] for digits in (1, 2, 3)]
+        assert not any(re.search(rf"(?<![\d.]){re.escape(time)}(?!\d)", text) for time in times if float(time) > 10)
+
+
+def test_a_case_with_a_memory_budget_has_tables_of_its_own(cpu_result: Result) -> None:
+    case = "peaked N=1536 D=576 V=49152 bfloat16, memory budget 32 MiB, logits 4.5 times as large"
+    assert f"### `fwd_bwd`, loss and both gradients: {case}\n" in result_section(cpu_result)
+    text = report.README.block([cpu_result])
+    assert f"The same at {case}:" in text
+    first, second = tables(text)
+    assert first[0] == second[0]
+    assert first[1][-2] == "1331"
+    assert second[1][-2] == "1997"
+
+
+def test_what_could_not_run_and_other_settings(gpu_result: Result) -> None:
+    found = groups(gpu_result)
+    assert absent(found) == ["- verl is not installed: `verl_triton`", "- no module named quack: `quack`"]
+    assert settings(found) == ["- `cce`: reduction none"]
+    for name in ("cce", "trl_fused_head"):
+        once = next(row for row in gpu_result["rows"] if row["provider"] == name)
+        once |= failed_row(once, "out of memory")
+    assert absent(groups(gpu_result))[0] == (
+        "- out of memory: `cce` (1 of 4 cases and modes), `trl_fused_head` (1 of 3 cases and modes)"
+    )
+
+
+def test_panels_need_two_cases_and_show_the_fastest_variant(gpu_result: Result) -> None:
+    time = plots.PLOTS[0]
+    (title,) = plots.panels(time, groups(gpu_result))
+    assert title == "mode=fwd_bwd inputs=peaked d=4096 v=131072 dtype=bfloat16"
+    lines = plots.panels(time, groups(gpu_result))[title]
+    assert lines["eapo_triton_one_pass"] == [(4096, 1.05), (16384, 1.10)]
+    assert "eapo_triton_op" not in lines
+    assert "bare_gemms" not in lines
+    gpu_result["rows"] = [row for row in gpu_result["rows"] if row["shape"]["N"] == 4096]
+    assert plots.panels(time, groups(gpu_result)) == {}
 
 
 def test_report_is_written_with_its_pictures(gpu_result: Result, cpu_result: Result, tmp_path: Path) -> None:
@@ -23,7 +93,7 @@ def test_report_is_written_with_its_pictures(gpu_result: Result, cpu_result: Res
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.index("## NVIDIA H200") < text.index("## CPU (x86_64")
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert len(pictures) == len(plots.PLOTS)
+    assert len(pictures) == len(plots.PLOTS), "of the GPU; the CPU's cases differ in more than one axis"
     assert all((tmp_path / "out" / name).exists() for name in pictures)
 
 
@@ -38,29 +108,21 @@ def test_a_red_gate_is_refused(gpu_result: Result, tmp_path: Path, capsys: pytes
     assert report.main(["--result", str(path), "--out", str(tmp_path / "out")]) == 1
     assert "expected a green gate, got eapo_triton_op: logp error" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert blocks.newest_results(tmp_path) == []
+    assert report.newest_results(tmp_path) == []
     path.rename(tmp_path / "h200-renamed.json")
     with pytest.raises(ValueError, match="expected a green gate"):
-        blocks.newest_results(tmp_path)
+        report.newest_results(tmp_path)
 
 
-def test_files_of_another_schema_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_another_schema_missing_files_and_missing_matplotlib_are_said(
+    gpu_result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "cpu-old.json"
     path.write_text(json.dumps({"environment": {}, "gate": {"fwd": {"green": True}}, "rows": []}))
     assert report.main(["--result", str(path)]) == 1
     assert "expected gate.green" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"expected gate\.green"):
-        load(path)
-
-
-def test_a_missing_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--result", str(tmp_path / "nowhere.json")]) == 1
     assert "nowhere.json" in capsys.readouterr().err
-
-
-def test_matplotlib_missing_is_said(
-    gpu_result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     monkeypatch.setitem(report.sys.modules, "matplotlib.figure", None)
     assert report.main(["--result", str(save(gpu_result, tmp_path)), "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == "plots: expected matplotlib, got none; pip install '.[train]'\n"
@@ -96,8 +158,7 @@ def test_blocks_are_renewed_and_checked(
 
 
 def test_readme_block_is_short_and_names_the_fastest_variants(gpu_result: Result) -> None:
-    text = blocks.README.block([gpu_result])
-    ((head, *body),) = tables(text)
+    ((head, *body),) = tables(report.README.block([gpu_result]))
     assert 6 <= len(body) <= 10
     assert head[-3:] == ["ms (p20-p80)", "peak MiB", "gradient error"]
     # Forward by the op, with gradients in one pass: two providers of ours, both named.
@@ -111,13 +172,10 @@ def test_readme_block_is_short_and_names_the_fastest_variants(gpu_result: Result
     assert not any("bare" in name or "verl_triton" in name for name in by_name)
 
 
-def test_marks_must_be_there(tmp_path: Path) -> None:
+def test_marks_must_be_there_and_the_newest_cannot_be_chosen(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(ValueError, match=r"README\.md: expected <!-- benchmark --> and <!-- /benchmark -->"):
-        replace(blocks.README, path=tmp_path / "README.md").write([])
-
-
-def test_the_newest_cannot_be_chosen_for_the_blocks(tmp_path: Path) -> None:
+        replace(report.README, path=tmp_path / "README.md").write([])
     with pytest.raises(SystemExit) as stopped:
         report.main(["--result", "x.json", "--readme"])
     assert stopped.value.code == 2
@@ -138,14 +196,3 @@ def test_what_a_method_costs(project: Path, cpu_result: Result) -> None:
     text = (project / "docs" / "methods.md").read_text()
     assert "| `grpo` | token | - | 1.00 | - |" in text
     assert "| `clip_v` | token | second moments | 1.02 | 0.004 |" in text
-
-
-def test_methods_command(tmp_path: Path) -> None:
-    assert methods.main(["--shape", "32", "8", "64", "--rounds", "1", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*.json")
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["method"] for row in rows] == list(METHODS)
-    assert all(row["over_grpo"] > 0 for row in rows)
-    assert {row["method"] for row in rows if row["weights_over_grpo"]} == {
-        m.name for m in METHODS.values() if m.token_weighting
-    }

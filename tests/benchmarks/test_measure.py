@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,19 @@ import pytest
 import torch
 
 from benchmarks import results
-from benchmarks.case import MODES, Case, make_case
-from benchmarks.clock import CpuClock, parse_telemetry, time_interleaved
-from benchmarks.measure import gate, label, measure
+from benchmarks.case import MODES, Case, Reference, Results, make_case, reference_of
+from benchmarks.measure import CpuClock, Job, Limits, gate, label, measure, sweep, time_interleaved
 from benchmarks.providers import Provider, load_providers
-from benchmarks.results import ResultFile, environment, load, newest
-from benchmarks.sweep import Job, Limits, sweep
-from benchmarks.truth import Results, Truth, exact
+from benchmarks.results import ResultFile, environment, load, newest, parse_telemetry
 
 NAMES = ("bare_gemms", "bare_logits", "unfused_eager", "eapo_torch_one_pass", "eapo_torch_op")
 SHAPE = {"N": 64, "D": 16, "V": 500, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
-def cases() -> dict[str, tuple[Case, Truth]]:
+def cases() -> dict[str, tuple[Case, Reference]]:
     case = make_case(64, 16, 500, torch.float32)
-    return {mode: (case.for_mode(mode), exact(case.for_mode(mode))) for mode in MODES}
+    return {mode: (case.for_mode(mode), reference_of(case.for_mode(mode))) for mode in MODES}
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +41,9 @@ def _raises(case: Case, mode: str) -> Callable[[], Results]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rows_of_every_mode(cases: dict[str, tuple[Case, Truth]], providers: list[Provider], mode: str) -> None:
-    case, truth = cases[mode]
-    verdict, rows = measure(case, truth, providers, mode, CpuClock(), rounds=2)
+def test_rows_of_every_mode(cases: dict[str, tuple[Case, Reference]], providers: list[Provider], mode: str) -> None:
+    case, reference = cases[mode]
+    verdict, rows = measure(case, reference, providers, mode, CpuClock(), rounds=2)
     assert verdict == {"green": True, "red": []}
     assert [row["provider"] for row in rows] == [p.name for p in providers if mode in p.modes]
     for row in rows:
@@ -61,7 +59,7 @@ def test_rows_of_every_mode(cases: dict[str, tuple[Case, Truth]], providers: lis
 
 
 def test_a_provider_that_raises_has_a_row_and_the_others_are_timed(
-    cases: dict[str, tuple[Case, Truth]], providers: list[Provider]
+    cases: dict[str, tuple[Case, Reference]], providers: list[Provider]
 ) -> None:
     absent = _provider("absent", _raises, unavailable=lambda device: f"absent does not run on {device}")
     broken = _provider("broken", _raises)
@@ -77,12 +75,12 @@ def test_a_provider_that_raises_has_a_row_and_the_others_are_timed(
     assert by_name["eapo_torch_op"]["ms"]
 
 
-def test_a_wrong_provider_of_ours_turns_the_gate_red_and_nobody_is_timed(
-    cases: dict[str, tuple[Case, Truth]], providers: list[Provider]
+def test_a_wrong_provider_of_ours_turns_the_gate_red_and_none_is_timed(
+    cases: dict[str, tuple[Case, Reference]], providers: list[Provider]
 ) -> None:
-    case, truth = cases["fwd"]
-    wrong = _provider("eapo_wrong", lambda c, m: lambda: {"logp": truth.logp + 0.01})
-    verdict, rows = measure(case, truth, [*providers, wrong], "fwd", CpuClock(), rounds=1)
+    case, reference = cases["fwd"]
+    wrong = _provider("eapo_wrong", lambda c, m: lambda: {"logp": reference.logp + 0.01})
+    verdict, rows = measure(case, reference, [*providers, wrong], "fwd", CpuClock(), rounds=1)
     assert not verdict["green"]
     assert len(verdict["red"]) == 1
     assert verdict["red"][0].startswith("eapo_wrong: logp error")
@@ -90,7 +88,7 @@ def test_a_wrong_provider_of_ours_turns_the_gate_red_and_nobody_is_timed(
     assert not any(row["ms"] for row in rows)
 
 
-def test_ours_raising_is_red_unless_it_was_not_to_run_here(cases: dict[str, tuple[Case, Truth]]) -> None:
+def test_ours_raising_is_red_unless_it_was_not_to_run_here(cases: dict[str, tuple[Case, Reference]]) -> None:
     broken = _provider("eapo_broken", _raises)
     verdict, rows = measure(*cases["fwd"], [broken], "fwd", CpuClock(), rounds=1)
     assert verdict == {"green": False, "red": ["eapo_broken: NotImplementedError: V = 500 is not"]}
@@ -100,19 +98,19 @@ def test_ours_raising_is_red_unless_it_was_not_to_run_here(cases: dict[str, tupl
 
 
 def test_a_provider_that_raises_while_timed_leaves_the_others_alone(
-    cases: dict[str, tuple[Case, Truth]], providers: list[Provider]
+    cases: dict[str, tuple[Case, Reference]], providers: list[Provider]
 ) -> None:
-    case, truth = cases["fwd"]
+    case, reference = cases["fwd"]
     calls: list[int] = []
 
     def fourth_fails() -> Results:
         calls.append(len(calls) + 1)
         if calls[-1] == 4:
             raise RuntimeError("out of luck")
-        return {"logp": truth.logp}
+        return {"logp": reference.logp}
 
     tired = _provider("tired", lambda c, m: fourth_fails)
-    verdict, rows = measure(case, truth, [*providers, tired], "fwd", CpuClock(), rounds=5)
+    verdict, rows = measure(case, reference, [*providers, tired], "fwd", CpuClock(), rounds=5)
     assert verdict == {"green": True, "red": []}
     assert calls == [1, 2, 3, 4], "it is not called again"
     by_name = {row["provider"]: row for row in rows}
@@ -123,7 +121,7 @@ def test_a_provider_that_raises_while_timed_leaves_the_others_alone(
         assert (row["rounds"], row["error"]) == (5, None)
 
 
-def test_ours_with_nothing_compared_is_red(cases: dict[str, tuple[Case, Truth]]) -> None:
+def test_ours_with_nothing_compared_is_red(cases: dict[str, tuple[Case, Reference]]) -> None:
     silent = _provider("eapo_silent", lambda c, m: lambda: {})
     verdict, rows = measure(*cases["fwd"], [silent], "fwd", CpuClock(), rounds=1)
     assert verdict == {"green": False, "red": ["eapo_silent: nothing was compared"]}
@@ -145,7 +143,7 @@ def test_the_gate_judges_ours_alone_and_nan_is_red() -> None:
     assert not gate({"eapo_x": {"logp": float("nan")}}, torch.float32)["green"]
 
 
-def test_interleaving_runs_everyone_every_round() -> None:
+def test_interleaving_runs_all_in_every_round() -> None:
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in "abc"}
     times = time_interleaved(runs, 4, CpuClock())
@@ -175,12 +173,12 @@ def test_telemetry_leaves_out_what_the_gpu_does_not_say() -> None:
 
 
 def test_result_files_accumulate_and_are_written_whole(
-    cases: dict[str, tuple[Case, Truth]], providers: list[Provider], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cases: dict[str, tuple[Case, Reference]], providers: list[Provider], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = ResultFile(environment("cpu"))
     for mode in ("fwd", "frozen_head"):
-        case, truth = cases[mode]
-        verdict, rows = measure(case, truth, providers, mode, CpuClock(), rounds=1)
+        case, reference = cases[mode]
+        verdict, rows = measure(case, reference, providers, mode, CpuClock(), rounds=1)
         result.add(label(case, mode), verdict, rows)
     path = result.save(tmp_path / "new" / "folder")
     first = load(path)
@@ -204,12 +202,18 @@ def test_result_files_accumulate_and_are_written_whole(
     assert list(path.parent.glob("*.json")) == [path]
 
 
-def test_the_commit_of_a_copy_without_history_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_without_history_is_known_by_name_or_by_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without git."""
+    monkeypatch.setattr(results.shutil, "which", lambda program: None)
     monkeypatch.setenv(results.COMMIT, "abc1234")
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    assert results.environment("cpu")["commit"] == "abc1234"
+    assert environment("cpu")["commit"] == "abc1234"
     monkeypatch.delenv(results.COMMIT)
-    assert results.environment("cpu")["commit"] == "unknown"
+    made = environment("cpu")["commit"]
+    assert re.fullmatch(r"[\w.]+\+[0-9a-f]{8}", made)
+    assert made == environment("cpu")["commit"]
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert environment("cpu")["commit"] != made
+    assert results.telemetry("cuda") == {}
 
 
 def test_result_files_turn_red_for_good_and_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from eapo_kernels.ops.cuda import build, report, tiles
+from benchmarks import compiled_code
+from eapo_kernels.ops.cuda import build, tiles
 from eapo_kernels.ops.cuda.tiles import SHARED_LIMIT, THREADS, TILES, Build
 
 pytestmark = pytest.mark.csrc
@@ -24,7 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("item", list(tiles.builds()), ids=lambda item: str(item).replace(" ", "-"))
 def test_compiles_well(item: Build, cache: Path) -> None:
-    u = report.usage(item, cache)
+    u = compiled_code.cuda_usage(item, cache)
     code, count = u.code, u.code.instructions
     assert (code.spills, code.stack) == (0, 0)
     assert u.shared == item.shared_bytes <= SHARED_LIMIT, "the launch names all of it"

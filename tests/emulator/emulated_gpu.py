@@ -13,9 +13,9 @@ import emulated_cuda
 import emulated_triton
 import pytest
 
+from benchmarks import compiled_code
 from eapo_kernels.ops import cuda, triton
 from eapo_kernels.ops.lm_head import Projection
-from eapo_kernels.ops.triton import report
 
 PROGRAMS = 3
 """Programs (or clusters) of a persistent kernel: few, so that each walks over several tiles."""
@@ -34,7 +34,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, family: str = "sm90", dim: int |
     table of tiles, in the place of the inputs' D. how: ``seed`` and ``lateness`` of
     ``ptx_machine.Kernel.run``.
     """
-    major = report.ARCHITECTURES[family] // 10
+    major = compiled_code.ARCHITECTURES[family] // 10
     instead = {"family": lambda device: family, "slots": lambda device, tile: PROGRAMS, "capability": lambda device: (major, 0)}
     for module in [*_modules(triton), *_modules(cuda)]:
         for name, value in instead.items():

@@ -10,7 +10,7 @@ import ptx_machine
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from eapo_kernels.ops.triton import report
+from benchmarks import compiled_code
 from eapo_kernels.ops.triton.common import Launch
 
 SWIZZLES = (0, 32, 64, 128)
@@ -34,7 +34,7 @@ def run(launch: Launch, family: str = "sm90", **how: Any) -> None:
     """Do what ``launch()`` does on a GPU of a family. how: ``seed`` and ``lateness`` of
     ``ptx_machine.Kernel.run``.
     """
-    compiled = report.compile_launch(launch, report.ARCHITECTURES[family])
+    compiled = compiled_code.compile_launch(launch, compiled_code.ARCHITECTURES[family])
     kernel = _kernel(compiled.asm["ptx"])
     metas = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     values: list[tuple[str, Any]] = []

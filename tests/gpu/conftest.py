@@ -1,4 +1,5 @@
-"""Tests that matter with a GPU. Without one they run their own logic at tiny sizes, with interpreted Triton kernels."""
+"""Tests that matter with a GPU. Without one they run their own logic at tiny sizes, with
+interpreted Triton kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def freed() -> Iterator[None]:
-    """Every test starts with the memory of the one before it given back, so that processes beside this one can have it."""
+    """Every test starts with the memory of the one before it given back, so that processes beside
+    this one can have it."""
     yield
     if torch.cuda.is_available():
         gc.collect()

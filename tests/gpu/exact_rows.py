@@ -1,4 +1,5 @@
-"""Statistics and single rows of the gradients in float64, a block of the logits at a time: the truth for inputs of any size.
+"""Statistics and single rows of the gradients in float64, a block of the logits at a time: the
+truth for inputs of any size.
 
 All tensors on the inputs' device. docs/math.md E1-E6, typed again.
 """
@@ -29,7 +30,8 @@ class Exact:
 def random_inputs(n: int, d: int, v: int, device: str, seed: int = 0) -> Inputs:
     """bf16 hidden [N, D] and weight [V, D] with logits of standard deviation 3, made on the device.
 
-    The targets of the first, the middle and the last row are the last, the last and the first column.
+    The targets of the first, the middle and the last row are the last, the last and the first
+    column.
     """
     g = torch.Generator(device).manual_seed(seed)
     hidden = torch.randn(n, d, generator=g, device=device, dtype=torch.bfloat16).mul_(3)
@@ -86,7 +88,8 @@ def _logit_gradient(
 
 
 def exact_d_hidden(inputs: Inputs, exact: Exact, cotangents: Tensor, rows: Tensor) -> Tensor:
-    """[R, D] float64, some rows of the gradient. cotangents: [3, N] float64 of logp, entropy, lse. rows: [R] int64."""
+    """[R, D] float64, some rows of the gradient. cotangents: [3, N] float64 of logp, entropy, lse.
+    rows: [R] int64."""
     hidden = inputs.hidden[rows].double()
     out = torch.zeros_like(hidden)
     for columns in _slices(inputs.weight.shape[0], _BLOCK // inputs.weight.shape[1]):

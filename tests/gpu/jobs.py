@@ -1,4 +1,5 @@
-"""The calls that a training step makes, as functions of static inputs: what graphs capture, streams run and tools watch."""
+"""The calls that a training step makes, as functions of static inputs: what graphs capture, streams
+run and tools watch."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def _loss(backend: str, schedule: str, config: EAPOConfig | None = None) -> Job:
 
 
 def _redone(backend: str) -> Job:
-    """Every fifth old log-prob is so wrong that the scaled-exponential form finds no offset in it and does the row again (``scaled_exp_rescue``).
+    """Every fifth old log-prob is so wrong that the scaled-exponential form finds no offset in it
+    and does the row again (``scaled_exp_rescue``).
 
     The dual clip keeps the loss of these rows finite.
     """
@@ -70,7 +72,8 @@ def _redone(backend: str) -> Job:
 
 
 BACKENDS = ["torch", "triton"]
-"""Those that run here; without a GPU Triton's kernels are interpreted, and the CUDA kernels emulated by their own tests."""
+"""Those that run here; without a GPU Triton's kernels are interpreted, and the CUDA kernels
+emulated by their own tests."""
 
 if torch.cuda.is_available():
     BACKENDS = [name for name, reason in available_backends("cuda").items() if reason is None]
@@ -85,4 +88,5 @@ for _backend in BACKENDS:
         f"{_backend}-one_pass-entropy": _loss(_backend, "one_pass", EAPOConfig(entropy_coef=0.01)),
         f"{_backend}-one_pass-redone": _redone(_backend),
     }
-"""By name: backend and what is run. All results are tensors: statistics or loss first, then gradients."""
+"""By name: backend and what is run. All results are tensors: statistics or loss first, then
+gradients."""

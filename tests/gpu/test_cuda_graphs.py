@@ -1,4 +1,5 @@
-"""A step captured once and replayed with other inputs, and no wait for the device on the way. On a CPU the calls alone."""
+"""A step captured once and replayed with other inputs, and no wait for the device on the way. On a
+CPU the calls alone."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ SMALL_BUDGET = {"cuda": 128 * 50257 * 16, "cpu": 10 * 301 * 16}
 
 
 def captured(function: Callable[[], list[Tensor]], device: str) -> Callable[[], list[Tensor]]:
-    """``function`` as a CUDA graph: a call replays it and returns the same tensors with new numbers. On a CPU the function."""
+    """``function`` as a CUDA graph: a call replays it and returns the same tensors with new
+    numbers. On a CPU the function."""
     if device == "cpu":
         return function
     side = torch.cuda.Stream()
@@ -84,7 +86,8 @@ def test_other_rows_may_be_masked_in_a_replay(name: str, device: str) -> None:
 
 @contextmanager
 def synchronisations(device: str, mode: str) -> Iterator[list[str]]:
-    """The calls in which PyTorch waits for the device, as messages; with mode "error" the first one raises."""
+    """The calls in which PyTorch waits for the device, as messages; with mode "error" the first one
+    raises."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -109,7 +112,8 @@ def test_nothing_waits_for_the_device(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in JOBS if "one_pass" in name or "autograd" in name])
 def test_a_mask_costs_a_wait_a_direction(name: str, device: str) -> None:
-    """For the number of rows; kept rows are counted apart. See ``Options.compact``, and tests/test_no_waits.py."""
+    """For the number of rows; kept rows are counted apart. See ``Options.compact``, and
+    tests/test_no_waits.py."""
     inputs, batch = job_inputs(device)
     batch = replace(batch, mask=torch.arange(batch.targets.numel(), device=device) % 3 > 0)
     JOBS[name](inputs, batch, Options())

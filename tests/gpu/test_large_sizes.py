@@ -1,7 +1,9 @@
-"""Sizes whose products cross 2^31 elements, where a 32-bit address wraps around. On a CPU the same code at tiny sizes.
+"""Sizes whose products cross 2^31 elements, where a 32-bit address wraps around. On a CPU the same
+code at tiny sizes.
 
-All statistics are compared with float64, the gradients in a sample of rows: the first, those around element 2^31, the last.
-Memory of a GPU, at most and with the whole matrix of logits in the budget: "logits" 35 GB, "weight" 25 GB, "hidden" 35 GB.
+All statistics are compared with float64, the gradients in a sample of rows: the first, those around
+element 2^31, the last. Memory of a GPU, at most and with the whole matrix of logits in the budget:
+"logits" 35 GB, "weight" 25 GB, "hidden" 35 GB.
 """
 
 from __future__ import annotations
@@ -44,12 +46,14 @@ def inputs(name: str, device: str) -> Inputs:
 
 
 def budget(inputs: Inputs, which: str) -> int | None:
-    """The default, in which a block of logits stays below 2^31 elements; or the whole matrix at once, at 16 bytes a logit."""
+    """The default, in which a block of logits stays below 2^31 elements; or the whole matrix at
+    once, at 16 bytes a logit."""
     return None if which == "default" else 16 * inputs.hidden.shape[0] * inputs.weight.shape[0]
 
 
 def around_the_border(length: int, width: int, device: torch.device) -> Tensor:
-    """Rows of a [length, width] matrix: the first, two on each side of element 2^31 (or of the middle), the last."""
+    """Rows of a [length, width] matrix: the first, two on each side of element 2^31 (or of the
+    middle), the last."""
     border = 2**31 // width if length * width > 2**31 else length // 2
     return torch.tensor([0, 1, border - 1, border, border + 1, length - 2, length - 1], device=device).clamp(0, length - 1)
 
@@ -91,7 +95,8 @@ def test_op(inputs: Inputs, backend: str, workspace: str) -> None:
 
 
 def make_batch(inputs: Inputs, exact: Exact) -> TokenBatch:
-    """Eight responses in two groups; ratios near e^-0.4, e^-0.1, e^0.1 and e^0.4, so none is near a bound of the clip."""
+    """Eight responses in two groups; ratios near e^-0.4, e^-0.1, e^0.1 and e^0.4, so none is near a
+    bound of the clip."""
     n, device = inputs.targets.numel(), inputs.targets.device
     row = torch.arange(n, device=device)
     gap = torch.tensor([-0.4, -0.1, 0.1, 0.4], device=device)[row % 4]
@@ -101,7 +106,8 @@ def make_batch(inputs: Inputs, exact: Exact) -> TokenBatch:
 
 
 def typed_again(batch: TokenBatch, logp: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, dL/dlogp [N]) of E9 and E10 in float64 with lambda = 0.7 and the clip of PPO (arXiv 1707.06347)."""
+    """(loss, dL/dlogp [N]) of E9 and E10 in float64 with lambda = 0.7 and the clip of PPO (arXiv
+    1707.06347)."""
     rewards = batch.rewards.double().view(2, 4)
     margin = rewards - rewards.mean(1, keepdim=True)
     advantage = margin / (rewards.std(1, keepdim=True) + 1e-6)

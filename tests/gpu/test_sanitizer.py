@@ -1,14 +1,17 @@
-"""compute-sanitizer over every kernel: accesses out of bounds (memcheck), shared-memory races (racecheck), misused barriers.
+"""compute-sanitizer over every kernel: accesses out of bounds (memcheck), shared-memory races
+(racecheck), misused barriers.
 
-Known limits, for the CUDA kernels' TMA copies and mbarriers (NVIDIA's release notes): memcheck sees the addresses of TMA loads
-since 2026.2; racecheck reported races that are none with mbarriers before 2025.4, with barriers across clusters and warp groups
-before 2026.1, with transaction counts before 2026.3. What an older program reports of a copy, of a wgmma or at an address of
-the cluster's other program is to be tried again with a newer one (the wheel ``nvidia-cuda-sanitizer-api``).
+Known limits, for the CUDA kernels' TMA copies and mbarriers (NVIDIA's release notes): memcheck sees
+the addresses of TMA loads since 2026.2; racecheck reported races that are none with mbarriers
+before 2025.4, with barriers across clusters and warp groups before 2026.1, with transaction counts
+before 2026.3. What an older program reports of a copy, of a wgmma or at an address of the cluster's
+other program is to be tried again with a newer one (the wheel ``nvidia-cuda-sanitizer-api``).
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,9 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import BACKENDS, JOBS
-from sanitizers import KERNELS, arguments, find_sanitizer
 
-from benchmarks import first_light
+from benchmarks import kernels
 
 SCRIPT = Path(__file__).with_name("sanitized.py")
 ROOT = SCRIPT.parents[2]
@@ -35,8 +37,46 @@ RUNS = [
 ]  # fmt: skip
 
 
+FOUND = 97
+"""Exit code of compute-sanitizer when it has found something."""
+
+_PLACES = ("bin", "compute-sanitizer")
+"""Of the program in the wheel ``nvidia-cuda-sanitizer-api``, below nvidia/cu13: of CUDA 13.0, of
+CUDA 13.5."""
+
+BARRIERS = 16
+"""At least as many as a program has (two a stage): the tool counts those that a compiler announces,
+ours are plain PTX."""
+
+
+KERNELS = tuple(name for backend, name in kernels.KERNELS if backend == "cuda")
+
+
+def find_sanitizer() -> str | None:
+    """The program: of the wheel where one is installed, else on PATH, else of a toolkit; None
+    without any."""
+    for folder in sys.path:
+        for place in _PLACES:
+            program = Path(folder) / "nvidia" / "cu13" / place / "compute-sanitizer"
+            if os.access(program, os.X_OK):
+                return str(program)
+    return shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin")
+
+
+def arguments(tool: str, which: str, number: int) -> list[str]:
+    """Options for ``sanitized.py which``; ``number`` tells runs apart that go on at once.
+
+    For "kernels" only our kernels are watched, not those that make their inputs.
+    """
+    names = [word for kernel in KERNELS for word in ("--kernel-name", f"kns={kernel}")]
+    watched = names if which == "kernels" else []
+    counted = ["--num-cuda-barriers", str(BARRIERS)] if which == "kernels" and tool != "memcheck" else []
+    return ["--tool", tool, "--error-exitcode", str(FOUND), "--port", str(49152 + 16 * number), *watched, *counted]
+
+
 def command(*prefix: str, which: str) -> dict:
-    """Every allocation is its own, so that memcheck sees an access behind a tensor that hits another one."""
+    """Every allocation is its own, so that memcheck sees an access behind a tensor that hits
+    another one."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
     return {"args": [*prefix, sys.executable, str(SCRIPT), which], "cwd": ROOT, "env": environment}
@@ -68,11 +108,6 @@ def test_the_tools_are_told_apart() -> None:
     assert told[2:6] == ["--error-exitcode", "97", "--port", "49168"]
     assert told[6:8] == ["--kernel-name", "kns=stream_statistics"]
     assert told[-2:] == ["--num-cuda-barriers", "16"]
-
-
-def test_every_kernel_is_watched() -> None:
-    for item in first_light.builds():
-        assert any(part in item.kernel for part in KERNELS)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +144,6 @@ def test_compute_sanitizer_finds_nothing(
         pytest.fail(f"not finished in time:\n{output.read_text(errors='replace')[-4000:]}")
     text = output.read_text(errors="replace")
     assert process.returncode == 0, text[-6000:]
-    ran = [str(item).replace(" ", "-") for item in first_light.builds()] if run[1] == "kernels" else list(JOBS)
+    ran = [str(check).replace(" ", "-") for check in kernels.checks("cuda", "")] if run[1] == "kernels" else list(JOBS)
     assert set(ran) <= set(text.split())
     assert "Detected overflow of tracked cuda::barrier" not in text

@@ -24,7 +24,8 @@ def test_run_to_run_bitwise(name: str, chunked: bool, device: str) -> None:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_work_is_queued_on_the_current_stream(name: str, device: str) -> None:
-    """On a second stream the inputs arrive late: whatever ran on another stream would read the numbers from before."""
+    """On a second stream the inputs arrive late: whatever ran on another stream would read the
+    numbers from before."""
     inputs, batch = job_inputs(device, seed=1)
     late, _ = job_inputs(device, seed=2)
     old, new = inputs.hidden.detach().clone(), late.hidden.detach().clone()

@@ -149,12 +149,12 @@ TABLE = (
 )
 
 
-PATH = Path(__file__).with_name("measured.json")
+MEASURED = Path(__file__).with_name("measured.json")
 """Measured tiles, in the format of ``ops.measured_tiles``."""
 
 
 @functools.cache
-def measured(path: Path = PATH) -> tuple[Entry, ...]:
+def measured(path: Path) -> tuple[Entry, ...]:
     """The file's lines in its order, none without a file; read once per process.
 
     Raises EapoError naming the file when it is not such a file.
@@ -168,7 +168,7 @@ def _candidates(kernel: str, family: str, itemsize: int, *, descriptors: bool) -
     descriptors: as for ``tiles.find``. A product measured on rows that no descriptor can describe says nothing about rows
     that one can, and a tile with descriptors cannot run the former.
     """
-    lines = [e for e in measured(PATH) if (e.kernel, e.family, e.itemsize) == (kernel, family, itemsize)]
+    lines = [e for e in measured(MEASURED) if (e.kernel, e.family, e.itemsize) == (kernel, family, itemsize)]
     if descriptors and kernel in PRODUCTS:
         return [e for e in lines if e.dim * e.itemsize % 16 == 0]
     return [e for e in lines if not e.tile.descriptors]

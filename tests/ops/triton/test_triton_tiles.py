@@ -28,7 +28,7 @@ KERNELS = (
 @pytest.fixture(autouse=True)
 def _nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The table alone, also where a tuner has written its file."""
-    monkeypatch.setattr(tiles, "PATH", tmp_path / "measured.json")
+    monkeypatch.setattr(tiles, "MEASURED", tmp_path / "measured.json")
     find.cache_clear()
     yield
     find.cache_clear()

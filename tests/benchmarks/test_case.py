@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import truth as truth_module
-from benchmarks.case import CLIP, INPUTS, MODES, N_RESPONSES, POSITIVE_WEIGHT, Case, make_case
-from benchmarks.truth import OBJECTIVES, exact
+from benchmarks import case as case_module
+from benchmarks.case import CLIP, INPUTS, MODES, N_RESPONSES, OBJECTIVES, POSITIVE_WEIGHT, Case, make_case, reference_of
 
 N, D, V = 80, 24, 300
 LENGTH = N // N_RESPONSES
@@ -20,7 +19,8 @@ def case() -> Case:
 
 
 def _dense(case: Case, objective: str) -> dict[str, Tensor]:
-    """logp, entropy, loss and both gradients from whole float64 logits; masked rows are cut out before anything is computed."""
+    """logp, entropy, loss and both gradients from whole float64 logits; masked rows are cut out
+    before anything is computed."""
     kept = torch.arange(N)[case.valid]
     hidden = case.hidden.double().requires_grad_()
     weight = case.weight.double().requires_grad_()
@@ -44,15 +44,15 @@ def _dense(case: Case, objective: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("mode", ["fwd_bwd", "half_zero_rows"])
-def test_truth_equals_dense_autograd(case: Case, mode: str, objective: str) -> None:
+def test_the_reference_equals_dense_autograd(case: Case, mode: str, objective: str) -> None:
     this = case.for_mode(mode)
-    truth, dense = exact(this), _dense(this, objective)
+    reference, dense = reference_of(this), _dense(this, objective)
     # The case holds its advantages in fp32, the lines above in float64.
     close = {"rtol": 1e-6, "atol": 1e-9}
-    torch.testing.assert_close(truth.logp[this.valid], dense["logp"], **close)
-    torch.testing.assert_close(truth.entropy[this.valid], dense["entropy"], **close)
+    torch.testing.assert_close(reference.logp[this.valid], dense["logp"], **close)
+    torch.testing.assert_close(reference.entropy[this.valid], dense["entropy"], **close)
     for name in ("loss", "d_hidden", "d_weight"):
-        torch.testing.assert_close(getattr(truth, name)[objective], dense[name], **close)
+        torch.testing.assert_close(getattr(reference, name)[objective], dense[name], **close)
 
 
 def test_half_zero_rows_masks_the_second_half_of_every_response(case: Case) -> None:
@@ -63,19 +63,19 @@ def test_half_zero_rows_masks_the_second_half_of_every_response(case: Case) -> N
     assert torch.equal(half.batch.targets, half.targets)
     assert half.n_valid == 3 * N_RESPONSES
     assert half.useful_flops("half_zero_rows") == 6 * half.n_valid * D * V
-    assert exact(half).d_hidden["policy"][~first].abs().max() == 0
+    assert reference_of(half).d_hidden["policy"][~first].abs().max() == 0
     assert case.for_mode("fwd_bwd") is case
     assert case.n_valid == N
 
 
 @pytest.mark.parametrize("mode", ["fwd_bwd", "half_zero_rows"])
-def test_sampled_truth_is_rows_of_the_whole_truth(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_is_rows_of_the_whole_reference(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     this = case.for_mode(mode)
-    whole = exact(this)
-    monkeypatch.setattr(truth_module, "_EVERYTHING", 1)
-    monkeypatch.setattr(truth_module, "_SAMPLED_ROWS", 10)
-    monkeypatch.setattr(truth_module, "_SAMPLED_COLUMNS", 40)
-    sample = exact(this)
+    whole = reference_of(this)
+    monkeypatch.setattr(case_module, "_EVERYTHING", 1)
+    monkeypatch.setattr(case_module, "_SAMPLED_ROWS", 10)
+    monkeypatch.setattr(case_module, "_SAMPLED_COLUMNS", 40)
+    sample = reference_of(this)
     assert len(sample.rows) == 10
     assert 20 < len(sample.columns) <= 40
     assert torch.isin(this.targets[this.valid][:20], sample.columns).all()
@@ -90,13 +90,13 @@ def test_sampled_truth_is_rows_of_the_whole_truth(case: Case, mode: str, monkeyp
 
 def test_errors_are_relative_norms_over_the_valid_rows(case: Case) -> None:
     half = case.for_mode("half_zero_rows")
-    truth = exact(half)
+    reference = reference_of(half)
     results = {
-        "logp": torch.where(half.valid, truth.logp * 1.01, 1e3),  # what stands in a masked row is nobody's business
-        "loss": truth.loss["cross_entropy"] * 0.5,
-        "d_hidden": truth.d_hidden["cross_entropy"] * 3,
+        "logp": torch.where(half.valid, reference.logp * 1.01, 1e3),  # masked rows do not count
+        "loss": reference.loss["cross_entropy"] * 0.5,
+        "d_hidden": reference.d_hidden["cross_entropy"] * 3,
     }
-    errors = truth.errors(results, "cross_entropy")
+    errors = reference.errors(results, "cross_entropy")
     assert errors == pytest.approx({"logp": 0.01, "loss": 0.5, "d_hidden": 2.0})
 
 
