@@ -11,7 +11,7 @@ from dataclasses import replace
 import emulated_gpu
 import pytest
 import torch
-from comparison import check_compiles_once, check_custom_op, compare, compare_kept, cotangents
+from comparison import check_compiles_once, check_custom_op, compare, compare_saved, cotangents
 from loss_cases import CONFIGS, V, make_batch, run
 
 from eapo_kernels import Options, token_stats
@@ -139,7 +139,7 @@ def test_rows_kept_from_forward_to_backward(
     """All rows, and half of them; the others are recomputed."""
     emulated_gpu.pretend(monkeypatch)
     mask = torch.arange(300) % 7 != 0
-    compare_kept(make_inputs(300, 72, 700, dtype=dtype), budget, backend=backend, mask=mask)
+    compare_saved(make_inputs(300, 72, 700, dtype=dtype), budget, backend=backend, mask=mask)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
