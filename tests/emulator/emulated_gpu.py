@@ -42,13 +42,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, family: str = "sm90", dim: int |
                 monkeypatch.setattr(module, name, value)
     runs = ((triton, partial(emulated_triton.run, family=family)), (cuda, emulated_cuda.run))
     for package, run in runs[: 2 if family == "sm90" else 1]:
-        launch = importlib.import_module(f"{package.__name__}.launch").Launch
+        launch = importlib.import_module(f"{package.__name__}.{'common' if package is triton else 'launch'}").Launch
         monkeypatch.setattr(launch, "__call__", lambda one, run=run: run(one, **how))
         backend = importlib.import_module(f"{package.__name__}.backend")
         monkeypatch.setattr(backend, "BACKEND", replace(backend.BACKEND, supports=lambda projection: None))
     monkeypatch.setattr(Projection, "operand_dtype", property(lambda p: p.hidden.dtype))
     if dim is not None:
-        tiles = importlib.import_module(f"{triton.__name__}.configs")
+        tiles = importlib.import_module(f"{triton.__name__}.tiles")
         find = tiles.find
 
         def chosen(kernel: str, family: str, itemsize: int, *shape: int, **more: Any) -> Any:

@@ -34,7 +34,7 @@ def run(launch: Launch, family: str = "sm90", **how: Any) -> None:
     """Do what ``launch()`` does on a GPU of a family. how: ``seed`` and ``lateness`` of
     ``ptx_machine.Kernel.run``.
     """
-    compiled = compiled_code.compile_launch(launch, compiled_code.ARCHITECTURES[family])
+    compiled = compiled_code.compile_triton(launch, compiled_code.ARCHITECTURES[family])
     kernel = _kernel(compiled.asm["ptx"])
     metas = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     values: list[tuple[str, Any]] = []
