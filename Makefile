@@ -61,7 +61,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA
 SSE4 := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
 NUMERICAL := tests/test_*.py tests/objectives tests/ops tests/integrations/test_hf.py tests/integrations/test_liger.py \
 	tests/trainer/test_ranks.py tests/trainer/test_learner.py tests/trainer/test_policy.py
-NUMERICAL_FEW := tests/test_loss.py tests/objectives/test_methods.py tests/ops/test_token_stats.py tests/ops/test_nucleus.py \
+NUMERICAL_FEW := tests/test_loss.py tests/objectives/test_all_methods.py tests/ops/test_token_stats.py tests/ops/test_nucleus.py \
 	tests/ops/test_gemm.py tests/ops/triton/test_triton_statistics.py tests/ops/triton/test_triton_one_pass.py \
 	tests/trainer/test_ranks.py
 

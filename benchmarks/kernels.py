@@ -68,6 +68,7 @@ class Operands:
     Attributes:
         full: with a bias, a temperature per row and, where the kernel has one, a soft-cap; second
             moments, all three cotangents and a surrogate too. Else none of these.
+        rescue: whether ``wrong_guess`` is wrong in a third of the rows.
         budget: bytes of workspace.
         projection, targets, cotangents: what the launchers take. On the device "meta" nothing has
             storage.
@@ -84,8 +85,9 @@ class Operands:
         full: bool = False,
         softcap: bool = True,
         budget: int | None = None,
+        rescue: bool = True,
     ) -> None:
-        self.full = full
+        self.full, self.rescue = full, rescue
         self.meta = device == "meta"
         self.budget = 2**30 if self.meta else workspace_bytes(Options(budget), torch.device(device))
         if self.meta:
@@ -179,7 +181,7 @@ class Operands:
     @property
     def rescued(self) -> Tensor:
         """Row numbers of the wrong guesses."""
-        return torch.arange(0, self.n, 3, device=self.targets.device)
+        return torch.arange(0, self.n if self.rescue else 0, 3, device=self.targets.device)
 
     @cached_property
     def raw(self) -> Tensor:
@@ -626,7 +628,8 @@ class Check:
         n, d, v = shape
         kernel = KERNELS[self.backend, self.kernel]
         softcap = not kernel.scaled_exp and self.backend == "triton"
-        return Operands(n, d if self.described else d + 1, v, self.dtype, device, full=self.full, softcap=softcap)
+        odd = d % 64 != 0 and not self.described
+        return Operands(n, d + odd, v, self.dtype, device, full=self.full, softcap=softcap)
 
     def cuda_build(self) -> Any:
         """Of a CUDA kernel: what is compiled."""

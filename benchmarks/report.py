@@ -229,7 +229,7 @@ def absent(found: list[Group]) -> list[str]:
 
 
 def settings(found: list[Group]) -> list[str]:
-    """The settings of those that ran, where they are not what a user gets who sets nothing."""
+    """The settings of those that ran, where they are not the package's defaults."""
     rows = [row for group in found for row in group.timed if row["settings"] != "defaults"]
     names: dict[str, list[str]] = {}
     for row in rows:

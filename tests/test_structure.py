@@ -18,7 +18,6 @@ LAYERS = {
     "eapo_kernels.reference": 2,
     "eapo_kernels.ops": 3,
     "eapo_kernels.objectives": 3,
-    "eapo_kernels.one_pass": 4,
     "eapo_kernels.diagnostics": 4,
     "eapo_kernels.loss": 5,
     "eapo_kernels": 6,

@@ -1,5 +1,5 @@
 """Statistics and single rows of the gradients in float64, a block of the logits at a time: the
-truth for inputs of any size.
+reference for inputs of any size.
 
 All tensors on the inputs' device. docs/math.md E1-E6, typed again.
 """
