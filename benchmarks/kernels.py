@@ -24,9 +24,8 @@ from eapo_kernels.ops.dispatch import LogitCotangents, RowStatistics, SurrogateT
 from eapo_kernels.ops.gemm import project_
 from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.ops.triton import tiles
-from eapo_kernels.ops.triton.backend import logit_gradient
-from eapo_kernels.ops.triton.common import INTERPRETED, family, workspace
-from eapo_kernels.ops.triton.logit_grad import row_gradient
+from eapo_kernels.ops.triton.common import INTERPRETED, workspace
+from eapo_kernels.ops.triton.logit_grad import logit_gradient, row_gradient
 from eapo_kernels.ops.triton.online_softmax import PartialSums, finalize, row_statistics, stream_statistics
 from eapo_kernels.ops.triton.scaled_exp import (
     ScaledExpSums,
@@ -39,7 +38,7 @@ from eapo_kernels.ops.triton.scaled_exp import (
     window,
 )
 from eapo_kernels.ops.triton.surrogate import Finalized
-from eapo_kernels.ops.triton.tiles import PRODUCTS, TABLE, Entry, Tile, find
+from eapo_kernels.ops.triton.tiles import PRODUCTS, TABLE, Entry, Tile, family, find
 from eapo_kernels.testing import make_inputs
 
 __all__ = ["INTERPRETED", "KERNELS", "PRODUCTS", "TABLE", "Entry", "Tile", "family", "find", "tiles"]

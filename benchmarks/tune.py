@@ -25,6 +25,8 @@ from typing import Any, Protocol
 
 import torch
 
+from eapo_kernels import Options
+
 from . import compiled_code, kernels
 from .kernels import KERNELS, PRODUCTS, Entry, Operands, Tile
 from .measure import Clock, time_interleaved
@@ -207,7 +209,7 @@ class KernelContest:
     @cached_property
     def operands(self) -> Operands:
         s = self.search
-        budget = kernels.workspace_bytes(self._budget, torch.device(self._device))
+        budget = kernels.workspace_bytes(Options(self._budget), torch.device(self._device))
         rows = self._kernel.rows(s.n, s.v, s.dtype, budget)
         return Operands(rows, s.d, s.v, s.dtype, self._device, budget=budget, rescue=False)
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from eapo_kernels.ops.triton import tiles
-from eapo_kernels.ops.triton.common import family
-from eapo_kernels.ops.triton.tiles import PRODUCTS, find, tiles_per_split
+from eapo_kernels.ops.triton.tiles import PRODUCTS, family, find, tiles_per_split
 
 FAMILIES = ("interpreter", "sm80", "sm90", "sm100")
 KERNELS = (
