@@ -206,7 +206,7 @@ def _require_gathered(name: str, parameter: Tensor) -> Tensor:
     """The parameter; raise if it is a DTensor or an empty ZeRO-3 shard inside the forward."""
     if type(parameter).__name__ == "DTensor":
         raise EapoError(
-            f"{name}: expected a whole tensor inside the head's forward, got a DTensor {list(parameter.shape)}: call the "
+            f"{name}: expected a full tensor inside the head's forward, got a DTensor {list(parameter.shape)}: call the "
             "model that fully_shard wrapped, not its parts; with a head split over a tensor-parallel group give process_group"
         )
     if parameter.numel() == 0:
@@ -220,7 +220,7 @@ def _require_gathered(name: str, parameter: Tensor) -> Tensor:
 def _local_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, dist.ProcessGroup | VocabShard]:
-    """(hidden, weight, bias, group) for ``token_stats``: whole hidden, this rank's rows of the rest.
+    """(hidden, weight, bias, group) for ``token_stats``: the full hidden, this rank's rows of the others.
 
     Raises:
         EapoError: a DTensor that is not split by rows over this group alone.

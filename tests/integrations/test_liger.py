@@ -91,10 +91,10 @@ def test_grpo_loss_matches_liger(loss_type: str, settings: dict[str, Any], extra
 
 def test_the_weight_scales_the_positive_part() -> None:
     given, loss_of = _inputs(), FusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
-    whole, gradients, _ = _run(loss_of, given, positive_weight=0.3)
+    scaled, gradients, _ = _run(loss_of, given, positive_weight=0.3)
     positive = _run(loss_of, {**given, "advantages": given["advantages"].clamp_min(0)})
     negative = _run(loss_of, {**given, "advantages": given["advantages"].clamp_max(0)})
-    torch.testing.assert_close(whole, 0.3 * positive[0] + negative[0])
+    torch.testing.assert_close(scaled, 0.3 * positive[0] + negative[0])
     for found, a, b in zip(gradients, positive[1], negative[1], strict=True):
         torch.testing.assert_close(found, 0.3 * a + b, rtol=1e-4, atol=1e-6)
 

@@ -128,7 +128,7 @@ def test_against_a_hand_written_loss(loss_type: str, tmp_path: Path) -> None:
     trainer = _trainer(EAPOTrainer, tmp_path, extra={"controller": EntropyRatio(scale=0.5)}, **_settings(loss_type))
     trainer.eapo.controller.update(300.0, 100)  # H_0 = 3 nats
     batch = _batch(trainer, off_policy=True)
-    whole = trainer._buffered_inputs
+    full = trainer._buffered_inputs
     model, temperature, eps = trainer.model, 0.8, 0.2
 
     def plain(b: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,12 +138,12 @@ def test_against_a_hand_written_loss(loss_type: str, tmp_path: Path) -> None:
         return z.log_softmax(-1), b["completion_mask"].float()
 
     with torch.no_grad():
-        parts = [(-(logp.exp() * logp).sum(-1) * mask, mask) for logp, mask in map(plain, whole)]
+        parts = [(-(logp.exp() * logp).sum(-1) * mask, mask) for logp, mask in map(plain, full)]
     entropy = sum(h.sum() for h, _ in parts) / sum(m.sum() for _, m in parts)
     weight = 0.5 * float(entropy) / 3.0
     assert math.isclose(float(trainer.eapo.weight), weight, rel_tol=1e-5)
 
-    rows = [(_valid(prompt, m0), _valid(row, m), a) for b in whole for prompt, m0, row, m, a in _rows(b)]
+    rows = [(_valid(prompt, m0), _valid(row, m), a) for b in full for prompt, m0, row, m, a in _rows(b)]
     rewards = torch.tensor(_reward(completion_ids=[row for _, row, _ in rows]))
     expected_advantages = torch.empty_like(rewards)
     for prompt in {tuple(p) for p, _, _ in rows}:

@@ -92,7 +92,7 @@ def _assert_the_head_alone_is_refused() -> None:
 
     model = sharded_model("untied")
     fully_shard(model)
-    with pytest.raises(EapoError, match="expected a whole tensor"):
+    with pytest.raises(EapoError, match="expected a full tensor"):
         model.lm_head(torch.zeros(2, 32), torch.zeros(2, dtype=torch.int64))
 
 
@@ -101,11 +101,11 @@ def _assert_a_head_split_by_rows_is_not_gathered() -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     group = mesh.get_group()
     torch.manual_seed(3)
-    whole = FusedLMHead(16, 33, bias=True, softcap=9.0)
+    full = FusedLMHead(16, 33, bias=True, softcap=9.0)
     hidden, targets = torch.randn(2, 5, 16), torch.randint(33, (2, 5))
-    head = copy.deepcopy(whole)
+    head = copy.deepcopy(full)
     for name in ("weight", "bias"):
-        setattr(head, name, torch.nn.Parameter(distribute_tensor(getattr(whole, name).detach(), mesh, [Shard(0)])))
+        setattr(head, name, torch.nn.Parameter(distribute_tensor(getattr(full, name).detach(), mesh, [Shard(0)])))
     with pytest.raises(EapoError, match="tensor-parallel group give process_group"):
         head(hidden, targets)
     with pytest.raises(EapoError, match=r"weight: expected a DTensor \[Shard\(0\)\] on the one-dimensional mesh"):
@@ -121,21 +121,21 @@ def _assert_a_head_split_by_rows_is_not_gathered() -> None:
         (stats.logp + 0.5 * stats.entropy).sum().backward()
         return [t.grad.full_tensor() if isinstance(t.grad, DTensor) else t.grad for t in (leaf, head.weight, head.bias)]
 
-    expected = gradients(whole, hidden)
+    expected = gradients(full, hidden)
     with CommDebugMode() as communication:
         stats = head(hidden, targets, process_group=group)
         (stats.logp + 0.5 * stats.entropy).sum().backward()
     assert communication.get_total_counts() == 0  # of DTensor: the op's own are inside a custom op
     for given in (hidden, distribute_tensor(hidden, mesh, [Shard(1)])):
-        for value, truth in zip(gradients(head, given, process_group=group), expected, strict=True):
-            torch.testing.assert_close(value, truth, rtol=1e-5, atol=1e-5)
+        for value, exact in zip(gradients(head, given, process_group=group), expected, strict=True):
+            torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-5)
 
     batch = TokenBatch(targets.reshape(-1), torch.arange(10) // 5, advantages=torch.tensor([1.0, -0.5]))
 
     def compute(hidden: torch.Tensor, weight: torch.Tensor, **given: Any) -> torch.Tensor:
         return policy_loss(hidden.reshape(-1, 16), weight, batch, method="grpo", **given).loss
 
-    torch.testing.assert_close(head(hidden, compute=compute, process_group=group), whole(hidden, compute=compute))
+    torch.testing.assert_close(head(hidden, compute=compute, process_group=group), full(hidden, compute=compute))
 
 
 def _assert_tensor_parallel_head_under_fsdp2(rank: int) -> None:

@@ -90,11 +90,11 @@ def test_these_losses_are_homogeneous_in_the_advantage(name: str) -> None:
 
     given, config, w = _tokens(1), _actor_config(), 0.35
     a = given["advantages"]
-    whole = _loss(name, {**given, "advantages": scale_positive(a, w)}, config)
+    scaled = _loss(name, {**given, "advantages": scale_positive(a, w)}, config)
     positive = _loss(name, {**given, "advantages": a.clamp_min(0)}, config)
     negative = _loss(name, {**given, "advantages": a.clamp_max(0)}, config)
-    torch.testing.assert_close(whole[0], w * positive[0] + negative[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(whole[1], w * positive[1] + negative[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(scaled[0], w * positive[0] + negative[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scaled[1], w * positive[1] + negative[1], rtol=1e-5, atol=1e-7)
 
 
 def _rewarded(seed: int = 0) -> Any:
