@@ -94,12 +94,12 @@ def _jobs(method: Method, case: Case) -> tuple[Callable[[], object], Callable[[]
     def weigh() -> Any:
         return weight_tokens(method, batch, stats, state=state, extras=extras, progress=0.5)
 
-    shaped = weigh()
+    weighted = weigh()
     weight = POSITIVE_WEIGHT if method.positive_weight is None else None
 
     def loss() -> object:
         hidden, head = case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()
-        value = policy_loss(hidden, head, shaped, method=method, positive_weight=weight).loss
+        value = policy_loss(hidden, head, weighted, method=method, positive_weight=weight).loss
         return torch.autograd.grad(value, [hidden, head])
 
     return loss, weigh if method.token_weighting else None
@@ -113,7 +113,7 @@ def _statistics(case: Case) -> TokenStats:
 
 
 def _extras(case: Case, stats: TokenStats) -> dict[str, Tensor]:
-    """Everything a token_weighting may read, in plausible numbers."""
+    """Everything a token weighting may read, in plausible numbers."""
     assert stats.entropy is not None
     n, device = case.n, case.hidden.device
     position = torch.arange(n, device=device)

@@ -49,7 +49,7 @@ def tables() -> str:
     return "\n\n".join(
         (
             _table(("method", "in a sentence", "weights", "statistics", "scope", "confidence", "source"), what),
-            _table(("method", "config, where not the default", "token_weighting", "controller"), numbers),
+            _table(("method", "config, where not the default", "token weighting", "controller"), numbers),
         )
     )
 

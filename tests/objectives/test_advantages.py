@@ -65,7 +65,7 @@ def test_splits() -> None:
 
 
 def test_semantic_rewards() -> None:
-    """Groups interleaved; all answers different: zeros; no answer (negative): zero, and it is no cluster of its own."""
+    """Groups interleaved; all clusters different: zeros; no cluster (negative): zero, and not a cluster of its own."""
     groups = torch.tensor([9, 4, 9, 4, 9, 4, 7])
     clusters = torch.tensor([0, 5, 1, -1, 2, 5, 0])
     torch.testing.assert_close(semantic_rewards(clusters, groups), torch.tensor([0, 2 / 3, 0, 0, 0, 2 / 3, 0]))

@@ -68,7 +68,7 @@ def test_trace(progress: float, left: float) -> None:
 
 
 def test_the_forward_estimate_is_unbiased() -> None:
-    """E_{y ~ pi}[(teacher / pi)(y) grad log pi(y)] = - grad KL(teacher || pi), over a whole small vocabulary."""
+    """E_{y ~ pi}[(teacher / pi)(y) grad log pi(y)] = - grad KL(teacher || pi), summed over a small vocabulary."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(6, generator=g, dtype=torch.float64).requires_grad_()
     teacher = torch.softmax(torch.randn(6, generator=g, dtype=torch.float64), 0)
@@ -82,7 +82,7 @@ def test_the_forward_estimate_is_unbiased() -> None:
     torch.testing.assert_close(estimate, -exact)
 
 
-def test_trace_without_marks_guides_all_tokens_of_correct_answers() -> None:
+def test_trace_without_marks_guides_all_tokens_of_correct_responses() -> None:
     step = make_step(binary=True)
     extras = {"teacher_logp": step.stats.logp}
     weighted = weight_tokens(get_method("trace"), step.batch, step.stats, extras=extras)

@@ -88,8 +88,8 @@ def _check_run(step: Step, method: Method, case: str) -> None:
     hidden, weight = step.hidden.float().requires_grad_(), step.weight.float().requires_grad_()
     positive_weight = None if method.positive_weight is not None else 1.0
     count = max(1, int(weighted.mask.sum()))
-    whole = method.config.scope == "sequence" and len(hidden) > 1
-    for cut in [slice(None)] if whole else torch.arange(len(hidden)).tensor_split(3):
+    uncut = method.config.scope == "sequence" and len(hidden) > 1
+    for cut in [slice(None)] if uncut else torch.arange(len(hidden)).tensor_split(3):
         part = replace(weighted.select(cut), denominator=count)
         out = policy_loss(hidden[cut], weight, part, method=method, positive_weight=positive_weight)
         out.loss.backward()
@@ -106,9 +106,9 @@ def test_as_many_tokens_as_responses_are_still_per_token() -> None:
     part = weighted.select(slice(5, 5 + len(SIZES)))
     torch.testing.assert_close(part.advantages, weighted.advantages[5 : 5 + len(SIZES)])
     ours = policy_loss(step.hidden[5:13], step.weight, part, method=method).loss
-    whole = [policy_loss(step.hidden[5:9], step.weight, weighted.select(slice(5, 9)), method=method).loss]
-    whole.append(policy_loss(step.hidden[9:13], step.weight, weighted.select(slice(9, 13)), method=method).loss)
-    torch.testing.assert_close(ours, sum(whole))
+    parts = [policy_loss(step.hidden[5:9], step.weight, weighted.select(slice(5, 9)), method=method).loss]
+    parts.append(policy_loss(step.hidden[9:13], step.weight, weighted.select(slice(9, 13)), method=method).loss)
+    torch.testing.assert_close(ours, sum(parts))
     with pytest.raises(EapoError, match=r"batch.advantages: expected .* \[8\] cpu, got float32 \[3\] cpu"):
         policy_loss(step.hidden[5:13], step.weight, replace(part, advantages=torch.zeros(3)), method=method)
 
@@ -220,8 +220,8 @@ def test_missing_inputs_are_named() -> None:
         weight_tokens(method, step.batch, step.stats._replace(entropy=None))
     with pytest.raises(EapoError, match=r"extras.answer: expected bool \[80\] cpu, got float32 \[80\] cpu"):
         weight_tokens(method, step.batch, step.stats, extras={"answer": torch.zeros(80)})
-    with pytest.raises(EapoError, match=r"extras: expected names among .*, got answers"):
-        weight_tokens(method, step.batch, step.stats, extras={"answers": step.valid})
+    with pytest.raises(EapoError, match=r"extras: expected names among .*, got unknown"):
+        weight_tokens(method, step.batch, step.stats, extras={"unknown": step.valid})
     with pytest.raises(EapoError, match=r"progress: expected a finite number in \[0, 1\], got 1.5"):
         weight_tokens(method, step.batch, step.stats, progress=1.5)
 

@@ -113,9 +113,9 @@ def compare(
     weighted = weight_tokens(method, step.batch, step.stats, state=state, extras=extras, progress=progress, seed=seed)
     weighted = counted(weighted, method)
     hidden, weight = step.hidden.clone().requires_grad_(), step.weight.clone().requires_grad_()
-    truth = expected(hidden, weight)
-    truths = torch.autograd.grad(truth, [hidden, weight])
-    assert truths[0].abs().max() > 1e-6, "the test's own loss has no gradient"
+    exact_loss = expected(hidden, weight)
+    exact_grads = torch.autograd.grad(exact_loss, [hidden, weight])
+    assert exact_grads[0].abs().max() > 1e-6, "the test's own loss has no gradient"
     one_pass = method.config.scope == "token" and method.config.entropy_top_p is None
     thirds = [step.ids < 3, (step.ids >= 3) & (step.ids < 4), step.ids >= 4]
     for schedule, parts in (("autograd", [slice(None)]), ("one_pass" if one_pass else "autograd", thirds)):
@@ -125,8 +125,8 @@ def compare(
             loss = policy_loss(h[part], w, weighted.select(part), method=method, schedule=schedule).loss
             loss.backward()
             total = total + loss.detach()
-        torch.testing.assert_close(total, truth.detach(), rtol=tolerance, atol=tolerance * 0.1)
-        for ours, exact in zip((h.grad, w.grad), truths, strict=True):
+        torch.testing.assert_close(total, exact_loss.detach(), rtol=tolerance, atol=tolerance * 0.1)
+        for ours, exact in zip((h.grad, w.grad), exact_grads, strict=True):
             torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()))
     return weighted
 

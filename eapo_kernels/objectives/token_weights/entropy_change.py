@@ -138,7 +138,7 @@ METHODS = (
         summary="Tokens with a large predicted entropy change get a smaller weight.",
         formula="w_t = exp(ln(lambda_min) |Omega_t| / max |Omega|), Omega_t = A_t p_t (1 - p_t)(log p_t + H_t)"),
     Method("clip_b", EAPOConfig(), token_weighting=ClipB(), source="2602.03392",
-        summary="Drops tokens of wrong answers with moderately low probability: they would contract the entropy most.",
+        summary="Drops tokens of wrong responses with moderately low probability: they would contract the entropy most.",
         formula="w_t = 0 where A_t < 0 and S_t - mean S < -mu std S, S = p (log p + H)"),
     Method("clip_v", EAPOConfig(), token_weighting=ClipV(), source="2602.03392",
         summary="As Clip_B, with S measured against its expectation over the vocabulary.",

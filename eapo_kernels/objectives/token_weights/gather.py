@@ -49,9 +49,9 @@ def gather_step(
     """Gather a step's ragged batches from all ranks of ``group``; all ranks return the same
     tensors.
 
-        whole = gather_step(batch, stats, extras) weighted = weight_tokens(method, whole.batch,
-        whole.stats, extras=whole.extras, ...) loss = policy_loss(hidden, weight,
-        weighted.select(whole.own), ...)  # or any part of ``own``
+        step = gather_step(batch, stats, extras)
+        weighted = weight_tokens(method, step.batch, step.stats, extras=step.extras, ...)
+        loss = policy_loss(hidden, weight, weighted.select(step.own), ...)  # or any part of ``own``
 
     ``batch.denominator`` is passed through; compute it from the whole step (``loss_denominator``).
     The sum of the ranks' gradients is then the whole step's gradient. With a wrapper that averages
@@ -83,16 +83,16 @@ def gather_step(
     for part, (_, count, _) in zip(parts, sizes, strict=True):
         part["batch.sequence_ids"] = part["batch.sequence_ids"] + first
         first += count
-    whole = {name: torch.cat([part[name] for part in parts]) for name in fields}
+    full = {name: torch.cat([part[name] for part in parts]) for name in fields}
     rank = dist.get_rank(group)
     before = [sum(size[i] for size in sizes[:rank]) for i in (0, 1)]
-    renamed = {name.split(".")[-1]: value for name, value in whole.items() if name.startswith("batch.")}
-    if "token.advantages" in whole:
-        renamed.update(advantages=whole["token.advantages"])
+    renamed = {name.split(".")[-1]: value for name, value in full.items() if name.startswith("batch.")}
+    if "token.advantages" in full:
+        renamed.update(advantages=full["token.advantages"])
     return GatheredStep(
-        replace(batch, **renamed, token_advantages=None if batch.advantages is None else "token.advantages" in whole),
-        stats._replace(**{name: whole[f"stats.{name}"] for name in TokenStats._fields if f"stats.{name}" in whole}),
-        {name: whole[f"extras.{name}"] for name in extras},
+        replace(batch, **renamed, token_advantages=None if batch.advantages is None else "token.advantages" in full),
+        stats._replace(**{name: full[f"stats.{name}"] for name in TokenStats._fields if f"stats.{name}" in full}),
+        {name: full[f"extras.{name}"] for name in extras},
         slice(before[0], before[0] + tokens),
         slice(before[1], before[1] + sequences),
     )

@@ -111,15 +111,15 @@ class Trace(TokenWeighting):
 
 METHODS = (
     Method("aepo", EAPOConfig(), controller="target_switch", token_weighting=Aepo(), source="2510.08141",
-        summary="REINFORCE on correct answers sampled hotter (entropy at or below target) or cooler replaces some responses.",
+        summary="REINFORCE on correct responses sampled hotter (entropy at or below target) or cooler replaces some responses.",
         formula="A = 1 on the marked responses, else GRPO's; temperature 1.2 where H <= H*, else 0.8"),
     Method("dcpo", EAPOConfig(), controller="target_switch", token_weighting=Dcpo(),
         source="2510.08141 (released with it)",
-        summary="AEPO without extra rollouts: correct answers' tokens weighted by their probability at the other "
+        summary="AEPO without extra rollouts: correct responses' tokens weighted by their probability at the other "
                 "temperature.",
         formula="A <- (1 - a) A + a [correct] p_T / p, a = b / (1 + b), b = min(|H* - H|, 0.1) / share correct"),
     Method("trace", EAPOConfig(), token_weighting=Trace(), source="2605.10194", confidence="low",
-        summary="A teacher with more information guides the key spans of correct answers and fades out; the other tokens "
+        summary="A teacher with more information guides the key spans of correct responses and fades out; the other tokens "
                 "keep their advantage.",
         formula="A_t = (1 - v) A + v min(p_T / p, 5) on key spans of correct responses, v falling from 1 to 0"),
 )  # fmt: skip
