@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
     assert names(longer) == ["step-000004", "step-000005"]
 
 
-def test_only_damaged_checkpoints_are_no_reason_to_start_afresh(short: Config) -> None:
+def test_auto_raises_where_all_checkpoints_are_damaged(short: Config) -> None:
     train(short)
     for path in (path_of(short) / "checkpoints").iterdir():
         damage(path / "__0_0.distcp", "truncated")

@@ -101,9 +101,9 @@ def test_aepo_replaces_some_by_good_completions_of_another_temperature(
     assert result.advantages is not None
     assert bool((result.advantages[new] > 0.05).all())
     assert {result.group_ids[i] for i in new}.isdisjoint(sampled.group_ids)
-    whole = source.advantages(sampled)  # of the whole groups, whoever left
+    full = source.advantages(sampled)  # of the full groups, before any completion is dropped
     kept = [i for i in range(len(sampled)) if sampled.rollouts.completion_ids[i] in result.rollouts.completion_ids[: -len(new)]]
-    assert set(result.advantages[: -len(new)].tolist()) <= set(whole[kept].tolist())
+    assert set(result.advantages[: -len(new)].tolist()) <= set(full[kept].tolist())
     again = hook.after(sampled, SAMPLING, source, state, seed=3)
     assert again.rollouts.completion_ids == result.rollouts.completion_ids
 
@@ -123,7 +123,7 @@ def test_cure_continues_from_an_uncertain_token(source: RolloutSource) -> None:
         best = sorted(words, key=lambda place: -float(entropy[place]))[:2] if words else range(len(ids))
         new = result.rollouts.completion_ids[4 + 3 * i : 7 + 3 * i]
         assert any(all(other[:cut] == ids[:cut] for other in new) for cut in best)
-    # recorded log-probs are those of the whole completion under the policy, prefix and continuation
+    # recorded log-probs are those of the full completion under the policy, prefix and continuation
     dense = source.policy.model(
         input_ids=torch.tensor([result.rollouts.prompt_ids[4] + result.rollouts.completion_ids[4]])
     ).logits

@@ -105,11 +105,11 @@ def gradients(policy: Policy, experience: Experience, budget: int, method: str, 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_cut_into_micro_batches_changes_nothing(policy: Policy, rollouts: Rollouts, method: str) -> None:
     experience = weighed(policy, rollouts, method)
-    whole, metrics = gradients(policy, experience, 10_000, method)
-    assert sum(g.abs().sum() for g in whole) > 0
+    uncut, metrics = gradients(policy, experience, 10_000, method)
+    assert sum(g.abs().sum() for g in uncut) > 0
     for budget in (1, 45):
         cut, cut_metrics = gradients(policy, experience, budget, method)
-        for a, b in zip(whole, cut, strict=True):
+        for a, b in zip(uncut, cut, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
         for name in ("loss", "grad_norm", "clip_fraction", "ratio_mean", "eapo/entropy"):
             assert cut_metrics[name] == pytest.approx(metrics[name], abs=1e-6, rel=1e-4)

@@ -197,7 +197,7 @@ def test_one_process_resumes_from_two(pair: Pair) -> None:
     assert_equal_in_fp32(pair.straight, pair.narrowed)
 
 
-def test_a_checkpoint_of_two_processes_is_exported_as_the_whole_model(pair: Pair, tmp_path: Path) -> None:
+def test_a_checkpoint_of_two_processes_is_exported_as_the_full_model(pair: Pair, tmp_path: Path) -> None:
     run = path_of(pair.straight)
     exported = load_file(export(run / "checkpoints" / "step-000005", tmp_path / "out", "float32") / "model.safetensors")
     saved = load_file(run / "model" / "model.safetensors")

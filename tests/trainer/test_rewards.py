@@ -51,9 +51,9 @@ def test_weighted_sum_leaves_out_functions_that_do_not_apply() -> None:
     found = score(rewards, ["yes", "no", " Yes "], answer=["yes"] * 3, number=[1, 2, 2])
     assert found.total.tolist() == [2.0, 10.0, 12.0]
     assert found.parts[HERE + "only_even"] == [None, 1.0, 1.0]
-    nobody = score(make(HERE + "only_even"), ["a", "b"], number=[1, 2])
-    assert math.isnan(nobody.total[0])
-    assert "no function scored it" in str(nobody.failures[0])
+    unscored = score(make(HERE + "only_even"), ["a", "b"], number=[1, 2])
+    assert math.isnan(unscored.total[0])
+    assert "no function scored it" in str(unscored.failures[0])
 
 
 @pytest.mark.parametrize(("function", "bad"), [("nan_for_number_1", [3]), ("raises_for_number_1", [2, 3])])

@@ -19,7 +19,7 @@ def generate(policy: Policy, sampling: Sampling = SAMPLING, batch: int = 64) -> 
 
 
 def teacher_forced(policy: Policy, rollouts: Rollouts, temperature: float) -> list[torch.Tensor]:
-    """Scaled log-probs over the whole vocabulary at every response position, one completion at a
+    """Scaled log-probs over the full vocabulary at every response position, one completion at a
     time, no padding.
     """
     result = []
@@ -82,10 +82,10 @@ def test_completions_depend_on_the_seed_and_leave_global_random_numbers_alone(po
 
 def test_a_completion_does_not_depend_on_its_batch(policy: Policy) -> None:
     """Nor on the number of other prompts."""
-    whole = generate(policy)
-    assert generate(policy, batch=4).completion_ids == whole.completion_ids
+    together = generate(policy)
+    assert generate(policy, batch=4).completion_ids == together.completion_ids
     alone = TransformersEngine(policy, 64).generate(PROMPTS[:1], SAMPLING, no_tick)
-    assert alone.completion_ids == whole.completion_ids[:6]
+    assert alone.completion_ids == together.completion_ids[:6]
     assert len({tuple(ids) for ids in alone.completion_ids}) > 1
 
 

@@ -100,7 +100,7 @@ class TestOneEngine:
         assert everyone.completion_ids != other.completion_ids
         assert len({tuple(ids) for ids in first.completion_ids}) > 1
 
-    def test_a_prompts_that_leaves_no_room_is_refused(self, shared: tuple[Policy, VllmEngine]) -> None:
+    def test_a_prompt_that_leaves_no_room_is_refused(self, shared: tuple[Policy, VllmEngine]) -> None:
         with pytest.raises(ModelError, match="expected room for a completion to 512 tokens, got 512 in all"):
             shared[1].generate([[5], [6] * 512], SAMPLING, no_tick)
         rollouts = shared[1].generate([[6] * 509], SAMPLING, no_tick)
@@ -242,11 +242,11 @@ def test_a_bf16_engine_with_truncated_importance_sampling(run: Callable[..., Con
 
 def test_a_resumed_run_samples_from_the_checkpoints_weights(run: Callable[..., Config]) -> None:
     fields = {"data": {"eval": ""}, "optim": {"lr": 0.03}, "checkpoint": {"every": 1}}
-    assert train(run(name="whole", steps=3, **fields))
+    assert train(run(name="uncut", steps=3, **fields))
     assert train(run(name="parts", steps=2, **fields))
     config = run(name="parts", steps=3, resume="auto", **fields)
     assert train(config)
-    last, wanted = (read(Path(config.out) / name, "metrics")[-1] for name in ("parts", "whole"))
+    last, wanted = (read(Path(config.out) / name, "metrics")[-1] for name in ("parts", "uncut"))
     assert last["step"] == wanted["step"] == 3
     assert last["rollout/logp_gap_max"] < EXACT
     assert last["reward/mean"] == wanted["reward/mean"]

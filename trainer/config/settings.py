@@ -131,9 +131,9 @@ def _check_key(name: str, source: str) -> bool:
         known = [f.name for f in fields(node)] if is_dataclass(node) else []
         if part not in known:
             close = get_close_matches(part, known, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            suggestion = f" (did you mean {close[0]!r}?)" if close else ""
             where = ".".join(parts[:i]) or "the top level"
-            raise ConfigError(f"{source}: {name}: expected at {where} one of {', '.join(known)}; got {part!r}{hint}")
+            raise ConfigError(f"{source}: {name}: expected at {where} one of {', '.join(known)}; got {part!r}{suggestion}")
         node = getattr(node, part)
     return is_dataclass(node)
 

@@ -69,9 +69,9 @@ def engine_metrics(sampled: ScoredRollouts, old_logp: Tensor, cap: float | None 
     cap: ``loss.importance_cap``; with None the weights are not capped (and not part of the loss).
     """
     gap = old_logp - torch.cat(sampled.rollouts.logp)
-    whole = gap.double().exp()
-    weights = whole if cap is None else whole.clamp_max(cap)
-    capped = {} if cap is None else {"rollout/importance_capped": (whole > cap).double().mean().item()}
+    ratios = gap.double().exp()
+    weights = ratios if cap is None else ratios.clamp_max(cap)
+    capped = {} if cap is None else {"rollout/importance_capped": (ratios > cap).double().mean().item()}
     return {
         "rollout/logp_gap_mean": gap.abs().mean().item(),
         "rollout/logp_gap_max": gap.abs().max().item(),

@@ -140,7 +140,7 @@ class Policy(nn.Module):
             )
 
     def save(self, directory: Path) -> None:
-        """Write the adapter (or the whole model) and the tokenizer in the format of transformers
+        """Write the adapter (or the full model) and the tokenizer in the format of transformers
         and peft.
 
         All ranks call it and rank 0 writes, to a temporary directory that is renamed at the end.

@@ -48,7 +48,7 @@ def unsharded(root: nn.Module) -> Iterator[None]:
     """Within this context every rank holds all weights, so ranks may run different numbers of
     forward passes.
 
-    It takes the memory of the whole model on every rank. All ranks enter and leave it together.
+    It takes the memory of the full model on every rank. All ranks enter and leave it together.
     Without shards it does nothing.
     """
     modules = _sharded(root)
@@ -64,7 +64,7 @@ def unsharded(root: nn.Module) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; all ranks must call it."""
+    """The full tensor of one that may be sharded; all ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

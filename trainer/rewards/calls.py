@@ -101,7 +101,7 @@ def _ordinary(name: str, function: RewardFunction, arguments: Arguments) -> list
         return on(indices)
     except RewardError:
         raise
-    except Exception as whole:  # users' code may raise anything; retried below for each completion
+    except Exception as first:  # users' code may raise anything; retried below for each completion
         scores: list[Score] = []
         failures = 0
         for i in indices:
@@ -114,9 +114,9 @@ def _ordinary(name: str, function: RewardFunction, arguments: Arguments) -> list
                 failures += 1
         if not failures:
             raise RewardError(
-                f"reward {name}: expected the same result for one completion as for many, got {type(whole).__name__}: {whole} "
+                f"reward {name}: expected the same result for one completion as for many, got {type(first).__name__}: {first} "
                 f"on {len(indices)} completions together and none on each alone"
-            ) from whole
+            ) from first
         return scores
 
 

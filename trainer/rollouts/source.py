@@ -81,7 +81,7 @@ class RolloutSource:
         """
         own = self.method.config.advantage
         estimator = ADVANTAGES[own] if isinstance(own, str) else own
-        result, whole = torch.full((len(sampled),), torch.nan), sampled.fully_scored()
-        groups = torch.tensor([sampled.group_ids[i] for i in whole], dtype=torch.int64)
-        result[whole] = estimator(sampled.scores.total[whole], groups).float()
+        result, scored = torch.full((len(sampled),), torch.nan), sampled.fully_scored()
+        groups = torch.tensor([sampled.group_ids[i] for i in scored], dtype=torch.int64)
+        result[scored] = estimator(sampled.scores.total[scored], groups).float()
         return result
