@@ -215,7 +215,7 @@ def kernel_cases(plan: Plan, group: str) -> Iterator[tuple[str, Callable[[], str
 
 FORMS = (
     "streamed statistics",
-    "autograd, gradients kept",
+    "autograd, gradients saved",
     "autograd, recomputed",
     "one pass, scaled exponentials",
     "one pass, logits",

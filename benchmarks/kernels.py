@@ -52,7 +52,7 @@ FAILURES = (RuntimeError, EapoError, OSError, TritonError)
 RuntimeErrors."""
 
 _EVERYTHING, _BLOCK = 2**27, 2**25
-"""Elements up to which a matrix is compared whole, and of a block of float64 logits: 256 MiB."""
+"""Elements up to which all of a matrix is compared, and of a block of float64 logits: 256 MiB."""
 
 Results = Iterator[tuple[str, Tensor, Tensor]]
 """(name, result, expected in float64)."""
@@ -306,7 +306,7 @@ class Run:
 
     Attributes:
         launch: of the kernel.
-        written: what it must write whole, so that NaN may stand there before.
+        written: outputs of which it must write every element; they are filled with NaN before.
         results: after the launch, its results beside the reference.
         before: launches that fill its inputs, to be made once.
         reset: what must be done before every launch but filling ``written``.

@@ -148,7 +148,7 @@ class ResultFile:
         self.gate["green"] = not self.gate["red"]
 
     def save(self, folder: Path) -> Path:
-        """Write the file whole or not at all, and return its path.
+        """Write the file atomically and return its path.
 
         What this run wrote while it was still green goes when it is red, and what stood there
         before comes back.

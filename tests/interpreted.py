@@ -1,4 +1,4 @@
-"""Triton kernels are interpreted where there is no GPU, which must be settled before triton is imported.
+"""Triton kernels are interpreted where there is no GPU. TRITON_INTERPRET must be set before triton is imported.
 
 So the conftest of every folder whose tests import triton imports this first. tests/aot compiles, in a process of its own.
 """

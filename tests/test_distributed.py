@@ -1,4 +1,4 @@
-"""Two ranks, gloo: weights and summed gradients of a shaped step are those of one process, however the step is cut."""
+"""Two ranks, gloo: weights and summed gradients of a weighted step are those of one process, however the step is cut."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def part_of(step: Step, rank: int) -> tuple[TokenBatch, TokenStats, dict[str, to
 
 
 def with_count(batch: TokenBatch, method: Method) -> TokenBatch:
-    """The denominator and lengths of the whole, counted from the mask that shaping left."""
+    """The denominator and lengths of the full step, counted from the mask after the weights."""
     assert batch.mask is not None
     lengths = torch.zeros(len(SIZES)).index_add_(0, batch.sequence_ids, batch.mask.float())
     count = lengths.sum() if method.config.reduction == "token_mean" else (lengths > 0).sum()
@@ -78,16 +78,16 @@ def check_methods(rank: int) -> None:
         alone = with_count(weight_tokens(method, step.batch, step.stats, seed=3), method)
         loss, gradient = gradients(step, alone, method, [slice(None)])
         batch, stats, extras, place = part_of(step, rank)
-        whole = gather_step(batch, stats, extras)
-        assert whole.own == place
-        shaped = with_count(weight_tokens(method, whole.batch, whole.stats, seed=3), method)
+        full = gather_step(batch, stats, extras)
+        assert full.own == place
+        weighted = with_count(weight_tokens(method, full.batch, full.stats, seed=3), method)
         for field in ("advantages", "entropy_coef", "mask", "sequence_ids", "group_ids"):
-            ours, theirs = getattr(shaped, field), getattr(alone, field)
+            ours, theirs = getattr(weighted, field), getattr(alone, field)
             assert (ours is None) == (theirs is None)
             assert ours is None or torch.equal(ours, theirs), (name, field)
         middle = (place.start + place.stop) // 2
         for cuts in ([place], [slice(place.start, middle), slice(middle, place.stop)]):
-            found = gradients(step, shaped, method, cuts)
+            found = gradients(step, weighted, method, cuts)
             for value, expected in zip(found, (loss, gradient), strict=True):
                 dist.all_reduce(value)
                 torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
@@ -104,21 +104,21 @@ def check_bits(rank: int) -> None:
         extras = {name: value[:0] for name, value in extras.items()}
     half = torch.linspace(-1, 1, batch.targets.numel()).to(torch.bfloat16)
     batch = replace(batch, rollout_logp=half, entropy_coef=half.double())
-    whole = gather_step(batch, stats, extras)
+    full = gather_step(batch, stats, extras)
     first, first_stats, first_extras, place = part_of(step, 0)
-    assert whole.own == (place if rank == 0 else slice(place.stop, place.stop))
-    assert whole.own_sequences == (slice(0, 5) if rank == 0 else slice(5, 5))
+    assert full.own == (place if rank == 0 else slice(place.stop, place.stop))
+    assert full.own_sequences == (slice(0, 5) if rank == 0 else slice(5, 5))
     for field in ("targets", "sequence_ids", "rewards", "group_ids", "old_logp", "mask"):
-        assert torch.equal(getattr(whole.batch, field), getattr(first, field))
-    assert whole.batch.rollout_logp is not None
-    assert whole.batch.rollout_logp.dtype == torch.bfloat16
-    assert whole.batch.entropy_coef is not None
-    assert torch.equal(whole.batch.rollout_logp.double(), whole.batch.entropy_coef)
-    assert whole.batch.ref_logp is None
-    for ours, theirs in zip(whole.stats, first_stats, strict=True):
+        assert torch.equal(getattr(full.batch, field), getattr(first, field))
+    assert full.batch.rollout_logp is not None
+    assert full.batch.rollout_logp.dtype == torch.bfloat16
+    assert full.batch.entropy_coef is not None
+    assert torch.equal(full.batch.rollout_logp.double(), full.batch.entropy_coef)
+    assert full.batch.ref_logp is None
+    for ours, theirs in zip(full.stats, first_stats, strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs)
-    assert all(torch.equal(whole.extras[name], value) for name, value in first_extras.items())
+    assert all(torch.equal(full.extras[name], value) for name, value in first_extras.items())
 
 
 def check_advantages(rank: int) -> None:
@@ -131,9 +131,9 @@ def check_advantages(rank: int) -> None:
     given = replace(batch, advantages=per_response[first : first + SPLIT[rank]], token_advantages=False)
     assert torch.equal(gather_step(given, stats).batch.advantages, per_response)
     given = replace(batch, advantages=per_token[place], token_advantages=True)
-    whole = gather_step(given, stats).batch
-    assert torch.equal(whole.advantages, per_token)
-    assert whole.token_advantages
+    full = gather_step(given, stats).batch
+    assert torch.equal(full.advantages, per_token)
+    assert full.token_advantages
 
 
 def check_mismatch(rank: int) -> None:
@@ -148,24 +148,24 @@ def test_two_ranks(check: Callable[[int], None]) -> None:
     run_ranks(check)
 
 
-def test_one_process_keeps_what_it_has() -> None:
+def test_one_process_gathers_nothing() -> None:
     step = make_step()
-    whole = gather_step(step.batch, step.stats, {"answer": step.valid})
-    assert whole.batch is step.batch
-    assert whole.stats is step.stats
-    assert (whole.own, whole.own_sequences) == (slice(0, len(step.ids)), slice(0, len(SIZES)))
+    full = gather_step(step.batch, step.stats, {"answer": step.valid})
+    assert full.batch is step.batch
+    assert full.stats is step.stats
+    assert (full.own, full.own_sequences) == (slice(0, len(step.ids)), slice(0, len(SIZES)))
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "psr", "nsr", "spine", "canon"])
-def test_losses_of_parts_add_up_with_the_denominator_of_the_whole(name: str) -> None:
+def test_losses_of_parts_add_up_with_the_denominator_of_the_step(name: str) -> None:
     """Also where responses are dropped (psr, nsr) or tokens are masked by the weights (spine)."""
     step, method = make_step(7, binary=True), get_method(name, fixed_length=9)
-    shaped = replace(weight_tokens(method, step.batch, step.stats), denominator=None)
-    expected = gradients(step, shaped, method, [slice(None)])
-    counted = replace(shaped, denominator=loss_denominator(shaped, method=method))
+    weighted = replace(weight_tokens(method, step.batch, step.stats), denominator=None)
+    expected = gradients(step, weighted, method, [slice(None)])
+    counted = replace(weighted, denominator=loss_denominator(weighted, method=method))
     found = gradients(step, counted, method, [step.ids < 3, (step.ids >= 3) & (step.ids < 4), step.ids >= 4])
-    for value, truth in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, truth, rtol=1e-5, atol=1e-8)
+    for value, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-8)
 
 
 def test_a_batch_in_which_nothing_counts_has_a_denominator() -> None:

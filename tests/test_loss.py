@@ -116,15 +116,15 @@ def test_schedules_agree(name: str, transform: dict[str, float], dtype: torch.dt
     inputs = make_inputs(N, D, V, dtype=dtype, device=device)
     batch = make_batch(inputs)
     common: dict[str, Any] = {"positive_weight": 0.7, "config": CONFIGS[name], "options": small_options(), **transform}
-    truth_inputs = inputs.to(torch.float64)
-    _, truth = run(truth_inputs, batch, schedule="autograd", **common)
+    exact_inputs = inputs.to(torch.float64)
+    _, exact_grads = run(exact_inputs, batch, schedule="autograd", **common)
     autograd, plain = run(inputs, batch, schedule="autograd", **common)
     one_pass, grads = run(inputs, batch, schedule="one_pass", **common)
     torch.testing.assert_close(one_pass.loss, autograd.loss, rtol=1e-5, atol=1e-6)
     for key, value in autograd.metrics.items():
         torch.testing.assert_close(one_pass.metrics[key], value, rtol=1e-5, atol=1e-6)
     floor = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-    for got, other, exact in zip(grads, plain, truth, strict=True):
+    for got, other, exact in zip(grads, plain, exact_grads, strict=True):
         assert got.dtype == dtype
         assert_no_worse_than(got, other, exact, floor=floor)
 
@@ -135,7 +135,7 @@ def test_micro_batches_add_up_to_the_batch(name: str) -> None:
     config = CONFIGS[name]
     inputs = make_inputs(N, D, V, dtype=torch.float64)
     batch = make_batch(inputs)
-    whole, grads = run(inputs, batch, positive_weight=0.7, config=config)
+    full, grads = run(inputs, batch, positive_weight=0.7, config=config)
     tokens = batch.mask.sum()
     sequences = torch.tensor(sum(bool(batch.mask[batch.sequence_ids == i].any()) for i in range(B)))
     denominator = tokens if config.reduction == "token_mean" else sequences
@@ -147,7 +147,7 @@ def test_micro_batches_add_up_to_the_batch(name: str) -> None:
         total = total + out.loss
         parts[0][half] += d_hidden
         parts[1] += d_weight
-    torch.testing.assert_close(total, whole.loss, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(total, full.loss, rtol=1e-6, atol=1e-8)
     for got, exact in zip(parts, grads, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-9)
 
@@ -156,7 +156,7 @@ def test_a_response_split_over_micro_batches_needs_its_length() -> None:
     config = EAPOConfig(reduction="seq_mean_token_mean")
     inputs = make_inputs(N, D, V, dtype=torch.float64)
     batch = make_batch(inputs, masked=False)
-    whole, _ = run(inputs, batch, positive_weight=0.7, config=config)
+    full, _ = run(inputs, batch, positive_weight=0.7, config=config)
     lengths = torch.bincount(batch.sequence_ids, minlength=B)
     total = 0.0
     for half in (slice(0, 71), slice(71, N)):
@@ -164,7 +164,7 @@ def test_a_response_split_over_micro_batches_needs_its_length() -> None:
         micro = replace(batch, **part, denominator=float((lengths > 0).sum()), sequence_lengths=lengths)
         out, _ = run(replace(inputs, hidden=inputs.hidden[half]), micro, positive_weight=0.7, config=config)
         total = total + out.loss
-    torch.testing.assert_close(total, whole.loss, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(total, full.loss, rtol=1e-6, atol=1e-8)
 
 
 def test_the_weight_is_applied_once() -> None:

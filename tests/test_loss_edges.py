@@ -1,4 +1,4 @@
-"""The loss at its edges: nothing to count, nonsense under the mask, far-off policies, half precision, who gets a gradient."""
+"""The loss at its edges: empty batches, NaN in masked rows, distant policies, half precision, which inputs get a gradient."""
 
 from __future__ import annotations
 
@@ -137,11 +137,11 @@ def test_half_precision_operands_as_on_a_gpu(
     n, v = 64, 70_000
     inputs = make_inputs(n, D, v, dtype=dtype, peaked=peaked)
     batch = make_batch(inputs, masked=False)
-    _, truth = run(inputs.to(torch.float64), batch, positive_weight=0.7, schedule="autograd")
+    _, exact_grads = run(inputs.to(torch.float64), batch, positive_weight=0.7, schedule="autograd")
     monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: self.hidden.dtype))
     _, grads = run(inputs, batch, positive_weight=0.7, schedule=schedule)
     limit = {torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
-    for got, exact in zip(grads, truth, strict=True):
+    for got, exact in zip(grads, exact_grads, strict=True):
         if dtype == torch.float16:  # the results themselves are fp16: leave out what it cannot hold
             exact = torch.where(exact.abs() < 6e-5, got.double(), exact)
         assert (got.double() - exact).norm() <= limit * exact.norm()

@@ -42,22 +42,22 @@ def test_the_loss_is_the_same(schedule: str, name: str) -> None:
     inputs = make_inputs(N, D, V, dtype=torch.float64, bias=True)
     batch = half_idle(inputs)
     common = {"positive_weight": 0.7, "config": config, "schedule": schedule, "options": small_options()}
-    whole, gradients = run(inputs, batch, **common)
-    bare, bare_gradients = run(inputs, batch, **common, metrics=False)
-    torch.testing.assert_close(bare.loss, whole.loss, rtol=1e-6, atol=1e-8)
+    full, gradients = run(inputs, batch, **common)
+    plain, bare_gradients = run(inputs, batch, **common, metrics=False)
+    torch.testing.assert_close(plain.loss, full.loss, rtol=1e-6, atol=1e-8)
     for got, expected in zip(bare_gradients, gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-10)
-    assert bare.metrics.keys() == KEPT
-    assert all(torch.equal(value, whole.metrics[key]) for key, value in bare.metrics.items())
+    assert plain.metrics.keys() == KEPT
+    assert all(torch.equal(value, full.metrics[key]) for key, value in plain.metrics.items())
 
 
 @pytest.mark.parametrize("schedule", ["autograd", "one_pass"])
 def test_without_idle_tokens_it_is_the_same_bit_for_bit(schedule: str) -> None:
     inputs = make_inputs(N, D, V)
     batch = replace(make_batch(inputs), advantages=ADVANTAGES)
-    whole, gradients = run(inputs, batch, positive_weight=0.7, schedule=schedule)
-    bare, bare_gradients = run(inputs, batch, positive_weight=0.7, schedule=schedule, metrics=False)
-    for got, expected in zip((bare.loss, *bare_gradients), (whole.loss, *gradients), strict=True):
+    full, gradients = run(inputs, batch, positive_weight=0.7, schedule=schedule)
+    plain, bare_gradients = run(inputs, batch, positive_weight=0.7, schedule=schedule, metrics=False)
+    for got, expected in zip((plain.loss, *bare_gradients), (full.loss, *gradients), strict=True):
         assert torch.equal(got, expected)
 
 
@@ -72,11 +72,11 @@ def test_idle_tokens_do_no_work(schedule: str, name: str) -> None:
     batch = half_idle(inputs)
     poisoned = replace(inputs, hidden=torch.where(idle_tokens(batch)[:, None], math.nan, inputs.hidden))
     common = {"positive_weight": 0.7, "config": config, "schedule": schedule}
-    bare, gradients = run(poisoned, batch, **common, metrics=False)
-    assert bool(bare.loss.isfinite()) == (name not in PULLED)
+    plain, gradients = run(poisoned, batch, **common, metrics=False)
+    assert bool(plain.loss.isfinite()) == (name not in PULLED)
     if name not in PULLED:
         expected, expected_gradients = run(inputs, batch, **common)
-        torch.testing.assert_close(bare.loss, expected.loss)
+        torch.testing.assert_close(plain.loss, expected.loss)
         for got, plain in zip(gradients, expected_gradients, strict=True):
             torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-7)
 
@@ -89,9 +89,9 @@ def test_a_callers_own_surrogate_keeps_its_tokens() -> None:
 
     inputs = make_inputs(N, D, V)
     common = {"positive_weight": 0.7, "config": EAPOConfig(surrogate=exploring)}
-    whole, _ = run(inputs, half_idle(inputs), **common)
-    bare, _ = run(inputs, half_idle(inputs), **common, metrics=False)
-    assert torch.equal(bare.loss, whole.loss)
+    full, _ = run(inputs, half_idle(inputs), **common)
+    plain, _ = run(inputs, half_idle(inputs), **common, metrics=False)
+    assert torch.equal(plain.loss, full.loss)
 
 
 @pytest.mark.parametrize("schedule", ["autograd", "one_pass"])

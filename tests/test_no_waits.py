@@ -87,8 +87,8 @@ def problem(masked: bool) -> tuple[Inputs, TokenBatch, list[Tensor]]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("schedule", ["one_pass", "autograd"])
-@pytest.mark.parametrize("budget", [None, V * 16 * 64], ids=["whole", "chunks"])
-def test_a_loss_without_a_mask_asks_nothing(name: str, schedule: str, budget: int | None, count: Any) -> None:
+@pytest.mark.parametrize("budget", [None, V * 16 * 64], ids=["one_chunk", "chunks"])
+def test_a_loss_without_a_mask_does_not_synchronize(name: str, schedule: str, budget: int | None, count: Any) -> None:
     config = CONFIGS[name]
     if config.scope == "sequence":
         schedule = "autograd"
@@ -102,7 +102,7 @@ def test_a_loss_without_a_mask_asks_nothing(name: str, schedule: str, budget: in
 
 
 @pytest.mark.parametrize("entropy", ["grad", "nograd"])
-def test_the_op_without_a_mask_asks_nothing(entropy: str, count: Any) -> None:
+def test_the_op_without_a_mask_does_not_synchronize(entropy: str, count: Any) -> None:
     inputs, _, leaves = problem(masked=False)
     targets = torch.where(torch.arange(N) % 3 == 0, -100, inputs.targets)
     assert count(lambda: token_stats(*leaves, targets, entropy=entropy).logp.sum()) == (0, 0)
@@ -110,7 +110,7 @@ def test_the_op_without_a_mask_asks_nothing(entropy: str, count: Any) -> None:
 
 @pytest.mark.parametrize(("schedule", "times"), [("one_pass", (1, 0)), ("autograd", (1, 1))])
 def test_a_mask_costs_one_wait_a_direction(schedule: str, times: tuple[int, int], count: Any) -> None:
-    """Under autograd kept rows and others are counted apart."""
+    """Autograd: one wait in the forward, one in the backward."""
     _, batch, leaves = problem(masked=True)
     asked = count(lambda: eapo_loss(*leaves, batch, positive_weight=0.7, schedule=schedule).loss)
     assert asked == times

@@ -1,4 +1,4 @@
-"""``entropy_top_p``: the bonus is on the nucleus entropy, the logged entropy stays the whole distribution's."""
+"""``entropy_top_p``: the bonus is on the nucleus entropy, the logged entropy stays the full distribution's."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def test_loss_and_gradient(inputs: Inputs, batch: TokenBatch) -> None:
         torch.testing.assert_close(total - base, part, rtol=1e-5, atol=1e-7 * float(part.abs().max()) + 1e-9)
 
 
-def test_the_logged_entropy_is_the_whole_distributions(inputs: Inputs, batch: TokenBatch) -> None:
+def test_the_logged_entropy_is_the_full_distributions(inputs: Inputs, batch: TokenBatch) -> None:
     out, _ = loss(inputs, batch)
-    whole = reference.token_stats(inputs.hidden, inputs.weight, inputs.targets).entropy
-    assert whole is not None
-    assert out.metrics["eapo/entropy"].item() == pytest.approx(whole[batch.mask].mean().item(), rel=1e-5)
+    full = reference.token_stats(inputs.hidden, inputs.weight, inputs.targets).entropy
+    assert full is not None
+    assert out.metrics["eapo/entropy"].item() == pytest.approx(full[batch.mask].mean().item(), rel=1e-5)
 
 
 def test_one_pass_is_refused_by_name_and_not_chosen(inputs: Inputs, batch: TokenBatch) -> None:

@@ -176,5 +176,5 @@ def test_fp16_operands_hold_a_scaled_loss(scale: float, monkeypatch: pytest.Monk
         hidden, inputs.weight.detach(), batch, positive_weight=0.7, options=Options(SOME), main_grad=main, main_grad_scale=scale
     )
     assert float((main.double() / scale - exact).norm() / exact.norm()) < 3e-3
-    whole = _run(inputs, replace(batch, denominator=1.0), schedule="one_pass")[2]
-    assert float((whole.double() / N - exact).norm() / exact.norm()) < 3e-3
+    full = _run(inputs, replace(batch, denominator=1.0), schedule="one_pass")[2]
+    assert float((full.double() / N - exact).norm() / exact.norm()) < 3e-3

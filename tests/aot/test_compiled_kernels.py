@@ -54,7 +54,7 @@ def test_compiles_well(entry: Entry, variant: str) -> None:
         assert residents * (u.shared + 1024) <= SHARED_LIMIT[entry.family] + 1024, "their shared memory"
 
 
-REDONE = [
+RESCUES = [
     (family, itemsize, block_v)
     for family in TENSOR_CORES
     for itemsize in (2, 4)
@@ -64,8 +64,8 @@ REDONE = [
 ]
 
 
-@pytest.mark.parametrize(("family", "itemsize", "block_v"), REDONE)
-def test_rows_are_redone_without_spills_whatever_the_columns(family: str, itemsize: int, block_v: int) -> None:
+@pytest.mark.parametrize(("family", "itemsize", "block_v"), RESCUES)
+def test_rows_are_rescued_without_spills_for_any_columns(family: str, itemsize: int, block_v: int) -> None:
     """The line of "scaled_exp_rescue" is used with the columns of the first run
     (``scaled_exp_gemm.rescue_tile``)."""
     from dataclasses import replace
@@ -122,7 +122,7 @@ def test_exponentials_in_fp16_compile_as_in_bfloat16(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("family", TENSOR_CORES)
-def test_rows_are_judged_by_tile_and_by_all_processes_without_spills(family: str) -> None:
+def test_sums_by_tile_and_over_ranks_do_not_spill(family: str) -> None:
     """What only fp16 asks ``collect_rescue_ids`` for."""
     from dataclasses import replace
 

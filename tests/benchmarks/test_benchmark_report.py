@@ -114,7 +114,7 @@ def test_a_red_gate_is_refused(gpu_result: Result, tmp_path: Path, capsys: pytes
         report.newest_results(tmp_path)
 
 
-def test_files_of_another_schema_missing_files_and_missing_matplotlib_are_said(
+def test_files_of_another_schema_missing_files_and_missing_matplotlib_are_reported(
     gpu_result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "cpu-old.json"

@@ -19,7 +19,7 @@ def case() -> Case:
 
 
 def _dense(case: Case, objective: str) -> dict[str, Tensor]:
-    """logp, entropy, loss and both gradients from whole float64 logits; masked rows are cut out
+    """logp, entropy, loss and both gradients from full float64 logits; masked rows are cut out
     before anything is computed."""
     kept = torch.arange(N)[case.valid]
     hidden = case.hidden.double().requires_grad_()
@@ -69,9 +69,9 @@ def test_half_zero_rows_masks_the_second_half_of_every_response(case: Case) -> N
 
 
 @pytest.mark.parametrize("mode", ["fwd_bwd", "half_zero_rows"])
-def test_a_sample_is_rows_of_the_whole_reference(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_is_rows_of_the_full_reference(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     this = case.for_mode(mode)
-    whole = reference_of(this)
+    full = reference_of(this)
     monkeypatch.setattr(case_module, "_EVERYTHING", 1)
     monkeypatch.setattr(case_module, "_SAMPLED_ROWS", 10)
     monkeypatch.setattr(case_module, "_SAMPLED_COLUMNS", 40)
@@ -81,10 +81,10 @@ def test_a_sample_is_rows_of_the_whole_reference(case: Case, mode: str, monkeypa
     assert torch.isin(this.targets[this.valid][:20], sample.columns).all()
     for objective in OBJECTIVES:
         close = {"rtol": 1e-12, "atol": 1e-15}
-        torch.testing.assert_close(sample.loss[objective], whole.loss[objective], **close)
-        torch.testing.assert_close(sample.d_hidden[objective], whole.d_hidden[objective][sample.rows], **close)
-        torch.testing.assert_close(sample.d_weight[objective], whole.d_weight[objective][sample.columns], **close)
-        results = {"d_hidden": whole.d_hidden[objective], "d_weight": whole.d_weight[objective]}
+        torch.testing.assert_close(sample.loss[objective], full.loss[objective], **close)
+        torch.testing.assert_close(sample.d_hidden[objective], full.d_hidden[objective][sample.rows], **close)
+        torch.testing.assert_close(sample.d_weight[objective], full.d_weight[objective][sample.columns], **close)
+        results = {"d_hidden": full.d_hidden[objective], "d_weight": full.d_weight[objective]}
         assert max(sample.errors(results, objective).values()) < 1e-12
 
 

@@ -56,7 +56,7 @@ def test_a_case_that_is_wrong_crashes_or_hangs_is_named() -> None:
     assert gpu.watch({"hang": commands["hang"]}, 2, 1)["hang"].wrong == ["hang 1: hangs"]
 
 
-def test_a_wrong_form_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_form_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     ((_, check), *_) = gpu.form_cases(PLAN, "torch")
     assert check() is None
     right = gpu.form_results

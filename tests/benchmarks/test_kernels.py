@@ -30,14 +30,14 @@ def test_every_kernel_of_the_table_of_tiles_has_an_entry() -> None:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=str)
-def test_it_is_right(check: Check) -> None:
+def test_kernel_matches_float64(check: Check) -> None:
     assert check.why_wrong(kernels.TOY[0], "cpu") is None
 
 
-@pytest.mark.parametrize("every", [1, 2], ids=["wrong", "unsteady"])
+@pytest.mark.parametrize("every", [1, 2], ids=["wrong", "nondeterministic"])
 @pytest.mark.parametrize("name", sorted({check.kernel for check in CHECKS}))
-def test_a_wrong_or_an_unsteady_kernel_is_seen(name: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its output is spoiled behind each launch, or behind each second one."""
+def test_a_wrong_or_nondeterministic_kernel_is_reported(name: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its output is changed after every launch, or after every second one."""
     check = next(c for c in CHECKS if c.kernel == name)
     run = check._run(kernels.TOY[0], "cpu")
     launches = 0

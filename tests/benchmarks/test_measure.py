@@ -172,7 +172,7 @@ def test_telemetry_leaves_out_what_the_gpu_does_not_say() -> None:
     assert parse_telemetry("") == {}
 
 
-def test_result_files_accumulate_and_are_written_whole(
+def test_result_files_accumulate_and_are_written_atomically(
     cases: dict[str, tuple[Case, Reference]], providers: list[Provider], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = ResultFile(environment("cpu"))
@@ -189,10 +189,10 @@ def test_result_files_accumulate_and_are_written_whole(
     ]
     assert path.name.startswith("cpu-")
 
-    whole = Path.write_text
+    write_text = Path.write_text
 
     def torn(self: Path, text: str) -> int:
-        whole(self, text[: len(text) // 2])
+        write_text(self, text[: len(text) // 2])
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "write_text", torn)

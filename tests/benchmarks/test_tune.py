@@ -245,7 +245,7 @@ def entry(tile: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     return line | {"tile": {"block_n": 64, "block_v": 64, "block_d": 32} | (tile or {})} | changes
 
 
-def test_lines_for_rows_that_no_descriptor_can_describe_stay_apart(folder: Path) -> None:
+def test_lines_for_rows_that_no_descriptor_can_describe_are_separate(folder: Path) -> None:
     odd, even = entry({"stages": 2}, dim=4097), entry({"stages": 5})
     tiles.MEASURED.parent.mkdir()
     tiles.MEASURED.write_text(json.dumps({"environment": {}, "lines": [odd]}))
@@ -294,7 +294,7 @@ def test_a_contest_runs_the_kernel_and_sees_a_wrong_result() -> None:
 
 
 def test_spilling_tiles_are_refused_by_a_real_compile() -> None:
-    """In a process of its own: whether Triton interprets is settled when it is imported."""
+    """In a process of its own: importing Triton decides whether it interprets or compiles."""
     code = """
 from dataclasses import replace
 from benchmarks.tune import KernelContest, Search

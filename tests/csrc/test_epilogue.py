@@ -63,12 +63,12 @@ def merged(sums: Tensor, kind: int = 2) -> RowStatistics:
 def compare(actual: RowStatistics, raw: Tensor, scale: Tensor, targets: Tensor) -> None:
     eye = torch.eye(raw.shape[1])
     options = {"second_moments": actual.p2 is not None}
-    truth = reference.token_stats(raw.double(), eye.double(), targets, inv_temperature=scale.double(), **options)
+    exact = reference.token_stats(raw.double(), eye.double(), targets, inv_temperature=scale.double(), **options)
     eager = eager_token_stats(raw, eye, targets, inv_temperature=scale, **options)
     for name in ("logp", "entropy", "lse", "p2", "p2_logp", "varentropy"):
         got = getattr(actual, name)
         if got is not None:
-            assert_no_worse_than(got, getattr(eager, name), getattr(truth, name), floor=STATISTICS_FLOOR, name=name)
+            assert_no_worse_than(got, getattr(eager, name), getattr(exact, name), floor=STATISTICS_FLOOR, name=name)
 
 
 def rows_of(vocab: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,20 +96,20 @@ def test_statistics(vocab: int, block_v: int, pingpong: bool, host: ctypes.CDLL)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_each_kind_computes_its_fields(kind: int, host: ctypes.CDLL) -> None:
     raw, scale, targets = rows_of(700, 3.0)
-    sums, whole = (range_sums(host, raw, scale, targets, kind=k, per_split=2) for k in (kind, 2))
-    torch.testing.assert_close(sums[:3], whole[:3], rtol=0, atol=0)
+    sums, complete = (range_sums(host, raw, scale, targets, kind=k, per_split=2) for k in (kind, 2))
+    torch.testing.assert_close(sums[:3], complete[:3], rtol=0, atol=0)
     if kind:
-        torch.testing.assert_close(sums[3], whole[3], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums[3], complete[3], rtol=1e-5, atol=1e-5)
     compare(merged(sums, kind), raw, scale, targets)
 
 
 @pytest.mark.parametrize("per_split", [1, 2])
 def test_the_cut_of_the_vocabulary_changes_little(per_split: int, host: ctypes.CDLL) -> None:
     raw, scale, targets = rows_of(1700, 5.0)
-    whole = merged(range_sums(host, raw, scale, targets, per_split=100))
+    uncut = merged(range_sums(host, raw, scale, targets, per_split=100))
     cut = merged(range_sums(host, raw, scale, targets, per_split=per_split))
     for name in ("logp", "entropy", "p2"):
-        torch.testing.assert_close(getattr(cut, name), getattr(whole, name), rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(getattr(cut, name), getattr(uncut, name), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("case", ["large", "one hot", "flat", "one hot elsewhere", "falling", "rising"])
@@ -127,11 +127,11 @@ def test_extreme_rows(case: str, host: ctypes.CDLL) -> None:
     else:
         raw = torch.linspace(0, 200, 777).expand(ROWS, 777).contiguous() * (-1 if case == "falling" else 1)
     actual = merged(range_sums(host, raw, scale, targets, per_split=2))
-    truth = reference.token_stats(
+    exact = reference.token_stats(
         raw.double(), torch.eye(777).double(), targets, inv_temperature=scale.double(), second_moments=True
     )
     for name in ("logp", "entropy", "lse", "p2", "p2_logp", "varentropy"):  # 2.5e-7: two ulp of a sum near 1
-        torch.testing.assert_close(getattr(actual, name).double(), getattr(truth, name), rtol=2e-6, atol=2.5e-7)
+        torch.testing.assert_close(getattr(actual, name).double(), getattr(exact, name), rtol=2e-6, atol=2.5e-7)
 
 
 def test_large_logits_lose_no_more_than_the_targets_rounding(host: ctypes.CDLL) -> None:
@@ -201,8 +201,8 @@ def test_exponentials(block_v: int, vocab: int, host: ctypes.CDLL) -> None:
     write it to the matrix.
     """
     raw, scale, targets = rows_of(vocab, 4.0)
-    truth = raw.double() * scale.double()[:, None]
-    offset = (truth.logsumexp(1) + torch.randn(ROWS)).float() * LOG2E
+    logits = raw.double() * scale.double()[:, None]
+    offset = (logits.logsumexp(1) + torch.randn(ROWS)).float() * LOG2E
     targets = targets.int()
     for tile in range(-(-vocab // block_v)):
         slices = torch.full((block_v // 64, 4096), math.nan)
@@ -216,7 +216,7 @@ def test_exponentials(block_v: int, vocab: int, host: ctypes.CDLL) -> None:
         e = plain.view(-1, ROWS, 64).transpose(0, 1).reshape(ROWS, block_v).double()
         columns = torch.arange(tile * block_v, (tile + 1) * block_v)
         counts = (columns < vocab) & (columns != targets[:, None])
-        x = truth[:, columns.clamp_max(vocab - 1)] * LOG2E - offset.double()[:, None]
+        x = logits[:, columns.clamp_max(vocab - 1)] * LOG2E - offset.double()[:, None]
         exact = torch.where(counts, torch.exp2(x), 0.0)
         assert (e[~counts] == 0).all()
         torch.testing.assert_close(e, exact, rtol=1e-5, atol=1e-30)

@@ -60,7 +60,7 @@ def test_statistics_and_gradients(
 
 @pytest.mark.parametrize(("backend", "family"), KINDS)
 def test_a_range_of_nothing_but_nan_spoils_every_row(backend: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank's whole vocabulary shard may be NaN. The hardware's maximum ignores NaN, the
+    """A rank's full vocabulary shard may be NaN. The hardware's maximum ignores NaN, the
     interpreter's does not.
     """
     emulated_gpu.pretend(monkeypatch, family=family)
@@ -194,7 +194,7 @@ def test_a_real_model(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     h, w = leaves(torch.float64)
     every = (h @ w.T).log_softmax(1)
     exact, exact_entropy = every.gather(1, targets[:, None])[:, 0], -(every.exp() * every).sum(1).detach()
-    truth = gradients(exact, h, w)
+    exact_grads = gradients(exact, h, w)
     h, w = leaves(torch.bfloat16)
     rounded = (h @ w.T).float().log_softmax(1).gather(1, targets[:, None])[:, 0]
     plain = gradients(rounded, h, w)
@@ -205,7 +205,7 @@ def test_a_real_model(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Most of the error comes from tensor cores that truncate their sums; with rounding it would be 5e-6.
     assert (stats.logp.detach().double() - exact.detach()).abs().max() < 5e-5
     assert (stats.entropy.double() - exact_entropy).abs().max() < 5e-5
-    for got, eager, right in zip(ours, plain, truth, strict=True):
+    for got, eager, right in zip(ours, plain, exact_grads, strict=True):
         error, theirs = ((one - right).norm() / right.norm() for one in (got, eager))
         assert error < 3e-3, "bf16's own rounding is 1.7e-3"
         assert 5 * error < theirs

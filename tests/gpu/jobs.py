@@ -56,9 +56,9 @@ def _loss(backend: str, schedule: str, config: EAPOConfig | None = None) -> Job:
     return job
 
 
-def _redone(backend: str) -> Job:
-    """Every fifth old log-prob is so wrong that the scaled-exponential form finds no offset in it
-    and does the row again (``scaled_exp_rescue``).
+def _rescued(backend: str) -> Job:
+    """Every fifth old log-prob is so wrong that E is out of range with its offset and the row is
+    rescued (``scaled_exp_rescue``).
 
     The dual clip keeps the loss of these rows finite.
     """
@@ -86,7 +86,7 @@ for _backend in BACKENDS:
         f"{_backend}-autograd": _loss(_backend, "autograd"),
         f"{_backend}-one_pass": _loss(_backend, "one_pass"),
         f"{_backend}-one_pass-entropy": _loss(_backend, "one_pass", EAPOConfig(entropy_coef=0.01)),
-        f"{_backend}-one_pass-redone": _redone(_backend),
+        f"{_backend}-one_pass-rescued": _rescued(_backend),
     }
 """By name: backend and what is run. All results are tensors: statistics or loss first, then
 gradients."""

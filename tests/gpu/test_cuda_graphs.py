@@ -112,8 +112,8 @@ def test_nothing_waits_for_the_device(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in JOBS if "one_pass" in name or "autograd" in name])
 def test_a_mask_costs_a_wait_a_direction(name: str, device: str) -> None:
-    """For the number of rows; kept rows are counted apart. See ``Options.compact``, and
-    tests/test_no_waits.py."""
+    """For the number of rows, in the forward and, under autograd, in the backward. See
+    ``Options.compact`` and tests/test_no_waits.py."""
     inputs, batch = job_inputs(device)
     batch = replace(batch, mask=torch.arange(batch.targets.numel(), device=device) % 3 > 0)
     JOBS[name](inputs, batch, Options())

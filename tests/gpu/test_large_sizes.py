@@ -2,7 +2,7 @@
 code at tiny sizes.
 
 All statistics are compared with float64, the gradients in a sample of rows: the first, those around
-element 2^31, the last. Memory of a GPU, at most and with the whole matrix of logits in the budget:
+element 2^31, the last. Memory of a GPU, at most and with all logits in the budget:
 "logits" 35 GB, "weight" 25 GB, "hidden" 35 GB.
 """
 
@@ -46,7 +46,7 @@ def inputs(name: str, device: str) -> Inputs:
 
 
 def budget(inputs: Inputs, which: str) -> int | None:
-    """The default, in which a block of logits stays below 2^31 elements; or the whole matrix at
+    """The default, in which a block of logits stays below 2^31 elements; or all logits at
     once, at 16 bytes a logit."""
     return None if which == "default" else 16 * inputs.hidden.shape[0] * inputs.weight.shape[0]
 
@@ -62,12 +62,12 @@ def check_gradients(inputs: Inputs, exact: Exact, cotangents: Tensor, d_hidden: 
     (n, d), v, device = inputs.hidden.shape, inputs.weight.shape[0], inputs.hidden.device
     rows = torch.cat([around_the_border(n, d, device), around_the_border(n, v, device)]).unique()
     columns = torch.cat([around_the_border(v, d, device), inputs.targets[:2]]).unique()
-    for name, got, truth in (
+    for name, got, reference in (
         ("d_hidden", d_hidden[rows], exact_d_hidden(inputs, exact, cotangents, rows)),
         ("d_weight", d_weight[columns], exact_d_weight(inputs, exact, cotangents, columns)),
     ):
         assert got.dtype == torch.bfloat16
-        assert_no_worse_than(got, truth, truth, floor=GRADIENT_FLOOR, name=name)
+        assert_no_worse_than(got, reference, reference, floor=GRADIENT_FLOOR, name=name)
 
 
 def refuse_what_it_cannot_describe(backend: str, inputs: Inputs) -> None:
@@ -76,7 +76,7 @@ def refuse_what_it_cannot_describe(backend: str, inputs: Inputs) -> None:
         pytest.skip("rows that no tensor descriptor can describe")
 
 
-@pytest.mark.parametrize("workspace", ["default", "whole"])
+@pytest.mark.parametrize("workspace", ["default", "all_logits"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_op(inputs: Inputs, backend: str, workspace: str) -> None:
     refuse_what_it_cannot_describe(backend, inputs)
@@ -85,8 +85,8 @@ def test_op(inputs: Inputs, backend: str, workspace: str) -> None:
     stats = token_stats(*leaves, inputs.targets, backend=backend, options=options)
     exact = exact_statistics(Inputs(*(t.detach() for t in leaves), inputs.targets))
     for field in ("logp", "entropy", "lse"):
-        truth = getattr(exact, field)
-        assert_no_worse_than(getattr(stats, field), truth, truth, floor=STATISTICS_FLOOR, name=field)
+        reference = getattr(exact, field)
+        assert_no_worse_than(getattr(stats, field), reference, reference, floor=STATISTICS_FLOOR, name=field)
     generator = torch.Generator(leaves[0].device).manual_seed(7)
     cotangents = torch.randn(3, inputs.targets.numel(), generator=generator, device=leaves[0].device)
     gradients = torch.autograd.grad(stats[:3], leaves, list(cotangents))
@@ -118,7 +118,7 @@ def typed_again(batch: TokenBatch, logp: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
 
-@pytest.mark.parametrize("workspace", ["default", "whole"])
+@pytest.mark.parametrize("workspace", ["default", "all_logits"])
 @pytest.mark.parametrize("schedule", ["one_pass", "autograd"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_loss(inputs: Inputs, backend: str, schedule: str, workspace: str) -> None:

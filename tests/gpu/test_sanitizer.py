@@ -101,13 +101,13 @@ def test_the_program_of_the_wheel_comes_first(tmp_path: Path, monkeypatch: pytes
         assert find_sanitizer() == str(program)
 
 
-def test_the_tools_are_told_apart() -> None:
-    told = arguments("memcheck", "small", 0)
-    assert told == ["--tool", "memcheck", "--error-exitcode", "97", "--port", "49152"]
-    told = arguments("racecheck", "kernels", 1)
-    assert told[2:6] == ["--error-exitcode", "97", "--port", "49168"]
-    assert told[6:8] == ["--kernel-name", "kns=stream_statistics"]
-    assert told[-2:] == ["--num-cuda-barriers", "16"]
+def test_options_depend_on_the_tool() -> None:
+    options = arguments("memcheck", "small", 0)
+    assert options == ["--tool", "memcheck", "--error-exitcode", "97", "--port", "49152"]
+    options = arguments("racecheck", "kernels", 1)
+    assert options[2:6] == ["--error-exitcode", "97", "--port", "49168"]
+    assert options[6:8] == ["--kernel-name", "kns=stream_statistics"]
+    assert options[-2:] == ["--num-cuda-barriers", "16"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ CHUNKED = {"cuda": Options(memory_budget=200 * 50257 * 16), "cpu": Options(memor
 
 
 @pytest.mark.parametrize("name", JOBS)
-@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["one_chunk", "chunked"])
 def test_run_to_run_bitwise(name: str, chunked: bool, device: str) -> None:
     inputs, batch = job_inputs(device)
     options = CHUNKED[device] if chunked else Options()

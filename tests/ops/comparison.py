@@ -51,25 +51,25 @@ def compare(
     """A backend is no worse than twice eager PyTorch in statistics and gradients, plus the floors."""
     dtype = inputs.hidden.dtype
     doubled = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in transform.items()}
-    truth, truth_grads = run(reference.token_stats, inputs.to(torch.float64), weights, **doubled)
+    reference_stats, exact_grads = run(reference.token_stats, inputs.to(torch.float64), weights, **doubled)
     eager, eager_grads = run(eager_token_stats, inputs.to(dtype), weights, **transform)
     actual, grads = run(token_stats, inputs.to(dtype), weights, options=options, backend=backend, **transform)
     for name in TokenStats._fields:
-        got, plain, exact = (getattr(s, name) for s in (actual, eager, truth))
+        got, plain, exact = (getattr(s, name) for s in (actual, eager, reference_stats))
         if exact is not None:
             assert got.dtype == torch.float32
             assert_no_worse_than(got, plain, exact, floor=STATISTICS_FLOOR, name=name)
-    for name, got, plain, exact in zip(("hidden", "weight", "bias"), grads, eager_grads, truth_grads, strict=False):
+    for name, got, plain, exact in zip(("hidden", "weight", "bias"), grads, eager_grads, exact_grads, strict=False):
         assert got.dtype == dtype
         assert_no_worse_than(got, plain, exact, floor=GRADIENT_FLOOR[dtype], name=f"d_{name}")
 
 
 def dense(gradient: LogitGradient, targets: Tensor) -> Tensor:
     """[C, V] float64, a chunk's gradient written out."""
-    whole = gradient.matrix.double() * gradient.row_scale.double().unsqueeze(1)
+    full = gradient.matrix.double() * gradient.row_scale.double().unsqueeze(1)
     if gradient.target_grads is None:
-        return whole
-    return whole.scatter_add_(1, targets.unsqueeze(1), gradient.target_grads.double().unsqueeze(1))
+        return full
+    return full.scatter_add_(1, targets.unsqueeze(1), gradient.target_grads.double().unsqueeze(1))
 
 
 def projection(inputs: Inputs, **transform: Any) -> Projection:
@@ -84,7 +84,7 @@ def compare_saved(inputs: Inputs, budget: int, *, backend: str = "auto", mask: T
     weights = cotangents(inputs.targets.numel(), "logp", str(inputs.targets.device))
     options = Options(memory_budget=budget)
     masked = {} if mask is None else {"mask": mask}
-    truth, truth_grads = run(reference.token_stats, inputs.to(torch.float64), weights, **transform, **masked)
+    reference_stats, exact_grads = run(reference.token_stats, inputs.to(torch.float64), weights, **transform, **masked)
     _, eager_grads = run(eager_token_stats, inputs.to(dtype), weights, **transform, **masked)
     more = {"backend": backend, "options": options, "entropy": "nograd", **transform, **masked}
     actual, grads = run(token_stats, inputs.to(dtype), weights, **more)
@@ -93,8 +93,8 @@ def compare_saved(inputs: Inputs, budget: int, *, backend: str = "auto", mask: T
     )
     for name in ("logp", "entropy", "lse"):
         torch.testing.assert_close(getattr(actual, name), getattr(plain, name), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(getattr(actual, name).double(), getattr(truth, name), rtol=2e-4, atol=2e-4)
-    for name, got, eager, exact in zip(("hidden", "weight", "bias"), grads, eager_grads, truth_grads, strict=False):
+        torch.testing.assert_close(getattr(actual, name).double(), getattr(reference_stats, name), rtol=2e-4, atol=2e-4)
+    for name, got, eager, exact in zip(("hidden", "weight", "bias"), grads, eager_grads, exact_grads, strict=False):
         assert got.dtype == dtype
         assert_no_worse_than(got, eager, exact, floor=GRADIENT_FLOOR[dtype], name=f"d_{name}")
 

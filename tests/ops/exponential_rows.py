@@ -37,7 +37,7 @@ def oracle(p: Projection, targets: Tensor) -> tuple[Any, Tensor]:
 
 
 def run(p: Projection, targets: Tensor, logp_guess: Tensor | None, **options: Any) -> tuple[Any, Tensor, int]:
-    """Statistics, d logp / d(raw logits), and the number of rows that were redone."""
+    """Statistics, d logp / d(raw logits), and the number of rows that were rescued."""
     chunk = ScaledExpChunk(p, targets, logp_guess, entropy=True, **options)
     stats = chunk.statistics()
     gradient = chunk.gradient(LogitCotangents(torch.ones_like(stats.logp)))
@@ -51,25 +51,25 @@ def floor(p: Projection) -> float:
 
 
 def check(p: Projection, targets: Tensor, logp_guess: Tensor | None) -> int:
-    """No worse than twice eager PyTorch in the inputs' dtype; the gradient is judged row by row. Returns the rows redone."""
-    truth, gradient = oracle(p, targets)
+    """No worse than twice eager PyTorch in the inputs' dtype, the gradient row by row. Returns the number of rescued rows."""
+    exact, gradient = oracle(p, targets)
     eager = eager_token_stats(p.hidden, p.weight, targets, bias=p.bias, **transform_of(p))
-    stats, got, redone = run(p, targets, logp_guess)
+    stats, got, rescued = run(p, targets, logp_guess)
     for name in ("logp", "entropy", "lse"):
         value = getattr(stats, name)
         assert value.dtype == torch.float32
-        assert_no_worse_than(value, getattr(eager, name), getattr(truth, name), floor=2e-6, name=name)
+        assert_no_worse_than(value, getattr(eager, name), getattr(exact, name), floor=2e-6, name=name)
         if p.hidden.dtype != torch.float32:
-            assert float((value.double() - getattr(truth, name)).abs().max()) <= 1e-5, name
+            assert float((value.double() - getattr(exact, name)).abs().max()) <= 1e-5, name
     assert (stats.logp <= 0).all()
     torch.testing.assert_close(stats.row_offset + stats.log_sum, stats.lse, rtol=1e-6, atol=4e-6)
     torch.testing.assert_close(stats.log_sum - stats.mean_shifted, stats.entropy, rtol=1e-6, atol=1e-6)
     error = (got - gradient).norm(dim=1)
     assert (error <= floor(p) * gradient.norm(dim=1) + 1e-30).all(), (error / gradient.norm(dim=1)).max()
-    return redone
+    return rescued
 
 
-def unsound(p: Projection, targets: Tensor, logp_guess: Tensor | None, block_v: int | None = None) -> Tensor:
+def out_of_range(p: Projection, targets: Tensor, logp_guess: Tensor | None, block_v: int | None = None) -> Tensor:
     """[N] bool, the rows outside of their dtype's ``Window`` by float64. block_v: of the tiles, Triton's if None."""
     limits, block_v = window(p.operand_dtype), block_v or product_tile("scaled_exp_gemm", p).block_v
     raw = p.hidden.double() @ p.weight.double().T
@@ -82,8 +82,8 @@ def unsound(p: Projection, targets: Tensor, logp_guess: Tensor | None, block_v: 
         below = torch.where(logp_guess.isfinite(), logp_guess.double() / math.log(2) + limits.with_guess, below)
     e = torch.exp2(bits - (bits.gather(1, at).squeeze(1) - below).unsqueeze(1))
     total = e.sum(1)
-    sound = (total > limits.least) & (total < limits.most)
+    in_range = (total > limits.least) & (total < limits.most)
     if limits.largest is not None:
         e = torch.nn.functional.pad(e.scatter(1, at, 0.0), (0, -p.vocab % block_v))
-        sound &= e.view(len(e), -1, block_v).sum(2).amax(1) <= limits.largest
-    return ~sound
+        in_range &= e.view(len(e), -1, block_v).sum(2).amax(1) <= limits.largest
+    return ~in_range

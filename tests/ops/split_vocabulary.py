@@ -1,4 +1,4 @@
-"""A head split over processes: the calls, what a process computes of its shard, and what one process computes of the whole."""
+"""A head split over processes: the calls, what a rank computes of its shard, and what one process computes of the full head."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from eapo_kernels.testing import Inputs, make_inputs
 
 N, D, V = 200, 24, 211
 SIZES = {2: (160, 51), 3: (3, 150, 58)}
-"""Rows of the head on each process: uneven, one of them tiny."""
+"""Rows of the head on each rank: uneven, one of them tiny."""
 
 CHUNKS = Options(memory_budget=62_000)
-"""Three chunks of the 160 or so rows that count, in fp32 on any backend and any number of processes."""
+"""Three chunks of the 160 or so rows that count, in fp32 on any backend and any number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Case:
         dtype: of the inputs.
         change: what is done to the inputs.
         frozen: the head needs no gradient.
-        gathers, reductions: collectives of forward and backward together, on every process.
+        gathers, reductions: collectives of forward and backward together, on every rank.
         exponentials: the triton backend takes the scaled-exponential form for it.
     """
 
@@ -48,11 +48,11 @@ class Case:
     exponentials: bool = False
 
     def inputs(self) -> Inputs:
-        """The same on every process."""
+        """The same on every rank."""
         return self.change(make_inputs(N, D, V, seed=5, bias=True)).to(self.dtype)
 
 
-def _far_apart(inputs: Inputs) -> Inputs:
+def _steep(inputs: Inputs) -> Inputs:
     """Columns from 130 on lie 300 nats below the others, some targets with them; and in some rows it is the other way round."""
     assert inputs.bias is not None
     bias, weight = inputs.bias.clone(), inputs.weight.clone()
@@ -73,18 +73,18 @@ def _removed(inputs: Inputs) -> Inputs:
 _ROWS = torch.rand(N, generator=torch.Generator().manual_seed(1)) + 0.5
 _MASK = torch.rand(N, generator=torch.Generator().manual_seed(2)) > 0.3
 _EVERYTHING = {"softcap": 9.0, "logit_scale": 1.3, "inv_temperature": _ROWS, "mask": _MASK, "second_moments": True}
-_BAD_HINT = torch.linspace(-90, 90, N)
+_BAD_GUESS = torch.linspace(-90, 90, N)
 _EAPO = {"positive_weight": 0.7, "schedule": "one_pass"}
 _BONUS = EAPOConfig(entropy_coef=0.05, dual_clip=3.0)
 
 CASES = {
     "exact_statistics": Case("stats", _EVERYTHING, torch.float64),
-    "exact_kept": Case("logp", {"entropy": "nograd"}, torch.float64),
+    "exact_saved": Case("logp", {"entropy": "nograd"}, torch.float64),
     "exact_one_pass": Case("eapo", _EAPO, torch.float64),
     "statistics": Case("stats", _EVERYTHING),
     "slabs": Case("stats", {"options": CHUNKS}),
-    "kept": Case("logp", {"entropy": "nograd", "mask": _MASK}),
-    "nothing_kept": Case("logp", {"entropy": "none", "options": Options(plan="recompute")}),
+    "saved": Case("logp", {"entropy": "nograd", "mask": _MASK}),
+    "nothing_saved": Case("logp", {"entropy": "none", "options": Options(plan="recompute")}),
     "uncompacted": Case("logp", {"entropy": "nograd", "mask": _MASK, "options": Options(compact=False)}),
     "one_pass": Case("eapo", _EAPO | {"inv_temperature": _ROWS}),
     "chunks": Case("eapo", _EAPO | {"options": CHUNKS}, gathers=3, reductions=3),
@@ -94,22 +94,22 @@ CASES = {
     "main_grad": Case("eapo", _EAPO | {"main": True, "options": CHUNKS}, gathers=3, reductions=3),
     "frozen": Case("eapo", _EAPO, frozen=True),
     "sequence_ratio": Case("gspo", {"schedule": "autograd"}),
-    "far_apart": Case("logp", {"entropy": "nograd"}, change=_far_apart),
-    "far_apart_statistics": Case("stats", change=_far_apart),
+    "steep": Case("logp", {"entropy": "nograd"}, change=_steep),
+    "steep_statistics": Case("stats", change=_steep),
     "removed": Case("eapo", _EAPO, change=_removed),
     "removed_statistics": Case("stats", {"second_moments": True}, change=_removed),
     "nothing_counts": Case("stats", {"mask": torch.zeros(N, dtype=torch.bool)}, gathers=0, reductions=0),
     "bfloat16": Case("stats", {"inv_temperature": 0.8}, torch.bfloat16),
-    "bfloat16_kept": Case("logp", {"entropy": "nograd"}, torch.bfloat16, exponentials=True),
+    "bfloat16_saved": Case("logp", {"entropy": "nograd"}, torch.bfloat16, exponentials=True),
     "bfloat16_one_pass": Case("eapo", _EAPO | {"options": CHUNKS}, torch.bfloat16, gathers=3, reductions=3, exponentials=True),
-    "bfloat16_far_apart": Case("logp", {"entropy": "nograd"}, torch.bfloat16, _far_apart, exponentials=True),
+    "bfloat16_steep": Case("logp", {"entropy": "nograd"}, torch.bfloat16, _steep, exponentials=True),
     "bfloat16_removed": Case("eapo", _EAPO | {"inv_temperature": _ROWS}, torch.bfloat16, _removed, exponentials=True),
-    "bfloat16_bad_hint": Case("eapo", _EAPO | {"old": _BAD_HINT}, torch.bfloat16, exponentials=True),
-    "bfloat16_removed_bad_hint": Case("eapo", _EAPO | {"old": _BAD_HINT}, torch.bfloat16, _removed, exponentials=True),
+    "bfloat16_bad_guess": Case("eapo", _EAPO | {"old": _BAD_GUESS}, torch.bfloat16, exponentials=True),
+    "bfloat16_removed_bad_guess": Case("eapo", _EAPO | {"old": _BAD_GUESS}, torch.bfloat16, _removed, exponentials=True),
     "float16_one_pass": Case("eapo", _EAPO, torch.float16, exponentials=True),
-    "float16_kept": Case("logp", {"entropy": "nograd"}, torch.float16, exponentials=True),
-    "float16_far_apart": Case("logp", {"entropy": "nograd"}, torch.float16, _far_apart, exponentials=True),
-    "float16_removed_bad_hint": Case("eapo", _EAPO | {"old": _BAD_HINT / 10}, torch.float16, _removed, exponentials=True),
+    "float16_saved": Case("logp", {"entropy": "nograd"}, torch.float16, exponentials=True),
+    "float16_steep": Case("logp", {"entropy": "nograd"}, torch.float16, _steep, exponentials=True),
+    "float16_removed_bad_guess": Case("eapo", _EAPO | {"old": _BAD_GUESS / 10}, torch.float16, _removed, exponentials=True),
 }
 
 

@@ -49,7 +49,7 @@ def test_the_default_budget_follows_the_device(device: int | None, budget: int) 
 
 
 def test_devices_of_nearly_one_size_have_one_default_budget() -> None:
-    """Else processes that share a head would cut different chunks, and wait for each other."""
+    """Otherwise the ranks of a split head would cut different chunks and deadlock."""
     for nominal in (16, 24, 32, 40, 48, 80):
         budgets = {chunking.default_budget(int(nominal * 2**30 * share)) for share in (0.93, 0.95, 0.97, 0.99)}
         assert len(budgets) == 1

@@ -16,7 +16,7 @@ from eapo_kernels.testing import assert_no_worse_than, make_inputs, peak_memory
 
 
 def dense(hidden: Tensor, weight: Tensor, *, top_p: float, **transform: Any) -> Tensor:
-    """arXiv 2509.25133, typed out on the whole [N, V]: sort, cut where the mass before reaches top_p, renormalise."""
+    """arXiv 2509.25133, typed out on all of [N, V]: sort, cut where the mass before reaches top_p, renormalise."""
     p = torch.softmax(reference.logits(hidden, weight, **transform), -1)
     ordered, order = torch.sort(p.detach(), dim=-1, descending=True, stable=True)
     inside = (ordered.cumsum(-1) - ordered) < top_p * p.detach().sum(-1, keepdim=True)
@@ -53,8 +53,8 @@ def test_values_and_gradients_in_float64(
     cotangent = torch.randn(63, generator=torch.Generator().manual_seed(2)).to(device)
     leaves = inputs.leaves()
     values, found = gradients(nucleus_entropy, leaves, cotangent, top_p=top_p, **transform)
-    truth, exact = gradients(dense, leaves, cotangent, top_p=top_p, **transform)
-    torch.testing.assert_close(values, truth, rtol=1e-9, atol=1e-9)
+    exact_values, exact = gradients(dense, leaves, cotangent, top_p=top_p, **transform)
+    torch.testing.assert_close(values, exact_values, rtol=1e-9, atol=1e-9)
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * float(b.abs().max()))
 
@@ -138,12 +138,12 @@ def test_masked_rows_are_exact_zeros_and_may_hold_anything(device: str) -> None:
 def test_shapes_chunks_and_large_nuclei(device: str) -> None:
     """The number of tokens sorted at first is doubled as needed; the cut into chunks changes nothing but rounding."""
     inputs = make_inputs(70, 8, 5000, peaked=False, device=device).to(torch.float64)
-    whole = nucleus_entropy(inputs.hidden, inputs.weight, top_p=0.9)
-    assert float(whole.mean().exp()) > 2000
+    uncut = nucleus_entropy(inputs.hidden, inputs.weight, top_p=0.9)
+    assert float(uncut.mean().exp()) > 2000
     cut = nucleus_entropy(inputs.hidden, inputs.weight, top_p=0.9, options=Options(memory_budget=5000 * 48 * 8))
-    torch.testing.assert_close(whole, cut, rtol=1e-10, atol=0)
+    torch.testing.assert_close(uncut, cut, rtol=1e-10, atol=0)
     folded = nucleus_entropy(inputs.hidden.view(7, 10, 8), inputs.weight, top_p=0.9)
-    assert torch.equal(folded, whole.view(7, 10))
+    assert torch.equal(folded, uncut.view(7, 10))
     assert nucleus_entropy(inputs.hidden[:0], inputs.weight, top_p=0.9).shape == (0,)
 
 

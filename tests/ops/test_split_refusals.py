@@ -26,7 +26,7 @@ class Odd:
     """What the last process gives otherwise than the others, and what all of them say of it.
 
     Attributes:
-        message: a pattern of the message on every process.
+        message: a pattern of the message on every rank.
         change: the last process's arguments.
         common: arguments of all the others and, but for ``change``, its own.
         call: "stats", "loss" or "cross_entropy".
@@ -168,7 +168,7 @@ def _what_all_refuse(rank: int, world: int) -> None:
 
 
 def _bad_groups(rank: int) -> None:
-    """What is no group of this process: nobody else is told."""
+    """Arguments that are not a group of this process: the error is raised without a collective."""
     weight = INPUTS.weight[ROWS * rank : ROWS * (rank + 1)]
     other = dist.new_group([0])
     groups = [
@@ -184,5 +184,5 @@ def _bad_groups(rank: int) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_odd_calls_raise_on_every_process(world: int) -> None:
+def test_odd_calls_raise_on_every_rank(world: int) -> None:
     run_ranks(_odd_calls, world, world=world)

@@ -1,4 +1,4 @@
-"""Targets that are no token, which nobody checks on CUDA: their rows are NaN, in every form, and the others what they were."""
+"""Targets out of range, which CUDA calls do not check: their rows are NaN, in every form, and the other rows do not change."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def problem(dtype: torch.dtype, device: str) -> tuple[Any, torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", [Options(), Options(plan="recompute")], ids=["kept", "recompute"])
+@pytest.mark.parametrize("options", [Options(), Options(plan="recompute")], ids=["saved", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("slabs", [False, True], ids=["whole", "slabs"])
+@pytest.mark.parametrize("slabs", [False, True], ids=["full", "slabs"])
 def test_statistics(
     backend: str, options: Options, dtype: torch.dtype, slabs: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""A head split over 2 and 3 gloo processes, uneven: the numbers of one process, and the same bits on every process."""
+"""A head split unevenly over 2 and 3 gloo ranks: the numbers of one process, and the same bits on every rank."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from split_vocabulary import CASES, SIZES, Case, V, counted, rows_of, run
 from eapo_kernels import EapoError, VocabShard, reference, token_stats
 from eapo_kernels.testing import assert_no_worse_than, make_inputs
 
-WHOLE = slice(0, V)
+ALL_ROWS = slice(0, V)
 TRITON = {
-    2: ("slabs", "chunks", "bfloat16_one_pass", "float16_kept"),
+    2: ("slabs", "chunks", "bfloat16_one_pass", "float16_saved"),
     3: (
-        "statistics", "kept", "nothing_kept", "bonus_softcap", "far_apart_statistics", "removed_statistics", "nothing_counts",
-        "bfloat16_far_apart", "bfloat16_bad_hint", "bfloat16_removed_bad_hint", "float16_one_pass",
-        "float16_far_apart", "float16_removed_bad_hint",
+        "statistics", "saved", "nothing_saved", "bonus_softcap", "steep_statistics", "removed_statistics", "nothing_counts",
+        "bfloat16_steep", "bfloat16_bad_guess", "bfloat16_removed_bad_guess", "float16_one_pass",
+        "float16_steep", "float16_removed_bad_guess",
     ),
 }  # fmt: skip
 """Interpreted, which takes its time: each is the only one of its kind."""
@@ -50,7 +50,7 @@ def _work(rank: int, world: int, directory: str) -> None:
                 reductions += case.gathers  # the sums of E by which rows are judged
         assert dict(counts) == {k: n for k, n in (("all_gather", case.gathers), ("all_reduce", reductions)) if n}, name
         assert all(value.isfinite().all() for value in results.values()), name
-        if backend == "torch" or name == "bfloat16_bad_hint":
+        if backend == "torch" or name == "bfloat16_bad_guess":
             again = run(case, case.inputs(), rows_of(rank, world), backend, shard)
             assert all(torch.equal(results[k], again[k]) for k in results), f"{name}: another run gives other bits"
         found[name, backend] = results
@@ -58,7 +58,7 @@ def _work(rank: int, world: int, directory: str) -> None:
 
 
 @pytest.mark.parametrize("world", CALLS)
-def test_a_split_head_is_the_whole_one_to_rounding(world: int, tmp_path: Path) -> None:
+def test_a_split_head_equals_the_full_one_up_to_rounding(world: int, tmp_path: Path) -> None:
     run_ranks(_work, world, str(tmp_path), world=world)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for name, backend in CALLS[world]:
@@ -66,17 +66,17 @@ def test_a_split_head_is_the_whole_one_to_rounding(world: int, tmp_path: Path) -
 
 
 def _check(name: str, backend: str, found: list[dict[str, torch.Tensor]]) -> None:
-    """found: results of each process."""
+    """found: results of each rank."""
     case = CASES[name]
-    truth = run(replace(case, dtype=torch.float64), _widened(case), WHOLE, "torch", None)
-    plain = run(case, case.inputs(), WHOLE, "torch", None)
-    assert found[0].keys() == truth.keys()
-    for key, exact in truth.items():
+    float64 = run(replace(case, dtype=torch.float64), _widened(case), ALL_ROWS, "torch", None)
+    plain = run(case, case.inputs(), ALL_ROWS, "torch", None)
+    assert found[0].keys() == float64.keys()
+    for key, exact in float64.items():
         if key in ("d_weight", "d_bias"):
             actual = torch.cat([part[key] for part in found])
         else:
             actual = found[0][key]
-            assert all(torch.equal(part[key], actual) for part in found), f"{name} {backend} {key}: processes differ"
+            assert all(torch.equal(part[key], actual) for part in found), f"{name} {backend} {key}: ranks differ"
         if case.dtype == torch.float64:
             torch.testing.assert_close(
                 actual, exact, rtol=1e-11, atol=1e-11, msg=lambda m, key=key: f"{name} {backend} {key}: {m}"
@@ -91,21 +91,21 @@ def _widened(case: Case) -> Any:
     return case.inputs().to(torch.float64)
 
 
-def test_the_whole_one_is_the_oracle() -> None:
+def test_the_full_head_equals_the_oracle() -> None:
     """So that the comparison above is one with the dense reference."""
     case = CASES["exact_statistics"]
     inputs, options = case.inputs(), dict(case.arguments)
     options["inv_temperature"] = options["inv_temperature"].double()
     expected = reference.token_stats(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, **options)
     for name, value in expected._asdict().items():
-        torch.testing.assert_close(run(case, inputs, WHOLE, "torch", None)[name], value, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(run(case, inputs, ALL_ROWS, "torch", None)[name], value, rtol=1e-11, atol=1e-11)
 
 
 def _groups(rank: int) -> None:
     _a_group_gives_the_same_as_its_shard(rank)
     _a_shard_compiles(rank)
     _even_parts_need_no_exchange(rank)
-    _sequences_on_different_processes_need_nothing(rank)
+    _sequences_on_different_ranks_need_nothing(rank)
 
 
 def test_groups() -> None:
@@ -113,7 +113,7 @@ def test_groups() -> None:
 
 
 def _a_group_gives_the_same_as_its_shard(rank: int) -> None:
-    case = CASES["kept"]
+    case = CASES["saved"]
     rows, group = rows_of(rank, 2), dist.group.WORLD
     with counted() as counts:
         found = run(case, case.inputs(), rows, "torch", group)
@@ -127,16 +127,16 @@ def _a_group_gives_the_same_as_its_shard(rank: int) -> None:
     shard = VocabShard.of(group, case.inputs().weight[rows])
     for key, value in run(case, case.inputs(), rows, "torch", shard).items():
         assert torch.equal(found[key], value)
-    alone = [dist.new_group([other]) for other in range(2)][rank]  # one process alone has the whole weight
+    alone = [dist.new_group([other]) for other in range(2)][rank]  # a group of one rank with the full weight
     with counted() as counts:
-        found = run(case, case.inputs(), WHOLE, "torch", alone)
+        found = run(case, case.inputs(), ALL_ROWS, "torch", alone)
     assert counts == {"all_gather": 1}
-    for key, value in run(case, case.inputs(), WHOLE, "torch", None).items():
+    for key, value in run(case, case.inputs(), ALL_ROWS, "torch", None).items():
         assert torch.equal(found[key], value)
 
 
 def _a_shard_compiles(rank: int) -> None:
-    case = CASES["kept"]
+    case = CASES["saved"]
     inputs, rows = case.inputs(), rows_of(rank, 2)
     shard = VocabShard.of(dist.group.WORLD, inputs.weight[rows])
     weight = inputs.weight[rows].clone().requires_grad_()
@@ -161,16 +161,16 @@ def _even_parts_need_no_exchange(rank: int) -> None:
         VocabShard.chunked(dist.group.WORLD, 1)
 
 
-def _sequences_on_different_processes_need_nothing(rank: int) -> None:
-    """Sequence and context parallelism: each process has some of the positions and the whole head."""
+def _sequences_on_different_ranks_need_nothing(rank: int) -> None:
+    """Sequence and context parallelism: each rank has some of the positions and the full head."""
     inputs, mine = make_inputs(40, 8, 33), slice(20 * rank, 20 * rank + 20)
     leaves = inputs.leaves()
     expected = torch.autograd.grad(token_stats(*leaves[:2], inputs.targets).entropy.sum(), leaves)
     stats = token_stats(inputs.hidden[mine], inputs.weight, inputs.targets[mine])
     found = torch.autograd.grad(stats.entropy.sum(), leaves)
-    for gradient, whole in zip(found, expected, strict=True):
+    for gradient, exact in zip(found, expected, strict=True):
         dist.all_reduce(gradient)
-        torch.testing.assert_close(gradient, whole)
+        torch.testing.assert_close(gradient, exact)
 
 
 def test_without_processes() -> None:

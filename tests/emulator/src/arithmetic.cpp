@@ -73,10 +73,10 @@ Step Machine::do_sub(Warp& warp, const Instruction& in, u32 lanes) {
 namespace {
 // The full product of two integers.
 template <class T>
-__int128 whole(T a, T b) { return __int128(a) * __int128(b); }
+__int128 wide_product(T a, T b) { return __int128(a) * __int128(b); }
 template <class T>
 T part(const Instruction& in, T a, T b) {
-    const auto product = whole(a, b);
+    const auto product = wide_product(a, b);
     return in.has("hi") ? T(product >> (8 * sizeof(T))) : T(product);
 }
 }  // namespace

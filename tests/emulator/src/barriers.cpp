@@ -73,7 +73,7 @@ Barrier& Machine::known_to_others(Barrier& barrier) const {
     return barrier;
 }
 
-void Machine::settle(Barrier& barrier) {
+void Machine::update_phase(Barrier& barrier) {
     if (std::abs(barrier.bytes) >= 1 << 20)
         throw Fault("mbarrier: expected fewer than 2^20 bytes on their way, got " + std::to_string(barrier.bytes));
     if (barrier.pending == 0 && barrier.bytes == 0) {
@@ -89,13 +89,13 @@ void Machine::arrive(Cta& cta, u32 address, i64 arrivals, i64 bytes) {
     if (arrivals > b.pending)
         throw Fault("mbarrier: expected at most " + std::to_string(b.expected) + " arrivals a phase, got one more");
     b.pending -= arrivals;
-    settle(b);
+    update_phase(b);
 }
 
 void Machine::complete(Cta& cta, u32 address, i64 bytes) {
     Barrier& b = known_to_others(barrier(cta, address));
     b.bytes -= bytes;
-    settle(b);
+    update_phase(b);
 }
 
 Step Machine::do_mbarrier(Warp& warp, const Instruction& in, u32 lanes) {

@@ -37,18 +37,18 @@ Step Machine::compare(Warp& warp, const Instruction& in, u32 lanes) {
     for (int lane = 0; lane < LANES; ++lane) {
         const T x = as<T>(a[lane]), y = as<T>(b[lane]);
         const bool nan = x != x || y != y;
-        bool truth = false;
+        bool holds = false;
         switch (which) {
-            case 0: truth = x == y; break;
-            case 1: truth = x != y && !nan; break;
-            case 2: truth = x < y; break;
-            case 3: truth = x <= y; break;
-            case 4: truth = x > y; break;
-            case 5: truth = x >= y; break;
-            case 6: truth = !nan; break;
-            case 7: truth = nan; break;
+            case 0: holds = x == y; break;
+            case 1: holds = x != y && !nan; break;
+            case 2: holds = x < y; break;
+            case 3: holds = x <= y; break;
+            case 4: holds = x > y; break;
+            case 5: holds = x >= y; break;
+            case 6: holds = !nan; break;
+            case 7: holds = nan; break;
         }
-        result |= u32(truth || (unordered && nan)) << lane;
+        result |= u32(holds || (unordered && nan)) << lane;
     }
     u32 complement = ~result;
     if (in.has("and") || in.has("or") || in.has("xor")) {

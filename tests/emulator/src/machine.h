@@ -180,7 +180,7 @@ class Machine {
     Barrier& barrier(Cta& cta, u32 address);
     void arrive(Cta& cta, u32 address, i64 arrivals, i64 bytes);
     void complete(Cta& cta, u32 address, i64 bytes);
-    void settle(Barrier& barrier);
+    void update_phase(Barrier& barrier);
 
     void multiply(Warp& warp, const Product& product);
     void issue_together(Warp& warp, const Product& product);

@@ -44,8 +44,8 @@ Step Machine::do_vote(Warp& warp, const Instruction& in, u32 lanes) {
             if (lanes >> lane & 1) d[lane] = ballot;
         return Step::NEXT;
     }
-    const bool truth = in.has("any") ? ballot != 0 : in.has("all") ? ballot == members : ballot == 0 || ballot == members;
-    set_predicate(warp, in.at(0), truth ? ALL : 0, lanes);
+    const bool holds = in.has("any") ? ballot != 0 : in.has("all") ? ballot == members : ballot == 0 || ballot == members;
+    set_predicate(warp, in.at(0), holds ? ALL : 0, lanes);
     return Step::NEXT;
 }
 

@@ -153,8 +153,8 @@ def test_the_drivers_errors_are_raised(fake: FakeDriver, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("version", "refused"), [(12080, True), (13000, False), (14010, False)])
 def test_a_driver_older_than_the_compiler_is_refused(version: int, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     status = driver.CUresult
-    told = SimpleNamespace(CUresult=status, cuDriverGetVersion=lambda: (status.CUDA_SUCCESS, version))
-    monkeypatch.setattr(launch, "driver", told)
+    bindings = SimpleNamespace(CUresult=status, cuDriverGetVersion=lambda: (status.CUDA_SUCCESS, version))
+    monkeypatch.setattr(launch, "driver", bindings)
     monkeypatch.setattr(build, "compiler_version", lambda: "13.5")
     launch.refusal.cache_clear()
     said = "a driver for CUDA 12.8, where the code of NVRTC 13.5 needs one for CUDA 13"

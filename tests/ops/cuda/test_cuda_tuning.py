@@ -34,7 +34,7 @@ def test_the_compiled_kernels_are_right(check: Check) -> None:
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_candidate_is_right_and_a_wrong_one_is_seen(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_candidate_is_right_and_a_wrong_one_is_found(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     search = Search("cuda", kernel, "sm90", 150, 72, 600)
     contest = KernelContest(search, "cpu", budget=2**20)
     for tile in search.candidates():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import dense, policy_batch, projection
-from exponential_rows import oracle, run, unsound
+from exponential_rows import oracle, out_of_range, run
 from torch import Tensor
 
 from eapo_kernels import Options, TokenBatch, eapo_loss, token_stats
@@ -47,7 +47,7 @@ def test_the_upper_edge_is_the_largest_fp16_number(others: int, device: str) -> 
     z[:, 1:] = above[:, None]
     p = rows_of_logits(z, device)
     targets = torch.zeros(len(z), dtype=torch.int64, device=device)
-    expected = unsound(p, targets, None)
+    expected = out_of_range(p, targets, None)
     assert 5 < int(expected.sum()) < len(z) - 5
     chunk = ScaledExpChunk(p, targets, None, entropy=True)
     rescue_ids = chunk.sums.rescue_ids[: int(chunk.sums.n_rescue)]
@@ -98,7 +98,7 @@ def test_rounding_whatever_the_targets_probability(probability: float, peaked: b
     truth, exact = oracle(p, targets)
     logp_guess = truth.logp.float() if with_guess else None
     _, got, redone = run(p, targets, logp_guess)
-    assert redone == int(unsound(p, targets, logp_guess).sum())
+    assert redone == int(out_of_range(p, targets, logp_guess).sum())
     assert redone == 0 or (not with_guess and probability == 1e-6)
     ideal = (exact.half().double() - exact).norm(dim=1)
     error = (got - exact).norm(dim=1)
