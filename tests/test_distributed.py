@@ -1,4 +1,4 @@
-"""Two ranks, gloo: weights and summed gradients of a weighted step are those of one process, however the step is cut."""
+"""Two ranks, gloo: weights and summed gradients of a weighted step are those of one process, for any split of the step."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def check_methods(rank: int) -> None:
 
 
 def check_bits(rank: int) -> None:
-    """Every field, of every dtype, comes through as it was; one rank may have nothing."""
+    """Every field of every dtype is gathered unchanged; a rank may have no tokens."""
     step = make_step(5)
     batch, stats, extras, _ = part_of(step, rank)
     if rank == 1:
@@ -137,7 +137,7 @@ def check_advantages(rank: int) -> None:
 
 
 def check_mismatch(rank: int) -> None:
-    """Ranks that bring different fields learn it together, instead of one waiting for the other."""
+    """Different fields on the ranks raise on every rank, without a deadlock."""
     batch, stats, extras, _ = part_of(make_step(), rank)
     with pytest.raises(EapoError, match=r"fields of rank 1: expected those of rank 0, .*extras.answer"):
         gather_step(batch, stats, extras if rank == 0 else {})

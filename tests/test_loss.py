@@ -189,7 +189,7 @@ def test_weight_one_is_plain_policy_gradient() -> None:
 
 
 def test_weighting_advantages_by_hand_is_the_same() -> None:
-    """A' = where(positive, w A, A) before any loss (how the adapters will do it); per response and per token."""
+    """A' = where(positive, w A, A) before any loss (as the adapters do); per response and per token."""
     inputs = make_inputs(N, D, V)
     batch = make_batch(inputs)
     expected, _ = run(inputs, batch, positive_weight=0.4)
@@ -268,7 +268,7 @@ def test_a_users_own_method_is_just_another_object() -> None:
 
 
 def test_given_advantages_are_split_by_the_rewards() -> None:
-    """What is positive is the rewards' matter (E10) where there are rewards, also with advantages per token."""
+    """Where there are rewards, they decide which tokens are positive (E10), also with advantages per token."""
     inputs = make_inputs(N, D, V)
     batch = make_batch(inputs)
     mean = torch.stack([batch.rewards[batch.group_ids == g].mean() for g in batch.group_ids])
@@ -286,7 +286,7 @@ def test_given_advantages_are_split_by_the_rewards() -> None:
 
 
 def test_a_users_surrogate_may_look_across_tokens() -> None:
-    """Nothing is known of its scope, so it is not cut into chunks."""
+    """Its scope is unknown, so it is not cut into chunks."""
 
     def normalised(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: object) -> tuple[Tensor, Tensor]:
         ratio = log_ratio.exp()

@@ -133,7 +133,7 @@ def test_frozen_head_gets_none() -> None:
 def test_half_precision_operands_as_on_a_gpu(
     schedule: str, peaked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On CUDA the products take the inputs' dtype; here the CPU is made to, at a vocabulary that fp16 cannot count."""
+    """The products take half precision as on CUDA, at a vocabulary larger than the largest number of fp16."""
     n, v = 64, 70_000
     inputs = make_inputs(n, D, v, dtype=dtype, peaked=peaked)
     batch = make_batch(inputs, masked=False)

@@ -1,4 +1,4 @@
-"""What the losses refuse, and in which words."""
+"""Error messages of the losses for invalid arguments."""
 
 from __future__ import annotations
 

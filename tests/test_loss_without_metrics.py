@@ -64,7 +64,7 @@ def test_without_idle_tokens_it_is_the_same_bit_for_bit(schedule: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("schedule", ["autograd", "one_pass"])
 def test_idle_tokens_do_no_work(schedule: str, name: str) -> None:
-    """Not even NaN gets through from them, unless something else pulls on them."""
+    """NaN in their hidden states does not propagate, unless another term of the loss uses these tokens."""
     config = CONFIGS[name]
     if config.scope == "sequence" and schedule == "one_pass":
         schedule = "auto"
@@ -82,7 +82,7 @@ def test_idle_tokens_do_no_work(schedule: str, name: str) -> None:
 
 
 def test_a_callers_own_surrogate_keeps_its_tokens() -> None:
-    """Nothing is known of what it makes of an advantage of zero."""
+    """Its value at an advantage of zero is unknown."""
 
     def exploring(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: object) -> tuple[Tensor, Tensor]:
         return log_ratio.exp() * (advantages + 1), torch.zeros_like(logp, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What asks the device for a value, and so would wait for it: counted while the CPU's tensors pose as CUDA's."""
+"""Host synchronizations of the losses, counted on CPU tensors that report a CUDA device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ASKING = {
 
 
 class Asked(TorchDispatchMode):
-    """Counts the operations that would wait."""
+    """Counts the operations that would synchronize on CUDA."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class Asked(TorchDispatchMode):
 
 
 def pose(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on tensors say that they are on a GPU."""
+    """From here on tensors report a CUDA device."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple[int, int]]:
-    """How often a function's forward and its backward would have waited, were these tensors on a GPU."""
+    """How often a function's forward and its backward would synchronize on CUDA."""
     pose(monkeypatch)
     mode = Asked()
 
@@ -110,7 +110,7 @@ def test_the_op_without_a_mask_does_not_synchronize(entropy: str, count: Any) ->
 
 @pytest.mark.parametrize(("schedule", "times"), [("one_pass", (1, 0)), ("autograd", (1, 1))])
 def test_a_mask_costs_one_wait_a_direction(schedule: str, times: tuple[int, int], count: Any) -> None:
-    """Autograd: one wait in the forward, one in the backward."""
+    """Autograd: one in the forward, one in the backward."""
     _, batch, leaves = problem(masked=True)
     asked = count(lambda: eapo_loss(*leaves, batch, positive_weight=0.7, schedule=schedule).loss)
     assert asked == times

@@ -1,4 +1,4 @@
-"""However a loss is cut, kept or accumulated, it is the same loss; and rows without a gradient cost no product."""
+"""All plans of a loss give the same loss and gradients; rows without a gradient cost no product."""
 
 from __future__ import annotations
 

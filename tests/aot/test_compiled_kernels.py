@@ -81,7 +81,7 @@ def test_rows_are_rescued_without_spills_for_any_columns(family: str, itemsize: 
 
 
 def in_fp16(launch: Any) -> Any:
-    """The launch with fp16 tensors in the place of bf16 ones."""
+    """The launch with every bf16 tensor replaced by fp16."""
     from dataclasses import replace
 
     import torch
@@ -96,7 +96,7 @@ def in_fp16(launch: Any) -> Any:
 
 
 def test_half_precision_and_bfloat16_compile_alike() -> None:
-    """The table has one line for both: fp16 operands change neither registers nor instructions."""
+    """The table of tiles has one line for both: fp16 operands change neither registers nor instructions."""
     from benchmarks import compiled_code, kernels
 
     (entry, *_) = (e for e in tiles.TABLE if e.family == "sm90" and e.tile.descriptors and not e.tile.stores)
@@ -123,7 +123,7 @@ def test_exponentials_in_fp16_compile_as_in_bfloat16(kernel: str) -> None:
 
 @pytest.mark.parametrize("family", TENSOR_CORES)
 def test_sums_by_tile_and_over_ranks_do_not_spill(family: str) -> None:
-    """What only fp16 asks ``collect_rescue_ids`` for."""
+    """The switches of ``collect_rescue_ids`` that only fp16 uses."""
     from dataclasses import replace
 
     from benchmarks import compiled_code, kernels

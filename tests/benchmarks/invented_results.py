@@ -1,5 +1,4 @@
-"""A result file's contents, invented: every number is made up to be recognised again. And what
-reads tables back."""
+"""An invented result file with distinct numbers, and a parser of Markdown tables."""
 
 from __future__ import annotations
 

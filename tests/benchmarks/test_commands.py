@@ -1,4 +1,4 @@
-"""The CPU benchmark and the methods' benchmark from end to end, on shapes of no interest."""
+"""The CPU benchmark and the methods' benchmark from end to end, on tiny shapes."""
 
 from __future__ import annotations
 

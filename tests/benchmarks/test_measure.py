@@ -1,4 +1,4 @@
-"""Measuring: rows, gate, clock, result files. On a shape of no interest."""
+"""Measuring on a tiny shape: rows, gate, clock, result files."""
 
 from __future__ import annotations
 

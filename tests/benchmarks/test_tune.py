@@ -41,7 +41,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def forget() -> None:
-    """What the package keeps of the files."""
+    """Clear the package's cache of the files."""
     for kept in (tiles.measured, cuda_tiles.measured, tiles.find):
         kept.cache_clear()
 

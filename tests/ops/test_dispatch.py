@@ -1,4 +1,4 @@
-"""Choosing a backend: "auto" takes what is proven, a name is taken at its word, and a refusal says why."""
+"""Choosing a backend: "auto" takes a proven one, a name takes that one or raises with the reason."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_transforms_and_masks(transform: dict[str, Any], budget: str, device: st
 
 
 def _spied(monkeypatch: pytest.MonkeyPatch, budget: int, entropy: str, *, save: bool = True, grad_entropy: bool = False) -> int:
-    """Rows whose logits the backward recomputed."""
+    """Count the rows whose logits the backward recomputes."""
     rows = 0
     original = torch_backend.BACKEND.logit_gradient
 

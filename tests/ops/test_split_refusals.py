@@ -23,7 +23,7 @@ ZEROS, HALF = torch.zeros(ROWS), torch.full((N,), 0.5)
 
 @dataclass(frozen=True)
 class Odd:
-    """What the last process gives otherwise than the others, and what all of them say of it.
+    """Arguments that differ on the last rank, and the message that all ranks raise.
 
     Attributes:
         message: a pattern of the message on every rank.
@@ -155,7 +155,7 @@ def _odd_calls(rank: int, world: int) -> None:
 
 
 def _what_all_refuse(rank: int, world: int) -> None:
-    """A budget that not one row fits, and a target that is no token of any process."""
+    """A budget below one row, and a target out of range on every rank."""
     weight = INPUTS.weight[ROWS * rank : ROWS * (rank + 1)]
     tokens, beyond = ROWS * world, BATCH.targets.clone()
     beyond[1] = tokens

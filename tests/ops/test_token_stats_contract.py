@@ -1,4 +1,4 @@
-"""The op as a citizen of torch: custom op, compile, autocast, entropy modes, and what it refuses in which words."""
+"""The op in torch: custom op, compile, autocast, entropy modes, error messages."""
 
 from __future__ import annotations
 
