@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, require_tensor, valid_tokens
-from .errors import require
+from .errors import FLOATS, require, require_tensor
 from .objectives.batch import check_batch
 from .objectives.controllers import EntropyRatio
 from .objectives.methods import Method, get_method, resolve_positive_weight
@@ -158,4 +157,4 @@ def diagnose_batch(
     """``diagnose`` with the weights of the method's loss on this batch, at the old policy."""
     at = batch.old_logp if batch.old_logp is not None else stats.logp
     weights = token_weights(method, batch, at, positive_weight=positive_weight)
-    return diagnose(stats, weights.logp, valid_tokens(batch.targets, batch.mask))
+    return diagnose(stats, weights.logp(batch.targets, batch.mask))
