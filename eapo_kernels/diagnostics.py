@@ -17,7 +17,7 @@ from .objectives.controllers import EntropyRatio
 from .objectives.methods import Method, get_method, resolve_positive_weight
 from .objectives.policy import loss_and_sums, prepare
 from .objectives.token_weights.entropy_change import expected_part, sampled_part
-from .types import TokenBatch, TokenStats
+from .types import TokenBatch, TokenStats, valid_tokens
 
 
 class TokenWeights(NamedTuple):
@@ -157,4 +157,4 @@ def diagnose_batch(
     """``diagnose`` with the weights of the method's loss on this batch, at the old policy."""
     at = batch.old_logp if batch.old_logp is not None else stats.logp
     weights = token_weights(method, batch, at, positive_weight=positive_weight)
-    return diagnose(stats, weights.logp(batch.targets, batch.mask))
+    return diagnose(stats, weights.logp, valid_tokens(batch.targets, batch.mask))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FLOATS, require, require_choice, require_number, require_tensor
-from ...types import TokenBatch, TokenStats
+from ...types import TokenBatch, TokenStats, valid_tokens
 from ..advantages import ADVANTAGES
 from ..config import EAPOConfig
 from ..grouping import Partition
@@ -397,7 +397,7 @@ def _step_stats(
         dtypes = (torch.bool,) if name in _BOOLEAN else (torch.int64,) if name == "turn_ids" else FLOATS
         require_tensor(f"extras.{name}", value, tokens, dtypes, batch.targets)
     require_number("progress", progress, 0, 1)
-    config, valid = method.config(batch.targets, batch.mask)
+    config, valid = method.config, valid_tokens(batch.targets, batch.mask)
     estimator = ADVANTAGES[config.advantage] if isinstance(config.advantage, str) else config.advantage
     ids = torch.where(valid, batch.sequence_ids, 0)
     columns = {"logp": stats.logp, "entropy": stats.entropy, "p2": stats.p2, "p2_logp": stats.p2_logp, **extras}
