@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .checks import describe, require_number, require_tensor
-from .errors import EapoError, ShapeError, require
+from .errors import EapoError, ShapeError, describe, require, require_number, require_tensor
 from .objectives.batch import check_batch
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio

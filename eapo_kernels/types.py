@@ -16,6 +16,12 @@ IGNORE_INDEX = -100
 """Target value of a row that does not count (the Hugging Face convention)."""
 
 
+def valid_tokens(targets: Tensor, mask: Tensor | None) -> Tensor:
+    """[...] bool: the tokens that count: their target is not -100 and their mask, if there is one, is True."""
+    valid = targets != IGNORE_INDEX
+    return valid if mask is None else valid & mask
+
+
 PLANS = ("auto", "one_chunk", "chunks", "recompute")
 """How the work may be cut, see ``Options.plan``."""
 

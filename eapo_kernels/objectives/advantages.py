@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import may_read, require_tensor
-from ..errors import EapoError
+from ..errors import EapoError, may_read, require_tensor
 from .grouping import Groups, Partition
 
 Advantage = Callable[[Tensor, Tensor], Tensor]

@@ -10,9 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, describe, may_read, require_scalar, require_tensor, valid_tokens
-from ..errors import EapoError, ShapeError, require
-from ..types import TokenBatch
+from ..errors import FLOATS, EapoError, ShapeError, describe, may_read, require, require_scalar, require_tensor
+from ..types import TokenBatch, valid_tokens
 from .config import EAPOConfig
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..checks import is_number, require_choice, require_number
-from ..errors import require
+from ..errors import is_number, require, require_choice, require_number
 from .advantages import ADVANTAGES, SPLITS, Advantage
 from .reductions import REDUCTIONS
 from .surrogates import KL_ESTIMATORS, SEQUENCE_RATIO, SURROGATES, Clip, Surrogate

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import may_read, require_scalar
-from ..errors import EapoError, require
+from ..errors import EapoError, may_read, require, require_scalar
 from .config import EAPOConfig
 from .controllers import Controller, EntropyRatio, build_controller, controller_fields
 from .token_weights import covariance, entropy, entropy_change, other_policy, sequence

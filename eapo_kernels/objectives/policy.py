@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import valid_tokens
-from ..types import SUMS, TokenBatch
+from ..types import SUMS, TokenBatch, valid_tokens
 from .advantages import ADVANTAGES, SPLITS, Split
 from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..checks import FLOATS, describe, require_tensor
-from ..errors import EapoError, ShapeError, require
+from ..errors import FLOATS, EapoError, ShapeError, describe, require, require_tensor
 from ..types import IGNORE_INDEX, Options
 from .vocab_shard import INVALID, VocabShard
 

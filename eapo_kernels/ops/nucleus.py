@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..checks import describe, require_number, require_tensor
-from ..errors import ShapeError, require
+from ..errors import ShapeError, describe, require, require_number, require_tensor
 from ..types import IGNORE_INDEX, Options
 from . import chunking, gemm
 from .dispatch import LogitCotangents, LogitGradient

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import describe, require_tensor
-from ..errors import EapoError, ShapeError, require
+from ..errors import EapoError, ShapeError, describe, require, require_tensor
 from ..types import IGNORE_INDEX, Options, TokenStats
 from . import chunking, collective_checks, dispatch, gemm
 from .dispatch import Backend, LogitCotangents, LogitGradient, RowStatistics

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..checks import describe
-from ..errors import EapoError, require
+from ..errors import EapoError, describe, require
 
 ELSEWHERE = -1
 """Local target of a row whose target lies in another rank's shard."""

@@ -15,9 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import FLOATS, require_choice, require_number, require_tensor, valid_tokens
-from ...errors import require
-from ...types import TokenBatch, TokenStats
+from ...errors import FLOATS, require, require_choice, require_number, require_tensor
+from ...types import TokenBatch, TokenStats, valid_tokens
 from ..advantages import ADVANTAGES
 from ..config import EAPOConfig
 from ..grouping import Partition
