@@ -1,4 +1,4 @@
-"""Reductions: a weight per token that turns per-token terms into one number.
+"""Reductions: the weight of each token in the sum of the per-token terms.
 
 The denominator may be global, so that the losses of micro-batches and ranks add up exactly.
 """
@@ -16,23 +16,22 @@ from ..errors import EapoError
 
 
 class Counts(NamedTuple):
-    """What a reduction divides by.
+    """The numbers that a reduction divides by.
 
     Attributes:
         valid: [N] fp32, 1 for a token that counts, else 0.
         sequence_ids: [N] int64, 0 at tokens that do not count.
-        lengths: [B] fp32, valid tokens of each response, of the whole response where it is spread
-            over micro-batches.
-        present: 0-dim fp32, number of responses with a valid token here.
-        denominator: 0-dim fp32 or None, the global count that replaces the local one.
-        fixed_length: the constant length of ``fixed_length``, or None.
+        lengths: [B] fp32, valid tokens of each response, in all micro-batches.
+        tokens, sequences: 0-dim fp32, number of valid tokens, and of responses that have any; at
+            least 1. Both are the global denominator where there is one.
+        fixed_length: the constant length of reduction ``fixed_length``, or None.
     """
 
     valid: Tensor
     sequence_ids: Tensor
     lengths: Tensor
-    present: Tensor
-    denominator: Tensor | None
+    tokens: Tensor
+    sequences: Tensor
     fixed_length: int | None
 
     @classmethod
@@ -46,43 +45,40 @@ class Counts(NamedTuple):
         denominator: float | Tensor | None = None,
         fixed_length: int | None = None,
     ) -> Counts:
-        """Counted from ``valid`` [N] bool for ``size`` = B responses, but for what is given."""
+        """Count ``valid`` [N] bool of ``size`` = B responses; given numbers replace the counts."""
         ones = valid.float()
-        local = ones.new_zeros(size).index_add_(0, sequence_ids, ones)
-        if isinstance(denominator, Tensor):
-            denominator = denominator.to(ones.device, torch.float32)
-        elif denominator is not None:
-            denominator = torch.full((), float(denominator), device=ones.device)
-        whole = local if lengths is None else lengths.float()
-        return cls(ones, sequence_ids, whole, (local > 0).sum().float(), denominator, fixed_length)
-
-    def tokens(self) -> Tensor:
-        return self.valid.sum().clamp_min(1) if self.denominator is None else self.denominator
-
-    def sequences(self) -> Tensor:
-        return self.present.clamp_min(1) if self.denominator is None else self.denominator
+        here = ones.new_zeros(size).index_add_(0, sequence_ids, ones)
+        if denominator is None:
+            tokens, sequences = ones.sum().clamp_min(1), (here > 0).sum().float().clamp_min(1)
+        else:
+            tokens = sequences = (
+                denominator.to(ones.device, torch.float32)
+                if isinstance(denominator, Tensor)
+                else torch.full((), float(denominator), device=ones.device)
+            )
+        return cls(ones, sequence_ids, here if lengths is None else lengths.float(), tokens, sequences, fixed_length)
 
 
 def token_mean(c: Counts) -> Tensor:
     """Every token counts the same: 1 / tokens (DAPO)."""
-    return c.valid / c.tokens()
+    return c.valid / c.tokens
 
 
 def seq_mean_token_mean(c: Counts) -> Tensor:
     """Every response counts the same: 1 / (its length * responses) (GRPO)."""
-    return c.valid / (c.lengths.clamp_min(1)[c.sequence_ids] * c.sequences())
+    return c.valid / (c.lengths.clamp_min(1)[c.sequence_ids] * c.sequences)
 
 
 def seq_mean_token_sum(c: Counts) -> Tensor:
     """Sum over a response's tokens, mean over responses."""
-    return c.valid / c.sequences()
+    return c.valid / c.sequences
 
 
 def fixed_length(c: Counts) -> Tensor:
     """Sum over tokens / (responses * a constant length): no length bias (Dr. GRPO)."""
     if c.fixed_length is None:
         raise EapoError("fixed_length: expected a positive int with reduction 'fixed_length', got None")
-    return c.valid / (c.sequences() * c.fixed_length)
+    return c.valid / (c.sequences * c.fixed_length)
 
 
 REDUCTIONS: MappingProxyType[str, Callable[[Counts], Tensor]] = MappingProxyType(
