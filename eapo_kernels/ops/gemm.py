@@ -78,7 +78,7 @@ def add_gathered_rows_(out: Tensor, matrix: Tensor, index: Tensor, scale: Tensor
 
 
 def add_weighted_rows_(out: Tensor, matrix: Tensor, row_scale: Tensor) -> Tensor:
-    """out += row_scale @ matrix, in out's precision; a narrower matrix is widened in slabs of columns.
+    """out += row_scale @ matrix, in out's precision; widens a narrower matrix in slabs of columns.
 
     out: [V] fp32/fp64; matrix: [N, V] of out's or a narrower dtype; row_scale: [N] dtype of out.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ _MOVED_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Projection:
-    """z = inv_temperature * cap(logit_scale * (hidden @ weight.T + bias)), cap(u) = softcap * tanh(u / softcap).
+    """The logits z = inv_temperature * cap(logit_scale * (hidden @ weight.T + bias)) (E1).
+
+    cap(u) = softcap * tanh(u / softcap), or u without a soft-cap.
 
     Attributes:
         hidden: [N, D] bf16, fp16, fp32 or fp64.
@@ -74,9 +77,9 @@ class Projection:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """Dtype of the operands of the matrix products: the inputs' on CUDA, else ``statistics_dtype``.
+        """Dtype of the operands of matrix products: the inputs' on CUDA, else ``statistics_dtype``.
 
-        A CPU product of half-precision operands would round its result to half precision.
+        A CPU product of half-precision operands rounds its result to half precision.
         """
         return self.hidden.dtype if self.hidden.is_cuda else self.statistics_dtype
 
@@ -91,13 +94,13 @@ class Projection:
         return replace(self, hidden=self.hidden[index], row_inv_temperature=temperature)
 
     def local_targets(self, targets: Tensor) -> Tensor:
-        """Targets [N] as columns of ``weight``; ``vocab_shard.ELSEWHERE`` or ``INVALID`` for others."""
+        """Targets [N] as columns of ``weight``; others are ``ELSEWHERE`` or ``INVALID``."""
         if self.shard is not None:
             return self.shard.local_targets(targets, self.vocab)
         return torch.where((targets >= 0) & (targets < self.vocab), targets, INVALID)
 
     def zero_invalid_rows(self, valid: Tensor) -> Projection:
-        """The same projection with hidden 0 and temperature 1 in the rows that are not ``valid`` [N].
+        """The same projection with hidden 0 and temperature 1 in rows that are not ``valid`` [N].
 
         Their cotangents are 0, and the product of 0 and a NaN would be NaN.
         """
@@ -111,7 +114,7 @@ class Projection:
         return scale if self.row_inv_temperature is None else self.row_inv_temperature * scale
 
     def transform_logits_(self, raw: Tensor, columns: slice) -> Tensor:
-        """Turn ``raw = hidden @ weight[columns].T`` into z in place (E1). raw: [N, columns] statistics dtype."""
+        """Turn raw = hidden @ weight[columns].T, [N, columns] statistics dtype, into z in place."""
         if self.bias is not None:
             raw += self.bias[columns]
         scale = self.row_scale()
@@ -132,7 +135,7 @@ class Projection:
         return tanh.mul_(tanh).neg_().add_(1.0).clamp_(min=0.0)
 
 
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _autocast(tensor: Any, dtype: torch.dtype) -> Any:
     """The cast that autocast applies to an argument of ``F.linear``: every float dtype but fp64."""
     castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(dtype) if castable else tensor
@@ -148,7 +151,7 @@ def build_projection(
     rows_shape: torch.Size,
     shard: VocabShard | None = None,
 ) -> Projection:
-    """Check the arguments that define the logits and flatten them to rows: hidden [..., D] -> [N, D].
+    """Check the arguments that define the logits and flatten them: hidden [..., D] -> [N, D].
 
     Under autocast the operands are cast as ``F.linear`` casts them.
 
@@ -160,8 +163,7 @@ def build_projection(
         raise ShapeError(f"weight: expected a floating-point [V, D] with V, D >= 1, got {describe(weight)}")
     if torch.is_autocast_enabled(weight.device.type):
         dtype = torch.get_autocast_dtype(weight.device.type)
-        hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+        hidden, weight, bias = (_autocast(t, dtype) for t in (hidden, weight, bias))
     if not torch.compiler.is_compiling():
         for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
             if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -222,7 +224,7 @@ def resolve_compaction(options: Options, like: Tensor, announced: bool) -> Optio
 
 
 def may_compact(tensor: Tensor, compact: bool | str) -> bool:
-    """Whether rows may be selected: this reads a count on the host, which a graph under capture forbids."""
+    """Whether rows may be selected: a count is read on the host, which graph capture forbids."""
     assert isinstance(compact, bool), "resolve_compaction comes first"
     return compact and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
