@@ -23,7 +23,7 @@ class ShapeError(EapoError):
 
 
 class BackendUnavailable(EapoError):
-    """The backend (or plan) asked for by name cannot run these inputs; the message gives the reason."""
+    """The backend asked for by name cannot run these inputs; the message gives the reason."""
 
 
 def require(condition: bool, name: str, expected: object, got: object, error: type[EapoError] = EapoError) -> None:
@@ -66,7 +66,7 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def require_scalar(name: str, value: object, expected: str) -> None:
-    """Raise unless ``value`` is a number or a real 0-dim tensor; ``expected`` is for the message."""
+    """Raise unless ``value`` is a number or a real 0-dim tensor. expected: for the message."""
     good = is_number(value)
     if isinstance(value, Tensor):
         good = value.dim() == 0 and value.dtype in (*FLOATS, torch.int32, torch.int64)

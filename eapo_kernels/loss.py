@@ -201,7 +201,7 @@ class EAPOLoss(nn.Module):
         self.schedule, self.backend, self.options = schedule, backend, options
 
     def forward(self, hidden: Tensor, weight: Tensor, batch: TokenBatch, **arguments: Any) -> LossOutput:
-        """``eapo_loss`` with the controller's positive weight; ``arguments``: its other keywords."""
+        """``eapo_loss`` with the controller's positive weight. arguments: other keywords of it."""
         return eapo_loss(
             hidden, weight, batch, positive_weight=self.controller, config=self.config, schedule=self.schedule,
             backend=self.backend, options=self.options, **arguments,
@@ -302,7 +302,7 @@ def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms | None:
 def _autograd(
     projection: Projection, targets: Tensor, terms: PolicyTerms, backend: str, options: Options, metrics: bool
 ) -> tuple[Tensor, Tensor]:
-    """(loss, sums) of the autograd schedule; ``entropy_top_p`` changes the bonus, not the metric."""
+    """(loss, sums) of the autograd schedule. ``entropy_top_p`` does not change the metric."""
     top_p = terms.config.entropy_top_p if terms.has_entropy_bonus else None
     mode = "grad" if terms.has_entropy_bonus and top_p is None else "nograd" if metrics else "none"
     stats = project_stats(projection, targets, entropy=mode, second_moments=False, backend=backend, options=options)

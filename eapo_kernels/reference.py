@@ -1,7 +1,7 @@
-"""The oracle: a dense implementation of the equations of docs/math.md, one by one, in any float dtype.
+"""The oracle: a dense implementation of the equations of docs/math.md in any float dtype.
 
-The tests compare the kernels with its float64 results. It shares no code with the kernels. Change it
-only with a derivation.
+The tests compare the kernels with its float64 results. It shares no code with the kernels. Change
+it only with a derivation.
 """
 
 from __future__ import annotations

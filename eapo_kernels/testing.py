@@ -83,7 +83,7 @@ def eager_token_stats(
     mask: Tensor | None = None,
     second_moments: bool = False,
 ) -> TokenStats:
-    """Plain PyTorch: logits in the inputs' dtype, widened to fp32, then log_softmax; for autograd."""
+    """Plain PyTorch: logits in the inputs' dtype, widened to fp32, log_softmax, autograd."""
     z = F.linear(hidden, weight, bias)
     z = z.float() if z.dtype != torch.float64 else z
     if logit_scale is not None:
@@ -112,7 +112,7 @@ def eager_token_stats(
 def assert_no_worse_than(
     actual: Tensor, eager: Tensor, truth: Tensor, *, floor: float, factor: float = 2.0, name: str = "value"
 ) -> None:
-    """Assert that maximum and RMS error are at most ``factor`` times those of ``eager``, plus ``floor``.
+    """Assert that max and RMS error are at most ``factor`` times those of ``eager`` plus ``floor``.
 
     Args:
         actual: the result under test.
@@ -144,9 +144,9 @@ def oracle_token_stats(inputs: Inputs, **options: Any) -> TokenStats:
 
 
 def peak_memory(function: Callable[[], object], device: str | torch.device = "cpu") -> int:
-    """Bytes of tensors alive at the worst moment of ``function()`` beyond those alive before, its result included.
+    """Peak bytes of tensors during ``function()``, beyond those allocated before.
 
-    From PyTorch's own accounting: the allocator's on CUDA, the profiler's memory events on the CPU.
+    Measured by the allocator on CUDA, by the profiler's memory events on the CPU.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()

@@ -32,7 +32,7 @@ to the reference (nats)."""
 
 
 class TokenStats(NamedTuple):
-    """Statistics of the next-token distribution p = softmax(z) at each position (docs/math.md E1-E4).
+    """Statistics of the next-token distribution p = softmax(z) at each position (E1-E4).
 
     Attributes, each [...] fp32 (fp64 for fp64 inputs):
         logp: log p of the target (nats).
@@ -64,13 +64,14 @@ class TokenBatch:
         targets: [N] int64, sampled token ids; -100 masks a token.
         sequence_ids: [N] int64 in [0, B), the response of each token.
         rewards: [B] float; may be None with ``advantages``.
-        group_ids: [B] int64, equal for responses to the same prompt; may be None with ``advantages``.
-        old_logp: [N] float, log-prob under the policy before the update (nats). None: the ratio is 1
-            with gradient (exactly on-policy).
+        group_ids: [B] int64, equal for responses to the same prompt; may be None with
+            ``advantages``.
+        old_logp: [N] float, log-prob under the policy before the update (nats). None: the ratio is
+            1 with gradient (exactly on-policy).
         mask: [N] bool or None, False masks a token.
         ref_logp: [N] float or None, log-prob under the reference policy (nats), for the KL penalty.
-        rollout_logp: [N] float or None, log-prob reported by the rollout engine (nats), for truncated
-            importance sampling.
+        rollout_logp: [N] float or None, log-prob reported by the rollout engine (nats), for
+            truncated importance sampling.
         advantages: [B] or [N] float or None, replaces the advantages computed from ``rewards``. The
             split into positive and negative still uses the rewards if they are given, else the sign
             of the advantage.
@@ -78,8 +79,8 @@ class TokenBatch:
             N = B requires ``sequence_ids`` 0, 1, 2, ...
         entropy_coef: [N] float or None, added to the config's factor of the entropy bonus (loss per
             nat).
-        ratio_penalty: [N] float >= 0 or None, factor of |log(pi / pi_old)| (zero up to 1e-4 nats) in
-            the token's loss.
+        ratio_penalty: [N] float >= 0 or None, factor of |log(pi / pi_old)| (zero up to 1e-4 nats)
+            in the token's loss.
         denominator: number, 0-dim tensor or None, the *global* count that the reduction divides by
             (see ``loss_denominator``), so that the losses of micro-batches and ranks add up to the
             loss of the whole batch. None: counted in this batch.
@@ -136,19 +137,19 @@ class Options:
     """Settings of the computation that do not change its result beyond rounding.
 
     Attributes:
-        memory_budget: bytes of logit-sized workspace for any N, tensors saved by ``token_stats`` for
-            its backward included; gradients and the fp32 accumulator of d_weight are not. None: 512
-            MiB on a CPU; on CUDA a 32nd of the device's memory, between 256 MiB and 1 GiB; 96 MiB
-            with ``plan="recompute"``.
+        memory_budget: bytes of logit-sized workspace for any N, tensors saved by ``token_stats``
+            for its backward included; gradients and the fp32 accumulator of d_weight are not. None:
+            512 MiB on a CPU; on CUDA a 32nd of the device's memory, between 256 MiB and 1 GiB; 96
+            MiB with ``plan="recompute"``.
         compact: whether masked rows are removed before the matrix products. On CUDA the host then
             waits for their number once per direction; in a CUDA graph under capture no rows are
             removed. "auto": on a CPU always; on CUDA with a mask, ``drop_zero_weight`` or
             ``metrics=False``. Without a host wait, select rows with ``hidden[rows]`` and
             ``TokenBatch.select(rows)``.
-        plan: the chunks of logits, see docs/plans.md. "auto": by the memory budget. "one_chunk": all
-            rows at once; an error if they do not fit. "chunks": rows in chunks, d_weight summed in
-            fp32 (one-pass schedule only). "recompute": no logit gradient is saved for the backward
-            (autograd schedule only).
+        plan: the chunks of logits, see docs/plans.md. "auto": by the memory budget. "one_chunk":
+            all rows at once; an error if they do not fit. "chunks": rows in chunks, d_weight summed
+            in fp32 (one-pass schedule only). "recompute": no logit gradient is saved for the
+            backward (autograd schedule only).
         debug: on CUDA, also check values (targets in range, finite rewards), which synchronizes; on
             a split head, compare the arguments of the ranks. CPU values are always checked.
     """

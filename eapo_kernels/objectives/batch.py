@@ -1,4 +1,4 @@
-"""Checks of a ``TokenBatch``: of shapes, dtypes and devices; of values where ``may_read`` allows."""
+"""Checks of a ``TokenBatch``: shapes, dtypes, devices; values where ``may_read`` allows it."""
 
 from __future__ import annotations
 

@@ -73,8 +73,8 @@ class PolicyTerms:
         """The same loss without the tokens of weighted advantage zero; denominators stay.
 
         All tokens stay where such a token may add to the loss or to another token's gradient: with
-        an entropy bonus, a penalty, a KL, or a surrogate that is a function or mixes the tokens of a
-        response.
+        an entropy bonus, a penalty, a KL, or a surrogate that is a function or mixes the tokens of
+        a response.
         """
         c = self.config
         other = self.has_entropy_bonus or self.ratio_penalty is not None or (c.kl_coef != 0 and self.ref_logp is not None)

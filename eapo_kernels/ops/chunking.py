@@ -18,8 +18,8 @@ _LEAST_BUDGET, _MOST_BUDGET = 2**28, 2**30
 _SHARE_OF_DEVICE = 32
 
 RECOMPUTE_BUDGET = 96 * 2**20
-"""Default budget of plan "recompute": less than 0.25 GiB at N = D = 4096 for any V, with d_hidden in
-fp32 and a slab of d_weight."""
+"""Default budget of plan "recompute": less than 0.25 GiB at N = D = 4096 for any V, d_hidden in fp32
+and a slab of d_weight included."""
 
 _ROW_ALIGNMENT = 64
 _COLUMN_ALIGNMENT = 256
@@ -29,10 +29,10 @@ _MIN_SLAB = 2048
 def default_budget(device_bytes: int | None) -> int:
     """Default bytes of logit-sized workspace: 512 MiB on a CPU (``device_bytes`` None).
 
-    On an accelerator a 32nd of its memory, between 256 MiB and 1 GiB: each chunk adds to d_weight in
-    fp32, 8VD bytes beside 6CVD operations, so chunks of 1024 rows are too small (docs/plans.md). It
-    is rounded down to a power of two, because the memory of devices of one model differs a little,
-    and the ranks of a split head must cut the same chunks.
+    On an accelerator a 32nd of its memory, between 256 MiB and 1 GiB: each chunk adds to d_weight
+    in fp32, 8VD bytes beside 6CVD operations, so chunks of 1024 rows are too small (docs/plans.md).
+    It is rounded down to a power of two, because the memory of devices of one model differs a
+    little, and the ranks of a split head must cut the same chunks.
     """
     if device_bytes is None:
         return _CPU_BUDGET
@@ -41,7 +41,7 @@ def default_budget(device_bytes: int | None) -> int:
 
 
 def workspace_bytes(options: Options, device: torch.device) -> int:
-    """``Options.memory_budget``, or the default of the plan and the device. Does not synchronize."""
+    """``Options.memory_budget``, or the default of plan and device. Does not synchronize."""
     if options.memory_budget is not None:
         return options.memory_budget
     if options.plan == "recompute":
@@ -124,7 +124,7 @@ def weight_slab(vocab: int, dim: int) -> int:
 
 
 def slab(n_rows: int, vocab: int, bytes_per_logit: int, budget: int) -> tuple[int, int]:
-    """(rows, columns) of a block of logits in the budget: as many rows as possible, but wide enough."""
+    """(rows, columns) of a block of logits in the budget: many rows, but at least 2048 columns."""
     width = min(vocab, _MIN_SLAB, max(budget // bytes_per_logit, 1))
     rows = row_chunk(n_rows, width * bytes_per_logit, budget)
     columns = budget // (rows * bytes_per_logit)

@@ -21,7 +21,7 @@ from .vocab_shard import VocabShard, named_group
 
 
 def propagate(error: EapoError, process_group: object, options: object) -> None:
-    """With ``debug``: ``compare`` raises ``error`` on all other ranks; the caller raises it on this one."""
+    """With ``debug``: make ``compare`` raise ``error`` on all other ranks."""
     group = _group(process_group)
     if group is not None and isinstance(options, Options) and options.debug:
         _all_gather(group, str(error))
@@ -35,7 +35,8 @@ def compare(projection: Projection, targets: Tensor, options: Options, **argumen
         arguments: further values that must be equal, by name; the first is the name of the call.
 
     Raises:
-        EapoError: a rank called ``propagate``, or an argument differs; the same message on all ranks.
+        EapoError: a rank called ``propagate``, or an argument differs; the same message on all
+            ranks.
     """
     p = projection
     if p.shard is None or not options.debug:

@@ -207,8 +207,8 @@ class Backend:
             cotangent. logp_guess: [C] fp32, an estimate of each log-prob (an older policy's), or
             None; a good one may save a pass, and the result is the same for any value.
         chunk_row_bytes: (projection, entropy_gradient) -> bytes of workspace per row of a chunk.
-        add_target_rows: (out, first, rows). Adds ``TargetRows`` to ``out`` [V', D] fp32, the rows of
-            targets ``first`` and above; targets outside are skipped. None: the backend's logit
+        add_target_rows: (out, first, rows). Adds ``TargetRows`` to ``out`` [V', D] fp32, the rows
+            of targets ``first`` and above; targets outside are skipped. None: the backend's logit
             gradients have no ``target_grads``.
     """
 

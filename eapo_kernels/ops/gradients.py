@@ -1,8 +1,8 @@
 """Gradients of hidden, weight and bias from logit gradients of chunks, and the one-pass schedule.
 
 One pass: loss and gradients share a single logit computation per chunk (6NDV operations instead of
-8NDV). Between the first and the second matrix product a coefficient function turns the statistics of
-a chunk into cotangents. So a token's cotangents can depend on its own statistics only.
+8NDV). Between the first and the second matrix product a coefficient function turns the statistics
+of a chunk into cotangents. So a token's cotangents can depend on its own statistics only.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def one_pass(
     targets = projection.local_targets(targets)
     budget = chunking.workspace_bytes(options, hidden.device)
     plan = chunking.one_pass(n_rows, backend.chunk_row_bytes(projection, entropy_gradient), budget, options.plan)
-    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # as for weight and bias
+    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     one_chunk = plan.name == "one_chunk"
     total = GradientSum(projection, backend, needs, dtype=stored, one_chunk=one_chunk, main_grad=main_grad)
     sums = hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype)

@@ -257,8 +257,8 @@ def scatter_rows(values: Tensor, index: Tensor | None, n_rows: int) -> Tensor:
 def fill_holes_(matrix: Tensor, live: Tensor) -> Tensor:
     """Move the ``live`` [C] rows of ``matrix`` [C, K] to its front; returns their old places [L].
 
-    Live rows behind the first L replace the dead ones among them, a few at a time, so that no second
-    matrix is allocated. Synchronizes on CUDA.
+    Live rows behind the first L replace the dead ones among them, a few at a time, so that no
+    second matrix is allocated. Synchronizes on CUDA.
     """
     count = int(live.sum())
     order = torch.arange(len(live), device=live.device)

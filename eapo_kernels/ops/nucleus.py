@@ -48,7 +48,7 @@ class _Nucleus(NamedTuple):
 
 
 def _find(z: Tensor, top_p: float) -> _Nucleus:
-    """The nuclei of logits z [R, V], overwritten by ``x``. Each iteration reads a flag on the host."""
+    """The nuclei of logits z [R, V], overwritten by ``x``. Synchronizes on CUDA."""
     x = z.sub_(z.amax(1, keepdim=True))
     target = top_p * x.exp().sum(1, keepdim=True)
     vocab, size = x.shape[1], _FIRST_GUESS
@@ -85,7 +85,7 @@ def _chunks(projection: Projection, budget: int) -> list[slice]:
 
 
 def _gradient(chunk: Projection, cotangent: Tensor, top_p: float) -> Tensor:
-    """cotangent * dHk/d(hidden @ weight.T + bias), [R, V] statistics dtype (see ``nucleus_entropy``)."""
+    """cotangent * dHk/d(hidden @ weight.T + bias), [R, V] statistics dtype."""
     z = _logits(chunk)
     slope = chunk.softcap_slope(z) if chunk.softcap is not None else None
     nucleus = _find(z, top_p)
@@ -124,7 +124,7 @@ class _NucleusEntropy(torch.autograd.Function):
             projection.operand_dtype
         )
         assert cotangents.entropy is not None
-        targets = torch.zeros(projection.n_rows, dtype=torch.int64, device=hidden.device)  # not read without target_grads
+        targets = cotangent.new_zeros(projection.n_rows, dtype=torch.int64)  # not read
         for rows in chunks:
             gradient = _gradient(projection.rows(rows), cotangents.entropy[rows], top_p)
             total.add(LogitGradient(gradient.to(projection.operand_dtype), row_scale[rows]), rows, targets[rows])
@@ -132,7 +132,7 @@ class _NucleusEntropy(torch.autograd.Function):
 
 
 def project_nucleus_entropy(projection: Projection, valid: Tensor, top_p: float, options: Options) -> Tensor:
-    """``nucleus_entropy`` of a checked projection, [N]; exact zeros at rows that are not ``valid`` [N]."""
+    """``nucleus_entropy`` [N] of a checked projection; zeros at rows that are not ``valid`` [N]."""
     n_rows = projection.n_rows
     projection, index = select_valid(projection, valid, options.compact)
     if projection.n_rows == 0:
@@ -162,7 +162,8 @@ def nucleus_entropy(
     K is the smallest set of most probable tokens with p(K) >= top_p; of equally probable tokens the
     first by index.
 
-        q_v = p_v / p(K)    Hk = -sum_K q log q    dHk / dz_v = -q_v (log q_v + Hk) on K, 0 elsewhere
+        q_v = p_v / p(K)      Hk = -sum_K q log q
+        dHk / dz_v = -q_v (log q_v + Hk) on K, 0 elsewhere
 
     The gradient treats K as constant (it changes only where two probabilities are equal).
 
@@ -175,8 +176,8 @@ def nucleus_entropy(
         options: memory budget, compaction and checks. The backward recomputes the logits.
 
     Returns:
-        [...] fp32 (fp64 for fp64 inputs), nats. Masked rows, and rows whose nucleus is one token, are
-        exact zeros with zero gradient. Synchronizes on CUDA.
+        [...] fp32 (fp64 for fp64 inputs), nats. Masked rows, and rows whose nucleus is one token,
+        are exact zeros with zero gradient. Synchronizes on CUDA.
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.

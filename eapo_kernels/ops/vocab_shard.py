@@ -2,8 +2,8 @@
 
 Each rank reduces its own columns to the sums of E3 and E4. The sums are gathered once and merged in
 the order of the ranks (docs/math.md E14), so that statistics and coefficients are the same bits on
-all ranks. Each rank then computes the gradient of its own rows of the weight and a part of d_hidden,
-which is summed over the ranks in fp32.
+all ranks. Each rank then computes the gradient of its own rows of the weight and a part of
+d_hidden, which is summed over the ranks in fp32.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class VocabShard:
         Collective: every rank calls it; one all-gather, and a synchronization on CUDA.
 
         Raises:
-            EapoError: not a process group of this process, a rank has no rows, or the weights differ
-                in columns, dtype or kind of device; the same message on all ranks.
+            EapoError: not a process group of this process, a rank has no rows, or the weights
+                differ in columns, dtype or kind of device; the same message on all ranks.
         """
         require_group(process_group)
         dtypes = sorted(str(d) for d in vars(torch).values() if isinstance(d, torch.dtype))
@@ -70,7 +70,7 @@ class VocabShard:
 
     @staticmethod
     def chunked(process_group: dist.ProcessGroup, total: int) -> VocabShard:
-        """This rank's shard of ``total`` rows that are split as by ``torch.chunk`` or DTensor's Shard(0).
+        """This rank's shard of ``total`` rows split as by ``torch.chunk`` or DTensor's Shard(0).
 
         No communication.
 
@@ -99,7 +99,8 @@ class VocabShard:
 
         Args:
             process_group: None, a VocabShard, or a group. The first call with a group and a weight
-                makes the shard (``of``, a collective), which is cached as long as the weight exists.
+                makes the shard (``of``, a collective), which is cached as long as the weight
+                exists.
             weight: [V, D] of the caller.
 
         Raises:
@@ -133,7 +134,7 @@ class VocabShard:
         return torch.where((local >= 0) & (local < vocab), local, known)
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """[fields, ranks, N], contiguous, from [fields, N] of every rank, in the order of the ranks."""
+        """[fields, ranks, N] contiguous, in the order of the ranks, from [fields, N] of each."""
         parts = [torch.empty_like(values) for _ in range(self.ranks)]
         dist.all_gather(parts, values.contiguous(), group=named_group(self.group))
         return torch.stack(parts, 1)
