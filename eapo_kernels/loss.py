@@ -284,19 +284,12 @@ def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms | None:
     if c.surrogate != "ppo_clip" or others or terms.token_advantages or terms.old_logp is None:
         return None
     return SurrogateTerms(
-        sequence_ids=terms.sequence_ids,
-        old_logp=terms.old_logp,
-        scale=terms.scale if terms.importance is None else terms.scale * terms.importance,
-        advantages=terms.advantages,
-        rewards=terms.split.values,
-        thresholds=terms.split.thresholds,
-        positive_weight=terms.positive_weight,
-        negative_weight=c.negative_weight,
-        clip_low=c.clip_low,
-        clip_high=c.clip_high,
-        dual_clip=c.dual_clip,
+        sequence_ids=terms.sequence_ids, old_logp=terms.old_logp,
+        scale=terms.scale if terms.importance is None else terms.scale * terms.importance, advantages=terms.advantages,
+        rewards=terms.split.values, thresholds=terms.split.thresholds, positive_weight=terms.positive_weight,
+        negative_weight=c.negative_weight, clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
         valid=terms.valid,
-    )
+    )  # fmt: skip
 
 
 def _autograd(

@@ -182,16 +182,9 @@ def build_projection(
     for name, value in (("inv_temperature", inv_temperature), ("softcap", softcap), ("logit_scale", logit_scale)):
         positive = value is None or (is_number(value) and 0 < value < math.inf)
         require(positive, name, "a positive finite number", repr(value))
-    return Projection(
-        hidden=hidden.reshape(-1, weight.shape[1]),
-        weight=weight,
-        bias=bias,
-        inv_temperature=float(inv_temperature),
-        row_inv_temperature=row_inv_temperature,
-        logit_scale=1.0 if logit_scale is None else float(logit_scale),
-        softcap=None if softcap is None else float(softcap),
-        shard=shard,
-    )
+    logit_scale, softcap = 1.0 if logit_scale is None else float(logit_scale), None if softcap is None else float(softcap)
+    hidden = hidden.reshape(-1, weight.shape[1])
+    return Projection(hidden, weight, bias, float(inv_temperature), row_inv_temperature, logit_scale, softcap, shard)
 
 
 def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:
