@@ -15,7 +15,7 @@ from ..types import SUMS, TokenBatch, valid_tokens
 from .advantages import ADVANTAGES, Split, split_responses
 from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig
-from .reductions import REDUCTIONS, Counts
+from .reductions import token_scale
 from .surrogates import KL_ESTIMATORS, MAX_LOG_RATIO, SEQUENCE_RATIO, SURROGATES, kl_k3, log_ratio
 
 SAME_POLICY = 1e-4
@@ -122,12 +122,12 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         kept = torch.where(split.positive(), positive_weight, config.negative_weight) != 0
         valid = valid & (kept if token_split else kept[sequence_ids])
     entropy_coef, ratio_penalty = masked(batch.entropy_coef), masked(batch.ratio_penalty)
-    counts = Counts.of(
-        valid, sequence_ids, size, lengths=batch.sequence_lengths, denominator=batch.denominator,
-        fixed_length=config.fixed_length,
+    scale = token_scale(
+        config.reduction, valid, sequence_ids, size, fixed_length=config.fixed_length, lengths=batch.sequence_lengths,
+        denominator=batch.denominator,
     )  # fmt: skip
     return PolicyTerms(
-        config, valid, sequence_ids, REDUCTIONS[config.reduction](counts), importance, advantages, split, positive_weight,
+        config, valid, sequence_ids, scale, importance, advantages, split, positive_weight,
         old_logp, ref_logp, entropy_coef, ratio_penalty, size, token_advantages, token_split,
     )  # fmt: skip
 

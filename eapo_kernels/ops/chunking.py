@@ -18,8 +18,8 @@ _LEAST_BUDGET, _MOST_BUDGET = 2**28, 2**30
 _SHARE_OF_DEVICE = 32
 
 RECOMPUTE_BUDGET = 96 * 2**20
-"""Default budget of plan "recompute": less than 0.25 GiB at N = D = 4096 for any V, d_hidden in fp32
-and a slab of d_weight included."""
+"""Default budget of plan "recompute": less than 0.25 GiB at N = D = 4096 for any V, including fp32
+d_hidden and a slab of d_weight."""
 
 _ROW_ALIGNMENT = 64
 _COLUMN_ALIGNMENT = 256

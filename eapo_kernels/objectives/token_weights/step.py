@@ -19,7 +19,7 @@ from ...errors import FLOATS, require, require_choice, require_number, require_t
 from ...types import TokenBatch, TokenStats, valid_tokens
 from ..advantages import ADVANTAGES
 from ..config import EAPOConfig
-from ..reductions import REDUCTIONS, Counts
+from ..reductions import token_scale
 from .partition import OrderedPartition
 
 STATISTICS = ("second_moments", "tempered_logp", "nucleus_entropy", "teacher_logp", "answer")
@@ -408,7 +408,7 @@ def _step_stats(
         group_ids=group_ids,
         estimator=lambda rewards: estimator(rewards, group_ids),
         given=None if batch.advantages is None else batch.advantages.float(),
-        scale=REDUCTIONS[config.reduction](Counts.of(valid, ids, batch.rewards.numel(), fixed_length=config.fixed_length)),
+        scale=token_scale(config.reduction, valid, ids, batch.rewards.numel(), fixed_length=config.fixed_length),
         state=dict(state or {}),
         progress=progress,
         seed=seed,
