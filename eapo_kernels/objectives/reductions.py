@@ -35,8 +35,7 @@ def token_scale(
         fixed_length: the constant of reduction ``fixed_length``.
         lengths: [B] valid tokens of each response; None: those here.
         denominator: the global number of tokens or responses, so that the losses of micro-batches
-            and ranks add up exactly; None: valid tokens, or responses that have any, here; at least
-            1.
+            and ranks add up exactly; None: the valid tokens, or responses that have any, here.
 
     Raises:
         EapoError: reduction "fixed_length" without a fixed length.
