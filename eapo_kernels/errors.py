@@ -1,4 +1,7 @@
-"""Errors a caller can catch, and the checks that raise them. Every message says what was expected and what was given."""
+"""Errors that callers can catch, and the checks that raise them.
+
+Every message gives the expected and the given value.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class EapoError(ValueError):
-    """Base of all errors raised on bad input or an impossible request."""
+    """Base of all errors about invalid arguments and requests that cannot be met."""
 
 
 class ShapeError(EapoError):
@@ -20,7 +23,7 @@ class ShapeError(EapoError):
 
 
 class BackendUnavailable(EapoError):
-    """The backend (or plan) asked for by name cannot run these inputs; the message says why."""
+    """The backend asked for by name cannot run these inputs; the message gives the reason."""
 
 
 def require(condition: bool, name: str, expected: object, got: object, error: type[EapoError] = EapoError) -> None:
@@ -37,7 +40,7 @@ def describe(tensor: object) -> str:
 
 
 def require_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
-    """ShapeError unless the tensor has this shape, one of these dtypes, and the device of ``like``."""
+    """Raise ShapeError unless the tensor has this shape, one of these dtypes, ``like``'s device."""
     good = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape and tensor.dtype in dtypes
     if not (good and tensor.device == like.device):
         names = "/".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -45,7 +48,7 @@ def require_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tu
 
 
 def is_number(value: object) -> bool:
-    """Whether it is an int or float; a bool is a mistake."""
+    """Whether it is an int or float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -63,7 +66,7 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def require_scalar(name: str, value: object, expected: str) -> None:
-    """Raise unless ``value`` is a number or a real 0-dim tensor. ``expected`` says so in words."""
+    """Raise unless ``value`` is a number or a real 0-dim tensor. expected: for the message."""
     good = is_number(value)
     if isinstance(value, Tensor):
         good = value.dim() == 0 and value.dtype in (*FLOATS, torch.int32, torch.int64)
@@ -71,5 +74,8 @@ def require_scalar(name: str, value: object, expected: str) -> None:
 
 
 def may_read(tensor: Tensor, debug: bool = False) -> bool:
-    """Whether to check the values of a tensor: on CUDA that waits for the device, and a graph that is traced has none yet."""
+    """Whether values of a tensor may be checked: not in a trace; on CUDA only with ``debug``.
+
+    Reading a value on CUDA synchronizes, and a traced tensor has no values.
+    """
     return (debug or not tensor.is_cuda) and not torch.compiler.is_compiling()

@@ -197,7 +197,10 @@ def test_tensors_stay_on_the_device_of_the_inputs(name: str) -> None:
 def test_new_tensors_are_made_on_a_given_device() -> None:
     """Every tensor that the weights' code makes is given a device, and never one by name."""
     makers = {"arange", "zeros", "ones", "full", "empty", "tensor", "linspace", "eye"}
-    files = [*(ROOT / "token_weights").glob("*.py"), *(ROOT / f"{n}.py" for n in ("grouping", "advantages", "reductions"))]
+    files = [
+        *(ROOT / "token_weights").glob("*.py"),
+        *(ROOT / f"{n}.py" for n in ("grouping", "advantages", "reductions", "semantic")),
+    ]
     assert len(files) > 9
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
