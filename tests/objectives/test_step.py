@@ -247,3 +247,10 @@ def test_a_loss_refuses_a_batch_without_token_weights() -> None:
     step = make_step()
     with pytest.raises(EapoError, match=r"batch.advantages: expected those of weight_tokens with method 'steer', got None"):
         policy_loss(step.hidden, step.weight, step.batch, method="steer")
+
+
+def test_a_name_is_no_method() -> None:
+    case = make_step()
+    for function in (weight_tokens, observed_entropy):
+        with pytest.raises(EapoError, match=r"method: expected a Method, such as get_method\(name\), got 'steer'"):
+            function("steer", case.batch, case.stats)

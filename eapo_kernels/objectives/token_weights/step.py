@@ -325,6 +325,7 @@ def weight_tokens(
     Raises:
         EapoError, ShapeError: something the token_weighting needs is missing or does not fit.
     """
+    require(isinstance(method, Method), "method", "a Method, such as get_method(name)", repr(method))
     if method.token_weighting is None:
         return batch
     reads = method.token_weighting.state
@@ -358,6 +359,7 @@ def observed_entropy(
     over ranks first. For most methods these are the entropies of all tokens that count; SIREN uses
     those of its peaks. Arguments and errors as in ``weight_tokens``.
     """
+    require(isinstance(method, Method), "method", "a Method, such as get_method(name)", repr(method))
     step = _step_stats(method, batch, stats, extras, None, 0.0, 0)
     return step.entropy_sum() if method.token_weighting is None else method.token_weighting.observed(step)
 
