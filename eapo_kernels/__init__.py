@@ -2,11 +2,12 @@
 
 from . import diagnostics
 from .errors import BackendUnavailable, EapoError, ShapeError
-from .loss import EAPOLoss, eapo_loss, loss_denominator, policy_loss
-from .objectives.advantages import majority_rewards, semantic_rewards
+from .loss import EAPOLoss, eapo_loss, policy_loss
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
+from .objectives.denominator import loss_denominator
 from .objectives.methods import METHODS, Method, get_method, make_controller
+from .objectives.semantic import majority_rewards, semantic_rewards
 from .objectives.token_weights.gather import GatheredStep, gather_step
 from .objectives.token_weights.step import observed_entropy, weight_tokens
 from .ops.dispatch import available_backends

@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, require_tensor, valid_tokens
-from .errors import require
+from .errors import FLOATS, require, require_tensor
 from .objectives.batch import check_batch
 from .objectives.controllers import EntropyRatio
 from .objectives.methods import Method, get_method, resolve_positive_weight
 from .objectives.policy import loss_and_sums, prepare
 from .objectives.token_weights.entropy_change import expected_part, sampled_part
-from .types import TokenBatch, TokenStats
+from .types import TokenBatch, TokenStats, valid_tokens
 
 
 class TokenWeights(NamedTuple):

@@ -1,10 +1,21 @@
-"""Errors a caller can catch. Every message says what was expected and what was given."""
+"""Errors that callers can catch, and the checks that raise them.
+
+Every message gives the expected and the given value.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 class EapoError(ValueError):
-    """Base of all errors raised on bad input or an impossible request."""
+    """Base of all errors about invalid arguments and requests that cannot be met."""
 
 
 class ShapeError(EapoError):
@@ -12,10 +23,59 @@ class ShapeError(EapoError):
 
 
 class BackendUnavailable(EapoError):
-    """The backend (or plan) asked for by name cannot run these inputs; the message says why."""
+    """The backend asked for by name cannot run these inputs; the message gives the reason."""
 
 
 def require(condition: bool, name: str, expected: object, got: object, error: type[EapoError] = EapoError) -> None:
     """Raise ``error`` as ``name: expected ..., got ...`` unless ``condition`` holds."""
     if not condition:
         raise error(f"{name}: expected {expected}, got {got}")
+
+
+def describe(tensor: object) -> str:
+    """``float32 [3, 4] cpu`` for messages."""
+    if not isinstance(tensor, Tensor):
+        return repr(tensor)
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {tensor.device}"
+
+
+def require_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
+    """Raise ShapeError unless the tensor has this shape, one of these dtypes, ``like``'s device."""
+    good = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape and tensor.dtype in dtypes
+    if not (good and tensor.device == like.device):
+        names = "/".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ShapeError(f"{name}: expected {names} {list(shape)} {like.device}, got {describe(tensor)}")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an int or float, but not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def require_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise unless ``value`` is a finite number in [low, high]."""
+    ok = isinstance(value, (int, float)) and is_number(value) and low <= value <= high and math.isfinite(value)
+    bound = f" in [{low:g}, {high:g}]" if high < math.inf else f" >= {low:g}" if low > -math.inf else ""
+    require(ok, name, f"a finite number{bound}", repr(value))
+
+
+def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    names = list(choices)
+    require(isinstance(value, str) and value in names, name, f"one of {', '.join(names)}", repr(value))
+
+
+def require_scalar(name: str, value: object, expected: str) -> None:
+    """Raise unless ``value`` is a number or a real 0-dim tensor. expected: for the message."""
+    good = is_number(value)
+    if isinstance(value, Tensor):
+        good = value.dim() == 0 and value.dtype in (*FLOATS, torch.int32, torch.int64)
+    require(good, name, expected, describe(value))
+
+
+def may_read(tensor: Tensor, debug: bool = False) -> bool:
+    """Whether values of a tensor may be checked: not in a trace; on CUDA only with ``debug``.
+
+    Reading a value on CUDA synchronizes, and a traced tensor has no values.
+    """
+    return (debug or not tensor.is_cuda) and not torch.compiler.is_compiling()

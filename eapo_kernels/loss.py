@@ -1,8 +1,9 @@
-"""Where ops and objectives meet: a policy loss from hidden states, the head and a batch of sampled responses.
+"""Policy losses from hidden states, the head's weight and a batch of sampled responses.
 
-Two schedules of the same mathematics. *autograd*: ``token_stats`` and vector maths, for any loss.
-*one_pass*: loss and gradients chunk by chunk with one logit computation, for losses in which a token's
-coefficient depends on its own statistics.
+The losses combine ``ops`` and ``objectives`` by one of two schedules of the same mathematics.
+*autograd*: ``token_stats``, then vector operations, for any loss. *one_pass*: loss and gradients
+chunk by chunk with one logit computation, for losses in which a token's coefficient depends on its
+own statistics only.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .checks import describe, require_number, require_tensor
-from .errors import EapoError, ShapeError, require
+from .errors import EapoError, ShapeError, describe, require, require_number, require_tensor
 from .objectives.batch import check_batch
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
@@ -55,36 +55,41 @@ def eapo_loss(
 ) -> LossOutput:
     """The EAPO loss (docs/math.md E10; arXiv 2605.27846).
 
-        L = - sum_t scale_t w_i min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i) + KL and entropy terms,
-        w_i = positive_weight where the reward is above its group's mean, else ``config.negative_weight``
+        L = - sum_t scale_t w_i min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i)
+            + KL and entropy terms
+        w_i = positive_weight where the reward is above its group's mean, else negative_weight
 
     Args:
         hidden: [N, D] hidden states at the positions that predict ``batch.targets``.
         weight: [V, D] the head's weight.
         batch: the tokens of B responses and their rewards.
-        positive_weight: lambda_k of E9, >= 0: a number, a 0-dim tensor or the ``EntropyRatio`` that computes it. It is applied
-            here, once: do not scale the advantages as well.
-        config: the switches; the defaults are ``EAPOConfig()``.
-        bias, inv_temperature, softcap, logit_scale, process_group: as in ``token_stats``. With a group the batch is the same on
-            all its processes, and so are the loss and the metrics: ranks of a tensor-parallel group count once.
-        schedule: "one_pass" (its loss takes one ``backward``), "autograd" or "auto".
-        backend: as in ``token_stats``.
-        options: memory budget and the like.
-        main_grad: [V, D] fp32 (fp64 for fp64 inputs) accumulator to which the weight's gradient is added during this call
-            (one-pass schedule); ``weight`` itself then gets none. Not inside a checkpointed region, whose recomputation would
-            add it again. None: the gradient reaches ``weight`` by ``backward``.
-        main_grad_scale: what the caller will multiply the loss by before ``backward`` (gradient accumulation, loss scaling).
-        metrics: False: the loss and its gradients are the same, but entropies that they do not need are not computed, and
-            tokens whose term is zero whatever their log-prob (weighted advantage 0; no KL, penalty, entropy bonus) do no work.
+        positive_weight: lambda_k of E9, >= 0: a number, a 0-dim tensor or the ``EntropyRatio`` that
+            computes it. Only the loss applies it: do not scale the advantages as well.
+        config: the settings; None: ``EAPOConfig()``.
+        bias, inv_temperature, softcap, logit_scale, backend: as in ``token_stats``.
+        process_group: as in ``token_stats``. All ranks of the group pass the same batch and get the
+            same loss and metrics; count a tensor-parallel group once in sums over ranks.
+        schedule: "one_pass" (its loss allows one ``backward``), "autograd" or "auto".
+        options: memory budget, plan and checks.
+        main_grad: [V, D] fp32 (fp64 for fp64 inputs) accumulator. This call adds the weight's
+            gradient to it (one-pass schedule) and ``backward`` gives ``weight`` none. Not inside a
+            checkpointed region, because its recomputation would add the gradient again. None:
+            ``backward`` gives the gradient to ``weight``.
+        main_grad_scale: the factor by which the caller will multiply the loss before ``backward``
+            (gradient accumulation, loss scaling).
+        metrics: False: entropies that the loss does not need are not computed. Tokens whose term
+            is zero at every log-prob (weighted advantage 0; no KL, penalty, entropy bonus) are
+            masked. Loss and gradients are the same.
 
-    ``torch.compile(fullgraph=True)`` traces the call (the autograd schedule, no ``process_group`` but a VocabShard); rewards,
-    log-probs, ids and the positive weight are then not checked for their values.
+    ``torch.compile(fullgraph=True)`` traces the call (autograd schedule; ``process_group`` None or
+    a VocabShard) and does not check the values of rewards, log-probs, ids and the positive weight.
 
     Returns:
-        LossOutput. Metrics: see ``policy_loss``.
+        LossOutput; for its metrics see ``policy_loss``.
 
     Raises:
-        ShapeError, EapoError, BackendUnavailable: bad input; the message says what was expected and what was given.
+        ShapeError, EapoError, BackendUnavailable: an argument is invalid; the message gives the
+            expected and the given value.
     """
     method = METHODS["eapo"] if config is None else replace(METHODS["eapo"], config=config)
     return policy_loss(
@@ -113,18 +118,20 @@ def policy_loss(
     main_grad_scale: float = 1.0,
     metrics: bool = True,
 ) -> LossOutput:
-    """The loss of any method: ``METHODS``'s by name, or a ``Method`` of your own. Arguments as in ``eapo_loss``.
+    """The loss of any method. Arguments, ``torch.compile`` and errors as in ``eapo_loss``.
 
     Args:
-        method: name or Method. One that weighs tokens (``method.token_weighting``) wants a batch that went through ``weight_tokens``.
-        positive_weight: required where the method has none of its own (``method.positive_weight is None``), else refused.
+        method: a name in ``METHODS``, or a Method. If it has a ``token_weighting``, ``batch`` must
+            be one that ``weight_tokens`` returned.
+        positive_weight: required if ``method.positive_weight`` is None, else an error.
 
     Returns:
-        LossOutput with metrics over the tokens that count (means, 0-dim fp32): ``eapo/entropy`` (nats),
-        ``eapo/positive_weight``, ``eapo/positive_fraction`` (of the responses with tokens here), ``clip_fraction``,
-        ``ratio_mean``, ``old_kl`` (k3 to the old policy, nats), ``kl`` (to the reference, nats; 0 without one), ``tokens``; and
-        ``eapo/entropy_ratio``, ``eapo/entropy_init`` when ``positive_weight`` is an EntropyRatio. With ``metrics=False`` those
-        that need no log-probs: without entropy, clip fraction, ratio and KL.
+        LossOutput with metrics (0-dim fp32; means over the tokens that count): ``eapo/entropy``
+        (nats), ``eapo/positive_weight``, ``eapo/positive_fraction`` (of the responses with such
+        tokens), ``clip_fraction``, ``ratio_mean``, ``old_kl`` (k3 to the old policy, nats), ``kl``
+        (to the reference, nats; 0 without one), ``tokens``; and ``eapo/entropy_ratio``,
+        ``eapo/entropy_init`` if ``positive_weight`` is an EntropyRatio. With ``metrics=False``
+        entropy, clip fraction, ratio and KLs are left out.
     """
     try:
         shard = None if process_group is None else VocabShard.resolve(process_group, weight)
@@ -141,9 +148,8 @@ def policy_loss(
             raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
         lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
         full_rows = shard is None or config.entropy_top_p is None
-        require(
-            full_rows, "process_group", "None with entropy_top_p: a nucleus is chosen from all logits of a row", process_group
-        )
+        reason = "a nucleus is chosen from all logits of a row"
+        require(full_rows, "process_group", f"None with entropy_top_p: {reason}", process_group)
         all_terms = prepare(batch, config, lam)
         terms = all_terms if metrics else all_terms.without_idle()
         projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape, shard)
@@ -173,34 +179,11 @@ def policy_loss(
     return LossOutput(loss, _metrics(all_terms, sums if metrics else None, positive_weight))
 
 
-def loss_denominator(
-    batch: TokenBatch, *, method: str | Method, positive_weight: float | Tensor | EntropyRatio | None = None
-) -> Tensor:
-    """What ``batch.denominator`` is to be for the parts of this (shaped) batch, so that their losses add up to its loss.
-
-    Args:
-        batch: all tokens of one optimizer step that this process holds; add the result up over ranks. Its own ``denominator``
-            is not looked at.
-        method, positive_weight: as in ``policy_loss``.
-
-    Returns:
-        0-dim fp32: tokens that count for ``token_mean``, responses with such tokens for the other reductions, without those
-        that ``drop_zero_weight`` drops; at least 1.
-    """
-    method = get_method(method)
-    check_batch(batch, method.config, debug=False)
-    lam = resolve_positive_weight(method, positive_weight, batch.targets.device, False)
-    terms = prepare(batch, method.config, lam)
-    valid = terms.valid.float()
-    if method.config.reduction != "token_mean":
-        valid = (valid.new_zeros(max(terms.n_sequences, 1)).index_add_(0, terms.sequence_ids, valid) > 0).float()
-    return valid.sum().clamp_min(1)
-
-
 class EAPOLoss(nn.Module):
-    """``eapo_loss`` with its settings and its controller in one module, so that H_0 travels in the state dict.
+    """``eapo_loss`` with its settings and its controller in one module, whose state dict holds H_0.
 
-    ``controller.update(entropy_sum, token_count)`` once a step, then call the module for every micro-batch of the step.
+    Call ``controller.update(entropy_sum, token_count)`` once a step, then the module for every
+    micro-batch of the step.
     """
 
     def __init__(
@@ -218,7 +201,7 @@ class EAPOLoss(nn.Module):
         self.schedule, self.backend, self.options = schedule, backend, options
 
     def forward(self, hidden: Tensor, weight: Tensor, batch: TokenBatch, **arguments: Any) -> LossOutput:
-        """``eapo_loss`` with its other keyword arguments (bias, inv_temperature, ...); the positive weight is the controller's."""
+        """``eapo_loss`` with the controller's positive weight. arguments: other keywords of it."""
         return eapo_loss(
             hidden, weight, batch, positive_weight=self.controller, config=self.config, schedule=self.schedule,
             backend=self.backend, options=self.options, **arguments,
@@ -251,26 +234,28 @@ class _KnownGradients(torch.autograd.Function):
 
 
 def _one_pass(
-    projection: Projection, targets: Tensor, terms: PolicyTerms, backend_name: str, options: Options, main_grad: MainGrad | None,
-    metrics: bool,
+    projection: Projection, targets: Tensor, terms: PolicyTerms, backend_name: str, options: Options,
+    main_grad: MainGrad | None, metrics: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(loss, sums) of the one-pass schedule; ``loss.backward()`` hands out the gradients computed along the way.
+    """(loss, sums) of the one-pass schedule, with all gradients computed already.
 
     targets: [N] int64, -100 where ``terms.valid`` is False.
     """
     inputs = (projection.hidden, projection.weight, projection.bias)
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-    needs = (wanted[0], wanted[1] or (main_grad is not None and torch.is_grad_enabled()), wanted[2])
+    enabled = torch.is_grad_enabled()
+    d_hidden, d_weight, d_bias = (enabled and t is not None and t.requires_grad for t in inputs)
+    needs = (d_hidden, d_weight or (enabled and main_grad is not None), d_bias)
     backend = dispatch.resolve(backend_name, projection, "one_pass")
-    rows, index = select_valid(projection.detach(), terms.valid, options.compact)
+    selected, index = select_valid(projection.detach(), terms.valid, options.compact)
     targets = torch.where(terms.valid, targets, 0)
     if index is not None:
         targets, terms = targets[index], terms.rows(index)
-    has_bonus, is_clipped = terms.has_entropy_bonus, _is_clipped_surrogate(terms)
+    has_bonus = terms.has_entropy_bonus
 
     def coefficients(chunk: Chunk, rows: slice) -> Coefficients:
         part = terms.rows(rows)
-        fused = chunk.surrogate(_surrogate_terms(part)) if is_clipped else None
+        surrogate = _surrogate_terms(part)
+        fused = None if surrogate is None else chunk.surrogate(surrogate)
         if fused is not None:
             return fused
         stats = chunk.statistics()
@@ -283,104 +268,80 @@ def _one_pass(
             leaves = [logp, entropy] if entropy is not None and has_bonus else [logp]
             return Coefficients(LogitCotangents(*torch.autograd.grad(loss, leaves)), sums)
 
-    sums, (d_hidden, d_weight, d_bias) = gradients.one_pass(
-        rows, targets, coefficients, backend, entropy=metrics or has_bonus, entropy_gradient=has_bonus,
+    sums, known = gradients.one_pass(
+        selected, targets, coefficients, backend, entropy=metrics or has_bonus, entropy_gradient=has_bonus,
         logp_guess=terms.old_logp, needs=needs, options=options, main_grad=main_grad,
     )  # fmt: skip
-    if d_hidden is not None:
-        d_hidden = scatter_rows(d_hidden, index, projection.n_rows)
-    return _KnownGradients.apply(sums[0], *inputs, (d_hidden, d_weight, d_bias)), sums
+    if known[0] is not None:
+        known = (scatter_rows(known[0], index, projection.n_rows), *known[1:])
+    return _KnownGradients.apply(sums[0], *inputs, known), sums
 
 
-def _is_clipped_surrogate(terms: PolicyTerms) -> bool:
-    """Whether ``SurrogateTerms`` can express the loss."""
+def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms | None:
+    """The loss as a clipped surrogate for one fused launch; None if it is another loss."""
     c = terms.config
-    plain = c.surrogate == "ppo_clip" and not terms.has_entropy_bonus and terms.ref_logp is None and terms.ratio_penalty is None
-    return plain and terms.old_logp is not None and not terms.token_advantages
-
-
-def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms:
-    assert terms.old_logp is not None
-    c = terms.config
+    others = terms.has_entropy_bonus or terms.ref_logp is not None or terms.ratio_penalty is not None
+    if c.surrogate != "ppo_clip" or others or terms.token_advantages or terms.old_logp is None:
+        return None
     return SurrogateTerms(
-        sequence_ids=terms.sequence_ids,
-        old_logp=terms.old_logp,
-        scale=terms.scale if terms.importance is None else terms.scale * terms.importance,
-        advantages=terms.advantages,
-        rewards=terms.split.values,
-        thresholds=terms.split.thresholds,
-        positive_weight=terms.positive_weight,
-        negative_weight=c.negative_weight,
-        clip_low=c.clip_low,
-        clip_high=c.clip_high,
-        dual_clip=c.dual_clip,
+        sequence_ids=terms.sequence_ids, old_logp=terms.old_logp,
+        scale=terms.scale if terms.importance is None else terms.scale * terms.importance, advantages=terms.advantages,
+        rewards=terms.split.values, thresholds=terms.split.thresholds, positive_weight=terms.positive_weight,
+        negative_weight=c.negative_weight, clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
         valid=terms.valid,
-    )
+    )  # fmt: skip
 
 
 def _autograd(
     projection: Projection, targets: Tensor, terms: PolicyTerms, backend: str, options: Options, metrics: bool
 ) -> tuple[Tensor, Tensor]:
-    """(loss, sums) of the autograd schedule. With ``entropy_top_p`` the bonus is on the nucleus, the metric on the whole."""
+    """(loss, sums) of the autograd schedule. ``entropy_top_p`` does not change the metric."""
     top_p = terms.config.entropy_top_p if terms.has_entropy_bonus else None
-    entropy = "grad" if terms.has_entropy_bonus and top_p is None else "nograd" if metrics else "none"
-    stats = project_stats(projection, targets, entropy=entropy, second_moments=False, backend=backend, options=options)
-    if top_p is None:
-        return loss_and_sums(terms, stats.logp, stats.entropy)
-    loss, sums = loss_and_sums(terms, stats.logp, project_nucleus_entropy(projection, terms.valid, top_p, options))
-    if stats.entropy is None:
-        return loss, sums
-    whole = torch.where(terms.valid, stats.entropy, 0.0).sum()
-    return loss, torch.stack([whole if name == "entropy" else value for name, value in zip(SUMS, sums, strict=True)])
+    mode = "grad" if terms.has_entropy_bonus and top_p is None else "nograd" if metrics else "none"
+    stats = project_stats(projection, targets, entropy=mode, second_moments=False, backend=backend, options=options)
+    entropy = stats.entropy if top_p is None else project_nucleus_entropy(projection, terms.valid, top_p, options)
+    loss, sums = loss_and_sums(terms, stats.logp, entropy)
+    if top_p is not None and stats.entropy is not None:
+        sums[SUMS.index("entropy")] = torch.where(terms.valid, stats.entropy, 0.0).sum()
+    return loss, sums
 
 
 def _choose_schedule(
     schedule: str, config: EAPOConfig, backend: str, projection: Projection, plan: str, has_main_grad: bool
 ) -> str:
+    """Resolve "auto"; raise where the schedule, the plan and the loss exclude each other."""
     forced = "main_grad" if has_main_grad else "Options(plan='chunks')" if plan == "chunks" else None
-    if forced and schedule == "autograd":
-        raise EapoError(f"schedule: expected 'one_pass' or 'auto' with {forced}, got 'autograd'")
+    require(not forced or schedule != "autograd", "schedule", f"'one_pass' or 'auto' with {forced}", "'autograd'")
     if forced:
         schedule = "one_pass"
-    elif plan == "recompute" and schedule == "auto":
+    elif schedule == "auto" and plan == "recompute":
         schedule = "autograd"
-    token_scope = config.scope == "token" and config.entropy_top_p is None
-    if schedule == "one_pass" and not token_scope:
-        reason = f"a loss of {config.scope} scope ({config.surrogate})"
-        if config.entropy_top_p is not None:
-            reason = f"entropy_top_p={config.entropy_top_p}"
-        raise EapoError(f"schedule: expected 'autograd' for {reason}, got 'one_pass'")
-    if schedule != "auto":
-        return schedule
-    name = "torch" if backend == "auto" else backend
-    proven = (projection.hidden.device.type, name, "one_pass") in chunking.PROVEN
-    return "one_pass" if token_scope and proven and not torch.compiler.is_compiling() else "autograd"
+    top_p = config.entropy_top_p
+    reason = f"a loss of {config.scope} scope ({config.surrogate})" if top_p is None else f"entropy_top_p={top_p}"
+    fits = config.scope == "token" and top_p is None
+    if schedule == "auto":
+        key = (projection.hidden.device.type, "torch" if backend == "auto" else backend, "one_pass")
+        return "one_pass" if fits and key in chunking.PROVEN and not torch.compiler.is_compiling() else "autograd"
+    require(schedule == "autograd" or fits, "schedule", f"'autograd' for {reason}", "'one_pass'")
+    return schedule
 
 
 def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -> dict[str, Tensor]:
-    """Sums over tokens to means over the tokens that count; without them, what the batch alone says."""
-    tokens = terms.valid.sum().float()
-    positive = terms.split.positive().float()
-    if terms.token_split:
-        fraction = (positive * terms.valid).sum() / tokens.clamp_min(1)
-    else:
-        counts = positive.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, terms.valid.float())
-        fraction = (positive * (counts > 0)).sum() / (counts > 0).sum().clamp_min(1)
+    """The metrics of the batch and, from sums over tokens, the means over the tokens that count."""
+    tokens, positive = terms.valid.sum().float(), terms.split.positive().float()
+    counts = terms.valid.float()
+    if not terms.token_split:  # count responses, not tokens
+        counts = (positive.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, counts) > 0).float()
     metrics = {
         "eapo/positive_weight": terms.positive_weight,
-        "eapo/positive_fraction": fraction,
+        "eapo/positive_fraction": (positive * counts).sum() / counts.sum().clamp_min(1),
         "tokens": tokens,
     }
     if sums is not None:
-        means = dict(zip(SUMS, sums.float() / tokens.clamp_min(1), strict=True))
-        metrics |= {
-            "eapo/entropy": means["entropy"],
-            "clip_fraction": means["clipped"],
-            "ratio_mean": means["ratio"],
-            "old_kl": means["old_kl"],
-            "kl": means["kl"],
-        }
-    if isinstance(positive_weight, EntropyRatio):
-        metrics["eapo/entropy_ratio"] = positive_weight.ratio.float()  # on the device of the controller
+        names = {"entropy": "eapo/entropy", "clipped": "clip_fraction", "ratio": "ratio_mean"}
+        means = sums.float() / tokens.clamp_min(1)
+        metrics |= {names.get(name, name): mean for name, mean in zip(SUMS, means, strict=True) if name != "loss"}
+    if isinstance(positive_weight, EntropyRatio):  # these are on the controller's device
+        metrics["eapo/entropy_ratio"] = positive_weight.ratio.float()
         metrics["eapo/entropy_init"] = positive_weight.initial_entropy.float()
     return metrics

@@ -1,6 +1,7 @@
-"""The oracle: dense, slow, obvious. Any float dtype; float64 gives the truth the kernels are held against.
+"""The oracle: a dense implementation of the equations of docs/math.md in any float dtype.
 
-It writes the equations of docs/math.md down one by one and shares no code with the kernels. Change it only with a derivation.
+The tests compare the kernels with its float64 results. It shares no code with the kernels. Change
+it only with a derivation.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def logits(
     softcap: float | None = None,
     logit_scale: float | None = None,
 ) -> Tensor:
-    """z of E1: project, add the bias, scale, soft-cap, divide by the temperature. Returns [..., V]."""
+    """z of E1, [..., V]: project, add the bias, scale, soft-cap, divide by the temperature."""
     z = hidden @ weight.T
     if bias is not None:
         z = z + bias
@@ -47,7 +48,7 @@ def token_stats(
     mask: Tensor | None = None,
     second_moments: bool = False,
 ) -> TokenStats:
-    """E2-E4 in the dtype of ``hidden``, with the whole [..., V] in memory; differentiable by autograd."""
+    """E2-E4 in the dtype of ``hidden``, with all logits [..., V] in memory; differentiable."""
     z = logits(hidden, weight, bias=bias, inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale)
     valid = targets != IGNORE_INDEX
     if mask is not None:
@@ -81,7 +82,7 @@ def eapo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Tensor:
-    """E10 with group-normalised advantages and the mean over tokens, one response and one token at a time."""
+    """E10 with group-normalised advantages and the mean over tokens, one token at a time."""
     total = logp.new_zeros(())
     for token in range(logp.numel()):
         i = int(sequence_ids[token])

@@ -1,6 +1,6 @@
-"""Inputs like a trained model's, the plain PyTorch everybody would write, and the test of being no worse than it.
+"""Random inputs, a plain PyTorch implementation, and a comparison with its rounding error.
 
-Used by the tests and by the benchmarks, so that both judge the same thing.
+The tests and the benchmarks share them.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ def make_inputs(
     bias: bool = False,
     device: str | torch.device = "cpu",
 ) -> Inputs:
-    """Random inputs whose logits look like a language model's: the same for the same seed and kind of device.
+    """Random inputs; the same seed on the same kind of device gives the same numbers.
 
-    The background logits have standard deviation 3 (``peaked``) or 0.1 (near-uniform). With ``peaked``, each row also points at
-    one token, U(0, 16) nats above the background, and the target is that token in four rows of five, else any token: confident
-    and surprised rows, low and high entropies. Near-uniform rows have entropy close to log V.
+    With ``peaked`` the logits resemble a language model's: a background of standard deviation 3 and
+    one token per row that is U(0, 16) nats above it. The target is that token in four of five rows,
+    else a random one, so log-probs and entropies vary widely. Otherwise the standard deviation is
+    0.1 and the entropies are close to log V.
     """
     draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     weight = torch.randn(v, d, **draw) / math.sqrt(d)
@@ -82,7 +83,7 @@ def eager_token_stats(
     mask: Tensor | None = None,
     second_moments: bool = False,
 ) -> TokenStats:
-    """What people write without this package: logits in the inputs' dtype, widened to fp32, then log_softmax and autograd."""
+    """Plain PyTorch: logits in the inputs' dtype, widened to fp32, log_softmax, autograd."""
     z = F.linear(hidden, weight, bias)
     z = z.float() if z.dtype != torch.float64 else z
     if logit_scale is not None:
@@ -111,7 +112,7 @@ def eager_token_stats(
 def assert_no_worse_than(
     actual: Tensor, eager: Tensor, truth: Tensor, *, floor: float, factor: float = 2.0, name: str = "value"
 ) -> None:
-    """Maximum and RMS error of ``actual`` are at most ``factor`` times those of ``eager``, plus ``floor``.
+    """Assert that max and RMS error are at most ``factor`` times those of ``eager`` plus ``floor``.
 
     Args:
         actual: the result under test.
@@ -119,7 +120,7 @@ def assert_no_worse_than(
         truth: the float64 oracle's result on the same inputs.
         floor: noise floor relative to the largest and the RMS magnitude of ``truth``.
 
-    Infinities must stand in the same places with the same sign; NaN fails.
+    Infinities must be at the same places with the same sign; a NaN fails.
     """
     assert actual.shape == truth.shape, f"{name}: expected shape {list(truth.shape)}, got {list(actual.shape)}"
     actual, eager, truth = (t.detach().double().cpu() for t in (actual, eager, truth))
@@ -143,9 +144,9 @@ def oracle_token_stats(inputs: Inputs, **options: Any) -> TokenStats:
 
 
 def peak_memory(function: Callable[[], object], device: str | torch.device = "cpu") -> int:
-    """Bytes of tensors alive at the worst moment of ``function()`` beyond those alive before, its result included.
+    """Peak bytes of tensors during ``function()``, beyond those allocated before.
 
-    From PyTorch's own accounting: the allocator's on CUDA, the profiler's memory events on the CPU.
+    Measured by the allocator on CUDA, by the profiler's memory events on the CPU.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()

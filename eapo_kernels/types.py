@@ -1,4 +1,4 @@
-"""The records that travel between the layers: what goes in, what comes out, and how much memory may be used.
+"""Arguments and results of the public functions.
 
 Sizes: N tokens, B sequences (responses), D hidden, V vocabulary.
 """
@@ -13,31 +13,37 @@ from torch import Tensor
 from .errors import require
 
 IGNORE_INDEX = -100
-"""Target value of a row that does not count (the Hugging Face convention)."""
+"""Target value of a masked token (the Hugging Face convention)."""
+
+
+def valid_tokens(targets: Tensor, mask: Tensor | None) -> Tensor:
+    """[...] bool: the target is not -100, and the mask, if there is one, is True."""
+    valid = targets != IGNORE_INDEX
+    return valid if mask is None else valid & mask
 
 
 PLANS = ("auto", "one_chunk", "chunks", "recompute")
-"""How the work may be cut, see ``Options.plan``."""
+"""Values of ``Options.plan``."""
 
 SUMS = ("loss", "entropy", "ratio", "clipped", "old_kl", "kl")
-"""What a coefficient function adds up over its tokens, in this order. ``loss`` is the chunk's share of the final loss, the
-others are plain sums over tokens: entropy and KL estimates in nats, the ratio to the old policy, and 1 for each token whose
-gradient the clip removed."""
+"""Sums over the tokens of a chunk, in this order: the chunk's share of the loss; entropies (nats);
+ratios to the old policy; tokens whose gradient the clip removed; KL estimates to the old policy and
+to the reference (nats)."""
 
 
 class TokenStats(NamedTuple):
-    """Statistics of the next-token distribution p = softmax(z) at every position (docs/math.md E1-E4).
+    """Statistics of the next-token distribution p = softmax(z) at each position (E1-E4).
 
-    Attributes:
-        logp: [...] fp32, log p of the target (nats).
-        entropy: [...] fp32, -sum p log p (nats); None when not asked for.
-        lse: [...] fp32, log sum exp z (nats).
-        p2: [...] fp32, sum p^2; None unless ``second_moments``. Carries no gradient.
-        p2_logp: [...] fp32, sum p^2 log p (nats); None unless ``second_moments``. Carries no gradient.
-        varentropy: [...] fp32, sum p (log p + H)^2 (nats^2), the variance of the surprise; None unless ``second_moments``.
-            Carries no gradient.
+    Attributes, each [...] fp32 (fp64 for fp64 inputs):
+        logp: log p of the target (nats).
+        entropy: H = -sum p log p (nats); None if not asked for.
+        lse: log sum exp z (nats).
+        p2: sum p^2.
+        p2_logp: sum p^2 log p (nats).
+        varentropy: sum p (log p + H)^2 (nats^2), the variance of the surprise.
 
-    Rows that are masked or whose target is -100 are exact zeros with zero gradient.
+    The last three have no gradient and are None unless ``second_moments``. Masked tokens have exact
+    zeros with zero gradient.
     """
 
     logp: Tensor
@@ -52,28 +58,35 @@ class TokenStats(NamedTuple):
 class TokenBatch:
     """The response tokens of B sampled responses, packed into one row of N tokens.
 
+    A token counts (is valid) if its target is not -100 and its mask is True.
+
     Attributes:
-        targets: [N] int64, sampled token ids; -100 marks a token that does not count.
-        sequence_ids: [N] int64 in [0, B), the response a token belongs to.
-        rewards: [B] float, one reward per response. May be None when ``advantages`` is given.
-        group_ids: [B] int64, responses with equal numbers answer the same prompt. May be None when ``advantages`` is given.
-        old_logp: [N] float or None, log-prob under the policy that is being improved upon (nats). None: the ratio
-            is 1 with gradient (exactly on-policy).
-        mask: [N] bool or None, False marks a token that does not count.
+        targets: [N] int64, sampled token ids; -100 masks a token.
+        sequence_ids: [N] int64 in [0, B), the response of each token.
+        rewards: [B] float; may be None with ``advantages``.
+        group_ids: [B] int64, equal for responses to the same prompt; may be None with
+            ``advantages``.
+        old_logp: [N] float, log-prob under the policy before the update (nats). None: the ratio is
+            1 with gradient (exactly on-policy).
+        mask: [N] bool or None, False masks a token.
         ref_logp: [N] float or None, log-prob under the reference policy (nats), for the KL penalty.
-        rollout_logp: [N] float or None, log-prob the rollout engine reported (nats), for truncated importance sampling.
-        advantages: [B] or [N] float or None, replaces the advantage computed from ``rewards``. The split into positive and
-            negative is still that of the rewards where they are given, else the advantage's sign.
-        token_advantages: whether the advantages are per token. None: told from their shape, which where N = B only works with
-            ``sequence_ids`` 0, 1, 2, ...
-        entropy_coef: [N] float or None, factor of each token's entropy bonus (loss per nat), on top of the config's.
-        ratio_penalty: [N] float >= 0 or None, factor of |log(pi / pi_old)| of each token, added to its loss;
-            within 1e-4 nats the policies count as the same.
-        denominator: number, 0-dim tensor or None, the *global* count that the reduction divides by (tokens that count for
-            ``token_mean``, responses with such tokens for the others; without those that ``drop_zero_weight`` drops), so that
-            the losses of micro-batches and ranks add up to the loss of the whole batch. None: counted in this batch.
-        sequence_lengths: [B] or None, *global* number of valid tokens of each response for ``seq_mean_token_mean``,
-            needed only when one response is spread over several micro-batches. None: counted in this batch.
+        rollout_logp: [N] float or None, log-prob reported by the rollout engine (nats), for
+            truncated importance sampling.
+        advantages: [B] or [N] float or None, replaces the advantages computed from ``rewards``. The
+            split into positive and negative still uses the rewards if they are given, else the sign
+            of the advantage.
+        token_advantages: whether the advantages are [N]. None: decided by their shape, which for
+            N = B requires ``sequence_ids`` 0, 1, 2, ...
+        entropy_coef: [N] float or None, added to the config's factor of the entropy bonus (loss per
+            nat).
+        ratio_penalty: [N] float >= 0 or None, factor of |log(pi / pi_old)| (zero up to 1e-4 nats)
+            in the token's loss.
+        denominator: number, 0-dim tensor or None, the *global* count that the reduction divides by
+            (see ``loss_denominator``), so that the losses of micro-batches and ranks add up to the
+            loss of the whole batch. None: counted in this batch.
+        sequence_lengths: [B] or None, *global* number of valid tokens of each response for
+            ``seq_mean_token_mean``; needed if a response is split over micro-batches. None: counted
+            in this batch.
     """
 
     targets: Tensor
@@ -92,9 +105,9 @@ class TokenBatch:
     sequence_lengths: Tensor | None = None
 
     def select(self, tokens: Tensor | slice) -> TokenBatch:
-        """The same batch with some of its tokens: what is given per token is indexed, what is given per response stays.
+        """The same batch with some of its tokens: fields [N] are indexed, fields [B] are kept.
 
-        Where B = N, advantages are the responses' unless ``token_advantages`` says otherwise.
+        Where N = B, advantages count as [B] unless ``token_advantages`` is True.
         """
         per_token = ("targets", "sequence_ids", "old_logp", "mask", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty")
         chosen = {name: value[tokens] for name in per_token if (value := getattr(self, name)) is not None}
@@ -108,11 +121,11 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A scalar loss and what there is to log about it.
+    """A scalar loss and its metrics.
 
     Attributes:
         loss: 0-dim fp32 (fp64 for fp64 inputs), differentiable.
-        metrics: name -> 0-dim fp32 tensor without gradient (on an accelerator, reading one synchronises).
+        metrics: name -> 0-dim fp32 tensor without gradient; reading one on CUDA synchronizes.
     """
 
     loss: Tensor
@@ -121,22 +134,24 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Options:
-    """How the work is done; never what is computed.
+    """Settings of the computation that do not change its result beyond rounding.
 
     Attributes:
-        memory_budget: bytes for logit-sized workspace, whatever N is, what a call of ``token_stats`` keeps for its backward
-            included. The gradients themselves and the fp32 accumulator of d_weight come on top. None: 256 MiB on a CPU, on a
-            GPU a 32nd of its memory or less: 256 MiB, 512 MiB or 1 GiB; 96 MiB with ``plan="recompute"``.
-        compact: whether rows that do not count leave before any product. On CUDA the host has to wait for their number, once a
-            direction, and in a CUDA graph under capture none leave. "auto": on a CPU always; on CUDA where some are announced,
-            by a mask, ``drop_zero_weight`` or ``metrics=False``. So without a mask nothing waits, and a target of -100 costs
-            what its row costs. Where the host knows the rows it can select them itself, which is as fast and waits for nothing:
-            ``hidden[rows]`` and ``TokenBatch.select(rows)``.
-        plan: how logits are cut and kept, see docs/plans.md. "auto": what fits the memory budget. "one_chunk": all rows at
-            once, an error where they do not fit (autograd: only where the forward keeps rows at all). "chunks": rows in
-            chunks, d_weight summed in fp32 (one-pass schedule only). "recompute": nothing is kept from the forward to the
+        memory_budget: bytes of logit-sized workspace for any N, tensors saved by ``token_stats``
+            for its backward included; gradients and the fp32 accumulator of d_weight are not. None:
+            512 MiB on a CPU; on CUDA a 32nd of the device's memory, between 256 MiB and 1 GiB; 96
+            MiB with ``plan="recompute"``.
+        compact: whether masked rows are removed before the matrix products. On CUDA the host then
+            waits for their number once per direction; in a CUDA graph under capture no rows are
+            removed. "auto": on a CPU always; on CUDA with a mask, ``drop_zero_weight`` or
+            ``metrics=False``. Without a host wait, select rows with ``hidden[rows]`` and
+            ``TokenBatch.select(rows)``.
+        plan: the chunks of logits, see docs/plans.md. "auto": by the memory budget. "one_chunk":
+            all rows at once; an error if they do not fit. "chunks": rows in chunks, d_weight summed
+            in fp32 (one-pass schedule only). "recompute": no logit gradient is saved for the
             backward (autograd schedule only).
-        debug: on CUDA, also check values (targets in range, finite rewards); costs synchronisations. Always on for CPU tensors.
+        debug: on CUDA, also check values (targets in range, finite rewards), which synchronizes; on
+            a split head, compare the arguments of the ranks. CPU values are always checked.
     """
 
     memory_budget: int | None = None
@@ -145,12 +160,9 @@ class Options:
     plan: str = "auto"
 
     def __post_init__(self) -> None:
-        require(
-            self.memory_budget is None or (type(self.memory_budget) is int and self.memory_budget > 0),
-            "Options.memory_budget",
-            "a positive number of bytes (int) or None",
-            repr(self.memory_budget),
-        )
+        budget = self.memory_budget
+        positive = budget is None or (type(budget) is int and budget > 0)
+        require(positive, "Options.memory_budget", "a positive number of bytes (int) or None", repr(budget))
         known = self.compact == "auto" or isinstance(self.compact, bool)
         require(known, "Options.compact", "'auto', True or False", repr(self.compact))
         require(self.plan in PLANS, "Options.plan", f"one of {', '.join(PLANS)}", repr(self.plan))

@@ -10,7 +10,10 @@ import torch
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the files of interpreted kernels")
 
 
-@pytest.mark.parametrize(("name", "files", "lines"), [("eapo_loss, one pass", 20, 3000), ("token_stats", 14, 3000)])
+LIMITS = [("eapo_loss, one pass", 20, 3600), ("eapo_loss, autograd", 22, 4200), ("token_stats", 14, 2700)]
+
+
+@pytest.mark.parametrize(("name", "files", "lines"), LIMITS)
 def test_a_call_stays_within_few_files(name: str, files: int, lines: int) -> None:
     path = call_path.trace(call_path.CALLS[name]())
     assert len(path.files) <= files, "\n".join(path.files)

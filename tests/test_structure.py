@@ -13,7 +13,6 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("eapo_kernels", "trainer", "benchmarks")
 LAYERS = {
     "eapo_kernels.errors": 0,
-    "eapo_kernels.checks": 1,
     "eapo_kernels.types": 1,
     "eapo_kernels.reference": 2,
     "eapo_kernels.ops": 3,

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eapo_kernels.checks import require_number
-from eapo_kernels.errors import require
+from eapo_kernels.errors import require, require_number
 
 from .records import Rollouts, Sampling, ScoredRollouts
 

@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import describe, require_choice
-from ..errors import EapoError, ShapeError
+from ..errors import EapoError, ShapeError, describe, require_choice
 from ..loss import policy_loss
 from ..objectives.config import EAPOConfig
 from ..objectives.methods import Method

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import is_number
-from ..errors import EapoError, require
+from ..errors import EapoError, is_number, require
 from ..ops.token_stats import token_stats
 from ..ops.vocab_shard import VocabShard
 from ..types import IGNORE_INDEX, Options, TokenStats

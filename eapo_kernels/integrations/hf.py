@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import describe
-from ..errors import EapoError, ShapeError, require
+from ..errors import EapoError, ShapeError, describe, require
 from ..types import IGNORE_INDEX, TokenStats
 from .head import STATISTICS, FusedLMHead, fused_linear, head_statistics
 

@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import FLOATS, describe, require_choice, require_number
-from ..errors import EapoError, ShapeError, require
+from ..errors import FLOATS, EapoError, ShapeError, describe, require, require_choice, require_number
 from ..objectives.surrogates import Clip, cispo, kl_k3, log_ratio, ppo_clip
 from ..ops.token_stats import token_stats
 from ..types import IGNORE_INDEX, Options

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import require_choice
-from ..errors import require
+from ..errors import require, require_choice
 from ..objectives.controllers import EntropyRatio
 from ..types import IGNORE_INDEX, Options, TokenStats
 from . import require_version

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import describe, require_choice
-from ..errors import EapoError, ShapeError, require
+from ..errors import EapoError, ShapeError, describe, require, require_choice
 from ..objectives.controllers import EntropyRatio
 from ..objectives.surrogates import Clip, log_ratio, ppo_clip
 from ..ops.token_stats import token_stats

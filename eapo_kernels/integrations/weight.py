@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import FLOATS, describe, require_scalar
-from ..errors import EapoError, ShapeError, require
+from ..errors import FLOATS, EapoError, ShapeError, describe, require, require_scalar
 from ..objectives.controllers import EntropyRatio
 
 STATE_FILE = "eapo_state.json"

@@ -1,12 +1,10 @@
-"""The switches of a policy loss, as data."""
+"""The settings of a policy loss, as data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..checks import is_number, require_choice, require_number
-from ..errors import require
+from ..errors import is_number, require, require_choice, require_number
 from .advantages import ADVANTAGES, SPLITS, Advantage
 from .reductions import REDUCTIONS
 from .surrogates import KL_ESTIMATORS, SEQUENCE_RATIO, SURROGATES, Clip, Surrogate
@@ -14,30 +12,30 @@ from .surrogates import KL_ESTIMATORS, SEQUENCE_RATIO, SURROGATES, Clip, Surroga
 
 @dataclass(frozen=True)
 class EAPOConfig:
-    """A policy loss without the weight of the positives (docs/math.md E9, E10).
+    """A policy loss without the positive weight (docs/math.md E9, E10).
 
     Attributes:
-        clip_low: the ratio's lower bound is 1 - clip_low.
+        clip_low: the ratio's lower bound is 1 - clip_low, in [0, 1].
         clip_high: the ratio's upper bound is 1 + clip_high.
-        dual_clip: c > 1 bounds the loss of a negative advantage by c * |A| (ppo_clip and gspo), or
-            None.
-        surrogate: "reinforce", "ppo_clip", "unclipped", "balanced_clip", "cispo", "gspo" (sequence
-            ratio), or a function like those of ``surrogates``.
-        advantage: "group_norm", "group_mean", "sign", "batch_norm", "binary", or a function like
-            those of ``advantages``.
-        split: what makes a response positive: its reward above the mean of its "group" or of the
-            "batch", or the sign of its "advantage".
+        dual_clip: c > 1 bounds the loss of a token with a negative advantage by c * |A|
+            (surrogates with a clipped ratio), or None.
+        surrogate: "reinforce", "ppo_clip", "unclipped", "balanced_clip", "cispo", "gspo" (ratio of
+            the sequence), or a function with the signature ``surrogates.Surrogate``.
+        advantage: "group_norm", "group_mean", "sign", "batch_norm", "binary", or a function with
+            the signature ``advantages.Advantage``.
+        split: which responses are positive: those with a reward above the mean of their "group" or
+            of the "batch", or with an "advantage" above 0.
         reduction: "token_mean", "seq_mean_token_mean", "seq_mean_token_sum" or "fixed_length".
         fixed_length: constant number of tokens for reduction "fixed_length".
         negative_weight: factor on the responses that are not positive.
-        drop_zero_weight: mask responses of weight zero; they leave the denominators too.
-        kl_coef: factor of the KL penalty to ``ref_logp`` (nats per token).
+        drop_zero_weight: mask responses of weight zero; the denominators do not count them either.
+        kl_coef: factor of the KL penalty to ``ref_logp`` (loss per nat).
         kl_estimator: "k1", "k2" or "k3".
         entropy_coef: factor of the entropy bonus (loss per nat).
-        entropy_top_p: the bonus is on the entropy of the renormalised nucleus of this mass, in (0,
-            1), instead of the whole distribution's; autograd schedule only. None: whole.
-        importance_cap: truncates exp(old_logp - rollout_logp), the weight of the policy term for
-            tokens whose rollout engine disagrees with the trainer; None: no correction.
+        entropy_top_p: in (0, 1): the bonus is on the entropy of the renormalised nucleus of this
+            mass (autograd schedule only); None: on the entropy of the whole distribution.
+        importance_cap: upper bound of exp(old_logp - rollout_logp), a factor on the policy term
+            that corrects for a rollout engine whose log-probs differ; None: no correction.
     """
 
     clip_low: float = 0.2
@@ -57,13 +55,14 @@ class EAPOConfig:
     importance_cap: float | None = None
 
     def __post_init__(self) -> None:
-        _choice_or_function("surrogate", self.surrogate, SURROGATES)
-        _choice_or_function("advantage", self.advantage, ADVANTAGES)
+        for name, table in (("surrogate", SURROGATES), ("advantage", ADVANTAGES)):
+            value = getattr(self, name)
+            known = callable(value) or (isinstance(value, str) and value in table)
+            require(known, name, f"one of {', '.join(table)} or a function", repr(value))
         require_choice("split", self.split, SPLITS)
         require_choice("reduction", self.reduction, REDUCTIONS)
         require_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        ok = isinstance(self.drop_zero_weight, bool)
-        require(ok, "drop_zero_weight", "True or False", repr(self.drop_zero_weight))
+        require(isinstance(self.drop_zero_weight, bool), "drop_zero_weight", "True or False", repr(self.drop_zero_weight))
         require_number("clip_low", self.clip_low, 0, 1)
         require_number("clip_high", self.clip_high, 0)
         require_number("negative_weight", self.negative_weight, 0)
@@ -89,13 +88,7 @@ class EAPOConfig:
 
     @property
     def scope(self) -> str:
-        """What a token's coefficient depends on: "token", "sequence" or "batch" (a function)."""
+        """Whose statistics a token's coefficient depends on: "token", "sequence" or "batch"."""
         if callable(self.surrogate):
             return "batch"
         return "sequence" if self.surrogate in SEQUENCE_RATIO else "token"
-
-
-def _choice_or_function(name: str, value: object, table: Iterable[str]) -> None:
-    if not callable(value):
-        ok = isinstance(value, str) and value in list(table)
-        require(ok, name, f"one of {', '.join(table)} or a function", repr(value))

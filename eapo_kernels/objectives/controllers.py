@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import is_number, require_choice, require_number, require_scalar
-from ..errors import EapoError, require
+from ..errors import EapoError, is_number, require, require_choice, require_number, require_scalar
 
 
 class Controller:

@@ -1,7 +1,7 @@
-"""``METHODS``: all methods by name. How to change their settings, and what they need at run time.
+"""``METHODS``: all methods by name; their settings, controllers and positive weights.
 
-The methods that are a configuration alone are listed here. A method with a TokenWeighting of its
-own is listed at the end of its file in ``token_weights``.
+Methods without a TokenWeighting are listed here, the others at the ends of the files of
+``token_weights``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import may_read, require_scalar
-from ..errors import EapoError, require
+from ..errors import EapoError, may_read, require, require_scalar
 from .config import EAPOConfig
 from .controllers import Controller, EntropyRatio, build_controller, controller_fields
 from .token_weights import covariance, entropy, entropy_change, other_policy, sequence
@@ -78,9 +77,9 @@ METHODS: MappingProxyType[str, Method] = MappingProxyType(
 
 
 def get_method(method: str | Method, **changes: Any) -> Method:
-    """A method by name or itself, with settings changed.
+    """A method, given by its name or itself, with some settings changed.
 
-    ``changes``: fields of its config, its token_weighting or its controller, or
+    ``changes``: fields of its config, of its token weighting or of its controller, or
     ``positive_weight``.
 
     Raises:
@@ -92,9 +91,10 @@ def get_method(method: str | Method, **changes: Any) -> Method:
     require(isinstance(method, Method), "method", "a name or a Method", method)
     if not changes:
         return method
+    weighting = method.token_weighting
     owners = {
         "method": ("positive_weight",),
-        "token_weighting": () if method.token_weighting is None else tuple(f.name for f in fields(method.token_weighting)),
+        "token_weighting": () if weighting is None else tuple(f.name for f in fields(weighting)),
         "controller": () if method.controller is None else controller_fields(method.controller),
         "config": tuple(f.name for f in fields(EAPOConfig)),
     }
@@ -102,17 +102,20 @@ def get_method(method: str | Method, **changes: Any) -> Method:
     unknown = sorted(set(changes) - set(known))
     require(not unknown, "config", f"fields among {', '.join(known)}", ", ".join(unknown))
     of = {owner: {name: changes[name] for name in names if name in changes} for owner, names in owners.items()}
-    method = replace(method, config=replace(method.config, **of["config"]), **of["method"])
-    if of["token_weighting"] and method.token_weighting is not None:
-        method = replace(method, token_weighting=replace(method.token_weighting, **of["token_weighting"]))
+    method = replace(
+        method,
+        config=replace(method.config, **of["config"]),
+        token_weighting=None if weighting is None else replace(weighting, **of["token_weighting"]),
+        controller_settings={**method.controller_settings, **of["controller"]},
+        **of["method"],
+    )
     if of["controller"]:
-        method = replace(method, controller_settings={**method.controller_settings, **of["controller"]})
-        make_controller(method)
+        make_controller(method)  # checks the settings
     return method
 
 
 def make_controller(method: Method) -> Controller | None:
-    """A fresh controller with the method's settings; None for a method without one.
+    """A new controller with the method's settings; None for a method without one.
 
     Raises:
         EapoError: the controller or a setting is unknown, or a number is out of its range.
@@ -123,27 +126,27 @@ def make_controller(method: Method) -> Controller | None:
 def resolve_positive_weight(
     method: Method, given: float | Tensor | EntropyRatio | None, device: torch.device, debug: bool
 ) -> Tensor:
-    """The method's own weight of the positives, else the caller's: 0-dim fp32 on the device.
+    """The method's own positive weight, else the caller's: 0-dim fp32 on the device.
 
-    Raises EapoError when both or neither are given, or when it is not a finite number >= 0
-    (tensors: see ``may_read``).
+    Raises:
+        EapoError: both or neither are given, or the weight is not a finite number >= 0 (the value
+            of a tensor is checked where ``may_read`` allows it).
     """
-    if method.positive_weight is not None:
-        if given is not None:
-            own = f"whose weight is {method.positive_weight:g}"
-            raise EapoError(f"positive_weight: expected None for method {method.name!r}, {own}, got {given!r}")
-        given = method.positive_weight
-    elif given is None:
-        raise EapoError(
-            f"positive_weight: expected a number, a 0-dim tensor or an EntropyRatio for method {method.name!r}, got None"
-        )
+    own, kinds = method.positive_weight, "a number, a 0-dim tensor or an EntropyRatio"
+    if own is not None and given is not None:
+        expected = f"None for method {method.name!r}, whose weight is {own:g}"
+        raise EapoError(f"positive_weight: expected {expected}, got {given!r}")
+    given = own if given is None else given
+    if given is None:
+        raise EapoError(f"positive_weight: expected {kinds} for method {method.name!r}, got None")
     value = given.weight if isinstance(given, EntropyRatio) else given
-    require_scalar("positive_weight", value, "a number, a 0-dim tensor or an EntropyRatio")
-    if not isinstance(value, Tensor):
+    require_scalar("positive_weight", value, kinds)
+    if isinstance(value, Tensor):
+        if may_read(value, debug):
+            require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
+        if value.device.type != "cpu" or device.type == "cpu":
+            return value.detach().to(device, torch.float32, copy=True)
+        value = float(value)  # a fill: a copy would block, and a graph cannot capture it
+    else:
         require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
-        return torch.full((), value, dtype=torch.float32, device=device)
-    if may_read(value, debug):
-        require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
-    if value.device.type == "cpu" and device.type != "cpu":  # a fill: a copy would block and cannot be captured
-        return torch.full((), float(value), dtype=torch.float32, device=device)
-    return value.detach().to(device, torch.float32, copy=True)
+    return torch.full((), value, dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""A policy loss on vectors of one number a token (E9, E10).
+"""A policy loss on vectors with one element per token (E9, E10).
 
 ``prepare`` turns a batch into the coefficients of its tokens; ``loss_and_sums`` turns log-probs and
 entropies into the loss.
@@ -11,38 +11,35 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import valid_tokens
-from ..types import SUMS, TokenBatch
-from .advantages import ADVANTAGES, SPLITS, Split
+from ..types import SUMS, TokenBatch, valid_tokens
+from .advantages import ADVANTAGES, Split, split_responses
 from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig
-from .reductions import REDUCTIONS, Counts
+from .reductions import token_scale
 from .surrogates import KL_ESTIMATORS, MAX_LOG_RATIO, SEQUENCE_RATIO, SURROGATES, kl_k3, log_ratio
 
 SAME_POLICY = 1e-4
-"""Log-ratios (nats) up to this size are rounding between two computations of the same log-prob.
+"""Two computations of the same log-prob may differ by up to this log-ratio (nats) from rounding.
 |log rho| has no gradient there, because the sign of log rho would be noise."""
 
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """The coefficients of a policy loss: everything that is known before the log-probs are.
+    """The coefficients of a policy loss, which do not depend on its log-probs.
 
     Attributes:
         config: the loss.
-        valid: [N] bool, the tokens that count (after dropping responses of weight zero).
+        valid: [N] bool, the tokens that count (without responses that ``drop_zero_weight`` drops).
         sequence_ids: [N] int64, 0 for tokens that do not count.
         scale: [N] fp32, the reduction's weight of a token.
         importance: [N] fp32, truncated importance weight of the policy term, or None.
         advantages: [B] fp32, or [N] with ``token_advantages``; without the sign weights.
-        split: values and thresholds that make a response positive, [B], or [N] with
-            ``token_split``.
+        split: positive and other responses, [B], or tokens, [N], with ``token_split``.
         positive_weight: 0-dim fp32.
         old_logp, ref_logp: [N] fp32 or None.
         entropy_coef, ratio_penalty: [N] fp32 or None, see ``TokenBatch``.
         n_sequences: B.
-        token_advantages, token_split: whether the advantages and the split are given per token
-            instead of per response.
+        token_advantages, token_split: whether these are given per token instead of per response.
     """
 
     config: EAPOConfig
@@ -73,11 +70,11 @@ class PolicyTerms:
         return weights * (self.advantages if self.token_advantages else self.advantages[self.sequence_ids])
 
     def without_idle(self) -> PolicyTerms:
-        """The same loss without the tokens whose term is zero at every log-prob; denominators stay.
+        """The same loss without the tokens of weighted advantage zero; denominators stay.
 
-        Those are the tokens of weighted advantage zero. The loss is returned as it is where such a
-        token may have another term (an entropy bonus, a penalty, a KL) or where the surrogate is a
-        user's function or mixes the tokens of a response.
+        All tokens stay where such a token may add to the loss or to another token's gradient: with
+        an entropy bonus, a penalty, a KL, or a surrogate that is a function or mixes the tokens of
+        a response.
         """
         c = self.config
         other = self.has_entropy_bonus or self.ratio_penalty is not None or (c.kl_coef != 0 and self.ref_logp is not None)
@@ -96,55 +93,43 @@ class PolicyTerms:
 def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> PolicyTerms:
     """The coefficients of a (checked) batch: advantages, split, denominators. No gradient."""
     size, valid = n_sequences(batch), valid_tokens(batch.targets, batch.mask)
-    token_advantages = has_token_advantages(batch)
-    if batch.advantages is not None:
-        advantages = batch.advantages.detach().float()
-        if token_advantages:
-            advantages = torch.where(valid, advantages, 0.0)
-    else:
-        assert batch.rewards is not None
-        assert batch.group_ids is not None
-        estimator = ADVANTAGES[config.advantage] if isinstance(config.advantage, str) else config.advantage
-        advantages = estimator(batch.rewards, batch.group_ids).float()
-    by_reward = batch.rewards is not None and config.split != "advantage"
-    split = SPLITS[config.split if by_reward else "advantage"](batch.rewards, batch.group_ids, advantages)
-    token_split = token_advantages and not by_reward
 
     def masked(values: Tensor | None) -> Tensor | None:
         return None if values is None else torch.where(valid, values.detach().float(), 0.0)
 
-    old_logp, ref_logp, rollout_logp = masked(batch.old_logp), masked(batch.ref_logp), masked(batch.rollout_logp)
-    sequence_ids = torch.where(valid, batch.sequence_ids, 0)
-    if config.drop_zero_weight:
-        kept = torch.where(split.positive(), positive_weight, config.negative_weight) != 0
-        valid = valid & (kept if token_split else kept[sequence_ids])
-    importance = None
+    token_advantages = has_token_advantages(batch)
+    if batch.advantages is None:
+        assert batch.rewards is not None
+        assert batch.group_ids is not None
+        estimator = ADVANTAGES[config.advantage] if isinstance(config.advantage, str) else config.advantage
+        advantages = estimator(batch.rewards, batch.group_ids).float()
+    else:
+        advantages = batch.advantages.detach().float()
+        if token_advantages:
+            advantages = torch.where(valid, advantages, 0.0)
+    by_reward = batch.rewards is not None and config.split != "advantage"
+    split = split_responses(batch.rewards, batch.group_ids, advantages, config.split if by_reward else "advantage")
+    token_split = token_advantages and not by_reward
+
+    old_logp, rollout_logp, importance = masked(batch.old_logp), masked(batch.rollout_logp), None
     if config.importance_cap is not None:
         assert old_logp is not None
         assert rollout_logp is not None
         gap = (old_logp - rollout_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         importance = gap.exp().clamp_max(config.importance_cap)
-    counts = Counts.of(
-        valid, sequence_ids, size, lengths=batch.sequence_lengths, denominator=batch.denominator,
-        fixed_length=config.fixed_length,
+    sequence_ids, ref_logp = torch.where(valid, batch.sequence_ids, 0), masked(batch.ref_logp)
+    if config.drop_zero_weight:
+        kept = torch.where(split.positive(), positive_weight, config.negative_weight) != 0
+        valid = valid & (kept if token_split else kept[sequence_ids])
+    entropy_coef, ratio_penalty = masked(batch.entropy_coef), masked(batch.ratio_penalty)
+    scale = token_scale(
+        config.reduction, valid, sequence_ids, size, fixed_length=config.fixed_length, lengths=batch.sequence_lengths,
+        denominator=batch.denominator,
     )  # fmt: skip
     return PolicyTerms(
-        config=config,
-        valid=valid,
-        sequence_ids=sequence_ids,
-        scale=REDUCTIONS[config.reduction](counts),
-        importance=importance,
-        advantages=advantages,
-        split=split,
-        positive_weight=positive_weight,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        entropy_coef=masked(batch.entropy_coef),
-        ratio_penalty=masked(batch.ratio_penalty),
-        n_sequences=size,
-        token_advantages=token_advantages,
-        token_split=token_split,
-    )
+        config, valid, sequence_ids, scale, importance, advantages, split, positive_weight,
+        old_logp, ref_logp, entropy_coef, ratio_penalty, size, token_advantages, token_split,
+    )  # fmt: skip
 
 
 def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -158,41 +143,35 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
     Returns:
         (0-dim fp32 loss, [len(SUMS)] fp32 sums).
     """
-    config = terms.config
+    config, old = terms.config, terms.old_logp
     logp = torch.where(terms.valid, logp, 0.0)
-    old = terms.old_logp
     ratio = log_ratio(logp, old)
     if config.surrogate in SEQUENCE_RATIO:
         ratio = _sequence_mean(ratio, terms)
     surrogate = SURROGATES[config.surrogate] if isinstance(config.surrogate, str) else config.surrogate
     objective, clipped = surrogate(logp, ratio, terms.weighted_advantages(), config.clip)
-    if terms.importance is not None:
-        objective = objective * terms.importance
-    per_token = -objective
-    kl = torch.zeros_like(logp)
-    if terms.ref_logp is not None:
-        kl = KL_ESTIMATORS[config.kl_estimator](logp, terms.ref_logp)
-        if config.kl_coef:
-            per_token = per_token + config.kl_coef * kl
+    per_token = -objective if terms.importance is None else -objective * terms.importance
+    zeros = torch.zeros_like(logp)
+    kl = zeros if terms.ref_logp is None else KL_ESTIMATORS[config.kl_estimator](logp, terms.ref_logp)
+    if terms.ref_logp is not None and config.kl_coef:
+        per_token = per_token + config.kl_coef * kl
     if terms.ratio_penalty is not None:
-        moved = ratio.abs() > SAME_POLICY
-        per_token = per_token + terms.ratio_penalty * torch.where(moved, ratio.abs(), 0.0)
+        size = ratio.abs()
+        per_token = per_token + terms.ratio_penalty * torch.where(size > SAME_POLICY, size, 0.0)
     if terms.has_entropy_bonus:
         assert entropy is not None
         bonus = config.entropy_coef if terms.entropy_coef is None else config.entropy_coef + terms.entropy_coef
         per_token = per_token - bonus * entropy
     loss = (terms.scale * torch.where(terms.valid, per_token, 0.0)).sum()
     with torch.no_grad():
-        valid = terms.valid.float()
-        old_kl = torch.zeros_like(logp) if old is None else kl_k3(logp, old)
         values = {
-            "entropy": torch.zeros_like(logp) if entropy is None else entropy,
+            "entropy": zeros if entropy is None else entropy,
             "ratio": ratio.exp(),
             "clipped": clipped.float(),
-            "old_kl": old_kl,
+            "old_kl": zeros if old is None else kl_k3(logp, old),
             "kl": kl,
         }
-        sums = {name: (v.detach() * valid).sum() for name, v in values.items()} | {"loss": loss.detach()}
+        sums = {name: (v.detach() * terms.valid.float()).sum() for name, v in values.items()} | {"loss": loss.detach()}
     return loss, torch.stack([sums[name] for name in SUMS])
 
 

@@ -1,8 +1,7 @@
-"""How the work is cut: byte budgets and pure functions from shapes to chunk sizes, and which backend is proven where."""
+"""Byte budgets, chunk sizes and plans as functions of shapes; and the proven backends."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +10,16 @@ from ..errors import require
 from ..types import Options
 
 PROVEN = frozenset({("cpu", "torch", "autograd"), ("cpu", "torch", "one_pass"), ("cuda", "torch", "autograd")})
-"""(device type, backend, schedule) that "auto" may choose: each needs a committed result from that hardware, except
-("cuda", "torch", "autograd"), which is plain PyTorch."""
+"""(device type, backend, schedule) that "auto" may choose. An entry requires a committed benchmark
+result from that hardware, except ("cuda", "torch", "autograd"), which is plain PyTorch."""
 
 _CPU_BUDGET = 2**29
 _LEAST_BUDGET, _MOST_BUDGET = 2**28, 2**30
 _SHARE_OF_DEVICE = 32
 
 RECOMPUTE_BUDGET = 96 * 2**20
-"""Budget of plan "recompute" where the caller names no other: with d_hidden in fp32 and a slab of d_weight less than
-0.25 GiB at N = 4096, D = 4096, whatever V is."""
+"""Default budget of plan "recompute": less than 0.25 GiB at N = D = 4096 for any V, including fp32
+d_hidden and a slab of d_weight."""
 
 _ROW_ALIGNMENT = 64
 _COLUMN_ALIGNMENT = 256
@@ -28,14 +27,12 @@ _MIN_SLAB = 2048
 
 
 def default_budget(device_bytes: int | None) -> int:
-    """Bytes of logit-sized workspace where the caller names none.
+    """Default bytes of logit-sized workspace: 512 MiB on a CPU (``device_bytes`` None).
 
-    512 MiB on a CPU. On an accelerator a 32nd of its memory, between 256 MiB and 1 GiB: every chunk adds
-    to d_weight in fp32, 8VD bytes beside 6CVD operations, so chunks of 1024 rows are too few
-    (docs/plans.md). Rounded down to a power of two: devices of one model may differ a little in size, and
-    have to cut the same chunks of a head that is split over them.
-
-    device_bytes: memory of the accelerator, None for a CPU.
+    On an accelerator a 32nd of its memory, between 256 MiB and 1 GiB: each chunk adds to d_weight
+    in fp32, 8VD bytes beside 6CVD operations, so chunks of 1024 rows are too small (docs/plans.md).
+    It is rounded down to a power of two, because the memory of devices of one model differs a
+    little, and the ranks of a split head must cut the same chunks.
     """
     if device_bytes is None:
         return _CPU_BUDGET
@@ -43,36 +40,26 @@ def default_budget(device_bytes: int | None) -> int:
     return min(max(share, _LEAST_BUDGET), _MOST_BUDGET)
 
 
-@functools.cache
-def _device_memory(index: int) -> int:
-    return torch.cuda.get_device_properties(index).total_memory
-
-
 def workspace_bytes(options: Options, device: torch.device) -> int:
-    """``Options.memory_budget`` or the default of the plan and the device. Does not synchronize."""
+    """``Options.memory_budget``, or the default of plan and device. Does not synchronize."""
     if options.memory_budget is not None:
         return options.memory_budget
     if options.plan == "recompute":
         return RECOMPUTE_BUDGET
-    if device.type != "cuda":
-        return default_budget(None)
-    return default_budget(_device_memory(torch.cuda.current_device() if device.index is None else device.index))
+    return default_budget(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
 
 
 def padded(columns: int) -> int:
     """Row stride of a block of logits: a multiple of 16 elements.
 
-    Kernels then load vectors, and library products use tensor cores whatever V is. Adds less than 16
-    columns to the memory budget.
+    Kernels then load vectors, and library products use tensor cores for any V. The padding is not
+    counted in the memory budget.
     """
     return -(-columns // 16) * 16
 
 
 def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:
-    """Rows per chunk so that a chunk stays within the budget, in nearly equal aligned chunks.
-
-    Raises EapoError when not even one row fits.
-    """
+    """Rows of nearly equal, aligned chunks within the budget; EapoError if one row does not fit."""
     fit = budget // max(bytes_per_row, 1)
     require(fit >= 1, "Options.memory_budget", f"at least {bytes_per_row} bytes, the workspace of one row", budget)
     if fit >= n_rows:
@@ -86,13 +73,14 @@ def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a schedule cuts its rows.
+    """The chunks of a schedule.
 
     Attributes:
-        name: "one_chunk": all rows at once. "chunks": one pass in chunks of rows. "recompute": statistics in
-            the forward, logits recomputed in the backward.
-        rows: rows of a chunk (one pass), or rows whose logit gradient the forward saves (autograd: all or 0).
-        products: matrix products of 2NDV operations that forward and backward take, both gradients wanted.
+        name: "one_chunk": all rows at once. "chunks": one pass in chunks of rows. "recompute":
+            statistics in the forward, logits recomputed in the backward.
+        rows: rows of a chunk (one pass), or rows whose logit gradient the forward saves (autograd:
+            all or 0).
+        products: matrix products of 2NDV operations in forward and backward, for both gradients.
     """
 
     name: str
@@ -103,7 +91,7 @@ class Plan:
 def one_pass(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto") -> Plan:
     """The plan of the one-pass schedule. ``wanted``: see ``Options.plan``.
 
-    Raises EapoError when not even one row fits, or when the plan is another schedule's or does not fit.
+    Raises EapoError if one row, or the wanted plan, does not fit, or if that is another schedule's.
     """
     require(wanted != "recompute", "Options.plan", "auto, one_chunk or chunks with the one-pass schedule", repr(wanted))
     rows = row_chunk(n_rows, bytes_per_row, budget)
@@ -115,9 +103,9 @@ def one_pass(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto")
 
 
 def autograd(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto") -> Plan:
-    """The plan of the op under autograd: the forward saves the logit gradient of all rows or of none.
+    """The plan of ``token_stats``: its forward saves the logit gradient of all rows or of none.
 
-    wanted: see ``Options.plan``. Raises EapoError when "one_chunk" does not fit.
+    ``wanted``: see ``Options.plan``. Raises EapoError if "one_chunk" does not fit.
     """
     fits = n_rows * bytes_per_row <= budget
     if wanted == "one_chunk":
@@ -131,12 +119,12 @@ def _require_all(fits: bool, n_rows: int, bytes_per_row: int, budget: int) -> No
 
 
 def weight_slab(vocab: int, dim: int) -> int:
-    """Columns of logits whose fp32 rows of d_weight are summed at once where d_weight is rounded: 64 MiB."""
+    """Columns of a slab of d_weight that is summed in fp32 and then rounded: 64 MiB."""
     return min(vocab, max(_MIN_SLAB, 2**24 // max(dim, 1) // _COLUMN_ALIGNMENT * _COLUMN_ALIGNMENT))
 
 
 def slab(n_rows: int, vocab: int, bytes_per_logit: int, budget: int) -> tuple[int, int]:
-    """(rows, columns) of a block of logits within the budget: as many rows as leave slabs of a useful width."""
+    """(rows, columns) of a block of logits in the budget: many rows, but at least 2048 columns."""
     width = min(vocab, _MIN_SLAB, max(budget // bytes_per_logit, 1))
     rows = row_chunk(n_rows, width * bytes_per_logit, budget)
     columns = budget // (rows * bytes_per_logit)

@@ -1,7 +1,7 @@
-"""``Options(debug=True)`` on a split head: the arguments of a call are compared between the ranks before the work.
+"""``Options(debug=True)`` on a split head: the ranks compare the arguments of each call.
 
-A difference, or an argument that one rank refuses, is then an error on every rank instead of a
-collective that waits until its time-out.
+A difference, or an invalid argument on one rank, then raises an error on every rank. Without the
+comparison the other ranks would wait in a collective until its time-out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .vocab_shard import VocabShard, named_group
 
 
 def propagate(error: EapoError, process_group: object, options: object) -> None:
-    """With ``debug``: make ``compare`` raise ``error`` on all other ranks of a split head. The caller raises it here."""
+    """With ``debug``: make ``compare`` raise ``error`` on all other ranks."""
     group = _group(process_group)
     if group is not None and isinstance(options, Options) and options.debug:
         _all_gather(group, str(error))
@@ -32,10 +32,11 @@ def compare(projection: Projection, targets: Tensor, options: Options, **argumen
 
     Args:
         projection, targets: of the call; targets [N] int64 are compared by their values.
-        arguments: further facts that must be the same, by name; the first says which call it is.
+        arguments: further values that must be equal, by name; the first is the name of the call.
 
     Raises:
-        EapoError: a rank called ``propagate``, or an argument differs (on every rank, the same message).
+        EapoError: a rank called ``propagate``, or an argument differs; the same message on all
+            ranks.
     """
     p = projection
     if p.shard is None or not options.debug:

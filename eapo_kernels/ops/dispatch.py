@@ -1,7 +1,4 @@
-"""The records that the op and its backends exchange, and the table of backends.
-
-"auto" takes the first backend that is proven for the device and supports the inputs.
-"""
+"""The records that the ops and their backends exchange, and the table of backends."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ logger = logging.getLogger("eapo_kernels")
 
 
 class RowStatistics(NamedTuple):
-    """What the caller gets and the backward needs, [N] each in the statistics dtype (None: not asked for).
+    """Statistics of rows, each [N] in the statistics dtype (None: not asked for).
 
     Attributes:
         logp, entropy, lse, p2, p2_logp, varentropy: as in ``TokenStats``.
@@ -54,7 +51,7 @@ class RowStatistics(NamedTuple):
 
 
 class LogitCotangents(NamedTuple):
-    """dL/dlogp, dL/dentropy, dL/dlse of every row ([N] statistics dtype; None: zero): all that E6 needs."""
+    """dL/dlogp, dL/dentropy, dL/dlse of E6, each [N] in the statistics dtype; None: zero."""
 
     logp: Tensor | None
     entropy: Tensor | None = None
@@ -73,10 +70,10 @@ class LogitCotangents(NamedTuple):
         return torch.stack([c != 0 for c in self if c is not None]).any(0)
 
     def split_pow2(self, dtype: torch.dtype) -> tuple[LogitCotangents, Tensor]:
-        """(cotangents near 1, row_scale [N]) whose product is this record; row_scale is a power of two.
+        """(cotangents near 1, row_scale [N] of powers of two): their product is this record.
 
-        Only logit gradients stored in fp16 need a scale: a mean over tokens makes cotangents that fp16
-        loses. For other dtypes row_scale is 1 everywhere.
+        dtype: of the logit gradient. Its cotangents are scaled for fp16 only, because a mean over
+        tokens makes them too small for fp16; for other dtypes row_scale is 1.
         """
         given = [c for c in self if c is not None]
         if dtype != torch.float16:
@@ -87,27 +84,31 @@ class LogitCotangents(NamedTuple):
 
 
 class LogitGradient(NamedTuple):
-    """dL/d(hidden @ weight.T + bias) of C rows: ``row_scale[:, None] * matrix``, plus ``target_grads`` at the targets.
-
-    The target's entry is a row's largest by far. Apart from the matrix it is not rounded to the operands' dtype.
+    """dL/d(hidden @ weight.T + bias) of C rows: ``row_scale[:, None] * matrix``, ``target_grads``.
 
     Attributes:
         matrix: [C, V] operand dtype.
         row_scale: [C] statistics dtype.
-        target_grads: [C] statistics dtype, where the matrix has zeros at the targets; None: the matrix has all entries.
+        target_grads: [C] statistics dtype, the entries at the targets, where the matrix is zero: a
+            row's largest entry is then not rounded to the operand dtype. None: the matrix has them.
     """
 
     matrix: Tensor
     row_scale: Tensor
     target_grads: Tensor | None = None
 
+    def front(self, places: Tensor) -> LogitGradient:
+        """The rows ``places`` [L], which have been moved to the front of the matrix only."""
+        target_grads = None if self.target_grads is None else self.target_grads[places]
+        return LogitGradient(self.matrix[: len(places)], self.row_scale[places], target_grads)
+
 
 class TargetRows(NamedTuple):
-    """Rows to add to the rows of d_weight that belong to their targets.
+    """Rows ``scale * hidden`` to add to the rows of d_weight that belong to their targets.
 
     Attributes:
         targets: [C] int64, sorted; INVALID where ``scale`` is zero.
-        order: [C] int64, the row at each place of ``targets``.
+        order: [C] int64, the row of ``hidden`` and ``scale`` at each place of ``targets``.
         hidden: [C, D].
         scale: [C] statistics dtype, by row.
     """
@@ -119,34 +120,36 @@ class TargetRows(NamedTuple):
 
     @staticmethod
     def sort(targets: Tensor, hidden: Tensor, scale: Tensor) -> TargetRows:
-        """Rows in the order of their targets (stable). targets: [C] int64.
+        """Sort rows by their targets [C] int64 (stable).
 
-        Rows of scale zero are taken out: masked rows all have the same target, and one program would
-        add them one by one.
+        Targets of rows with scale zero become INVALID: masked rows have the same target, and one
+        program would add them one after the other.
         """
         return TargetRows(*torch.where(scale == 0, INVALID, targets).sort(stable=True), hidden, scale)
 
 
 @dataclass(frozen=True)
 class SurrogateTerms:
-    """A clipped, sign-weighted policy surrogate as numbers per token and per sequence (E9, E10), for one fused launch.
+    """A clipped, sign-weighted policy surrogate (E9, E10) for one fused launch.
 
-    With i the sequence of token t, w_i = ``positive_weight`` where rewards_i > thresholds_i and ``negative_weight``
-    elsewhere, rho = exp(clamp(logp - old_logp, -60, 60)) and c(rho) = clamp(rho, 1 - clip_low, 1 + clip_high):
+    With i the sequence of token t, w_i = ``positive_weight`` where rewards_i > thresholds_i and
+    ``negative_weight`` elsewhere, rho = exp(clamp(logp - old_logp, -60, 60)) and
+    c(rho) = clamp(rho, 1 - clip_low, 1 + clip_high):
 
-        surrogate_t = min(rho * A_i, c(rho) * A_i);  where A_i < 0 and dual_clip: max(surrogate_t, dual_clip * A_i)
+        surrogate_t = min(rho * A_i, c(rho) * A_i)
+        surrogate_t = max(surrogate_t, dual_clip * A_i) where A_i < 0, with dual_clip
         loss = - sum_t scale_t * w_i * surrogate_t
 
     Attributes:
         sequence_ids: [C] int64 in [0, B).
         old_logp: [C] fp32.
-        scale: [C] fp32, the reduction's weight of a token (and its importance weight).
-        advantages, rewards, thresholds: [B] fp32; a threshold is the reward mean of the sequence's group.
+        scale: [C] fp32, the reduction's weight of a token times its importance weight.
+        advantages, rewards, thresholds: [B] fp32; a threshold is the mean reward of a group.
         positive_weight: 0-dim fp32 tensor on the device.
         negative_weight: number.
         clip_low, clip_high: numbers >= 0.
         dual_clip: number > 1, or None.
-        valid: [C] bool; other tokens add to no sum and get a zero coefficient. None: all tokens are valid.
+        valid: [C] bool; the other tokens have coefficient zero and are in no sum. None: all valid.
     """
 
     sequence_ids: Tensor
@@ -178,32 +181,35 @@ class Chunk(Protocol):
         ...
 
     def surrogate(self, terms: SurrogateTerms) -> Coefficients | None:
-        """Statistics and a clipped surrogate in one launch; None where the backend has no such kernel."""
+        """Statistics and surrogate in one launch; None if the backend has no such kernel."""
         ...
 
     def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
-        """Turn the chunk's workspace into its logit gradient. At most one call."""
+        """The logit gradient, in the chunk's own workspace. At most one call."""
         ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute the op.
+    """An implementation of the ops.
 
     Attributes:
         name: the caller's ``backend=``.
-        supports: (projection) -> why these inputs cannot run here, or None.
-        statistics: (projection, targets, entropy=, second_moments=, budget=) -> RowStatistics. The forward pass; it
-            reads each logit once and stores none beyond ``budget`` bytes.
-        logit_gradient: (out, projection, targets, columns, statistics, cotangents). Recomputes a slab of logits and
-            writes dL/d(hidden @ weight.T + bias) (E6) to ``out`` [N, columns] in the operand dtype.
+        supports: (projection) -> the reason why these inputs cannot run here, or None.
+        statistics: (projection, targets, entropy=, second_moments=, budget=) -> RowStatistics.
+            Reads each logit once and stores at most ``budget`` bytes of logits.
+        logit_gradient: (out, projection, targets, columns, statistics, cotangents). Recomputes a
+            slab of logits and writes dL/d(hidden @ weight.T + bias) (E6) to ``out`` [N, columns] in
+            the operand dtype.
         slab_bytes: (projection) -> bytes of workspace per logit of such a slab.
-        open_chunk: (projection, targets, entropy=, entropy_gradient=, logp_guess=) -> Chunk. The first product of a chunk of
-            rows and its sums. entropy_gradient: the cotangent of the entropy will not be None. logp_guess: [C] fp32, a
-            guess of each log-prob (an older policy's), or None; a good one may save a pass, any value gives the same result.
+        open_chunk: (projection, targets, entropy=, entropy_gradient=, logp_guess=) -> Chunk. The
+            first product of a chunk of rows and its sums. entropy_gradient: the entropy will have a
+            cotangent. logp_guess: [C] fp32, an estimate of each log-prob (an older policy's), or
+            None; a good one may save a pass, and the result is the same for any value.
         chunk_row_bytes: (projection, entropy_gradient) -> bytes of workspace per row of a chunk.
-        add_target_rows: (out, first, rows). Adds to ``out`` [V', D] fp32, whose first row belongs to target
-            ``first``; targets outside are skipped. None: the chunks' matrices have all entries.
+        add_target_rows: (out, first, rows). Adds ``TargetRows`` to ``out`` [V', D] fp32, the rows
+            of targets ``first`` and above; targets outside are skipped. None: the backend's logit
+            gradients have no ``target_grads``.
     """
 
     name: str
@@ -223,13 +229,14 @@ _MODULES = MappingProxyType(
         "torch": (".torch_backend", "torch"),
     }
 )
-"""name -> (module with a ``BACKEND``, imported at first use; what it imports), in the order in which "auto" tries them."""
+"""name -> (module with a ``BACKEND``, imported at first use; the packages it imports), in the order
+in which "auto" tries them."""
 
 NAMES = ("auto", *_MODULES)
 
 
 def _load(name: str) -> Backend:
-    """Import a backend; raises BackendUnavailable when a package it needs is missing."""
+    """Import a backend; raises BackendUnavailable if a package that it imports is missing."""
     module, needs = _MODULES[name]
     try:
         return importlib.import_module(module, __package__).BACKEND
@@ -238,7 +245,7 @@ def _load(name: str) -> Backend:
 
 
 def resolve(name: str, projection: Projection, schedule: str) -> Backend:
-    """The backend for these inputs.
+    """The backend for these inputs. "auto": the first proven on the device that supports them.
 
     Raises:
         EapoError: the name is unknown.
@@ -267,7 +274,7 @@ def _log_choice(device: str, schedule: str, name: str) -> None:
 
 
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
-    """Backend name -> None when it can run on the device, else the reason why it cannot."""
+    """Backend name -> None if it can run on the device, else the reason why it cannot."""
     probe = torch.empty(1, 8, device=device, dtype=torch.bfloat16)  # supported by every backend
     answer: dict[str, str | None] = {}
     for name in _MODULES:

@@ -1,8 +1,8 @@
-"""Matrix products with accumulation in fp32 (or fp64), whatever the operands: the only place that calls them.
+"""Matrix products with accumulation in fp32 (or fp64) for operands of any dtype.
 
-On CUDA the operands stay in half precision and the library accumulates and returns fp32 (``out_dtype``), which also keeps
-split-K partial sums in fp32. On the CPU half-precision operands are widened a slab of the vocabulary at a time, because a
-CPU product of bf16 matrices rounds its result to bf16.
+On CUDA the library accumulates products of half-precision operands in fp32 and returns fp32
+(``out_dtype``), which also keeps split-K partial sums in fp32. A CPU product of half-precision
+operands rounds its result to half precision, so the operands are widened, a part at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _WIDEN_ROWS = 8192
-"""Rows of a weight matrix (columns of logits) that are widened at once: a compromise of memory and product size."""
+"""Rows of a weight matrix (columns of logits) that are widened at once."""
 
 _GATHERED_ROWS = 1024
 """Rows that are gathered and widened at once: 16 MiB at D = 4096."""
@@ -34,7 +34,7 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) 
 
 
 def _add_widened_(out: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
-    """The CPU's product of narrower operands; widens the larger one piece by piece."""
+    """``add_product_`` on a CPU for narrower operands: widens the larger operand in pieces."""
     if overwrite:
         out.zero_()
     (m, j), k = a.shape, b.shape[1]
@@ -50,11 +50,11 @@ def _add_widened_(out: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
 
 
 def scale_rows(matrix: Tensor, row_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(row_scale[:, None] * matrix / pow2_scale rounded to ``dtype``, pow2_scale: 0-dim, or None for 1).
+    """(row_scale[:, None] * matrix / pow2_scale in ``dtype``, pow2_scale: 0-dim, or None for 1).
 
-    Only fp16 needs a pow2_scale: it holds neither the coefficients of a mean nor those of a scaled loss,
-    and the row scales of a chunk may differ by 2^25 (``triton/scaled_exp.py``, the sums S). The largest
-    number becomes 2^14 or more, which uses most of the range.
+    Only fp16 needs a pow2_scale: the coefficients of a mean or of a scaled loss are outside its
+    range, and the row scales of a chunk may differ by a factor of 2^25 (docs/math.md, "In fp16").
+    The largest number becomes 2^14 or more, which uses most of the range.
 
     matrix: [N, D] dtype or wider; row_scale: [N] fp32/fp64.
     """
@@ -66,7 +66,7 @@ def scale_rows(matrix: Tensor, row_scale: Tensor, dtype: torch.dtype) -> tuple[T
 
 
 def add_gathered_rows_(out: Tensor, matrix: Tensor, index: Tensor, scale: Tensor) -> Tensor:
-    """out[i] += scale[i] * matrix[index[i]], in out's precision, some rows at a time. An index out of range reads any row.
+    """out[i] += scale[i] * matrix[index[i]], in out's precision. An index out of range is clamped.
 
     out: [N, D] fp32/fp64; matrix: [V, D]; index: [N] int64; scale: [N] dtype of out.
     """
@@ -78,7 +78,7 @@ def add_gathered_rows_(out: Tensor, matrix: Tensor, index: Tensor, scale: Tensor
 
 
 def add_weighted_rows_(out: Tensor, matrix: Tensor, row_scale: Tensor) -> Tensor:
-    """out += row_scale @ matrix, in out's precision; a narrower matrix is widened a slab of columns at a time.
+    """out += row_scale @ matrix, in out's precision; widens a narrower matrix in slabs of columns.
 
     out: [V] fp32/fp64; matrix: [N, V] of out's or a narrower dtype; row_scale: [N] dtype of out.
     """

@@ -1,8 +1,8 @@
-"""Gradients of hidden, weight and bias from the logit gradients of chunks of rows, and the one-pass schedule.
+"""Gradients of hidden, weight and bias from logit gradients of chunks, and the one-pass schedule.
 
-One pass: loss and gradients share a single logit computation per chunk (6NDV operations instead of 8).
-Between the first and the second matrix product the statistics of a chunk become coefficients. This is
-possible where a token's coefficient depends on its own statistics only.
+One pass: loss and gradients share a single logit computation per chunk (6NDV operations instead of
+8NDV). Between the first and the second matrix product a coefficient function turns the statistics
+of a chunk into cotangents. So a token's cotangents can depend on its own statistics only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from .dispatch import Backend, Chunk, Coefficients, LogitGradient, TargetRows
 from .lm_head import Projection, fill_holes_, scatter_rows
 
 _WORTH_MOVING = 0.02
-"""Share of dead rows above which moving the live rows costs less than multiplying the dead ones by zero."""
+"""Share of rows with zero gradient above which moving the other rows to the front pays."""
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""d_hidden, d_weight, d_bias; None where not needed."""
 
 
 class MainGrad(NamedTuple):
@@ -34,11 +37,43 @@ class MainGrad(NamedTuple):
     scale: float
 
 
+class _Rows(NamedTuple):
+    """The L rows of a chunk of C that are multiplied.
+
+    Attributes:
+        matrix: [C, V], of ``LogitGradient``.
+        live: [L] their places in the matrix; None: all C rows.
+        row_scale, target_grads: [L], of ``LogitGradient``.
+        targets: [L] int64.
+        hidden: [L, D].
+    """
+
+    matrix: Tensor
+    live: Tensor | None
+    row_scale: Tensor
+    target_grads: Tensor | None
+    targets: Tensor
+    hidden: Tensor
+
+    def columns(self, here: slice) -> Tensor:
+        """[L, columns] of the matrix: a view, or a copy of the live rows."""
+        return self.matrix[:, here] if self.live is None else self.matrix[self.live, here]
+
+
 class GradientSum:
     """d_hidden, d_weight and d_bias, summed over chunks of rows.
 
-    d_weight of several chunks is summed in fp32 and rounded once. One chunk is summed in slabs of the
-    vocabulary, each rounded into place, so that there is no fp32 copy. ``main_grad`` is added to in fp32.
+    d_weight of several chunks is summed in fp32 and rounded once. d_weight of one chunk is computed
+    in slabs of the vocabulary, each rounded into place, so that there is no fp32 copy. A
+    ``main_grad`` accumulates in fp32.
+
+    Args:
+        projection: all rows.
+        backend: computes the chunks.
+        needs: gradients wanted for hidden, weight, bias.
+        dtype: of the results.
+        one_chunk: ``add`` is called once.
+        main_grad: receives d_weight instead of the result, or None.
     """
 
     def __init__(
@@ -51,69 +86,52 @@ class GradientSum:
         one_chunk: bool,
         main_grad: MainGrad | None = None,
     ) -> None:
-        """
-        Args:
-            projection: all rows.
-            backend: computes the chunks.
-            needs: gradients wanted for hidden, weight, bias.
-            dtype: of the results.
-            one_chunk: ``add`` is called once.
-            main_grad: takes d_weight instead of the result, or None.
-        """
-        p, self._projection = projection, projection
-        self._add_target_rows, self._dtype, self._stored = backend.add_target_rows, p.statistics_dtype, dtype
+        p = projection
+        self._projection, self._add_target_rows = p, backend.add_target_rows
+        self._dtype, self._stored = p.statistics_dtype, dtype
+        self._returns_weight = main_grad is None
         self._scale = 1.0 if main_grad is None else main_grad.scale
         self._is_fp16 = p.operand_dtype == torch.float16
         self._accumulates = main_grad is not None or not one_chunk or dtype == self._dtype
-        zeros = torch.zeros_like
-        self.d_hidden = zeros(p.hidden, dtype=dtype, memory_format=torch.contiguous_format) if needs[0] else None
-        self._d_weight = self._d_bias = None
-        if needs[1]:
-            own = self._dtype if self._accumulates else dtype
-            self._d_weight = (
-                zeros(p.weight, dtype=own, memory_format=torch.contiguous_format) if main_grad is None else main_grad.tensor
-            )
-        self._returns_weight = main_grad is None
-        if needs[2]:
-            self._d_bias = p.weight.new_zeros(p.vocab, dtype=self._dtype)
+        self.d_hidden = p.hidden.new_zeros(p.hidden.shape, dtype=dtype) if needs[0] else None
+        self._d_weight = None if main_grad is None or not needs[1] else main_grad.tensor
+        if needs[1] and main_grad is None:
+            self._d_weight = p.weight.new_zeros(p.weight.shape, dtype=self._dtype if self._accumulates else dtype)
+        self._d_bias = p.weight.new_zeros(p.vocab, dtype=self._dtype) if needs[2] else None
 
     def add(self, gradient: LogitGradient, rows: slice | Tensor, targets: Tensor, live: Tensor | None = None) -> None:
-        """Take in a chunk.
+        """Add the gradients of a chunk.
 
         Args:
             gradient: of C rows.
             rows: their places in the projection.
             targets: [C] int64.
-            live: [L] places in the chunk of the rows whose gradient is not zero, the only ones to be multiplied; or None.
+            live: [L] places in the chunk of the rows with a gradient that is not zero; only these
+                are multiplied. None: all rows.
         """
-        hidden, n_rows = self._projection.hidden[rows], gradient.matrix.shape[0]
-        matrix, row_scale, target_grads = gradient
+        hidden, (matrix, row_scale, target_grads) = self._projection.hidden[rows], gradient
         if live is not None:
             hidden, targets, row_scale = hidden[live], targets[live], row_scale[live]
             target_grads = None if target_grads is None else target_grads[live]
         if row_scale.numel() == 0:
             return
-
-        def columns(here: slice) -> Tensor:
-            return matrix[:, here] if live is None else matrix[live, here]
-
+        part = _Rows(matrix, live, row_scale, target_grads, targets, hidden)
         if self.d_hidden is not None:
-            product = self._hidden_product(columns, row_scale, target_grads, targets, gathered=live is not None)
-            self.d_hidden[rows] = scatter_rows(product, live, n_rows).to(self._stored)
-            del product
+            self.d_hidden[rows] = scatter_rows(self._hidden_product(part), live, len(matrix)).to(self._stored)
         if self._d_weight is not None:
-            self._add_weight(columns, row_scale, target_grads, targets, hidden, gathered=live is not None)
+            self._add_weight(self._d_weight, part)
         if self._d_bias is not None:
             for here in self._slabs(live is None):
-                gemm.add_weighted_rows_(self._d_bias[here], columns(here), row_scale)
+                gemm.add_weighted_rows_(self._d_bias[here], part.columns(here), row_scale)
             if target_grads is not None:
-                rows_of_ones = TargetRows.sort(targets, target_grads.new_ones(len(targets), 1), target_grads)
-                self._add_targets(self._d_bias.unsqueeze(1), 0, rows_of_ones)
+                ones = TargetRows.sort(targets, target_grads.new_ones(len(targets), 1), target_grads)
+                self._add_targets(self._d_bias.unsqueeze(1), 0, ones)
 
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(d_hidden, d_weight, d_bias), None where not needed; d_weight also where ``main_grad`` took it."""
-        d_weight = self._d_weight.to(self._stored) if self._d_weight is not None and self._returns_weight else None
-        return self.d_hidden, d_weight, None if self._d_bias is None else self._d_bias.to(self._stored)
+    def result(self) -> Gradients:
+        """The gradients in ``dtype``; d_weight is None also where ``main_grad`` received it."""
+        own = (self._d_weight if self._returns_weight else None, self._d_bias)
+        d_weight, d_bias = (None if g is None else g.to(self._stored) for g in own)
+        return self.d_hidden, d_weight, d_bias
 
     def _slabs(self, whole: bool) -> list[slice]:
         """All columns at once, or slabs of them."""
@@ -121,45 +139,30 @@ class GradientSum:
         step = vocab if whole else chunking.weight_slab(vocab, dim)
         return [slice(start, min(start + step, vocab)) for start in range(0, vocab, step)]
 
-    def _hidden_product(
-        self,
-        columns: Callable[[slice], Tensor],
-        row_scale: Tensor,
-        target_grads: Tensor | None,
-        targets: Tensor,
-        gathered: bool,
-    ) -> Tensor:
+    def _hidden_product(self, part: _Rows) -> Tensor:
         """d_hidden [L, D] of the rows of a chunk, summed over the ranks of a split head."""
         weight, shard = self._projection.weight, self._projection.shard
-        product = weight.new_empty(len(row_scale), self._projection.dim, dtype=self._dtype)
-        for here in self._slabs(not gathered):
-            gemm.add_product_(product, columns(here), weight[here], overwrite=here.start == 0)
-        product.mul_(row_scale.unsqueeze(1))
-        if target_grads is not None:
-            gemm.add_gathered_rows_(product, weight, targets, target_grads)
+        product = weight.new_empty(part.hidden.shape, dtype=self._dtype)
+        for here in self._slabs(part.live is None):
+            gemm.add_product_(product, part.columns(here), weight[here], overwrite=here.start == 0)
+        product.mul_(part.row_scale.unsqueeze(1))
+        if part.target_grads is not None:
+            gemm.add_gathered_rows_(product, weight, part.targets, part.target_grads)
         return product if shard is None else shard.all_reduce_(product)
 
-    def _add_weight(
-        self,
-        columns: Callable[[slice], Tensor],
-        row_scale: Tensor,
-        target_grads: Tensor | None,
-        targets: Tensor,
-        hidden: Tensor,
-        gathered: bool,
-    ) -> None:
+    def _add_weight(self, d_weight: Tensor, part: _Rows) -> None:
         """d_weight += matrix.T @ (row_scale[:, None] * hidden), and the targets' rows."""
-        assert self._d_weight is not None
-        d_weight, in_place = self._d_weight, self._accumulates and not self._is_fp16
-        operand, pow2_scale = gemm.scale_rows(
-            hidden, row_scale if self._is_fp16 else row_scale * self._scale, self._projection.operand_dtype
-        )
-        target_rows = None if target_grads is None else TargetRows.sort(targets, hidden, target_grads * self._scale)
-        slabs = self._slabs(in_place and not gathered)
-        buffer = None if in_place else operand.new_empty(slabs[0].stop, self._projection.dim, dtype=self._dtype)
+        in_place = self._accumulates and not self._is_fp16
+        row_scale = part.row_scale if self._is_fp16 else part.row_scale * self._scale
+        operand, pow2_scale = gemm.scale_rows(part.hidden, row_scale, self._projection.operand_dtype)
+        target_rows = None
+        if part.target_grads is not None:
+            target_rows = TargetRows.sort(part.targets, part.hidden, part.target_grads * self._scale)
+        slabs = self._slabs(in_place and part.live is None)
+        buffer = None if in_place else operand.new_empty(slabs[0].stop, operand.shape[1], dtype=self._dtype)
         for here in slabs:
             out = d_weight[here] if buffer is None else buffer[: here.stop - here.start]
-            gemm.add_product_(out, columns(here).t(), operand, overwrite=not in_place)
+            gemm.add_product_(out, part.columns(here).t(), operand, overwrite=not in_place)
             if pow2_scale is not None:
                 out.mul_(pow2_scale * self._scale)
             if target_rows is not None:
@@ -175,7 +178,7 @@ class GradientSum:
 
 
 CoefficientFunction = Callable[[Chunk, slice], Coefficients]
-"""(chunk, its rows) -> cotangents of the chunk's statistics, and sums to log."""
+"""(chunk, its rows) -> cotangents of the chunk's statistics, and sums over its tokens."""
 
 
 def one_pass(
@@ -190,35 +193,33 @@ def one_pass(
     options: Options,
     logp_guess: Tensor | None = None,
     main_grad: MainGrad | None = None,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Run all chunks: (sums [len(SUMS)], (d_hidden, d_weight, d_bias) of the loss sum, None where not needed).
+) -> tuple[Tensor, Gradients]:
+    """Run all chunks: (sums [len(SUMS)], gradients of the sum ``loss``).
 
-    The gradients have the inputs' dtypes, but fp32 for fp16 inputs: the loss has not been scaled up yet,
-    and fp16 would lose small gradients.
+    The gradients have the inputs' dtypes, but fp32 for fp16 inputs: the loss has not been scaled up
+    yet, and fp16 would lose small gradients.
 
     Args:
         projection: the rows that count, M of them.
         targets: [M] int64, valid tokens of the full vocabulary.
         coefficients: turns a chunk's statistics into cotangents and sums.
-        backend: computes the chunks.
         entropy: the coefficient function reads entropies.
         entropy_gradient: the coefficient function returns a cotangent of the entropy.
         needs: gradients wanted for hidden, weight, bias; without any only the sums are computed.
         options: memory budget and plan.
         logp_guess: [M] fp32, see ``Backend.open_chunk``, or None.
-        main_grad: takes d_weight instead of the result, or None.
+        backend, main_grad: as in ``GradientSum``.
     """
-    hidden = projection.hidden
+    hidden, n_rows = projection.hidden, projection.n_rows
     targets = projection.local_targets(targets)
     budget = chunking.workspace_bytes(options, hidden.device)
-    row_bytes = backend.chunk_row_bytes(projection, entropy_gradient)
-    plan = chunking.one_pass(projection.n_rows, row_bytes, budget, options.plan)
-    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # weight and bias have hidden's dtype
+    plan = chunking.one_pass(n_rows, backend.chunk_row_bytes(projection, entropy_gradient), budget, options.plan)
+    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     one_chunk = plan.name == "one_chunk"
     total = GradientSum(projection, backend, needs, dtype=stored, one_chunk=one_chunk, main_grad=main_grad)
     sums = hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype)
-    for start in range(0, projection.n_rows, plan.rows):
-        rows = slice(start, min(start + plan.rows, projection.n_rows))
+    for start in range(0, n_rows, plan.rows):
+        rows = slice(start, min(start + plan.rows, n_rows))
         chunk = backend.open_chunk(
             projection.rows(rows), targets[rows], entropy=entropy, entropy_gradient=entropy_gradient,
             logp_guess=None if logp_guess is None else logp_guess[rows],
@@ -231,20 +232,17 @@ def one_pass(
             if live is None:
                 total.add(gradient, rows, targets[rows])
             else:
-                places = rows.start + live
-                target_grads = None if gradient.target_grads is None else gradient.target_grads[live]
-                front = LogitGradient(gradient.matrix[: len(live)], gradient.row_scale[live], target_grads)
-                total.add(front, places, targets[places])
+                total.add(gradient.front(live), start + live, targets[start + live])
             del gradient
         del chunk  # before the next one is allocated
     return sums, total.result()
 
 
 def _move_live_rows(matrix: Tensor, live: Tensor) -> Tensor | None:
-    """Move the ``live`` [C] rows to the front of ``matrix`` [C, V] where leaving out the others pays; their places, or None.
+    """Move the ``live`` [C] rows of ``matrix`` [C, V] to its front and return their old places [L].
 
-    A row is dead where its token was clipped or has no advantage. On a CPU only: on CUDA the host would
-    wait for the number of live rows in the middle of the loop.
+    None where too few rows are dead (clipped tokens, zero advantages) for this to pay. Only for the
+    CPU: on CUDA the host would wait for the number of live rows in every chunk.
     """
     dead = len(live) - int(live.sum())
     return fill_holes_(matrix, live) if dead > len(live) * _WORTH_MOVING else None

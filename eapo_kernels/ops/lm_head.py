@@ -1,17 +1,19 @@
-"""The language-model head as an operand: logits that are never stored whole (docs/math.md E1), the
-checks of a call's arguments, and the selection of the rows that count."""
+"""The language-model head as an operand: logits that are never stored whole (docs/math.md E1).
+
+In this file: the projection, the checks of its arguments, and the selection of valid rows.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..checks import FLOATS, describe, require_tensor
-from ..errors import EapoError, ShapeError, require
+from ..errors import FLOATS, EapoError, ShapeError, describe, is_number, require, require_tensor
 from ..types import IGNORE_INDEX, Options
 from .vocab_shard import INVALID, VocabShard
 
@@ -21,7 +23,9 @@ _MOVED_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Projection:
-    """z = inv_temperature * cap(logit_scale * (hidden @ weight.T + bias)), cap(u) = softcap * tanh(u / softcap).
+    """The logits z = inv_temperature * cap(logit_scale * (hidden @ weight.T + bias)) (E1).
+
+    cap(u) = softcap * tanh(u / softcap), or u without a soft-cap.
 
     Attributes:
         hidden: [N, D] bf16, fp16, fp32 or fp64.
@@ -31,7 +35,7 @@ class Projection:
         row_inv_temperature: [N] fp32 (fp64 for fp64 inputs) > 0, or None.
         logit_scale: > 0.
         softcap: > 0, or None.
-        shard: which rows of the full weight ``weight`` and ``bias`` are; None: all of them.
+        shard: the position of ``weight`` and ``bias`` in a split head; None: the head is whole.
     """
 
     hidden: Tensor
@@ -49,17 +53,17 @@ class Projection:
 
     @property
     def vocab(self) -> int:
-        """Rows of ``weight`` in this process."""
+        """Rows of ``weight`` on this rank."""
         return self.weight.shape[0]
 
     @property
     def max_shard_vocab(self) -> int:
-        """Rows of the largest shard: the size that all ranks cut their chunks by."""
+        """Rows of the largest shard, from which all ranks compute the same chunks."""
         return self.vocab if self.shard is None else self.shard.max_shard_vocab
 
     @property
     def full_vocab(self) -> int:
-        """Rows of all shards: targets lie below it."""
+        """Rows of all shards: the upper bound of the targets."""
         return self.vocab if self.shard is None else self.shard.total
 
     @property
@@ -73,9 +77,9 @@ class Projection:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """Dtype of the operands of the matrix products: the inputs' on CUDA, at least fp32 on a CPU.
+        """Dtype of the operands of matrix products: the inputs' on CUDA, else ``statistics_dtype``.
 
-        A CPU product of half-precision operands would round its result to half precision.
+        A CPU product of half-precision operands rounds its result to half precision.
         """
         return self.hidden.dtype if self.hidden.is_cuda else self.statistics_dtype
 
@@ -90,28 +94,27 @@ class Projection:
         return replace(self, hidden=self.hidden[index], row_inv_temperature=temperature)
 
     def local_targets(self, targets: Tensor) -> Tensor:
-        """Targets [N] as columns of ``weight``; ``vocab_shard.ELSEWHERE`` or ``INVALID`` for others."""
+        """Targets [N] as columns of ``weight``; others are ``ELSEWHERE`` or ``INVALID``."""
         if self.shard is not None:
             return self.shard.local_targets(targets, self.vocab)
         return torch.where((targets >= 0) & (targets < self.vocab), targets, INVALID)
 
     def zero_invalid_rows(self, valid: Tensor) -> Projection:
-        """The same projection with hidden 0 and temperature 1 in the rows that do not count.
+        """The same projection with hidden 0 and temperature 1 in rows that are not ``valid`` [N].
 
-        Their cotangents are 0, and 0 times a NaN would be NaN.
+        Their cotangents are 0, and the product of 0 and a NaN would be NaN.
         """
-        temperature = self.row_inv_temperature
-        if temperature is not None:
-            temperature = torch.where(valid, temperature, 1)
+        rows = self.row_inv_temperature
+        temperature = None if rows is None else torch.where(valid, rows, 1)
         return replace(self, hidden=torch.where(valid.unsqueeze(1), self.hidden, 0), row_inv_temperature=temperature)
 
     def row_scale(self) -> float | Tensor:
-        """dz / d(hidden @ weight.T + bias) without the soft-cap's factor: a number, or [N]."""
+        """dz / d(hidden @ weight.T + bias) without the slope of the soft-cap: a number, or [N]."""
         scale = self.logit_scale * self.inv_temperature
         return scale if self.row_inv_temperature is None else self.row_inv_temperature * scale
 
     def transform_logits_(self, raw: Tensor, columns: slice) -> Tensor:
-        """Turn ``raw = hidden @ weight[columns].T`` into z in place (E1). raw: [N, columns] statistics dtype."""
+        """Turn raw = hidden @ weight[columns].T, [N, columns] statistics dtype, into z in place."""
         if self.bias is not None:
             raw += self.bias[columns]
         scale = self.row_scale()
@@ -127,14 +130,12 @@ class Projection:
     def softcap_slope(self, z: Tensor) -> Tensor:
         """1 - tanh^2 of the soft-cap at the logits z [N, columns], newly allocated."""
         assert self.softcap is not None
-        inverse: float | Tensor = 1.0 / (self.softcap * self.inv_temperature)
-        if self.row_inv_temperature is not None:
-            inverse = (inverse / self.row_inv_temperature).unsqueeze(1)
-        tanh = z * inverse
+        inverse, rows = 1.0 / (self.softcap * self.inv_temperature), self.row_inv_temperature
+        tanh = z * (inverse if rows is None else (inverse / rows).unsqueeze(1))
         return tanh.mul_(tanh).neg_().add_(1.0).clamp_(min=0.0)
 
 
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _autocast(tensor: Any, dtype: torch.dtype) -> Any:
     """The cast that autocast applies to an argument of ``F.linear``: every float dtype but fp64."""
     castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(dtype) if castable else tensor
@@ -150,7 +151,7 @@ def build_projection(
     rows_shape: torch.Size,
     shard: VocabShard | None = None,
 ) -> Projection:
-    """Check the arguments that define the logits and flatten them to rows: hidden [..., D] -> [N, D].
+    """Check the arguments that define the logits and flatten them: hidden [..., D] -> [N, D].
 
     Under autocast the operands are cast as ``F.linear`` casts them.
 
@@ -162,8 +163,7 @@ def build_projection(
         raise ShapeError(f"weight: expected a floating-point [V, D] with V, D >= 1, got {describe(weight)}")
     if torch.is_autocast_enabled(weight.device.type):
         dtype = torch.get_autocast_dtype(weight.device.type)
-        hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+        hidden, weight, bias = (_autocast(t, dtype) for t in (hidden, weight, bias))
     if not torch.compiler.is_compiling():
         for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
             if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -180,64 +180,59 @@ def build_projection(
         row_inv_temperature = inv_temperature.to(hidden.device, dtype).expand(rows_shape).reshape(-1)
         inv_temperature = 1.0
     for name, value in (("inv_temperature", inv_temperature), ("softcap", softcap), ("logit_scale", logit_scale)):
-        if value is not None:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(number and 0 < value < math.inf, name, "a positive finite number", repr(value))
-    return Projection(
-        hidden=hidden.reshape(-1, weight.shape[1]),
-        weight=weight,
-        bias=bias,
-        inv_temperature=float(inv_temperature),
-        row_inv_temperature=row_inv_temperature,
-        logit_scale=1.0 if logit_scale is None else float(logit_scale),
-        softcap=None if softcap is None else float(softcap),
-        shard=shard,
-    )
+        positive = value is None or (is_number(value) and 0 < value < math.inf)
+        require(positive, name, "a positive finite number", repr(value))
+    logit_scale, softcap = 1.0 if logit_scale is None else float(logit_scale), None if softcap is None else float(softcap)
+    hidden = hidden.reshape(-1, weight.shape[1])
+    return Projection(hidden, weight, bias, float(inv_temperature), row_inv_temperature, logit_scale, softcap, shard)
 
 
 def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:
-    """Check the values of targets and temperatures: always on a CPU; on CUDA only with ``debug``, as it synchronizes.
+    """Check the values of targets and temperatures: always on a CPU; on CUDA only with ``debug``.
 
     Raises:
-        EapoError: a target outside [0, V) (V of all shards) other than -100, or a temperature that is
-            not positive and finite.
+        EapoError: a target outside [0, V) (V of all shards) other than -100, or a temperature that
+            is not positive and finite.
     """
     if targets.is_cuda and not debug:
         return
-    vocab = projection.full_vocab
-    bad = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab))
+    vocab, valid, rows = projection.full_vocab, targets != IGNORE_INDEX, projection.row_inv_temperature
+    bad = valid & ((targets < 0) | (targets >= vocab))
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])
         raise EapoError(f"targets: expected values in [0, {vocab}) or {IGNORE_INDEX}, got {int(targets[row])} in row {row}")
-    rows = projection.row_inv_temperature
     if rows is not None:
-        wrong = ~((rows > 0) & rows.isfinite()) & (targets != IGNORE_INDEX)
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0, 0])
+        bad = valid & ~((rows > 0) & rows.isfinite())
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
             raise EapoError(f"inv_temperature: expected positive finite values, got {float(rows[row])} in row {row}")
 
 
 def resolve_compaction(options: Options, like: Tensor, announced: bool) -> Options:
-    """The options with ``compact`` decided. announced: a mask or the like says that some rows do not count."""
+    """The options with ``compact`` resolved.
+
+    announced: a mask, ``drop_zero_weight`` or ``metrics=False`` may exclude rows.
+    """
     return options if options.compact != "auto" else replace(options, compact=announced or not like.is_cuda)
 
 
 def may_compact(tensor: Tensor, compact: bool | str) -> bool:
-    """Whether rows may be selected now: it reads a count on the host, which a CUDA graph under capture forbids."""
+    """Whether rows may be selected: a count is read on the host, which graph capture forbids."""
     assert isinstance(compact, bool), "resolve_compaction comes first"
     return compact and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def valid_index(valid: Tensor) -> Tensor | None:
-    """Indices [M] of the rows that count, or None when all do. Synchronizes on CUDA."""
+    """Indices [M] of the valid rows, or None if all are valid. Synchronizes on CUDA."""
     index = valid.nonzero().squeeze(1)
     return None if index.numel() == valid.numel() else index
 
 
 def select_valid(projection: Projection, valid: Tensor, compact: bool | str) -> tuple[Projection, Tensor | None]:
-    """(the rows that count, their index [M]); where none may leave, or all count, (all rows, None).
+    """(the ``valid`` [N] rows, their index [M]), or (all rows, None).
 
-    Rows that do not count but stay are zeroed. valid: [N] bool.
+    All rows stay if they are all valid, or if rows must not be selected; the invalid rows are then
+    zeroed.
     """
     if not may_compact(valid, compact):
         return projection.zero_invalid_rows(valid), None
@@ -253,10 +248,10 @@ def scatter_rows(values: Tensor, index: Tensor | None, n_rows: int) -> Tensor:
 
 
 def fill_holes_(matrix: Tensor, live: Tensor) -> Tensor:
-    """Move the rows of ``matrix`` [C, K] that are ``live`` [C] to its front; returns their old places [L].
+    """Move the ``live`` [C] rows of ``matrix`` [C, K] to its front; returns their old places [L].
 
-    Each row moves at most once, from behind the first L into the place of a dead one, a few at a time,
-    so that no second matrix is needed. Synchronizes on CUDA.
+    Live rows behind the first L replace the dead ones among them, a few at a time, so that no
+    second matrix is allocated. Synchronizes on CUDA.
     """
     count = int(live.sum())
     order = torch.arange(len(live), device=live.device)

@@ -1,7 +1,8 @@
-"""Files of measured tiles, as ``benchmarks.tune`` writes them for every backend's kernels: reading JSON and checking it.
+"""Reads and checks the files of measured tiles that ``benchmarks.tune`` writes per backend.
 
-A file: {"environment": {gpu, driver, torch, triton, commit, date}, "lines": [line, ...]}. A line names the fields of its
-backend's ``Entry``, in "tile" those of its ``Tile``; further keys say how it was measured. Nothing here imports triton or cuda.
+A file: {"environment": {gpu, driver, torch, triton, commit, date}, "lines": [line, ...]}. A line
+has the fields of the backend's ``Entry``, and under "tile" those of its ``Tile``; other keys record
+how it was measured. Nothing here imports triton or cuda.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from ..errors import require
 Record = TypeVar("Record")
 
 _TYPES = {"int": (int,), "bool": (bool,), "str": (str,), "int | None": (int, type(None))}
-"""What an annotation of an ``Entry`` or a ``Tile`` allows in JSON; a bool is no int."""
+"""JSON types allowed for an annotation of ``Entry`` or ``Tile``, where a bool is not an int."""
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The file as it is, its lines not yet checked. Raises EapoError when it is no JSON or lacks a part."""
+    """The content, lines unchecked. Raises EapoError when it is not JSON or lacks a part."""
     expected = 'JSON {"environment": {...}, "lines": [...]}'
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:  # also what is not UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         content, got = None, str(error)
     else:
         got = f"a {type(content).__name__}" + (f" of {sorted(content)}" if isinstance(content, dict) else "")
@@ -38,7 +39,7 @@ def load(path: Path) -> dict[str, Any]:
 def entries(
     path: Path, kind: Callable[..., Record], tile: type[Any], check: Callable[[str, Record], None]
 ) -> tuple[Record, ...]:
-    """The file's lines in its order, none without a file, each read by ``entry`` and then by ``check(where, line)``."""
+    """The lines in order, none where the file does not exist, each passed to ``check``."""
     found = []
     for number, line in enumerate(load(path)["lines"] if path.exists() else ()):
         where = f"{path}: lines[{number}]"
@@ -48,7 +49,7 @@ def entries(
 
 
 def entry(where: str, kind: Callable[..., Record], line: Any, tile: type[Any]) -> Record:
-    """One line as an ``Entry`` of ``kind`` around a ``tile``. Raises EapoError naming ``where`` it stands."""
+    """A line as a ``kind`` with a ``tile``. Raises EapoError that names ``where``."""
     require(isinstance(line, dict) and isinstance(line.get("tile"), dict), where, "a line with a tile", repr(line))
     known = {f.name: line.get(f.name) for f in fields(kind) if f.name != "tile"}  # type: ignore[arg-type]
     for name, value in known.items():
@@ -59,7 +60,7 @@ def entry(where: str, kind: Callable[..., Record], line: Any, tile: type[Any]) -
 
 
 def _tile(where: str, kind: type[Any], values: dict[str, Any]) -> Any:
-    """The fields that ``values`` names, each of its type; none that is needed is missing."""
+    """A tile from the fields in ``values``, whose names and types are checked."""
     kinds = {f.name: str(f.type) for f in fields(kind)}
     needed = {f.name for f in fields(kind) if f.default is MISSING}
     names = set(values)

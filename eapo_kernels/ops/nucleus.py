@@ -1,7 +1,7 @@
-"""Entropy of the nucleus: of the most probable tokens that together hold a given mass, renormalised (arXiv 2509.25133).
+"""Entropy of the renormalised nucleus, the most probable tokens that together have a given mass.
 
-Plain PyTorch on chunks of rows, any device. It stands beside ``token_stats`` and not in it: choosing the nucleus takes a
-partial sort of every row, which no other loss should pay for.
+Plain PyTorch on chunks of rows, for any device (arXiv 2509.25133). It is separate from
+``token_stats``, because it needs a partial sort of every row.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..checks import describe, require_number, require_tensor
-from ..errors import ShapeError, require
+from ..errors import ShapeError, describe, require, require_number, require_tensor
 from ..types import IGNORE_INDEX, Options
 from . import chunking, gemm
 from .dispatch import LogitCotangents, LogitGradient
@@ -22,7 +21,7 @@ from .lm_head import Projection, build_projection, check_values, resolve_compact
 from .torch_backend import BACKEND
 
 _FIRST_GUESS = 256
-"""Tokens that are sorted first; eight times as many, and so on, while the nucleus of some row is larger."""
+"""Tokens that are sorted first; eight times as many, repeatedly, while a nucleus is larger."""
 
 
 class _Nucleus(NamedTuple):
@@ -31,7 +30,7 @@ class _Nucleus(NamedTuple):
     Attributes:
         x: [R, V] z - row maximum.
         lowest: [R, 1] the smallest x in K.
-        tied: [R, 1] int64, how many of the tokens with x = lowest belong to K; they are the first ones.
+        tied: [R, 1] int64, how many of the tokens with x = lowest belong to K, the first by index.
         log_mass: [R] log sum_K e^x.
         entropy: [R] -sum_K q log q, q = e^(x - log_mass).
     """
@@ -49,7 +48,7 @@ class _Nucleus(NamedTuple):
 
 
 def _find(z: Tensor, top_p: float) -> _Nucleus:
-    """The nuclei of logits z [R, V], which is overwritten by ``x``. Reads one flag a round on the host."""
+    """The nuclei of logits z [R, V], overwritten by ``x``. Synchronizes on CUDA."""
     x = z.sub_(z.amax(1, keepdim=True))
     target = top_p * x.exp().sum(1, keepdim=True)
     vocab, size = x.shape[1], _FIRST_GUESS
@@ -79,14 +78,14 @@ def _logits(projection: Projection) -> Tensor:
 
 
 def _chunks(projection: Projection, budget: int) -> list[slice]:
-    """Rows that are worked on together: logits, their gradient and temporaries of the same size."""
+    """Chunks of rows whose logits, gradient and temporaries fit the budget."""
     row_bytes = projection.vocab * (5 * projection.statistics_dtype.itemsize + projection.operand_dtype.itemsize)
     step = chunking.row_chunk(projection.n_rows, row_bytes, budget)
     return [slice(start, start + step) for start in range(0, projection.n_rows, step)]
 
 
 def _gradient(chunk: Projection, cotangent: Tensor, top_p: float) -> Tensor:
-    """cotangent * dHk/d(hidden @ weight.T + bias): [R, V] statistics dtype; dHk/dz_v = -q_v (log q_v + Hk) on K."""
+    """cotangent * dHk/d(hidden @ weight.T + bias), [R, V] statistics dtype."""
     z = _logits(chunk)
     slope = chunk.softcap_slope(z) if chunk.softcap is not None else None
     nucleus = _find(z, top_p)
@@ -99,7 +98,7 @@ def _gradient(chunk: Projection, cotangent: Tensor, top_p: float) -> Tensor:
 
 
 class _NucleusEntropy(torch.autograd.Function):
-    """Keeps the inputs only: the backward pass finds the nuclei again in the logits that it computes again."""
+    """Saves the inputs only: the backward recomputes the logits and the nuclei."""
 
     @staticmethod
     def forward(
@@ -125,7 +124,7 @@ class _NucleusEntropy(torch.autograd.Function):
             projection.operand_dtype
         )
         assert cotangents.entropy is not None
-        targets = torch.zeros(projection.n_rows, dtype=torch.int64, device=hidden.device)  # no entry is kept apart
+        targets = cotangent.new_zeros(projection.n_rows, dtype=torch.int64)  # not read
         for rows in chunks:
             gradient = _gradient(projection.rows(rows), cotangents.entropy[rows], top_p)
             total.add(LogitGradient(gradient.to(projection.operand_dtype), row_scale[rows]), rows, targets[rows])
@@ -133,11 +132,11 @@ class _NucleusEntropy(torch.autograd.Function):
 
 
 def project_nucleus_entropy(projection: Projection, valid: Tensor, top_p: float, options: Options) -> Tensor:
-    """``nucleus_entropy`` of a checked projection; valid: [N] bool. Returns [N], exact zeros where it is False."""
+    """``nucleus_entropy`` [N] of a checked projection; zeros at rows that are not ``valid`` [N]."""
     n_rows = projection.n_rows
     projection, index = select_valid(projection, valid, options.compact)
     if projection.n_rows == 0:
-        nothing = projection.hidden[:0].sum() + projection.weight[:0].sum()  # zeros that can be differentiated
+        nothing = projection.hidden[:0].sum() + projection.weight[:0].sum()  # zero, with gradient
         return projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype) + nothing
     budget = chunking.workspace_bytes(options, projection.hidden.device)
     values = _NucleusEntropy.apply(projection.hidden, projection.weight, projection.bias, projection, top_p, budget)
@@ -160,23 +159,25 @@ def nucleus_entropy(
 ) -> Tensor:
     """Entropy of the renormalised nucleus of every position, without the logits (arXiv 2509.25133).
 
-    K is the smallest set of most probable tokens with p(K) >= top_p; of equally probable ones the first by index.
+    K is the smallest set of most probable tokens with p(K) >= top_p; of equally probable tokens the
+    first by index.
 
-        q_v = p_v / p(K)      Hk = -sum_K q log q      dHk / dz_v = -q_v (log q_v + Hk) on K, 0 elsewhere
+        q_v = p_v / p(K)      Hk = -sum_K q log q
+        dHk / dz_v = -q_v (log q_v + Hk) on K, 0 elsewhere
 
-    K is taken as constant in the gradient (it changes only where probabilities cross).
+    The gradient treats K as constant (it changes only where two probabilities are equal).
 
     Args:
         hidden: [..., D] bf16/fp16/fp32/fp64, as in ``token_stats``.
         weight: [V, D], the head's weight, dtype and device of ``hidden``.
         top_p: mass of the nucleus, in (0, 1).
         bias, inv_temperature, softcap, logit_scale: as in ``token_stats``.
-        mask: [...] bool or None, False leaves a row out.
-        options: memory budget and the like. The backward pass computes the logits again.
+        mask: [...] bool or None, False masks a row.
+        options: memory budget, compaction and checks. The backward recomputes the logits.
 
     Returns:
-        [...] fp32 (fp64 for fp64 inputs), nats. Left-out rows are exact zeros with zero gradient; a row whose nucleus is one
-        token is 0 with zero gradient. Synchronises on an accelerator.
+        [...] fp32 (fp64 for fp64 inputs), nats. Masked rows, and rows whose nucleus is one token,
+        are exact zeros with zero gradient. Synchronizes on CUDA.
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.

@@ -1,11 +1,12 @@
-"""THE op: log-prob, entropy and lse of every token from hidden states and the head, differentiable (docs/math.md E1-E6).
+"""Log-prob, entropy and lse of every token from hidden states and the head, with autograd (E1-E6).
 
-The forward reads each logit once (2NDV operations). Where the logit gradient of the log-probs fits the
-memory budget the forward saves it, and the backward takes two products (4NDV). Else the backward
-recomputes the logits (6NDV), a slab of the vocabulary at a time. So a slab of d_weight is complete after
-one sum over all tokens, rounded once, and no fp32 copy of d_weight is needed.
+The forward reads each logit once (2NDV operations). If the gradient of the log-probs with respect
+to all logits fits the memory budget, the forward saves it and the backward computes two products
+(4NDV). Else the backward recomputes the logits (6NDV), a slab of the vocabulary at a time: a slab
+of d_weight is then complete after one sum over all tokens and rounded once, without an fp32 copy of
+d_weight.
 
-In this file: the two computations, the custom op with its autograd, and the public function.
+In this file: the forward, the two backwards, the custom op with its autograd, the public function.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import describe, require_tensor
-from ..errors import EapoError, ShapeError, require
+from ..errors import EapoError, ShapeError, describe, require, require_tensor
 from ..types import IGNORE_INDEX, Options, TokenStats
 from . import chunking, collective_checks, dispatch, gemm
 from .dispatch import Backend, LogitCotangents, LogitGradient, RowStatistics
-from .gradients import GradientSum
+from .gradients import Gradients, GradientSum
 from .lm_head import (
     Projection,
     build_projection,
@@ -39,12 +39,12 @@ ENTROPY_MODES = ("grad", "nograd", "none")
 
 
 class SavedRows(NamedTuple):
-    """dlogp/d(hidden @ weight.T + bias) of all M rows that count, as in ``LogitGradient``.
+    """dlogp/d(hidden @ weight.T + bias) of all M valid rows, as in ``LogitGradient``.
 
     Attributes:
         matrix: [M, V] operand dtype.
-        scales: [1 or 2, M] statistics dtype: row_scale, and target_grads where the matrix lacks them.
-        rows: [M] int64, their places; without elements where all rows count.
+        scales: [1 or 2, M] statistics dtype: row_scale, and target_grads if the backend has them.
+        rows: [M] int64, their places; empty if all rows are valid.
     """
 
     matrix: Tensor
@@ -62,9 +62,9 @@ def compute_statistics(
     options: Options,
     save: bool = False,
 ) -> tuple[RowStatistics, SavedRows | None]:
-    """Statistics of every row, zeros where the target is -100; and the rows for the backward.
+    """Statistics of every row, zeros where the target is -100; and the rows saved for the backward.
 
-    save: save the rows where ``chunking.autograd`` says so; not with second moments.
+    save: save the rows if the plan is "one_chunk" (``chunking.autograd``); not with second moments.
     """
     n_rows, valid = projection.n_rows, targets != IGNORE_INDEX
     projection, index = select_valid(projection, valid, options.compact)
@@ -91,10 +91,10 @@ def compute_statistics(
 
 
 def gradients_of_saved(
-    projection: Projection, targets: Tensor, saved: SavedRows, grad_logp: Tensor, backend: Backend, needs: tuple[bool, bool, bool],
-    options: Options,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(d_hidden, d_weight, d_bias) from the rows that the forward saved and the cotangent of logp [N]."""
+    projection: Projection, targets: Tensor, saved: SavedRows, grad_logp: Tensor, backend: Backend,
+    needs: tuple[bool, bool, bool], options: Options,
+) -> Gradients:  # fmt: skip
+    """The gradients from the rows that the forward saved and the cotangent of logp [N]."""
     index = saved.rows if saved.rows.numel() else None
     valid = targets != IGNORE_INDEX
     if index is None and not may_compact(targets, options.compact):
@@ -111,11 +111,12 @@ def gradients_of_saved(
 def gradients_by_recomputing(
     projection: Projection, targets: Tensor, statistics: RowStatistics, cotangents: LogitCotangents, backend: Backend,
     needs: tuple[bool, bool, bool], options: Options,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(d_hidden, d_weight, d_bias) by E6 in the inputs' dtypes, None where not needed.
+) -> Gradients:  # fmt: skip
+    """The gradients by E6 in the inputs' dtypes.
 
-    Rows whose target is -100 or whose cotangents are all zero do not enter the products. On a split head
-    d_weight and d_bias are those of this rank's rows; d_hidden is summed over the ranks before it is rounded.
+    Where rows may be selected, those whose target is -100 or whose cotangents are all zero are left
+    out of the products. On a split head d_weight and d_bias are those of this rank's rows, and
+    d_hidden is summed over the ranks before it is rounded.
     """
     n_rows, dtype = projection.n_rows, projection.statistics_dtype
     live = targets != IGNORE_INDEX
@@ -193,10 +194,10 @@ def _forward_op(
     second_moments: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N], lse [N], moments [3, N], state [3, N], and the three fields of ``SavedRows``).
+    """logp, entropy, lse [N], moments, state [3, N], and the three fields of ``SavedRows``.
 
-    group, shard: the fields of a ``VocabShard``; none where the weight is not split.
-    A result that is not asked for has no elements.
+    group, shard: the fields of a ``VocabShard``; empty if the weight is not split.
+    A result that is not asked for is empty.
     """
     projection = _projection(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
     check_values(projection, targets, debug)
@@ -230,7 +231,7 @@ def _projection(
     group: str,
     shard: Sequence[int],
 ) -> Projection:
-    """The projection from what an op's schema can carry."""
+    """The projection from the arguments of a custom op."""
     split = VocabShard(group, *shard) if shard else None
     return Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, split)
 
@@ -242,10 +243,10 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     n, rows = hidden.shape[0], 0
     projection = _projection(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
-    if save:  # else nothing is asked of the backend, so that any N, also an unknown one, compiles
+    if save:  # else the backend is not asked, so that a symbolic N can be traced
         row_bytes = dispatch.resolve(backend, projection, "autograd").chunk_row_bytes(projection, False)
         budget = chunking.workspace_bytes(Options(memory_budget, compact, debug, plan), hidden.device)
-        rows = chunking.autograd(n, row_bytes, budget, plan).rows  # at most: masked rows are not saved
+        rows = chunking.autograd(n, row_bytes, budget, plan).rows  # without a mask
     dtype = projection.statistics_dtype
     row = hidden.new_empty(n, dtype=dtype)
     return (
@@ -286,7 +287,7 @@ def _backward_op(
     grad_lse: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_hidden, d_weight, d_bias); a gradient that is not needed has no elements."""
+    """(d_hidden, d_weight, d_bias); a gradient that is not needed is empty."""
     projection = _projection(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
     resolved, options = dispatch.resolve(backend, projection, "autograd"), Options(memory_budget, compact, plan=plan)
     wanted = (needs[0], needs[1], needs[2])
@@ -336,7 +337,7 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def project_stats(
     projection: Projection, targets: Tensor, *, entropy: str, second_moments: bool, backend: str, options: Options
 ) -> TokenStats:
-    """``token_stats`` of a checked projection; targets: [N] int64, -100 masks a row. Returns [N] each."""
+    """``token_stats`` of a checked projection, each [N]. targets: [N] int64, -100 masks a row."""
     p = projection
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (p.hidden, p.weight, p.bias))
     save = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
@@ -372,40 +373,43 @@ def token_stats(
     backend: str = "auto",
     options: Options | None = None,
 ) -> TokenStats:
-    """Log-prob, entropy and lse of every token; logits are processed in chunks within a memory budget (E1-E6).
+    """Log-prob, entropy and lse of every token, without storing all logits (docs/math.md E1-E6).
 
     Args:
-        hidden: [..., D] bf16/fp16/fp32 (fp64 on the torch backend), hidden states at the positions that
-            predict ``targets``.
+        hidden: [..., D] bf16/fp16/fp32 (fp64 on the torch backend), hidden states at the positions
+            that predict ``targets``.
         weight: [V, D], the head's weight, dtype and device of ``hidden``.
-        targets: [...] int64, the sampled token at each position (already shifted); -100 masks a row.
-        bias: [V] or None; -inf removes a column (under a soft-cap, which maps -inf to -softcap, it only lowers it).
+        targets: [...] int64, the sampled token at each position (already shifted); -100 masks a
+            row.
+        bias: [V] or None. -inf removes a column, except under a soft-cap, which maps it to
+            -softcap.
         inv_temperature: 1 / temperature > 0, a number or a tensor [...].
         softcap: c of c * tanh(logits / c), or None.
         logit_scale: factor on the logits before the soft-cap, or None.
         mask: [...] bool or None, False masks a row.
-        entropy: "grad" (differentiable), "nograd" (value only), "none" (not computed, ``stats.entropy`` is None).
+        entropy: "grad" (differentiable), "nograd" (value only) or "none" (``stats.entropy`` is
+            None).
         second_moments: also return sum p^2, sum p^2 log p and the varentropy.
-        process_group: None, or for a head whose rows (of ``weight`` and ``bias``) are split over ranks in
-            their order, into parts of any sizes: the group, or this rank's ``VocabShard``. ``weight`` is
-            then this rank's part, and ``targets`` are tokens of the full vocabulary. Every rank makes the
-            same call with the same other arguments and the same loss from it. The results are the same
-            bits on all ranks; d_hidden is complete on all (do not reduce it again), d_weight and d_bias
-            are the part's. A group's shard is made at the first call with a weight, with one all-gather.
-            ``Options(debug=True)`` compares the arguments of the ranks in every call; without it a
-            difference can leave ranks waiting in a collective until its time-out.
+        process_group: None, or for a head whose rows (of ``weight`` and ``bias``) are split over
+            ranks: the group or this rank's ``VocabShard``. ``weight`` is then this rank's part, in
+            the order of the ranks, and ``targets`` are tokens of the full vocabulary. Every rank
+            makes the same call and computes the same loss from it. Results and d_hidden are the
+            same bits on all ranks (do not reduce d_hidden again); d_weight and d_bias are those of
+            the part. The first call with a group and a weight adds an all-gather.
+            ``Options(debug=True)`` compares the arguments of the ranks; without it a difference can
+            leave ranks waiting in a collective until its time-out.
         backend: "auto", "torch", "triton" or "cuda".
-        options: memory budget and the like.
+        options: memory budget, plan, compaction and checks.
 
     Returns:
-        TokenStats of [...] fp32 tensors (fp64 for fp64 inputs). Masked rows are exact zeros with zero
-        gradient; where rows are compacted (``Options.compact``) they cost nothing.
+        TokenStats of [...] fp32 tensors (fp64 for fp64 inputs). Masked rows are exact zeros with
+        zero gradient.
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.
         EapoError: a value is out of range (targets and tensor temperatures: on CUDA only with
-            ``Options(debug=True)``, else the row of such a target is NaN), an option is unknown, or the
-            ranks' weights do not fit together.
+            ``Options(debug=True)``, else the row of such a target is NaN), an option is unknown, or
+            the weights of the ranks do not fit together.
         BackendUnavailable: the backend named cannot run these inputs.
     """
     try:

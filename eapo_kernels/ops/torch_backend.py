@@ -1,9 +1,9 @@
-"""The ``torch`` backend: plain PyTorch on chunks of tokens, any device, any float dtype.
+"""The ``torch`` backend: plain PyTorch on chunks of rows, for any device and float dtype.
 
-Statistics alone stream over slabs of the vocabulary through one buffer that stays in the processor's
-cache. Where the gradient's matrix is kept, the raw logits of a chunk come from one large product, and the
-element-wise passes walk over blocks of its rows. On CUDA a slab fills the memory budget and a block is
-the whole chunk, which needs fewer launches.
+Statistics alone are computed slab by slab of the vocabulary in one buffer that stays in the CPU's
+cache. If a gradient follows, one product computes all raw logits of a chunk, and the element-wise
+operations process blocks of its rows. On CUDA a slab fills the memory budget and a block is the
+whole chunk, which needs fewer launches.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from .lm_head import Projection
 from .vocab_shard import INVALID, VocabShard, merge_ranges
 
 _CACHE_BYTES = 32 * 2**20
-"""Logits processed together, about a server's last-level cache. Smaller blocks gain nothing and cost thread barriers, above all
-on a busy machine (docs/log.md)."""
+"""Bytes of logits in a block, about a server's last-level cache. Smaller blocks are not faster and
+add thread barriers (docs/log.md)."""
 
 _UNDERFLOWN = -1e4
-"""exp of it is 0 in fp32 and fp64: a finite stand-in for the -inf of removed columns, where x * e^x must be 0 and not NaN."""
+"""Replaces -inf in removed columns: its exp is 0, and x * e^x is 0 instead of NaN."""
 
 _NEGLIGIBLE = 60.0
-"""Where a shard's largest logit lies further below the row's (nats), its probabilities are given as if it lay this far: all
-below e^-60, and the products stay finite."""
+"""Upper bound (nats) of the distance of a shard's largest logit from the row's, in the row factor
+of the gradient: larger factors overflow, and all probabilities of such a shard are below e^-60."""
 
 
 class RowSums(NamedTuple):
-    """Sums over the vocabulary without the target column, x_v = z_v - row_max. All [N] in the statistics dtype.
+    """Sums over the vocabulary without the target, [N] statistics dtype; x_v = z_v - row_max.
 
-    Without the target ``1 - p_y`` is a quotient, ``sum_exp_excl_target / s0``, and the log-prob of a confident
-    token is ``-log1p(sum_exp_excl_target)``: exact where a difference would cancel.
+    ``1 - p_y`` is then the quotient ``sum_exp_excl_target / s0``, and the log-prob of a confident
+    token is ``-log1p(sum_exp_excl_target)``. Both keep the precision that a difference would lose.
 
     Attributes:
         row_max: max_v z_v, the target included.
@@ -57,13 +57,13 @@ class RowSums(NamedTuple):
 
 
 def finish(sums: RowSums) -> RowStatistics:
-    """E2-E4 from the sums. A row of nothing but -inf has no distribution and gives NaN."""
+    """E2-E4 from the sums. A row whose logits are all -inf gives NaN."""
     row_max, x, sum_exp = sums.row_max, sums.x_target, sums.sum_exp_excl_target
     e = x.exp()
     s0 = sum_exp + e
     log_s0 = s0.log()
     log_sum = torch.where(x == 0, sum_exp.log1p(), log_s0)
-    logp = torch.where(x == 0, -log_sum, x - log_s0)  # below the maximum both parts are <= 0: nothing cancels
+    logp = torch.where(x == 0, -log_sum, x - log_s0)  # both terms are <= 0: no cancellation
     entropy = mean = p2 = p2_logp = varentropy = None
     if sums.x_exp is not None:
         mean = (sums.x_exp + _x_times(x, e)) / s0
@@ -98,15 +98,15 @@ def _raw_logits(projection: Projection, columns: slice) -> Tensor:
 
 
 def _range_sums(z: Tensor, targets: Tensor, *, entropy: bool, second_moments: bool, all_columns: bool) -> list[Tensor]:
-    """The sums of a block z [R, columns] of logits, as ``merge_ranges`` takes them: 3, 4 or 7 of [R].
+    """The sums of a block of logits z [R, columns]: 3, 4 or 7 fields of ``merge_ranges``, each [R].
 
-    z is overwritten by e^(z - row_max), the target's column by 0; with second moments by anything.
-    targets: [R] columns of z, or numbers outside. all_columns: z has all columns of the full vocabulary.
+    z is overwritten: by e^(z - row_max), 0 at the target; with second moments by scratch values.
+    targets: [R] columns of z, or numbers outside. all_columns: z has all columns of all shards.
     """
     row_max = z.amax(1, keepdim=True)
     index = targets.unsqueeze(1)
     if not all_columns:
-        row_max.clamp_(min=torch.finfo(z.dtype).min)  # -inf may remove all columns of a range, but not of the row
+        row_max.clamp_(min=torch.finfo(z.dtype).min)  # a range may be all -inf, a row not
     inside = (index >= 0) & (index < z.shape[1])
     z_target = torch.where(inside, z.gather(1, index.clamp(0, z.shape[1] - 1)), 0.0)
     x = torch.sub(z, row_max)
@@ -125,7 +125,7 @@ def _range_sums(z: Tensor, targets: Tensor, *, entropy: bool, second_moments: bo
 
 
 def _row_sums(fields: Tensor, targets: Tensor, shard: VocabShard | None) -> RowSums:
-    """The sums over the full vocabulary from those of this shard [fields, N]; NaN for an invalid target."""
+    """The sums over all shards from those of this one [fields, N]; NaN for an invalid target."""
     fields[1].masked_fill_(targets == INVALID, torch.nan)
     if shard is not None:
         fields = merge_ranges(shard.all_gather(fields))
@@ -188,7 +188,7 @@ def logit_gradient(
 
 
 def _row_coefficients(s: RowStatistics, c: LogitCotangents, projection: Projection) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(alpha, beta, target) with dL/dz_v = p_v (alpha - beta x_v) for v != y and ``target`` for v = y (E6), [R] each."""
+    """(alpha, beta, target) [R]: dL/dz_v = p_v (alpha - beta x_v) for v != y, else target (E6)."""
     zero = torch.zeros_like(s.logp)
     a = zero if c.logp is None else c.logp
     g = zero if c.lse is None else c.lse
@@ -212,7 +212,7 @@ def _gradient_from_logits_(
     s: RowStatistics,
     coefficients: tuple[Tensor, Tensor | None, Tensor],
 ) -> Tensor:
-    """Overwrite a block z [R, columns] of logits by the gradient with respect to the raw logits."""
+    """Overwrite a block of logits z [R, columns] with the gradient of the raw logits."""
     alpha, beta, target = (None if c is None else c.unsqueeze(1) for c in coefficients)
     assert alpha is not None
     assert target is not None
@@ -229,7 +229,7 @@ def _gradient_from_logits_(
 
 
 def _put_target_(gradient: Tensor, targets: Tensor, columns: slice, value: Tensor) -> None:
-    """gradient[i, targets[i]] = value[i] where the target lies in the slab. gradient: [R, columns]; value: [R, 1]."""
+    """gradient[i, targets[i]] = value[i] for targets in the slab; value: [R, 1]."""
     local = (targets - columns.start).unsqueeze(1)
     inside = (local >= 0) & (local < gradient.shape[1])
     local = local.clamp(0, gradient.shape[1] - 1)
@@ -237,11 +237,11 @@ def _put_target_(gradient: Tensor, targets: Tensor, columns: slice, value: Tenso
 
 
 class _TorchChunk:
-    """See ``Chunk``. Without soft-cap and entropy gradient the exponentials of the forward are the gradient's matrix.
+    """See ``Chunk``. Without ``keep_logits`` the forward's exponentials are the gradient's matrix.
 
-    The matrix then holds e^(z - m), m the row's maximum in this shard, and -sum_exp_excl_target at the target,
-    all times ``shard_scale``: the gradient with respect to z is (cotangent of logp) / -s0 times the matrix
-    (E6, E12), with s0 times ``shard_scale`` too.
+    The matrix then has e^(z - m), m the row's maximum in this shard, and -sum_exp_excl_target *
+    shard_scale at the target. The gradient of z is the matrix times (cotangent of logp) / -(s0 *
+    shard_scale) (E6, E12), where shard_scale = e^(row_max - m).
     """
 
     def __init__(self, projection: Projection, targets: Tensor, entropy: bool, keep_logits: bool) -> None:
@@ -269,7 +269,7 @@ class _TorchChunk:
         return self._statistics
 
     def surrogate(self, terms: SurrogateTerms) -> None:
-        """No fused launch: the caller does the vector maths."""
+        """None: there is no fused launch."""
 
     def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
         z, self._z = self._z, self._z.new_empty(0)
@@ -290,18 +290,20 @@ class _TorchChunk:
 def open_chunk(
     projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, logp_guess: Tensor | None = None
 ) -> _TorchChunk:
-    """See ``Backend.open_chunk``. The row's maximum is known, so ``logp_guess`` is not read.
+    """See ``Backend.open_chunk``. ``logp_guess`` is not read, because the row's maximum is known.
 
-    fp16 cannot hold the target's column of the exponentials, which reaches -V: logits are kept instead.
+    With fp16 operands logits are kept: the target's entry of the exponentials can be -V, which
+    overflows.
     """
     keep_logits = entropy_gradient or projection.softcap is not None or projection.operand_dtype == torch.float16
     return _TorchChunk(projection, targets, entropy, keep_logits)
 
 
 def chunk_bytes(projection: Projection) -> int:
-    """Workspace per logit: the logits and two temporaries of a block, which on CUDA is the whole chunk, else a quarter at most.
+    """Workspace per logit: the logits and two temporaries of a block.
 
-    With fewer than four rows a block is a row, and the temporaries of one row come on top.
+    A block is the whole chunk on CUDA, else at most a quarter of it. With fewer than four rows it
+    is one row, whose temporaries are not counted.
     """
     size = projection.statistics_dtype.itemsize
     return 3 * size + projection.operand_dtype.itemsize if projection.hidden.is_cuda else size + size // 2

@@ -1,9 +1,9 @@
-"""A head whose weight is split over the vocabulary: the rows that a rank holds, and the collectives of the op.
+"""A head whose weight is split over the vocabulary: the rows of each rank, and the collectives.
 
-Each rank reduces its own columns to the sums of E3 and E4. The sums are gathered once and merged in the
-order of the ranks (docs/math.md E14), so that statistics and coefficients are the same bits on all ranks.
-Each rank then has the gradient of its own rows of the weight, and a part of d_hidden that is summed over
-the ranks in fp32.
+Each rank reduces its own columns to the sums of E3 and E4. The sums are gathered once and merged in
+the order of the ranks (docs/math.md E14), so that statistics and coefficients are the same bits on
+all ranks. Each rank then computes the gradient of its own rows of the weight and a part of
+d_hidden, which is summed over the ranks in fp32.
 """
 
 from __future__ import annotations
@@ -16,28 +16,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..checks import describe
-from ..errors import EapoError, require
+from ..errors import EapoError, describe, require
 
 ELSEWHERE = -1
 """Local target of a row whose target lies in another rank's shard."""
 
 INVALID = -2
-"""Local target of a row whose target is no token. Its statistics are NaN (on CUDA values are not checked)."""
+"""Local target of a row whose target is out of range; on CUDA such a row's statistics are NaN."""
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The rows ``start ... start + V - 1`` of a head's weight [total, D], held by one rank of a group.
+    """Rows ``start ... start + V - 1`` of a head's weight [total, D], held by one rank of a group.
 
-    Whether the ranks' weights fit together is checked when the shard is made; calls then exchange sums only.
+    ``of`` checks that the weights of the ranks fit together; later calls exchange sums only.
     ``Options(debug=True)`` also compares the arguments of every call between the ranks.
 
     Attributes:
         group: name of the process group (``ProcessGroup.group_name``).
         start: first row.
         total: rows of all shards.
-        max_shard_vocab: rows of the largest shard: the size that all ranks cut their chunks by.
+        max_shard_vocab: rows of the largest shard, from which all ranks compute the same chunks.
     """
 
     group: str
@@ -52,8 +51,8 @@ class VocabShard:
         Collective: every rank calls it; one all-gather, and a synchronization on CUDA.
 
         Raises:
-            EapoError: not a process group of this process, or a rank without rows, or ranks whose weights
-                differ in columns, dtype or kind of device (on every rank, the same message).
+            EapoError: not a process group of this process, a rank has no rows, or the weights
+                differ in columns, dtype or kind of device; the same message on all ranks.
         """
         require_group(process_group)
         dtypes = sorted(str(d) for d in vars(torch).values() if isinstance(d, torch.dtype))
@@ -71,9 +70,9 @@ class VocabShard:
 
     @staticmethod
     def chunked(process_group: dist.ProcessGroup, total: int) -> VocabShard:
-        """This rank's shard where ``total`` rows are split as by ``torch.chunk``: equal parts, the last one smaller.
+        """This rank's shard of ``total`` rows split as by ``torch.chunk`` or DTensor's Shard(0).
 
-        DTensor's ``Shard(0)`` splits in this way. No communication.
+        No communication.
 
         Raises:
             EapoError: not a process group of this process, or so few rows that a rank has none.
@@ -85,7 +84,7 @@ class VocabShard:
 
     @staticmethod
     def of_sizes(process_group: dist.ProcessGroup, sizes: list[int]) -> VocabShard:
-        """This rank's shard where the ranks hold ``sizes`` rows, in the order of the ranks. No communication.
+        """This rank's shard where the ranks hold ``sizes`` rows. No communication.
 
         Raises:
             EapoError: a rank has no row.
@@ -96,15 +95,16 @@ class VocabShard:
 
     @staticmethod
     def resolve(process_group: object, weight: Tensor) -> VocabShard | None:
-        """The shard that ``process_group=`` of a call stands for; None where no other rank has rows.
+        """The shard of a call's ``process_group``; None if this rank holds the whole weight.
 
         Args:
-            process_group: None, a VocabShard, or a group whose shard is made at the first call with this
-                weight (``of``: collective) and remembered as long as the weight lives.
-            weight: [V, D] as the caller gave it.
+            process_group: None, a VocabShard, or a group. The first call with a group and a weight
+                makes the shard (``of``, a collective), which is cached as long as the weight
+                exists.
+            weight: [V, D] of the caller.
 
         Raises:
-            EapoError: none of the three, or a weight that is not the shard's.
+            EapoError: none of the three, or a weight that does not fit the shard.
         """
         if process_group is None:
             return None
@@ -128,13 +128,13 @@ class VocabShard:
         return dist.get_world_size(named_group(self.group))
 
     def local_targets(self, targets: Tensor, vocab: int) -> Tensor:
-        """Targets [N] in [0, total) as columns of this shard of ``vocab`` rows, or ELSEWHERE or INVALID."""
+        """Targets [N] as columns of this shard of ``vocab`` rows, or ELSEWHERE or INVALID."""
         local = targets - self.start
         known = torch.where((targets >= 0) & (targets < self.total), ELSEWHERE, INVALID)
         return torch.where((local >= 0) & (local < vocab), local, known)
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """[fields, ranks, N] contiguous, in the order of the ranks, from [fields, N] of every rank."""
+        """[fields, ranks, N] contiguous, in the order of the ranks, from [fields, N] of each."""
         parts = [torch.empty_like(values) for _ in range(self.ranks)]
         dist.all_gather(parts, values.contiguous(), group=named_group(self.group))
         return torch.stack(parts, 1)
@@ -146,7 +146,7 @@ class VocabShard:
 
 
 _SHARDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""weight -> {name of a group: VocabShard}, for calls that give a group."""
+"""weight -> {name of a group: VocabShard}, for calls with a group."""
 
 
 def require_group(process_group: object) -> None:
@@ -157,9 +157,9 @@ def require_group(process_group: object) -> None:
 
 
 def named_group(name: Any) -> dist.ProcessGroup:
-    """The process group of a name. A custom op's schema carries names only.
+    """The process group of a name: the arguments of a custom op include the name only.
 
-    No public function of torch finds a group by name; DeviceMesh uses this one (present in 2.11 to 2.15).
+    torch has no public function for this; DeviceMesh uses the same private one (in 2.11 to 2.15).
     """
     require(dist.is_available() and dist.is_initialized(), "process_group", "torch.distributed initialised", "no process group")
     resolve = getattr(dist.distributed_c10d, "_resolve_process_group", None)
@@ -172,12 +172,13 @@ def named_group(name: Any) -> dist.ProcessGroup:
 
 
 def merge_ranges(sums: Tensor) -> Tensor:
-    """Sums over several ranges of the vocabulary to sums over all of them (docs/math.md E14).
+    """Merge sums over ranges of the vocabulary to sums over all of them (docs/math.md E14).
 
     Args:
-        sums: [3, 4 or 7, ranges, N]; fields: row_max, z_target (0 outside the range that holds it), then
-            sum_exp_excl_target, x_exp, exp2, x_exp2 and xx_exp (``torch_backend.RowSums``) relative to the range's row_max. A range without any column has row_max -inf and
-            zero sums.
+        sums: [3, 4 or 7, ranges, N]; fields: row_max, z_target (0 outside the range that holds it),
+            then sum_exp_excl_target, x_exp, exp2, x_exp2 and xx_exp (``torch_backend.RowSums``)
+            relative to the range's row_max. A range whose columns are all removed has row_max -inf
+            and zero sums.
 
     Returns:
         [3, 4 or 7, N] relative to the largest row_max.

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from eapo_kernels import EapoError, ShapeError
-from eapo_kernels.objectives.advantages import ADVANTAGES, SPLITS, majority_rewards, semantic_rewards
+from eapo_kernels.objectives.advantages import ADVANTAGES, split_responses
+from eapo_kernels.objectives.semantic import majority_rewards, semantic_rewards
 
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 0.5, 0.5])
 GROUPS = torch.tensor([9, 9, 9, -4, -4])
@@ -61,7 +62,7 @@ def test_splits() -> None:
         "advantage": [False, False, True, True, False],
     }
     for name, positive in expected.items():
-        assert SPLITS[name](REWARDS, GROUPS, advantages).positive().tolist() == positive
+        assert split_responses(REWARDS, GROUPS, advantages, name).positive().tolist() == positive
 
 
 def test_semantic_rewards() -> None:

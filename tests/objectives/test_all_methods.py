@@ -30,8 +30,8 @@ from eapo_kernels import (
     observed_entropy,
     weight_tokens,
 )
-from eapo_kernels.objectives.advantages import semantic_rewards
 from eapo_kernels.objectives.controllers import CONTROLLERS
+from eapo_kernels.objectives.semantic import semantic_rewards
 from eapo_kernels.objectives.token_weights.step import MARKS, STATISTICS
 
 NAMES = """eapo grpo dr_grpo dapo gspo cispo psr nsr w_reinforce clip_cov kl_cov steer clip_b clip_v papo_like siren aepo dcpo

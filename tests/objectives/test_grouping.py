@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from eapo_kernels.objectives.grouping import Partition
+from eapo_kernels.objectives.token_weights.partition import OrderedPartition
 
 
 def _case(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,7 +39,7 @@ def _rank(values: torch.Tensor) -> torch.Tensor:
 )
 def test_each_class_by_itself(seed: int, ours: Callable, alone: Callable) -> None:
     keys, values, valid = _case(seed)
-    result = ours(Partition(keys, valid), values)
+    result = ours(OrderedPartition(keys, valid), values)
     for key in keys[valid].unique():
         own = valid & (keys == key)
         torch.testing.assert_close(result[own].double(), alone(values[own].double()).double().expand(int(own.sum())))
@@ -47,7 +47,7 @@ def test_each_class_by_itself(seed: int, ours: Callable, alone: Callable) -> Non
 
 def test_over_the_classes() -> None:
     keys, values, valid = _case(2)
-    partition = Partition(keys, valid)
+    partition = OrderedPartition(keys, valid)
     means = {int(k): float(values[valid & (keys == k)].mean()) for k in keys[valid].unique()}
     assert float(partition.mean_of_classes(partition.mean(values))) == pytest.approx(sum(means.values()) / len(means))
     ordered = sorted(means)
@@ -58,9 +58,9 @@ def test_over_the_classes() -> None:
 
 
 def test_no_members_and_no_valid_members() -> None:
-    empty = Partition(torch.zeros(0, dtype=torch.int64))
+    empty = OrderedPartition(torch.zeros(0, dtype=torch.int64))
     assert empty.sum(torch.zeros(0)).tolist() == []
     assert float(empty.mean_of_classes(torch.zeros(0))) == 0
-    none_valid = Partition(torch.tensor([1, 2]), torch.tensor([False, False]))
+    none_valid = OrderedPartition(torch.tensor([1, 2]), torch.tensor([False, False]))
     assert float(none_valid.mean_of_classes(torch.tensor([5.0, 6.0]))) == 0
     assert none_valid.following(torch.tensor([5.0, 6.0]), -1.0).tolist() == [-1.0, -1.0]

@@ -197,7 +197,10 @@ def test_tensors_stay_on_the_device_of_the_inputs(name: str) -> None:
 def test_new_tensors_are_made_on_a_given_device() -> None:
     """Every tensor that the weights' code makes is given a device, and never one by name."""
     makers = {"arange", "zeros", "ones", "full", "empty", "tensor", "linspace", "eye"}
-    files = [*(ROOT / "token_weights").glob("*.py"), *(ROOT / f"{n}.py" for n in ("grouping", "advantages", "reductions"))]
+    files = [
+        *(ROOT / "token_weights").glob("*.py"),
+        *(ROOT / f"{n}.py" for n in ("grouping", "advantages", "reductions", "semantic")),
+    ]
     assert len(files) > 9
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -244,3 +247,10 @@ def test_a_loss_refuses_a_batch_without_token_weights() -> None:
     step = make_step()
     with pytest.raises(EapoError, match=r"batch.advantages: expected those of weight_tokens with method 'steer', got None"):
         policy_loss(step.hidden, step.weight, step.batch, method="steer")
+
+
+def test_a_name_is_no_method() -> None:
+    case = make_step()
+    for function in (weight_tokens, observed_entropy):
+        with pytest.raises(EapoError, match=r"method: expected a Method, such as get_method\(name\), got 'steer'"):
+            function("steer", case.batch, case.stats)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...checks import require_number
+from ...errors import require_number
 from ..config import EAPOConfig
 from .step import Method, StepStats, TokenWeighting, TokenWeights, number
 

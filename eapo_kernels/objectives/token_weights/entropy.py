@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...checks import require_number
-from ...errors import require
+from ...errors import require, require_number
 from ..config import EAPOConfig
-from ..grouping import Partition
+from .partition import OrderedPartition
 from .step import Method, StepStats, TokenWeighting, TokenWeights, choice, number
 
 _FLAT = 1e-6
@@ -117,11 +116,11 @@ class Spine(TokenWeighting):
         entropy, one_class = step.entropy.double(), torch.zeros_like(step.sequence_ids)
         if self.fork == "otsu":
             forks = step.valid & (entropy > otsu_threshold(step))
-            together = Partition(one_class, forks)
+            together = OrderedPartition(one_class, forks)
             high = together.quantile(entropy, 0.5)
             low = high - 1.4826 * together.quantile((entropy - high).abs(), 0.5)
         else:
-            forks = step.valid & (entropy >= Partition(one_class, step.valid).quantile(entropy, 1 - self.share))
+            forks = step.valid & (entropy >= OrderedPartition(one_class, step.valid).quantile(entropy, 1 - self.share))
             own = step.by_sequence(forks)
             low, high = own.quantile(entropy, 0.1), own.quantile(entropy, 0.5)
         below, above = _outside(entropy, low, high)

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...checks import require_number
+from ...errors import require_number
 from ..config import EAPOConfig
-from ..grouping import Partition
+from .partition import OrderedPartition
 from .step import Method, StepStats, TokenWeighting, TokenWeights, choice, number
 
 _FLAT = 1e-6
@@ -42,7 +42,7 @@ class Canon(TokenWeighting):
     split_by: str = choice("entropy", "length")
 
     def __call__(self, step: StepStats) -> TokenWeights:
-        groups, r = Partition(step.group_ids), step.raw_rewards().double()
+        groups, r = OrderedPartition(step.group_ids), step.raw_rewards().double()
         by = step.sequence_mean(step.entropy) if self.split_by == "entropy" else step.lengths()
         high = groups.rank(by) >= (groups.counts / 2).floor()
 
@@ -118,7 +118,7 @@ class ExchangePpl(TokenWeighting):
         require_number("high", self.high, self.low)
 
     def __call__(self, step: StepStats) -> TokenWeights:
-        surprisal, groups = -step.sequence_mean(step.logp).double(), Partition(step.group_ids)
+        surprisal, groups = -step.sequence_mean(step.logp).double(), OrderedPartition(step.group_ids)
         lower, upper = groups.quantile(surprisal, 0.25), groups.quantile(surprisal, 0.75)
         reach = 1.5 * (upper - lower)
         ordinary = ((surprisal >= lower - reach) & (surprisal <= upper + reach)).double()
@@ -176,7 +176,7 @@ class Aem(TokenWeighting):
 
     def __call__(self, step: StepStats) -> TokenWeights:
         turns = step.by_turn()
-        groups = Partition(step.group_ids[step.sequence_ids], step.valid)
+        groups = OrderedPartition(step.group_ids[step.sequence_ids], step.valid)
         entropy = turns.mean(step.entropy)
         raised = (-self.strength * _unit_range(entropy, groups.min(entropy), groups.max(entropy))).exp()
         one_each = 1 / turns.counts.clamp_min(1)

@@ -15,13 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import FLOATS, require_choice, require_number, require_tensor, valid_tokens
-from ...errors import require
-from ...types import TokenBatch, TokenStats
+from ...errors import FLOATS, require, require_choice, require_number, require_tensor
+from ...types import TokenBatch, TokenStats, valid_tokens
 from ..advantages import ADVANTAGES
 from ..config import EAPOConfig
-from ..grouping import Partition
-from ..reductions import REDUCTIONS, Counts
+from ..reductions import token_scale
+from .partition import OrderedPartition
 
 STATISTICS = ("second_moments", "tempered_logp", "nucleus_entropy", "teacher_logp", "answer")
 """What a TokenWeighting may require beyond log-prob and entropy: fields of ``StepStats``
@@ -160,17 +159,17 @@ class StepStats:
         count = self.valid.sum().double()
         return self.mean(self.entropy) * count, count
 
-    def by_sequence(self, among: Tensor | None = None) -> Partition:
+    def by_sequence(self, among: Tensor | None = None) -> OrderedPartition:
         """The valid tokens, or those of them in ``among`` [N] bool, by response."""
-        return Partition(self.sequence_ids, self.valid if among is None else self.valid & among)
+        return OrderedPartition(self.sequence_ids, self.valid if among is None else self.valid & among)
 
-    def by_turn(self) -> Partition:
+    def by_turn(self) -> OrderedPartition:
         """The valid tokens by response and turn; classes are in the order of both."""
         if self.turn_ids is None:
             return self.by_sequence()
         turns = torch.where(self.valid, self.turn_ids, 0)
         width = turns.amax() + 1 if turns.numel() else 1
-        return Partition(self.sequence_ids * width + turns, self.valid)
+        return OrderedPartition(self.sequence_ids * width + turns, self.valid)
 
     def lengths(self) -> Tensor:
         """[B] fp32 valid tokens of each response."""
@@ -326,6 +325,7 @@ def weight_tokens(
     Raises:
         EapoError, ShapeError: something the token_weighting needs is missing or does not fit.
     """
+    require(isinstance(method, Method), "method", "a Method, such as get_method(name)", repr(method))
     if method.token_weighting is None:
         return batch
     reads = method.token_weighting.state
@@ -359,6 +359,7 @@ def observed_entropy(
     over ranks first. For most methods these are the entropies of all tokens that count; SIREN uses
     those of its peaks. Arguments and errors as in ``weight_tokens``.
     """
+    require(isinstance(method, Method), "method", "a Method, such as get_method(name)", repr(method))
     step = _step_stats(method, batch, stats, extras, None, 0.0, 0)
     return step.entropy_sum() if method.token_weighting is None else method.token_weighting.observed(step)
 
@@ -409,7 +410,7 @@ def _step_stats(
         group_ids=group_ids,
         estimator=lambda rewards: estimator(rewards, group_ids),
         given=None if batch.advantages is None else batch.advantages.float(),
-        scale=REDUCTIONS[config.reduction](Counts.of(valid, ids, batch.rewards.numel(), fixed_length=config.fixed_length)),
+        scale=token_scale(config.reduction, valid, ids, batch.rewards.numel(), fixed_length=config.fixed_length),
         state=dict(state or {}),
         progress=progress,
         seed=seed,

@@ -1,8 +1,8 @@
-"""The ``triton`` backend: which inputs the kernels take, which form a chunk has, and the backend's record.
+"""The ``triton`` backend: supported inputs, and whether a chunk stores logits or exponentials.
 
-Correct in the interpreter, compiled for sm_80, sm_90 and sm_100 without spills, their code right on an
-emulator (tests/emulator), but not yet run on a GPU: ``chunking.PROVEN`` does not list it, so "auto" does not
-choose it. Ask for it by name.
+The kernels are correct in the interpreter and on an emulator (tests/emulator), and compile for
+sm_80, sm_90 and sm_100 without spills. They have not run on a GPU: ``chunking.PROVEN`` does not
+list the backend, so "auto" does not choose it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .common import INTERPRETED, capability, family, product_tile
 from .online_softmax import finalize, stream_statistics
 
 _LEAST_BLOCK_V = 64
-"""Columns of the narrowest tile of ``scaled_exp_gemm``."""
+"""Columns of the narrowest tile of ``scaled_exp_gemm`` in the table."""
 
 
 def supports(projection: Projection) -> str | None:
@@ -44,14 +44,14 @@ def supports(projection: Projection) -> str | None:
 def uses_logits(projection: Projection, entropy_gradient: bool) -> bool:
     """Whether a chunk stores raw fp32 logits instead of scaled exponentials.
 
-    The entropy's gradient and a soft-cap's slope need each logit; fp32 logits become the gradient in place.
-    Elsewhere exponentials take half the memory, no pass over the chunk, and statistics come from fp32 accumulators.
+    The gradient of the entropy or of a soft-cap needs each logit, and fp32 logits become the
+    gradient in place. Otherwise exponentials need half the memory and no pass over the chunk.
     """
     return entropy_gradient or projection.softcap is not None or projection.hidden.dtype == torch.float32
 
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
-    """See ``Backend.statistics``. Two launches: the stream over the vocabulary, and ``finalize``."""
+    """See ``Backend.statistics``. Two launches: ``stream_statistics`` and ``finalize``."""
     launch, sums = stream_statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
     launch()
     launch, final = finalize(sums.all_gathered(projection.shard, targets))
@@ -76,9 +76,9 @@ def open_chunk(
 
 
 def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
-    """Exponentials: the gradient's matrix. Logits: fp32, and the gradient's matrix if not fp32. Both: partial sums a tile.
+    """Exponentials, or fp32 logits and (if not fp32) their gradient; and the tiles' partial sums.
 
-    On a split head it is the same on all ranks, whose tiles may differ with the size of their shards.
+    On a split head it is the same on all ranks, although their tiles may differ.
     """
     dtype, vocab = projection.operand_dtype, projection.max_shard_vocab
     if not uses_logits(projection, entropy_gradient):
@@ -95,12 +95,7 @@ def add_target_rows(out: Tensor, first: int, rows: TargetRows) -> None:
 
 
 BACKEND = Backend(
-    name="triton",
-    supports=supports,
-    statistics=statistics,
-    logit_gradient=logit_gradient,
-    slab_bytes=lambda projection: projection.operand_dtype.itemsize,
-    open_chunk=open_chunk,
-    chunk_row_bytes=chunk_row_bytes,
+    name="triton", supports=supports, statistics=statistics, logit_gradient=logit_gradient,
+    slab_bytes=lambda projection: projection.operand_dtype.itemsize, open_chunk=open_chunk, chunk_row_bytes=chunk_row_bytes,
     add_target_rows=add_target_rows,
-)
+)  # fmt: skip

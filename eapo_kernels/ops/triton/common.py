@@ -1,16 +1,14 @@
-"""What the kernels share: device functions (products, accurate scalar functions, the logit transform) and the launch.
+"""Device functions that the kernels share (product, scalars, logit transform), and launches.
 
-Device functions use only operations that the interpreter has too: no libdevice by name, no inline
-assembly. Arithmetic is fp32; loads are widened first.
+Device functions use only operations of triton's interpreter: no libdevice functions, no inline
+assembly. Loads are widened to fp32, and arithmetic is fp32.
 
-A tile of logits travels as ``y`` [BLOCK_N, BLOCK_V] with z = scale * y and a scale > 0 per row: y is
-hidden @ weight.T + bias, or tanh of it under a soft-cap (E1). With the scale kept apart one
-multiplication applies temperature, logit scale and log2(e) together, after the row maximum is
-subtracted, so that the maximum is not rounded by it.
+A tile of logits is y [BLOCK_N, BLOCK_V] with z = scale * y, scale > 0 per row (E1): y is
+hidden @ weight.T + bias, or its tanh under a soft-cap. One multiplication applies temperature,
+logit scale and log2(e) after the row maximum of y is subtracted, so it does not round the maximum.
 
-A logit that does not take part (behind the last column, the target's, -inf by its bias) is ``LOWEST``, not
--inf: e^x is still exactly 0, but differences and products with it stay finite, so that the hot loop needs
-no guards. Real logits lie far above it.
+A logit that must not count (behind the last column, the target's, -inf by its bias) is ``LOWEST``,
+far below real logits: its e^x is exactly 0, and unlike with -inf no difference or product is NaN.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from . import tiles
 from .tiles import Tile
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether the kernels of this process are interpreted on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
+"""Whether kernels are interpreted on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -60,7 +58,7 @@ def expm1(x):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
-    """x fp32 in another dtype, rounded to nearest. WIDEN: the interpreter truncates to bf16, so the bits are rounded first."""
+    """x fp32 rounded to nearest in ``dtype``. WIDEN: the interpreter truncates to bf16 itself."""
     if WIDEN and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -70,7 +68,7 @@ def round_to(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def tanh_and_slope(u):
-    """(tanh u, 1 - tanh^2 u), each to a few ulp: a polynomial near 0 (Cephes ``tanhf``), e^(-2|u|) elsewhere."""
+    """(tanh u, 1 - tanh^2 u) to a few ulp: a polynomial near 0 (Cephes), else e^(-2|u|)."""
     w = tl.exp(-2.0 * tl.abs(u))
     far = (1.0 - w) / (1.0 + w)
     s = u * u
@@ -84,10 +82,7 @@ def tanh_and_slope(u):
 
 @triton.jit
 def row_scale(row_inv_temperature, scale, rows):
-    """scale of z = scale * y, [BLOCK_N].
-
-    row_inv_temperature: pointer to [N] fp32, or None. rows: [BLOCK_N] int64, clamped to the valid ones.
-    """
+    """scale of z = scale * y, [BLOCK_N]. row_inv_temperature: [N] fp32 or None. rows: int64 < N."""
     factor = tl.zeros(rows.shape, tl.float32) + scale
     if row_inv_temperature is not None:
         factor *= tl.load(row_inv_temperature + rows)  # [BLOCK_N]
@@ -96,10 +91,10 @@ def row_scale(row_inv_temperature, scale, rows):
 
 @triton.jit
 def shape_logits(raw, bias, bias_stride, columns, cap):
-    """(y, slope) from raw logits: E1 without the scale; slope = dy / d(cap * (raw + bias)), or 1 without soft-cap.
+    """(y, slope) of raw logits [BLOCK_N, BLOCK_V]: E1 without the scale.
 
-    raw: [BLOCK_N, BLOCK_V]. bias: pointer or None. columns: [BLOCK_V], clamped to the valid ones. cap: logit_scale / softcap,
-    or None.
+    bias: pointer or None. columns: [BLOCK_V] below V. cap: logit_scale / softcap, or None.
+    slope: dy / d(cap * (raw + bias)), 1 without a soft-cap.
     """
     y = raw
     slope = 1.0
@@ -114,10 +109,10 @@ def shape_logits(raw, bias, bias_stride, columns, cap):
 
 @triton.jit
 def tile_has_target_or_tail(target, first_column, n_columns, BLOCK_V: tl.constexpr):
-    """Whether the tile from ``first_column`` on holds a target or columns behind the last: one bool.
+    """Whether a tile holds the target of any row, or columns behind the last one: one bool.
 
-    For most tiles it is False, and a branch on it saves the comparison of every column with every target.
-    target: [BLOCK_N] int32, column of each row's target.
+    For most tiles it is False, and a branch on it saves comparing every column with every target.
+    target: [BLOCK_N] int32, columns.
     """
     inside = (target >= first_column) & (target < first_column + BLOCK_V)
     return (first_column + BLOCK_V > n_columns) | (tl.max(inside.to(tl.int32), 0) > 0)
@@ -125,13 +120,13 @@ def tile_has_target_or_tail(target, first_column, n_columns, BLOCK_V: tl.constex
 
 @triton.jit
 def split_columns(tile, BLOCK_V: tl.constexpr):
-    """The left and the right half of a tile [BLOCK_N, BLOCK_V]; in a product's layout this moves nothing."""
+    """The left and the right half of a tile; in the layout of a product no data moves."""
     return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, BLOCK_V // 2]), [0, 2, 1]))
 
 
 @triton.jit
 def group_order(pid, n_row_tiles, n_columns, GROUP_N: tl.constexpr):
-    """(row tile, column) of a program: GROUP_N row tiles sweep the columns together, so that both operands stay in L2."""
+    """(row tile, column tile): GROUP_N row tiles share each column tile, so operands stay in L2."""
     per_group = GROUP_N * n_columns
     first = pid // per_group * GROUP_N
     size = tl.minimum(n_row_tiles - first, GROUP_N)
@@ -146,15 +141,15 @@ def raw_logits(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, rescue_ids=None,
 ):  # fmt: skip
-    """(hidden @ weight.T)[first_row : + BLOCK_N, first_column : + BLOCK_V], [BLOCK_N, BLOCK_V] fp32.
+    """A tile [BLOCK_N, BLOCK_V] of hidden @ weight.T in fp32 (fp32 operands without tf32).
 
-    What lies behind the last row or column means nothing (copies of the last one, or zeros). fp32 operands are multiplied in
-    fp32, not in tf32.
+    Entries behind the last row or column are undefined (copies of the last one, or zeros).
 
-    hidden [n_rows, dim], weight [n_columns, dim]: with DESCRIPTORS, descriptors of blocks [BLOCK_N, BLOCK_D] and
-    [BLOCK_V, BLOCK_D], else pointers with strides. EVEN_D: dim is a multiple of BLOCK_D. WIDEN: multiply in fp32, because the
-    interpreter's product of bf16 is wrong. rescue_ids: None, or pointer to [n_rows] int32, the rows of hidden to take instead of
-    0 ... n_rows - 1 (without DESCRIPTORS).
+    hidden [n_rows, dim], weight [n_columns, dim]: with DESCRIPTORS, descriptors of blocks
+        [BLOCK_N, BLOCK_D] and [BLOCK_V, BLOCK_D]; else pointers with strides.
+    rescue_ids: None, or [n_rows] int32: the rows of hidden to gather, without DESCRIPTORS.
+    EVEN_D: dim is a multiple of BLOCK_D. WIDEN: multiply in fp32, because the interpreter's
+        product of bf16 is wrong.
     """
     product = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if DESCRIPTORS:
@@ -190,14 +185,14 @@ def raw_logits(
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with all its arguments, for a launch or for a compilation ahead of time.
+    """A kernel with all its arguments: call it to launch, or compile it ahead of time.
 
     Attributes:
         kernel: the jitted function.
         grid: number of programs along x.
-        arguments: by parameter name; tensors and descriptors, numbers, None.
+        arguments: by parameter name; tensors, descriptors, numbers, None.
         options: compile options (``num_warps`` and the like).
-        device: where the tensors are.
+        device: of the tensors.
     """
 
     kernel: Any
@@ -215,62 +210,51 @@ class Launch:
 
 
 def options(tile: Tile) -> dict[str, int]:
-    """Compile options of a tile. ``enable_fp_fusion`` is explicit because triton's default changes in 3.10."""
+    """Compile options of a tile. The default of ``enable_fp_fusion`` changes in triton 3.10."""
     chosen = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return chosen if tile.max_registers is None else chosen | {"maxnreg": tile.max_registers}
 
 
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-@functools.cache
-def _properties(index: int) -> Any:
-    return torch.cuda.get_device_properties(index)
-
-
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
-    properties = _properties(_index(device))
+    properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
 
 @functools.cache
 def family(device: torch.device) -> str:
-    """The family of tile configurations of a device; the CPU's is the interpreter's."""
+    """The device's name in the table of tiles; the CPU's is the interpreter's."""
     return tiles.family(capability(device) if device.type == "cuda" else None)
 
 
 def slots(device: torch.device, tile: Tile) -> int:
     """Programs that run at once."""
-    return tile.resident * _properties(_index(device)).multi_processor_count if device.type == "cuda" else 1
+    return tile.resident * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def describable(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor can stand for a matrix: contiguous rows, 16-byte aligned."""
+    """Whether a tensor descriptor can describe a matrix: contiguous rows, aligned to 16 bytes."""
     dense = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
     return dense and matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def product_tile(kernel: str, projection: Projection) -> Tile:
-    """The tile of a kernel that multiplies hidden and weight."""
-    hidden, weight = projection.hidden, projection.weight
-    return tiles.find(
-        kernel,
-        family(hidden.device),
-        hidden.element_size(),
-        projection.dim,
-        projection.vocab,
-        descriptors=describable(hidden) and describable(weight),
-    )
+    """The table's tile for a kernel that multiplies hidden and weight."""
+    hidden, both = projection.hidden, describable(projection.hidden) and describable(projection.weight)
+    return tiles.find(kernel, family(hidden.device), hidden.element_size(), projection.dim, projection.vocab, descriptors=both)
+
+
+def tile_count(projection: Projection, tile: Tile) -> int:
+    """Tiles of [N, V]."""
+    return triton.cdiv(projection.n_rows, tile.block_n) * triton.cdiv(projection.vocab, tile.block_v)
 
 
 def row_scale_arguments(projection: Projection) -> dict[str, Any]:
     """The arguments of ``row_scale``."""
-    p = projection
+    temperature = projection.row_inv_temperature
     return {
-        "row_inv_temperature": None if p.row_inv_temperature is None else p.row_inv_temperature.contiguous(),
-        "scale": (p.logit_scale if p.softcap is None else p.softcap) * p.inv_temperature,
+        "row_inv_temperature": None if temperature is None else temperature.contiguous(),
+        "scale": (projection.logit_scale if projection.softcap is None else projection.softcap) * projection.inv_temperature,
     }
 
 
@@ -281,38 +265,27 @@ def bias_arguments(projection: Projection) -> dict[str, Any]:
 
 
 def transform_arguments(projection: Projection) -> dict[str, Any]:
-    """The logit transform E1 with the soft-cap: the arguments of ``row_scale`` and ``shape_logits``."""
+    """The arguments of ``row_scale`` and ``shape_logits`` (E1), soft-cap included."""
     cap = None if projection.softcap is None else projection.logit_scale / projection.softcap
     return row_scale_arguments(projection) | bias_arguments(projection) | {"cap": cap}
 
 
 def operand_arguments(projection: Projection) -> dict[str, Any]:
-    """The operands with their strides: a contiguous copy of a [V, D] weight would need more memory than the op saves."""
+    """The operands with their strides: a contiguous copy of [V, D] would cost too much memory."""
     hidden, weight = projection.hidden, projection.weight
     return {
-        "hidden": hidden,
-        "weight": weight,
-        "n_rows": projection.n_rows,
-        "n_columns": projection.vocab,
-        "dim": projection.dim,
-        "hidden_stride_n": hidden.stride(0),
-        "hidden_stride_d": hidden.stride(1),
-        "weight_stride_v": weight.stride(0),
-        "weight_stride_d": weight.stride(1),
-    }
+        "hidden": hidden, "weight": weight, "n_rows": projection.n_rows, "n_columns": projection.vocab, "dim": projection.dim,
+        "hidden_stride_n": hidden.stride(0), "hidden_stride_d": hidden.stride(1),
+        "weight_stride_v": weight.stride(0), "weight_stride_d": weight.stride(1),
+    }  # fmt: skip
 
 
 def product_arguments(projection: Projection, tile: Tile) -> dict[str, Any]:
-    """The arguments of ``raw_logits``: the operands (by descriptor where the tile has it) and the tile."""
+    """The arguments of ``raw_logits``, the operands by descriptor where the tile says so."""
     arguments = operand_arguments(projection) | {
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-        "BLOCK_D": tile.block_d,
-        "GROUP_N": tile.group_n,
-        "EVEN_D": projection.dim % tile.block_d == 0,
-        "DESCRIPTORS": tile.descriptors,
-        "WIDEN": INTERPRETED,
-    }
+        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "GROUP_N": tile.group_n,
+        "EVEN_D": projection.dim % tile.block_d == 0, "DESCRIPTORS": tile.descriptors, "WIDEN": INTERPRETED,
+    }  # fmt: skip
     if tile.descriptors:
         arguments["hidden"] = TensorDescriptor.from_tensor(projection.hidden, [tile.block_n, tile.block_d])
         arguments["weight"] = TensorDescriptor.from_tensor(projection.weight, [tile.block_v, tile.block_d])
@@ -320,6 +293,6 @@ def product_arguments(projection: Projection, tile: Tile) -> dict[str, Any]:
 
 
 def workspace(projection: Projection, dtype: torch.dtype) -> Tensor:
-    """[N, V] uninitialised, with padded rows."""
+    """[N, V] uninitialized, with padded rows."""
     n_rows, vocab = projection.n_rows, projection.vocab
     return projection.hidden.new_empty(n_rows, padded(vocab), dtype=dtype)[:, :vocab]

@@ -1,4 +1,8 @@
-"""dL/d(hidden @ weight.T + bias) from the statistics (E6): of a slab of recomputed logits, or of stored logits in place."""
+"""The logit gradient dL/d(hidden @ weight.T + bias) from the statistics (E6).
+
+``logit_gradient`` recomputes a slab of logits; ``row_gradient`` reads stored logits and may write
+its result over them. ``LogitChunk`` is the one-pass chunk that stores logits.
+"""
 
 from __future__ import annotations
 
@@ -14,35 +18,24 @@ from .. import gemm
 from ..dispatch import Coefficients, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
 from ..lm_head import Projection
 from . import tiles
-from .common import (
-    LOG2E,
-    Launch,
-    expm1,
-    family,
-    group_order,
-    options,
-    product_arguments,
-    product_tile,
-    raw_logits,
-    row_scale,
-    shape_logits,
-    split_columns,
-    tile_has_target_or_tail,
-    transform_arguments,
-    workspace,
-)  # fmt: skip
 from .online_softmax import finalize, load_tile, row_statistics
 from .surrogate import Finalized
 from .tiles import Tile
 
+from .common import (  # isort: skip
+    LOG2E, Launch, expm1, family, group_order, options, product_arguments, product_tile, raw_logits, row_scale, shape_logits,
+    split_columns, tile_count, tile_has_target_or_tail, transform_arguments, workspace,
+)  # fmt: skip
+
 
 @triton.jit
 def gradient_coefficients(logp, log_sum, mean_shifted, grad_logp, grad_entropy, grad_lse, slope, rows):
-    """(alpha, beta, target), each [BLOCK_N]: the gradient is p_v (alpha - beta x_v) for v != y and ``target`` for v = y (E6).
+    """(alpha, beta, target), each [BLOCK_N]: the gradient is p_v (alpha - beta x_v), and ``target``
+    at v = y (E6).
 
-    logp, log_sum, mean_shifted, grad_*: pointers to [N] fp32; a cotangent that is None is zero, and ``mean_shifted`` is read
-    with ``grad_entropy`` only. slope: [BLOCK_N], dz / d(hidden @ weight.T) without the
-    soft-cap's part.
+    logp, log_sum, mean_shifted, grad_*: [N] fp32. A cotangent that is None is zero;
+    ``mean_shifted`` is read only with ``grad_entropy``. slope: [BLOCK_N], dz / d(hidden @ weight.T)
+    without the soft-cap's part.
     """
     log_p = tl.load(logp + rows)  # [BLOCK_N]
     p = tl.exp(log_p)
@@ -68,7 +61,7 @@ def gradient_coefficients(logp, log_sum, mean_shifted, grad_logp, grad_entropy, 
 
 @triton.jit
 def gradient_tile(y, scale, row_offset, log_sum, alpha, beta, ENTROPY: tl.constexpr):
-    """p_v (alpha - beta x_v), [BLOCK_N, BLOCK_V]; the vectors are [BLOCK_N]."""
+    """p_v (alpha - beta x_v), [BLOCK_N, BLOCK_V] as y; the vectors are [BLOCK_N]."""
     x = tl.fma(y, scale[:, None], -row_offset[:, None])
     p = tl.exp2((x - log_sum[:, None]) * LOG2E)
     if ENTROPY:
@@ -83,9 +76,9 @@ def store_gradient(
     out, out_stride, raw, bias, bias_stride, cap, scale, row_offset, log_sum, alpha, beta, target_value, target,
     rows, n_rows, first_column, n_columns, BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile's gradient p_v (alpha - beta x_v) times the soft-cap's slope, in the dtype of ``out``.
+    """Write p_v (alpha - beta x_v), or ``target_value`` at the target, times the soft-cap's slope.
 
-    The target's column is ``target_value`` times the slope instead. Branches and SLICES as in ``common.online_softmax_update``.
+    For branches and SLICES see ``online_softmax.online_softmax_update``.
     """
     if SLICES == 1:
         columns = first_column + tl.arange(0, BLOCK_V)
@@ -122,11 +115,12 @@ def logit_gradient_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the slab per program.
+    """The gradient of one tile of a slab of the vocabulary per program.
 
-    out: [n_rows, n_columns], row stride ``out_stride``. weight, bias: of the slab. targets: [n_rows] int64 in the whole
-    vocabulary, whose column ``first_column`` is the slab's first. slope: logit_scale * inv_temperature, to be multiplied by the
-    row's own inverse temperature. The others: see ``gradient_coefficients``, ``common.raw_logits`` and ``common.shape_logits``.
+    out: [n_rows, n_columns], row stride ``out_stride``. weight, bias: the slab's.
+    targets: [n_rows] int64 in the whole vocabulary; ``first_column`` is the slab's first column.
+    slope: logit_scale * inv_temperature, to be multiplied by the row's own inverse temperature.
+    The others: see ``gradient_coefficients``, ``raw_logits`` and ``shape_logits``.
     """
     row_tile, column_tile = group_order(tl.program_id(0), tl.cdiv(n_rows, BLOCK_N), tl.cdiv(n_columns, BLOCK_V), GROUP_N)
     first_row, first = row_tile * BLOCK_N, column_tile * BLOCK_V
@@ -151,7 +145,7 @@ def logit_gradient_kernel(
 def gradient_arguments(
     projection: Projection, targets: Tensor, statistics: RowStatistics, cotangents: LogitCotangents
 ) -> dict[str, Any]:
-    """The arguments of both gradient kernels besides their logits."""
+    """The arguments that both gradient kernels share."""
     entropy = cotangents.entropy is not None
     vectors = {
         "targets": targets,
@@ -169,23 +163,16 @@ def gradient_arguments(
 
 
 def logit_gradient(
-    out: Tensor,
-    projection: Projection,
-    targets: Tensor,
-    columns: slice,
-    statistics: RowStatistics,
-    cotangents: LogitCotangents,
-    *,
-    tile: Tile | None = None,
-) -> Launch:
-    """The launch of ``backend.LogitGradient``. tile: instead of the table's."""
+    out: Tensor, projection: Projection, targets: Tensor, columns: slice, statistics: RowStatistics,
+    cotangents: LogitCotangents, *, tile: Tile | None = None,
+) -> Launch:  # fmt: skip
+    """The launch of ``dispatch.Backend.logit_gradient``. tile: instead of the table's."""
     bias = None if projection.bias is None else projection.bias[columns]
     slab = replace(projection, weight=projection.weight[columns], bias=bias)
     tile = tile or product_tile("logit_gradient", slab)
     arguments = {"out": out, "out_stride": out.stride(0), "first_column": columns.start, "SLICES": tile.slices}
     arguments |= product_arguments(slab, tile) | gradient_arguments(slab, targets, statistics, cotangents)
-    grid = triton.cdiv(slab.n_rows, tile.block_n) * triton.cdiv(slab.vocab, tile.block_v)
-    return Launch(logit_gradient_kernel, grid, arguments, options(tile), out.device)
+    return Launch(logit_gradient_kernel, tile_count(slab, tile), arguments, options(tile), out.device)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -194,9 +181,10 @@ def row_gradient_kernel(
     logp, row_offset, log_sum, mean_shifted, grad_logp, grad_entropy, grad_lse, slope,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One tile of raw logits to its gradient (E6). ``out`` may be ``raw``: each program reads its tile before it writes it.
+    """The gradient of one tile of raw logits per program, which loads it before it stores.
 
-    Arguments as in ``backward.logit_gradient_kernel``.
+    out: may be ``raw``.
+    raw: [n_rows, n_columns] fp32. The others: see ``logit_gradient_kernel``.
     """
     n_tiles = tl.cdiv(n_columns, BLOCK_V)
     rows = (tl.program_id(0) // n_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -216,33 +204,20 @@ def row_gradient_kernel(
 
 
 def row_gradient(
-    out: Tensor,
-    raw: Tensor,
-    projection: Projection,
-    targets: Tensor,
-    statistics: RowStatistics,
-    cotangents: LogitCotangents,
-    *,
-    tile: Tile | None = None,
-) -> Launch:
-    """The launch that writes dL/draw [N, V] into ``out``, which may be ``raw``."""
+    out: Tensor, raw: Tensor, projection: Projection, targets: Tensor, statistics: RowStatistics,
+    cotangents: LogitCotangents, *, tile: Tile | None = None,
+) -> Launch:  # fmt: skip
+    """The launch that writes dL/draw [N, V] to ``out``, which may be ``raw``."""
     tile = tile or tiles.find("row_gradient", family(raw.device), 4)
     arguments = gradient_arguments(projection, targets, statistics, cotangents) | {
-        "out": out,
-        "raw": raw,
-        "n_rows": projection.n_rows,
-        "n_columns": projection.vocab,
-        "raw_stride": raw.stride(0),
-        "out_stride": out.stride(0),
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-    }
-    grid = triton.cdiv(projection.n_rows, tile.block_n) * triton.cdiv(projection.vocab, tile.block_v)
-    return Launch(row_gradient_kernel, grid, arguments, options(tile), out.device)
+        "out": out, "raw": raw, "n_rows": projection.n_rows, "n_columns": projection.vocab, "raw_stride": raw.stride(0),
+        "out_stride": out.stride(0), "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
+    }  # fmt: skip
+    return Launch(row_gradient_kernel, tile_count(projection, tile), arguments, options(tile), out.device)
 
 
 class LogitChunk:
-    """See ``dispatch.Chunk``. Raw fp32 logits by the library's product stay until ``gradient``; any cotangent may follow."""
+    """See ``dispatch.Chunk``. Stores raw fp32 logits, so ``gradient`` may have any cotangents."""
 
     def __init__(self, projection: Projection, targets: Tensor, *, entropy: bool) -> None:
         self._projection, self._targets = projection, targets
@@ -268,7 +243,7 @@ class LogitChunk:
         return self._finalize(terms).coefficients()
 
     def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
-        """One launch; in place where the operands of the products are fp32."""
+        """One launch; it overwrites the logits where the operands of the products are fp32."""
         assert self._raw is not None, "gradient: expected one call per chunk, got a second one"
         raw, self._raw = self._raw, None
         dtype = self._projection.operand_dtype

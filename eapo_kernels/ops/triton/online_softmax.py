@@ -1,7 +1,7 @@
-"""Statistics of every row by an online softmax (E3, E4): from streamed products or stored logits, and their last step.
+"""Row statistics by an online softmax (E3, E4), from streamed products or from stored logits.
 
-Each program reduces a range of the vocabulary for a tile of tokens to running sums. ``finalize`` merges the
-ranges and turns the sums into statistics, and on request into coefficients of a surrogate.
+Each program reduces a range of the vocabulary for a tile of rows to partial sums. ``finalize``
+merges the ranges and computes the statistics, and with ``SurrogateTerms`` the loss terms.
 """
 
 from __future__ import annotations
@@ -17,39 +17,25 @@ from ..dispatch import RowStatistics, SurrogateTerms
 from ..lm_head import Projection
 from ..vocab_shard import INVALID, VocabShard, merge_ranges
 from . import tiles
-from .common import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    NEG_INF,
-    Launch,
-    family,
-    group_order,
-    log1p,
-    options,
-    product_arguments,
-    product_tile,
-    raw_logits,
-    row_scale,
-    shape_logits,
-    slots,
-    split_columns,
-    tile_has_target_or_tail,
-    transform_arguments,
-)  # fmt: skip
 from .surrogate import Finalized, store_surrogate, surrogate_arguments
 from .tiles import Tile
+
+from .common import (  # isort: skip
+    LN2, LOG2E, LOWEST, NEG_INF, Launch, family, group_order, log1p, options, product_arguments, product_tile, raw_logits,
+    row_scale, shape_logits, slots, split_columns, tile_has_target_or_tail, transform_arguments,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PartialSums:
-    """Sums of every vocabulary range, to be merged by ``finalize``.
+    """Sums of each vocabulary range of each row, the input of ``finalize``.
 
     Attributes:
-        values: [fields, splits, N] fp32. Fields: row_max, z_target (0 outside the range that holds it) and
-            sum_exp = sum e^x; with ``entropy`` x_exp = sum x e^x; with ``second_moments`` exp2 = sum e^2x,
-            x_exp2 = sum x e^2x and xx_exp = sum x^2 e^x. All but z_target leave the target's column out;
-            x = z - row_max of the range. A range without columns has row_max -inf and zero sums.
+        values: [fields, splits, N] fp32. Fields: row_max; z_target, 0 outside the target's range;
+            sum_exp = sum e^x. With ``entropy`` also x_exp = sum x e^x. With ``second_moments`` also
+            exp2 = sum e^2x, x_exp2 = sum x e^2x, xx_exp = sum x^2 e^x. x = z - row_max of the
+            range. All fields but z_target leave out the target's column. A range without columns
+            has row_max -inf and sums of zero.
         entropy, second_moments: which fields exist.
     """
 
@@ -59,7 +45,7 @@ class PartialSums:
 
     @staticmethod
     def fields(entropy: bool, second_moments: bool) -> int:
-        """Number of fields (second moments include x_exp)."""
+        """Number of fields; second moments include x_exp."""
         return 7 if second_moments else 4 if entropy else 3
 
     @staticmethod
@@ -70,9 +56,9 @@ class PartialSums:
         return PartialSums(values, entropy, second_moments)
 
     def all_gathered(self, shard: VocabShard | None, local_targets: Tensor) -> PartialSums:
-        """These sums; on a split head those of all ranks, one range a rank (one all-gather).
+        """These sums, NaN in rows of an invalid target; on a split head one range per rank.
 
-        Rows with an invalid target become NaN.
+        One all-gather on a split head.
         """
         self.values[1].masked_fill_(local_targets == INVALID, float("nan"))
         if shard is None:
@@ -86,7 +72,7 @@ class PartialSums:
 
 @triton.jit
 def take_target(y, y_target, target, first_column, n_columns, BLOCK_V: tl.constexpr):
-    """(y without the target and the columns behind the last, y_target + the target's logit if it lies in the tile)."""
+    """(y with the target and the tail masked, y_target + the tile's target logit if any)."""
     columns = tl.arange(0, BLOCK_V)[None, :]
     is_target = columns == (target - first_column)[:, None]
     y_target += tl.sum(tl.where(is_target, y, 0.0), 1)
@@ -95,10 +81,10 @@ def take_target(y, y_target, target, first_column, n_columns, BLOCK_V: tl.conste
 
 @triton.jit
 def accumulate(y, y_max, sum_exp, x_exp, exp2, x_exp2, xx_exp, scale2, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr):
-    """Merge a tile into the running sums of E3 and E4, rescaled to the new maximum.
+    """Add a tile y [BLOCK_N, BLOCK_V] to the sums of E3 and E4, rescaled to the new maximum.
 
-    With x = (y - y_max) * scale2 in bits, scale2 = scale * log2(e): sum_exp = sum 2^x, x_exp = sum x 2^x, exp2 = sum 4^x,
-    x_exp2 = sum x 4^x, xx_exp = sum x^2 2^x. All [BLOCK_N]; y: [BLOCK_N, BLOCK_V].
+    With x = (y - y_max) * scale2 in bits, scale2 = scale * log2(e): sum_exp = sum 2^x,
+    x_exp = sum x 2^x, exp2 = sum 4^x, x_exp2 = sum x 4^x, xx_exp = sum x^2 2^x. All [BLOCK_N].
     """
     new_max = tl.maximum(y_max, tl.max(y, 1))
     shift = (y_max - new_max) * scale2
@@ -124,10 +110,11 @@ def online_softmax_update(
     raw, bias, bias_stride, cap, y_max, y_target, sum_exp, x_exp, exp2, x_exp2, xx_exp, target, first_column, n_columns, scale2,
     BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr,
 ):  # fmt: skip
-    """One step of the stream: a tile of raw logits becomes y, its target goes to ``y_target``, the sum_exp to the sums.
+    """Add a tile of raw logits to the running sums, and its target's logit to ``y_target``.
 
-    Both branches end in sums, so that only row vectors leave them: a tile that left a branch would be held twice, which costs
-    up to 100 registers a thread. SLICES (1, 2, 4 ...) pieces of the columns one after the other need fewer temporaries.
+    Both branches end in sums, so that they return row vectors only: a tile returned by a branch
+    would be held twice, which costs up to 100 registers per thread. SLICES (1, 2, 4 ...):
+    column slices that are processed one after the other; more of them need fewer temporaries.
     """
     if SLICES == 1:
         columns = tl.minimum(first_column + tl.arange(0, BLOCK_V), n_columns - 1)
@@ -144,8 +131,8 @@ def online_softmax_update(
     else:
         left, right = split_columns(raw, BLOCK_V)
         y_max, y_target, sum_exp, x_exp, exp2, x_exp2, xx_exp = online_softmax_update(
-            left, bias, bias_stride, cap, y_max, y_target, sum_exp, x_exp, exp2, x_exp2, xx_exp, target, first_column, n_columns,
-            scale2, BLOCK_V // 2, SLICES // 2, ENTROPY, SECOND_MOMENTS,
+            left, bias, bias_stride, cap, y_max, y_target, sum_exp, x_exp, exp2, x_exp2, xx_exp, target,
+            first_column, n_columns, scale2, BLOCK_V // 2, SLICES // 2, ENTROPY, SECOND_MOMENTS,
         )  # fmt: skip
         y_max, y_target, sum_exp, x_exp, exp2, x_exp2, xx_exp = online_softmax_update(
             right, bias, bias_stride, cap, y_max, y_target, sum_exp, x_exp, exp2, x_exp2, xx_exp, target,
@@ -159,10 +146,11 @@ def store_sums(
     sums, rows, n_rows, split, n_splits, scale, y_max, y_target, sum_exp, x_exp, exp2, x_exp2, xx_exp,
     ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of one vocabulary range in nats, see ``PartialSums``.
+    """Write the sums of one vocabulary range, in nats; see ``PartialSums``.
 
-    row_max = scale * y_max is rounded to fp32, up to 5e-4 nats off where logits are 1e4. The sums move by that residue, so that
-    they fit the row_max that is written, from which ``backward.gradient_tile`` recomputes x by the same fused multiply-add.
+    row_max = scale * y_max is rounded to fp32, by up to 5e-4 nats for logits of 1e4. The sums are
+    moved by that residue: they fit the row_max that is stored, from which
+    ``logit_grad.gradient_tile`` recomputes x by the same fused multiply-add.
     """
     empty = y_max <= LOWEST
     row_max = y_max * scale
@@ -178,7 +166,7 @@ def store_sums(
     field = tl.cast(n_splits, tl.int64) * n_rows
     tl.store(at, tl.where(empty, NEG_INF, row_max), mask=mask)  # [BLOCK_N]
     tl.store(at + field, tl.where(y_target <= LOWEST, NEG_INF, y_target * scale), mask=mask)  # [BLOCK_N]
-    # Where there is no maximum every logit may have been NaN, which a maximum ignores.
+    # A maximum ignores NaN: in an empty range every logit may have been NaN, and then the sum is.
     tl.store(at + 2 * field, tl.where(empty & (sum_exp == sum_exp), 0.0, sum_exp), mask=mask)  # [BLOCK_N]
     if ENTROPY or SECOND_MOMENTS:
         tl.store(at + 3 * field, tl.where(empty, 0.0, x_exp * LN2), mask=mask)  # [BLOCK_N]
@@ -196,10 +184,10 @@ def stream_statistics_kernel(
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
     ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a tile of rows over ``tiles_per_split`` vocabulary tiles, without the target's logit, which is kept apart.
+    """Sums of a row tile over a range of ``tiles_per_split`` vocabulary tiles per program.
 
-    sums: see ``PartialSums``. targets: [n_rows] int64 in [0, n_columns). The others: see ``common.raw_logits`` and
-    ``common.shape_logits``. One program per row tile and vocabulary range; every element of ``sums`` has one owner.
+    sums: see ``PartialSums``; each element is written once. targets: [n_rows] int64 in
+    [0, n_columns). The others: see ``raw_logits``, ``shape_logits`` and ``row_scale``.
     """
     row_tile, split = group_order(tl.program_id(0), tl.cdiv(n_rows, BLOCK_N), n_splits, GROUP_N)
     first_row = row_tile * BLOCK_N
@@ -226,22 +214,9 @@ def stream_statistics_kernel(
             factor * LOG2E, BLOCK_V, SLICES, ENTROPY, SECOND_MOMENTS,
         )  # fmt: skip
     store_sums(
-        sums,
-        rows,
-        n_rows,
-        split,
-        n_splits,
-        factor,
-        y_max,
-        y_target,
-        sum_exp,
-        x_exp,
-        exp2,
-        x_exp2,
-        xx_exp,
-        ENTROPY,
+        sums, rows, n_rows, split, n_splits, factor, y_max, y_target, sum_exp, x_exp, exp2, x_exp2, xx_exp, ENTROPY,
         SECOND_MOMENTS,
-    )
+    )  # fmt: skip
 
 
 def stream_statistics(
@@ -254,9 +229,10 @@ def stream_statistics(
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> tuple[Launch, PartialSums]:
-    """The launch that fills the sums of every row, and the sums, which take at most ``budget`` bytes (one range if need be).
+    """The launch, and the sums that it fills: at most ``budget`` bytes, but at least one range.
 
-    targets: [N] int64 in [0, V). tile, splits: instead of the table's tile and the number of ranges that fills the device.
+    targets: [N] int64 in [0, V). tile: instead of the table's. splits: number of ranges, instead of
+    the one that fills the device.
     """
     tile = tile or product_tile("stream_statistics", projection)
     row_tiles, column_tiles = triton.cdiv(projection.n_rows, tile.block_n), triton.cdiv(projection.vocab, tile.block_v)
@@ -267,26 +243,20 @@ def stream_statistics(
         length = triton.cdiv(column_tiles, splits)
     splits = triton.cdiv(column_tiles, length)
     sums = PartialSums.empty(projection, splits, entropy, second_moments)
-    arguments = {
-        "sums": sums.values,
-        "targets": targets.contiguous(),
-        "n_splits": splits,
-        "tiles_per_split": length,
-        "ENTROPY": entropy,
-        "SECOND_MOMENTS": second_moments,
-        "SLICES": tile.slices,
-    }
-    arguments |= product_arguments(projection, tile) | transform_arguments(projection)
+    arguments = product_arguments(projection, tile) | transform_arguments(projection) | {
+        "sums": sums.values, "targets": targets.contiguous(), "n_splits": splits, "tiles_per_split": length,
+        "ENTROPY": entropy, "SECOND_MOMENTS": second_moments, "SLICES": tile.slices,
+    }  # fmt: skip
     launch = Launch(stream_statistics_kernel, row_tiles * splits, arguments, options(tile), projection.hidden.device)
     return launch, sums
 
 
 @triton.jit
 def load_tile(raw, raw_stride, safe_rows, first_column, BLOCK_V: tl.constexpr):
-    """Raw logits [BLOCK_N, BLOCK_V].
+    """Raw logits [BLOCK_N, BLOCK_V]; those behind the last column are undefined.
 
-    Reads up to the row's stride, whose alignment is known, instead of the last column, so that an odd vocabulary is loaded in
-    vectors too; what lies behind the last column means nothing.
+    The mask ends at the row's stride instead of the last column: the compiler knows its alignment,
+    so an odd vocabulary is loaded in vectors too.
     """
     columns = first_column + tl.arange(0, BLOCK_V)
     at = raw + safe_rows[:, None] * raw_stride + columns[None, :]
@@ -298,9 +268,10 @@ def row_statistics_kernel(
     sums, raw, bias, targets, row_inv_temperature, scale, cap, n_rows, n_columns, raw_stride, bias_stride, n_splits,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of one tile [BLOCK_N, BLOCK_V] of raw logits [n_rows, n_columns] fp32, row stride ``raw_stride``.
+    """Sums of one tile of raw logits [n_rows, n_columns] fp32 per program.
 
-    See ``forward.stream_statistics_kernel``; here a vocabulary range is one tile. A row's programs follow each other.
+    As ``stream_statistics_kernel``, with vocabulary ranges of one tile. Consecutive programs read
+    consecutive tiles of a row.
     """
     split = tl.program_id(0) % n_splits
     rows = (tl.program_id(0) // n_splits).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -315,53 +286,33 @@ def row_statistics_kernel(
         n_columns, factor * LOG2E, BLOCK_V, 1, ENTROPY, SECOND_MOMENTS,
     )  # fmt: skip
     store_sums(
-        sums,
-        rows,
-        n_rows,
-        split,
-        n_splits,
-        factor,
-        y_max,
-        y_target,
-        sum_exp,
-        x_exp,
-        exp2,
-        x_exp2,
-        xx_exp,
-        ENTROPY,
+        sums, rows, n_rows, split, n_splits, factor, y_max, y_target, sum_exp, x_exp, exp2, x_exp2, xx_exp, ENTROPY,
         SECOND_MOMENTS,
-    )
+    )  # fmt: skip
 
 
 def row_statistics(
     raw: Tensor, projection: Projection, targets: Tensor, *, entropy: bool, tile: Tile | None = None
 ) -> tuple[Launch, PartialSums]:
-    """The launch that reduces raw logits [N, V] fp32 to sums, and the sums. targets: [N] int64 in [0, V)."""
+    """The launch that reduces raw logits [N, V] fp32, and the sums that it fills."""
     tile = tile or tiles.find("row_statistics", family(raw.device), 4)
     splits = triton.cdiv(projection.vocab, tile.block_v)
     sums = PartialSums.empty(projection, splits, entropy, False)
     arguments = transform_arguments(projection) | {
-        "sums": sums.values,
-        "raw": raw,
-        "targets": targets.contiguous(),
-        "n_rows": projection.n_rows,
-        "n_columns": projection.vocab,
-        "raw_stride": raw.stride(0),
-        "n_splits": splits,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-        "ENTROPY": entropy,
-        "SECOND_MOMENTS": False,
-    }
+        "sums": sums.values, "raw": raw, "raw_stride": raw.stride(0), "targets": targets.contiguous(), "n_splits": splits,
+        "n_rows": projection.n_rows, "n_columns": projection.vocab, "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
+        "ENTROPY": entropy, "SECOND_MOMENTS": False,
+    }  # fmt: skip
     grid = triton.cdiv(projection.n_rows, tile.block_n) * splits
     return Launch(row_statistics_kernel, grid, arguments, options(tile), raw.device), sums
 
 
 @triton.jit
 def merge_sums(sums, rows, n_rows, n_splits, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr):
-    """(row_max, z_target, sum_exp, x_exp, exp2, x_exp2, xx_exp) over all ranges, each [BLOCK_N]; row_max includes the target.
+    """The fields of ``PartialSums`` merged over all ranges (E14), each [BLOCK_N].
 
-    Two passes in a fixed order: the maximum first, then every range rescaled to it (the merge of math.md, once per range).
+    row_max includes the target. Two passes in a fixed order: the maximum first, then each range is
+    rescaled to it and added.
     """
     field = tl.cast(n_splits, tl.int64) * n_rows
     row_max = tl.full(rows.shape, NEG_INF, tl.float32)
@@ -402,22 +353,17 @@ def finalize_kernel(
     negative_weight, ratio_low, ratio_high, dual_clip,
     BLOCK_N: tl.constexpr, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr, SURROGATE: tl.constexpr,
 ):  # fmt: skip
-    """Finish a block of tokens; each program owns its rows of every output.
+    """Statistics of a block of tokens (E2 to E4), and with SURROGATE its loss terms.
 
-    out: [4, 6 or 9, n_rows] fp32: logp, lse, row_max, log_sum, then entropy and mean_shifted, then p2, p2_logp, varentropy.
-    sums: see ``PartialSums``.
-    coefficient: [n_rows] fp32, d loss / d logp. totals: [programs, len(SUMS)] fp32, the block's share of ``types.SUMS``.
-    ratio_low, ratio_high: 1 - clip_low, 1 + clip_high. The others from ``sequence_ids`` on: ``SurrogateTerms``. Without
-    SURROGATE all of these are None.
+    out: [4, 6 or 9, n_rows] fp32: logp, lse, row_max, log_sum, then entropy and mean_shifted, then
+        p2, p2_logp, varentropy. sums: see ``PartialSums``.
+    From ``coefficient`` on: see ``store_surrogate``.
     """
     block = tl.program_id(0)
     rows = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < n_rows
     rows = tl.minimum(rows, n_rows - 1)
-    row_max, z_target, sum_exp, x_exp, exp2, x_exp2, xx_exp = merge_sums(
-        sums, rows, n_rows, n_splits, ENTROPY, SECOND_MOMENTS
-    )  # fmt: skip
-
+    row_max, z_target, sum_exp, x_exp, exp2, x_exp2, xx_exp = merge_sums(sums, rows, n_rows, n_splits, ENTROPY, SECOND_MOMENTS)
     x = z_target - row_max
     e = tl.exp(x)
     s0 = sum_exp + e
@@ -445,7 +391,6 @@ def finalize_kernel(
         mean = (x_exp + x * e) / s0
         spread = (xx_exp + x * (x * e)) / s0 - mean * mean
         tl.store(at + 8 * field, tl.where(spread < 0.0, 0.0, spread), mask=mask)  # [BLOCK_N]
-
     if SURROGATE:
         store_surrogate(
             coefficient, totals, block, rows, mask, logp, entropy, sequence_ids, valid, old_logp, scale, advantages, rewards,
@@ -454,7 +399,7 @@ def finalize_kernel(
 
 
 def statistics_of(out: Tensor, *, entropy: bool) -> RowStatistics:
-    """The rows of ``out`` [4, 6 or 9, N] by name. entropy: whether its two are wanted; with moments they have places anyway."""
+    """The rows of ``out`` by name. entropy: whether the kernel wrote entropy and mean_shifted."""
     logp, lse, row_max, log_sum, *more = out
     two, moments = more[:2] if entropy else (None, None), more[2:]
     return RowStatistics(logp, two[0], lse, row_max, log_sum, two[1], *moments)
@@ -463,20 +408,15 @@ def statistics_of(out: Tensor, *, entropy: bool) -> RowStatistics:
 def finalize(
     partial: PartialSums, terms: SurrogateTerms | None = None, *, tile: Tile | None = None
 ) -> tuple[Launch, Finalized]:
-    """The launch that turns partial sums into statistics, with ``terms`` also into coefficients and sums, and its outputs."""
+    """The launch that computes statistics, and with ``terms`` loss terms; and its outputs."""
     sums, entropy, second_moments = partial.values, partial.entropy, partial.second_moments
     n_rows = sums.shape[2]
     tile = tile or tiles.find("finalize", family(sums.device), 4)
     programs = triton.cdiv(n_rows, tile.block_n)
     out = sums.new_empty(9 if second_moments else 6 if entropy else 4, n_rows)
     arguments = surrogate_arguments(terms, sums, programs, n_rows) | {
-        "out": out,
-        "sums": sums,
-        "n_rows": n_rows,
-        "n_splits": partial.splits,
-        "BLOCK_N": tile.block_n,
-        "ENTROPY": entropy,
-        "SECOND_MOMENTS": second_moments,
-    }
+        "out": out, "sums": sums, "n_rows": n_rows, "n_splits": partial.splits, "BLOCK_N": tile.block_n,
+        "ENTROPY": entropy, "SECOND_MOMENTS": second_moments,
+    }  # fmt: skip
     launch = Launch(finalize_kernel, programs, arguments, options(tile), sums.device)
     return launch, Finalized(statistics_of(out, entropy=entropy), arguments["coefficient"], arguments["totals"])

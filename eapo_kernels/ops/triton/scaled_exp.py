@@ -1,9 +1,9 @@
-"""Scaled exponentials (E11, E12): a chunk of the one-pass schedule whose first product stores E = e^(z - k).
+"""Scaled exponentials (E11, E12): a one-pass chunk that stores E = e^(z - k) instead of logits.
 
-k is one offset a row, known before the product (``row_offsets``). So no maximum is tracked, nothing is
-rescaled, and E in the operands' dtype is a plain operand of the gradient products: no kernel passes over
-the chunk again. In order: offsets, the product with its epilogue, the rescue of rows whose offset was
-wrong, the last step, the targets' rows of d_weight, and the chunk.
+The offset k of a row is known before the product (``row_offsets``), so the product tracks no
+maximum and rescales nothing. E is an operand of the gradient products as it is: no kernel passes
+over the chunk again. The file follows the order of the launches: offsets, product, rescue of the
+rows whose sum is out of range, statistics, the targets' rows of d_weight; then the chunk.
 """
 
 from __future__ import annotations
@@ -21,44 +21,25 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..dispatch import Coefficients, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms, TargetRows
 from ..lm_head import Projection
 from . import scaled_exp_shard, tiles
-from .common import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    NEG_INF,
-    Launch,
-    bias_arguments,
-    describable,
-    family,
-    group_order,
-    log1p,
-    operand_arguments,
-    options,
-    product_arguments,
-    product_tile,
-    raw_logits,
-    round_to,
-    row_scale,
-    row_scale_arguments,
-    shape_logits,
-    slots,
-    split_columns,
-    tile_has_target_or_tail,
-    workspace,
-)  # fmt: skip
 from .surrogate import Finalized, store_surrogate, surrogate_arguments
 from .tiles import Tile
 
+from .common import (  # isort: skip
+    LN2, LOG2E, LOWEST, NEG_INF, Launch, bias_arguments, describable, family, group_order, log1p, operand_arguments, options,
+    product_arguments, product_tile, raw_logits, round_to, row_scale, row_scale_arguments, shape_logits, slots, split_columns,
+    tile_count, tile_has_target_or_tail, workspace,
+)  # fmt: skip
+
 
 class Window(NamedTuple):
-    """Where the numbers E = 2^x of a row stand in the range of their dtype, and which rows' are sound.
+    """Where E lies in its dtype's range (docs/math.md, "The range of k" and "In fp16").
 
     Attributes:
-        with_guess: log2 S that a perfect logp_guess leads to, S the row's sum of E with the target.
-        without_guess: log2 E of the target itself, where there is no logp_guess.
-        peak: log2 of the largest E of a row that is redone.
-        least, most: bounds of S between which a row is sound.
-        largest: what a column tile of a sound row may sum to, so that none of its E is larger; None: nothing to watch.
+        with_guess: log2 S if the ``logp_guess`` is exact; S is a row's sum of E with the target.
+        without_guess: log2 of the target's own E in a row without a ``logp_guess``.
+        peak: log2 of the largest E of a rescued row.
+        least, most: bounds of S; a row outside is out of range and is rescued.
+        largest: bound of a column tile's sum, so that each E in it is finite; None: no bound.
     """
 
     with_guess: float
@@ -69,37 +50,27 @@ class Window(NamedTuple):
     largest: float | None
 
 
-_MOST_BITS = 48.0
-"""|log2 S| of a sound row is less (33 nats). In fp32's range E would stay a normal number up to 88 bits and more, but sum x E
-has terms of the size of the offset's error, which cost the entropy 1e-5 nats at 60 nats; and no honest logp_guess is off by e^33."""
-
-
-_WIDE = Window(with_guess=0.0, without_guess=0.0, peak=0.0, least=2.0**-_MOST_BITS, most=2.0**_MOST_BITS, largest=None)
-
-
-_FP16 = Window(with_guess=8.0, without_guess=1.0, peak=8.0, least=1.0, most=2.0**_MOST_BITS, largest=65504.0)
-"""fp16 ends at 65504, and rounds to multiples of 2^-24 below 2^-14 (docs/math.md, "In fp16"). So S stands 8 bits above 1, with
-8 bits of room for the policy's drift, 5.5 nats either way; S > 1 keeps every p_v = E_v / S as fine as a logit gradient rounded
-to fp16. Without a logp_guess S = 2 / p_y, and rows are redone where a token is 2^15 times more likely than the target: 0.9 % of the
-tokens that a model sampled itself."""
+_WIDE = Window(with_guess=0.0, without_guess=0.0, peak=0.0, least=2.0**-48, most=2.0**48, largest=None)
+_FP16 = Window(with_guess=8.0, without_guess=1.0, peak=8.0, least=1.0, most=2.0**48, largest=65504.0)
 
 
 def window(dtype: torch.dtype) -> Window:
-    """The window of E stored in ``dtype``."""
+    """The window of E stored in ``dtype``; 48 bits (33 nats) either way, except in fp16."""
     return _FP16 if dtype == torch.float16 else _WIDE
 
 
 @dataclass(frozen=True)
 class ScaledExpSums:
-    """Offsets and partial sums of the scaled-exponential form, from the kernels that fill them to ``scaled_exp_finalize``.
-
-    x_v = z_v / log(2) - k is in bits: E_v = 2^x_v.
+    """Offsets and partial sums of E_v = 2^x_v, with x_v = z_v / log(2) - k in bits.
 
     Attributes:
-        offsets: [2, N] fp32: k in bits; y_y with z_y = scale * y_y (``math``), at most LOWEST where z_y is -inf.
-        values: [1 or 2, column tiles, N] fp32 over the columns of a tile without the target: sum E, then sum x E (entropy).
+        offsets: [2, N] fp32. Row 0: k (bits). Row 1: the target's y_y, with z_y = scale * y_y as
+            in ``common``; at most LOWEST where z_y is -inf.
+        values: [1 or 2, column tiles, N] fp32, over a tile's columns without the target: sum E
+            and, for the entropy, sum x E.
         block_v: columns of a tile.
-        rescue_ids, n_rescue: [N] and [1] int32, the rows that had to be redone with their maximum, in no order, and how many.
+        rescue_ids: [N] int32; the first ``n_rescue`` are the rescued rows, in any order.
+        n_rescue: [1] int32.
     """
 
     offsets: Tensor
@@ -110,13 +81,12 @@ class ScaledExpSums:
 
     @staticmethod
     def empty(projection: Projection, entropy: bool, *, tile: Tile | None = None) -> ScaledExpSums:
-        """Uninitialised, for the tile of ``scaled_exp_gemm``."""
+        """Uninitialized sums for the tile of ``scaled_exp_gemm``."""
         tile = tile or product_tile("scaled_exp_gemm", projection)
         n_rows, new = projection.n_rows, projection.hidden.new_empty
-        tiles = triton.cdiv(projection.vocab, tile.block_v)
         return ScaledExpSums(
             offsets=new(2, n_rows, dtype=torch.float32),
-            values=new(1 + entropy, tiles, n_rows, dtype=torch.float32),
+            values=new(1 + entropy, triton.cdiv(projection.vocab, tile.block_v), n_rows, dtype=torch.float32),
             block_v=tile.block_v,
             rescue_ids=new(n_rows, dtype=torch.int32),
             n_rescue=new(1, dtype=torch.int32),
@@ -129,14 +99,15 @@ class ScaledExpSums:
 
 @triton.jit(do_not_specialize=["n_rows"])
 def row_offsets_kernel(
-    offsets, n_rescue, logp_guess, with_guess, without_guess, hidden, weight, bias, targets, row_inv_temperature, scale, n_rows, n_columns, dim,
-    hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride,
+    offsets, n_rescue, logp_guess, with_guess, without_guess, hidden, weight, bias, targets, row_inv_temperature, scale,
+    n_rows, n_columns, dim, hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """offsets [2, n_rows]: see ``ScaledExpSums``; n_rescue becomes 0. logp_guess: [n_rows] fp32 or None; one that is not finite is none.
+    """Fill ``offsets`` [2, n_rows] of ``ScaledExpSums``, in fp32, and set n_rescue to 0.
 
-    with_guess, without_guess: see ``Window``, subtracted from the offset of a row with or without a logp_guess.
-    hidden [n_rows, dim], weight [*, dim] with strides; targets: [n_rows] int64. Products and sums in fp32.
+    logp_guess: [n_rows] fp32 or None; a value that is not finite counts as no guess.
+    with_guess, without_guess: see ``Window``.
+    hidden: [n_rows, dim]; weight: [n_columns, dim]; targets: [n_rows] int64.
     """
     if tl.program_id(0) == 0:
         tl.store(n_rescue, 0)
@@ -144,7 +115,7 @@ def row_offsets_kernel(
     mask = rows < n_rows
     rows = tl.minimum(rows, n_rows - 1)
     target = tl.load(targets + rows)  # [BLOCK_N]
-    outside = (target < 0) | (target >= n_columns)  # a NaN row, not a read beyond the weight
+    outside = (target < 0) | (target >= n_columns)  # the row becomes NaN
     target = tl.where(outside, 0, target)
     dims = tl.arange(0, BLOCK_D)
     h_at = hidden + rows[:, None] * hidden_stride_n + dims[None, :].to(tl.int64) * hidden_stride_d
@@ -167,7 +138,7 @@ def row_offsets_kernel(
         given = tl.load(logp_guess + rows)  # [BLOCK_N]
         below = tl.where(tl.abs(given) < float("inf"), given * LOG2E + with_guess, below)
     k = tl.fma(y, row_scale(row_inv_temperature, scale, rows) * LOG2E, -below)
-    k = tl.where(y <= LOWEST, float("inf"), k)  # E = 0: to be redone
+    k = tl.where(y <= LOWEST, float("inf"), k)  # E = 0, so the row is rescued
     tl.store(offsets + rows, k, mask=mask)  # [BLOCK_N]
     tl.store(offsets + n_rows + rows, y, mask=mask)  # [BLOCK_N]
 
@@ -175,18 +146,14 @@ def row_offsets_kernel(
 def row_offsets(
     projection: Projection, targets: Tensor, logp_guess: Tensor | None, sums: ScaledExpSums, *, tile: Tile | None = None
 ) -> Launch:
-    """The launch that fills ``sums.offsets``. targets: [N] int64 in [0, V). logp_guess: [N] fp32 or None."""
+    """The launch that fills ``sums.offsets``. targets: [N] int64. logp_guess: [N] fp32 or None."""
     hidden, limits = projection.hidden, window(projection.operand_dtype)
     tile = tile or tiles.find("row_offsets", family(hidden.device), hidden.element_size())
     arguments = operand_arguments(projection) | bias_arguments(projection) | row_scale_arguments(projection) | {
-        "offsets": sums.offsets,
-        "n_rescue": sums.n_rescue,
+        "offsets": sums.offsets, "n_rescue": sums.n_rescue, "targets": targets.contiguous(),
         "logp_guess": None if logp_guess is None else logp_guess.contiguous(),
-        "with_guess": limits.with_guess,
-        "without_guess": limits.without_guess,
-        "targets": targets.contiguous(),
-        "BLOCK_N": tile.block_n,
-        "BLOCK_D": tile.block_d,
+        "with_guess": limits.with_guess, "without_guess": limits.without_guess,
+        "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
     return Launch(row_offsets_kernel, triton.cdiv(projection.n_rows, tile.block_n), arguments, options(tile), hidden.device)
 
@@ -196,9 +163,10 @@ def store_slice(
     matrix, matrix_stride, e, first_row, rows, exists, first_column, n_columns,
     BLOCK_V: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Write [BLOCK_N, BLOCK_V] numbers in the dtype of ``matrix``, cut off at the last row and column.
+    """Write e [BLOCK_N, BLOCK_V] in the dtype of ``matrix``, cut off at its last row and column.
 
-    STORE: by descriptor at ``first_row``, else to ``rows`` where they exist. EDGE: columns may lie behind the last.
+    STORE: by descriptor at ``first_row``; else by pointers to ``rows``, masked by ``exists``.
+    EDGE: the tile may reach behind the last column.
     """
     if STORE:
         matrix.store([first_row, first_column], round_to(e, matrix.dtype, WIDEN))  # [BLOCK_N, BLOCK_V]
@@ -213,13 +181,14 @@ def store_slice(
 
 @triton.jit
 def store_exponentials(
-    matrix, matrix_stride, raw, bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows, exists, first_column,
-    n_columns, BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr, WIDEN: tl.constexpr,
+    matrix, matrix_stride, raw, bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows, exists,
+    first_column, n_columns,
+    BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """(sum_exp + sum 2^x, x_exp + sum x 2^x) of a tile, x = scale2 * y - offset in bits, and 2^x written (0 for the target).
+    """Write 2^x of a tile, 0 for the target; add sum 2^x to sum_exp and sum x 2^x to x_exp.
 
-    One fused multiply-add a logit: only its result is rounded, so a large offset costs no precision. Branches and SLICES as in
-    ``common.online_softmax_update``.
+    x = scale2 * y - offset in bits by one fused multiply-add: only the result is rounded, so a
+    large offset costs no precision. For branches and SLICES see ``online_softmax_update``.
     """
     if SLICES == 1:
         columns = tl.minimum(first_column + tl.arange(0, BLOCK_V), n_columns - 1)
@@ -262,15 +231,16 @@ def scaled_exp_gemm_kernel(
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
     SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Programs walk over the tiles of [n_rows, n_columns] in grouped order, as many apart as there are programs.
+    """Store E and each tile's sums. Program i computes tiles i, i + programs, ... in grouped order.
 
-    matrix: [n_rows, n_columns], row stride ``matrix_stride``; with STORE a descriptor of blocks [BLOCK_N, BLOCK_V / SLICES].
-    sums: [1 or 2, column tiles, n_rows] fp32, see ``ScaledExpSums``; every element has one owner.
-    offsets: [2, n_rows] fp32, of which the first row is read: k in bits.
-    rescue_ids, n_rescue: None, or [n_rows] int32 of which the first ``n_rescue[0]`` name the rows to be done; the others are left
-    alone (their hidden is gathered: no DESCRIPTORS, no STORE).
-    FLATTEN: one pipeline over all tiles of a program, so that a tile's loads start before its predecessor's epilogue.
-    The others: see ``common.raw_logits`` and ``common.shape_logits``.
+    matrix: [n_rows, n_columns], row stride ``matrix_stride``; with STORE a descriptor of blocks
+        [BLOCK_N, BLOCK_V / SLICES].
+    sums: [1 or 2, column tiles, n_rows] fp32, see ``ScaledExpSums``; each element is written once.
+    offsets: [2, n_rows] fp32, of which row 0, k in bits, is read.
+    rescue_ids, n_rescue: None, or only the rows ``rescue_ids[:n_rescue[0]]`` are computed and
+        written; their hidden is gathered, so without DESCRIPTORS and STORE.
+    FLATTEN: pipeline across tiles, so that loads of a tile start before the previous epilogue.
+    The others: see ``raw_logits``, ``shape_logits`` and ``row_scale``.
     """
     todo = n_rows
     if rescue_ids is not None:
@@ -302,23 +272,18 @@ def scaled_exp_gemm_kernel(
 
 
 def rescue_tile(projection: Projection, sums: ScaledExpSums) -> Tile:
-    """The tile for rescue_ids rows, with the columns of the first run: both fill the same sums."""
+    """The tile for rescued rows; its columns are the first product's, whose sums it overwrites."""
     return replace(product_tile("scaled_exp_rescue", projection), block_v=sums.block_v)
 
 
 def scaled_exp_gemm(
-    projection: Projection,
-    targets: Tensor,
-    sums: ScaledExpSums,
-    matrix: Tensor,
-    *,
-    rescue_ids: bool = False,
-    tile: Tile | None = None,
-) -> Launch:
+    projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix: Tensor, *,
+    rescue_ids: bool = False, tile: Tile | None = None,
+) -> Launch:  # fmt: skip
     """The launch that fills ``matrix`` [N, V] with E and ``sums.values``, from ``sums.offsets``.
 
-    targets: [N] int64 in [0, V). matrix: contiguous rows in the dtype of the gradient products. rescue_ids: only the rows that
-    ``sums`` lists as unsound, by gathered loads. tile: instead of the table's.
+    targets: [N] int64 in [0, V). matrix: contiguous rows, in the dtype of the gradient products.
+    rescue_ids: only the rows in ``sums.rescue_ids``, gathered. tile: instead of the table's.
     """
     assert projection.softcap is None
     assert matrix.stride(1) == 1
@@ -327,28 +292,25 @@ def scaled_exp_gemm(
     store = tile.stores and describable(matrix)
     arguments = product_arguments(projection, tile) | bias_arguments(projection) | row_scale_arguments(projection) | {
         "matrix": TensorDescriptor.from_tensor(matrix, [tile.block_n, tile.block_v // tile.slices]) if store else matrix,
-        "matrix_stride": matrix.stride(0),
-        "sums": sums.values,
-        "offsets": sums.offsets,
-        "rescue_ids": sums.rescue_ids if rescue_ids else None,
-        "n_rescue": sums.n_rescue if rescue_ids else None,
-        "targets": targets.contiguous(),
-        "SLICES": tile.slices,
-        "ENTROPY": sums.entropy,
-        "STORE": store,
+        "matrix_stride": matrix.stride(0), "sums": sums.values, "offsets": sums.offsets,
+        "rescue_ids": sums.rescue_ids if rescue_ids else None, "n_rescue": sums.n_rescue if rescue_ids else None,
+        "targets": targets.contiguous(), "SLICES": tile.slices, "ENTROPY": sums.entropy, "STORE": store,
         "FLATTEN": tile.persistent,
     }  # fmt: skip
-    device = projection.hidden.device
-    tiles = triton.cdiv(projection.n_rows, tile.block_n) * triton.cdiv(projection.vocab, tile.block_v)
-    grid = min(tiles, slots(device, tile)) if tile.persistent or rescue_ids else tiles
+    device, grid = projection.hidden.device, tile_count(projection, tile)
+    if tile.persistent or rescue_ids:
+        grid = min(grid, slots(device, tile))
     return Launch(scaled_exp_gemm_kernel, grid, arguments, options(tile), device)
 
 
 @triton.jit
-def merge_tiles(sums, rows, n_rows, n_tiles, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, shift=None):
-    """sum E over the column tiles (``ScaledExpSums.values``), [BLOCK_N], in a fixed order, BLOCK_V tiles at a time.
+def merge_tiles(
+    sums, rows, n_rows, n_tiles, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, shift=None, LARGEST: tl.constexpr = False
+):
+    """sum E over the column tiles of ``ScaledExpSums.values``, [BLOCK_N], in a fixed order.
 
-    With ``shift`` [BLOCK_N]: sum (x - shift) E instead.
+    BLOCK_V: tiles per step. shift: None, or [BLOCK_N]: sum (x - shift) E instead.
+    LARGEST: the largest sum E of a tile instead; no E but the target's is larger.
     """
     field = tl.cast(n_tiles, tl.int64) * n_rows
     total = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
@@ -359,19 +321,8 @@ def merge_tiles(sums, rows, n_rows, n_tiles, BLOCK_N: tl.constexpr, BLOCK_V: tl.
         part = tl.load(at, mask=mask, other=0.0)  # [BLOCK_V, BLOCK_N]
         if shift is not None:
             part = tl.fma(part, -shift[None, :], tl.load(at + field, mask=mask, other=0.0))  # [BLOCK_V, BLOCK_N]
-        total += part
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def largest_tile(sums, rows, n_rows, n_tiles, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The largest sum E of a column tile, [BLOCK_N]: no E but the target's is larger. Arguments as in ``merge_tiles``."""
-    largest = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
-    for first in range(0, n_tiles, BLOCK_V):
-        tiles = first + tl.arange(0, BLOCK_V)
-        at = sums + tiles[:, None].to(tl.int64) * n_rows + rows[None, :]
-        largest = tl.maximum(largest, tl.load(at, mask=(tiles < n_tiles)[:, None], other=0.0))  # [BLOCK_V, BLOCK_N]
-    return tl.max(largest, 0)
+        total = tl.maximum(total, part) if LARGEST else total + part
+    return tl.max(total, 0) if LARGEST else tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -379,12 +330,14 @@ def collect_rescue_ids_kernel(
     rescue_ids, n_rescue, offsets, sums, over_ranks, row_inv_temperature, scale, least, most, largest, n_rows, n_tiles,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Append the rows that are not sound to ``rescue_ids``, and set their offset to -inf.
+    """Append the rows that are out of range to ``rescue_ids``, and set their offset to -inf.
 
-    Not sound: the sum of E, with the target, is NaN or not between ``least`` and ``most``, or a column tile's sum is above
-    ``largest`` (None: any may be); see ``Window``. over_ranks: [n_rows] fp32, sum E over the columns of all processes
-    instead of those in ``sums``, or None.
-    The rows' order depends on the hardware, their results do not. The others: see ``ScaledExpSums``.
+    In range: the sum of E, with the target, is between ``least`` and ``most``, and no column tile's
+    sum is above ``largest`` (None: not checked). NaN is out of range. The order of the ids depends
+    on the scheduling of the programs; the rescued rows' results do not.
+
+    over_ranks: [n_rows] fp32, sum E over the columns of all ranks, or None for those in ``sums``.
+    The others: see ``ScaledExpSums`` and ``Window``.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < n_rows
@@ -396,16 +349,16 @@ def collect_rescue_ids_kernel(
     k = tl.load(offsets + safe_rows)  # [BLOCK_N]
     y = tl.load(offsets + n_rows + safe_rows)  # [BLOCK_N]
     total = sum_exp + tl.exp2(tl.fma(y, row_scale(row_inv_temperature, scale, safe_rows) * LOG2E, -k))
-    sound = (total > least) & (total < most)
+    in_range = (total > least) & (total < most)
     if largest is not None:
-        sound = sound & (largest_tile(sums, safe_rows, n_rows, n_tiles, BLOCK_N, BLOCK_V) <= largest)
-    unsound = (mask & (sound == 0)).to(tl.int32)
-    count = tl.sum(unsound, 0)
+        in_range = in_range & (merge_tiles(sums, safe_rows, n_rows, n_tiles, BLOCK_N, BLOCK_V, LARGEST=True) <= largest)
+    rescued = (mask & (in_range == 0)).to(tl.int32)
+    count = tl.sum(rescued, 0)
     if count > 0:
         index = tl.arange(0, BLOCK_N)
-        place = tl.atomic_add(n_rescue, count) + tl.sum(tl.where(index[None, :] < index[:, None], unsound[None, :], 0), 1)
-        tl.store(rescue_ids + place, rows, mask=unsound > 0)  # [BLOCK_N]
-        tl.store(offsets + rows, NEG_INF, mask=unsound > 0)  # [BLOCK_N]
+        place = tl.atomic_add(n_rescue, count) + tl.sum(tl.where(index[None, :] < index[:, None], rescued[None, :], 0), 1)
+        tl.store(rescue_ids + place, rows, mask=rescued > 0)  # [BLOCK_N]
+        tl.store(offsets + rows, NEG_INF, mask=rescued > 0)  # [BLOCK_N]
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -415,9 +368,11 @@ def row_maxima_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
     EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """offsets[row] = max_v z_v in bits, less ``peak``, for every rescue_ids row, the target included; -inf where every logit is.
+    """offsets[row] = max_v z_v / log(2) - ``peak`` for each row in ``rescue_ids``, or -inf.
 
-    Arguments and order of the tiles as in ``scaled_exp_gemm.scaled_exp_gemm_kernel``. A maximum is exact, so atomics do not make it random.
+    A row without a finite logit has -inf. The maximum includes the target. It is exact, so it does
+    not depend on the order of the atomics.
+    Arguments and order of the tiles: see ``scaled_exp_gemm_kernel``.
     """
     todo = tl.load(n_rescue)
     row_tiles, column_tiles = tl.cdiv(todo, BLOCK_N), tl.cdiv(n_columns, BLOCK_V)
@@ -440,76 +395,62 @@ def row_maxima_kernel(
 def collect_rescue_ids(
     projection: Projection, sums: ScaledExpSums, *, over_ranks: Tensor | None = None, tile: Tile | None = None
 ) -> Launch:
-    """The launch that lists the rows to be redone in ``sums``. over_ranks: [N] fp32, see ``scaled_exp_split.sum_over_ranks``."""
+    """The launch that fills ``sums.rescue_ids``. over_ranks: of ``sum_over_ranks``."""
     device, limits = projection.hidden.device, window(projection.operand_dtype)
     tile = tile or tiles.find("collect_rescue_ids", family(device), 4)
     arguments = row_scale_arguments(projection) | {
-        "rescue_ids": sums.rescue_ids,
-        "n_rescue": sums.n_rescue,
-        "offsets": sums.offsets,
-        "sums": sums.values,
-        "over_ranks": over_ranks,
-        "least": limits.least,
-        "most": limits.most,
-        "largest": limits.largest,
-        "n_rows": projection.n_rows,
-        "n_tiles": sums.values.shape[1],
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-    }
+        "rescue_ids": sums.rescue_ids, "n_rescue": sums.n_rescue, "offsets": sums.offsets, "sums": sums.values,
+        "over_ranks": over_ranks, "least": limits.least, "most": limits.most, "largest": limits.largest,
+        "n_rows": projection.n_rows, "n_tiles": sums.values.shape[1], "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
+    }  # fmt: skip
     return Launch(collect_rescue_ids_kernel, triton.cdiv(projection.n_rows, tile.block_n), arguments, options(tile), device)
 
 
 def row_maxima(projection: Projection, sums: ScaledExpSums, *, tile: Tile | None = None) -> Launch:
-    """The launch that replaces the offsets of the rescue_ids rows by their maxima, less the window's ``peak``."""
+    """The launch that sets the offset of each rescued row to its maximum less ``Window.peak``."""
     device = projection.hidden.device
     tile = tile or product_tile("row_maxima", projection)
     arguments = product_arguments(projection, tile) | bias_arguments(projection) | row_scale_arguments(projection) | {
-        "offsets": sums.offsets,
-        "rescue_ids": sums.rescue_ids,
-        "n_rescue": sums.n_rescue,
+        "offsets": sums.offsets, "rescue_ids": sums.rescue_ids, "n_rescue": sums.n_rescue,
         "peak": window(projection.operand_dtype).peak,
     }  # fmt: skip
-    tiles = triton.cdiv(projection.n_rows, tile.block_n) * triton.cdiv(projection.vocab, tile.block_v)
-    return Launch(row_maxima_kernel, min(tiles, slots(device, tile)), arguments, options(tile), device)
+    grid = min(tile_count(projection, tile), slots(device, tile))
+    return Launch(row_maxima_kernel, grid, arguments, options(tile), device)
 
 
 def rescue(projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix: Tensor) -> None:
-    """Rewrite E and the sums of the rows whose sum is out of range, with their maximum as the offset.
+    """Recompute E and sums of the rows out of range, with their maximum as the offset.
 
-    Three launches and no synchronization; without such rows the last two return after reading one number.
+    Three launches and no synchronization: the rows are counted on the device. Without such rows the
+    last two return after they have read the count.
     """
-    over_ranks = None
-    if projection.shard is not None:
-        over_ranks = scaled_exp_shard.sum_over_ranks(projection, sums, window(projection.operand_dtype))
+    shard, limits = projection.shard, window(projection.operand_dtype)
+    over_ranks = None if shard is None else scaled_exp_shard.sum_over_ranks(projection, sums, limits)
     collect_rescue_ids(projection, sums, over_ranks=over_ranks)()
     row_maxima(projection, sums)()
-    if projection.shard is not None:
+    if shard is not None:
         scaled_exp_shard.mark_empty(sums)
     scaled_exp_gemm(projection, targets, sums, matrix, rescue_ids=True)()
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def scaled_exp_finalize_kernel(
-    out, sums, offsets, row_inv_temperature, slope, n_rows, n_tiles,
-    coefficient, totals, sequence_ids, valid, old_logp, scale, advantages, rewards, thresholds, positive_weight,
-    negative_weight, ratio_low, ratio_high, dual_clip,
+    out, sums, offsets, row_inv_temperature, slope, n_rows, n_tiles, coefficient, totals, sequence_ids, valid, old_logp, scale,
+    advantages, rewards, thresholds, positive_weight, negative_weight, ratio_low, ratio_high, dual_clip,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, SURROGATE: tl.constexpr,
 ):  # fmt: skip
-    """Finish a block of tokens (E13); each program owns its rows of every output.
+    """Statistics of a block of tokens (E13), and with SURROGATE its loss terms.
 
-    With x_v = z_v - k, x = x_y, R = sum over v != y of e^(x_v), X the same of x_v e^(x_v), S = R + e^x:
+    R and X are the sums of E and x E without the target, S = R + 2^x_y. They are taken relative to
+    k + c, 2^c the power of two nearest to S: any offset k gives the same result. A row without a
+    finite logit gives NaN.
 
-        p_y >= 1/2:  logp = -log1p(R e^-x),  H = -logp - (X - x R) / S      exact however small 1 - p_y is
-        else:        logp = x - log S,       H = log S - (X + x e^x) / S
-
-    k is any offset; a wrong one would leave differences of large numbers. So the sums are taken relative to k + c first, 2^c
-    the power of two nearest to S: X -> X - c R tile by tile, S -> S 2^-c. A row without any column gives NaN.
-
-    out: [6 or 8, n_rows] fp32: logp, lse, k + c, log_sum, factor, target, then entropy and mean_shifted. factor = -slope / S,
-    target = slope R / S, with ``slope`` dz / d(hidden @ weight.T): the row's cotangent of logp times them is the factor of E
-    and the target's entry in the gradient (E12). sums, offsets: see ``ScaledExpSums``. n_tiles: column tiles in ``sums``.
-    The others: see ``online_softmax.finalize_kernel``.
+    out: [6 or 8, n_rows] fp32: logp, lse, k + c (nats), log_sum, factor, target, then entropy and
+        mean_shifted. factor = -slope / S and target = slope R / S, times the cotangent of logp, are
+        the row scale of E and the target's entry of the gradient (E12).
+    slope: dz / d(hidden @ weight.T), to be multiplied by the row's own inverse temperature.
+    sums, offsets: see ``ScaledExpSums``. n_tiles: column tiles in ``sums``.
+    From ``coefficient`` on: see ``store_surrogate``.
     """
     block = tl.program_id(0)
     rows = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -532,11 +473,9 @@ def scaled_exp_finalize_kernel(
     logp = tl.where(confident, -excess, x - log_sum)
     centre = k + c
     moved = centre - k
-    lost = (k - (centre - moved)) + (c - moved)  # what the addition rounded away
+    lost = (k - (centre - moved)) + (c - moved)  # the rounding error of k + c
     offset = centre * LN2
-    fitted = log_sum + (
-        tl.fma(centre, LN2, -offset) + lost * LN2
-    )  # fits the offset that is written: a backward recomputes x from it
+    fitted = log_sum + (tl.fma(centre, LN2, -offset) + lost * LN2)  # relative to the rounded offset that is stored
     at = out + rows
     tl.store(at, logp, mask=mask)  # [BLOCK_N]
     tl.store(at + field, tl.where(confident, y * factor - logp, offset + fitted), mask=mask)  # [BLOCK_N]
@@ -559,25 +498,13 @@ def scaled_exp_finalize_kernel(
         )  # fmt: skip
 
 
-def scaled_exp_statistics(out: Tensor) -> tuple[RowStatistics, Tensor]:
-    """The rows of ``out`` [6 or 8, N] by name, and [2, N]: factor and target."""
-    logp, lse, offset, log_sum, _, _, *moments = out
-    entropy, mean = moments or (None, None)
-    return RowStatistics(logp, entropy, lse, offset, log_sum, mean), out[4:6]
-
-
 def scaled_exp_finalize(
-    projection: Projection,
-    sums: ScaledExpSums,
-    terms: SurrogateTerms | None = None,
-    *,
-    tile: Tile | None = None,
+    projection: Projection, sums: ScaledExpSums, terms: SurrogateTerms | None = None, *, tile: Tile | None = None
 ) -> tuple[Launch, Finalized, Tensor]:
-    """The launch, its outputs, and [2, N] fp32: what the cotangent of logp is multiplied by to give E's row factor, and the
-    target's entry of the gradient.
+    """The launch, its outputs, and [2, N] fp32: ``factor`` and ``target`` of the kernel.
 
-    ``row_max`` of the statistics is an offset, not the maximum.
-    Running it again changes nothing, so coefficients may follow plain statistics.
+    ``row_offset`` of the statistics is k + c, not the maximum. The launch changes none of its
+    inputs: it may run for plain statistics first and for a surrogate afterwards.
     """
     n_rows, device = projection.n_rows, projection.hidden.device
     tile = tile or tiles.find("scaled_exp_finalize", family(device), 4)
@@ -585,20 +512,15 @@ def scaled_exp_finalize(
     out = sums.offsets.new_empty(8 if sums.entropy else 6, n_rows)
     scale = row_scale_arguments(projection)
     arguments = surrogate_arguments(terms, out, programs, n_rows) | {
-        "out": out,
-        "sums": sums.values,
-        "offsets": sums.offsets,
-        "row_inv_temperature": scale["row_inv_temperature"],
-        "slope": scale["scale"],
-        "n_rows": n_rows,
-        "n_tiles": sums.values.shape[1],
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-        "ENTROPY": sums.entropy,
-    }
-    statistics, slopes = scaled_exp_statistics(out)
-    final = Finalized(statistics, arguments["coefficient"], arguments["totals"])
-    return Launch(scaled_exp_finalize_kernel, programs, arguments, options(tile), device), final, slopes
+        "out": out, "sums": sums.values, "offsets": sums.offsets,
+        "row_inv_temperature": scale["row_inv_temperature"], "slope": scale["scale"],
+        "n_rows": n_rows, "n_tiles": sums.values.shape[1],
+        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "ENTROPY": sums.entropy,
+    }  # fmt: skip
+    logp, lse, offset, log_sum, _, _, *moments = out
+    entropy, mean = moments or (None, None)
+    final = Finalized(RowStatistics(logp, entropy, lse, offset, log_sum, mean), arguments["coefficient"], arguments["totals"])
+    return Launch(scaled_exp_finalize_kernel, programs, arguments, options(tile), device), final, out[4:6]
 
 
 @triton.jit(do_not_specialize=["n_rows", "first"])
@@ -606,11 +528,13 @@ def target_rows_kernel(
     out, hidden, targets, order, scale, first, n_rows, n_columns, dim, out_stride_v, out_stride_d, hidden_stride_n,
     hidden_stride_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[v - first] += sum over the rows i with target v of scale[i] hidden[i], first <= v < first + n_columns.
+    """out[v - first] += sum of scale[i] hidden[i] over the rows i with target v, for v in the slab.
 
-    A program a place of the sorted ``targets`` [n_rows]: the first place of each target adds all its rows up, BLOCK_N at a
-    time, the others leave. out: [n_columns, dim] fp32; hidden: [n_rows, dim]; order: [n_rows], the row at a place; scale:
-    [n_rows] fp32, by row.
+    One program per place of the sorted targets. The program at the first place of a target adds
+    all rows of that target, BLOCK_N at a time and in a fixed order; the other programs return.
+
+    out: [n_columns, dim] fp32, of the targets first ... first + n_columns - 1.
+    hidden: [n_rows, dim]. targets, order, scale: see ``TargetRows``.
     """
     place = tl.program_id(0)
     target = tl.load(targets + place)
@@ -639,33 +563,23 @@ def target_rows_kernel(
 
 
 def add_target_rows(out: Tensor, first: int, rows: TargetRows, *, tile: Tile | None = None) -> Launch:
-    """The launch that adds to ``out`` [V', D] fp32, whose first row is that of target ``first``."""
+    """The launch that adds ``rows`` to ``out`` [V', D] fp32, whose first target is ``first``."""
     tile = tile or tiles.find("target_rows", family(out.device), rows.hidden.element_size())
     arguments = {
-        "out": out,
-        "hidden": rows.hidden,
-        "targets": rows.targets,
-        "order": rows.order,
-        "scale": rows.scale.contiguous(),
-        "first": first,
-        "n_rows": rows.targets.shape[0],
-        "n_columns": out.shape[0],
-        "dim": out.shape[1],
-        "out_stride_v": out.stride(0),
-        "out_stride_d": out.stride(1),
-        "hidden_stride_n": rows.hidden.stride(0),
-        "hidden_stride_d": rows.hidden.stride(1),
-        "BLOCK_N": tile.block_n,
-        "BLOCK_D": tile.block_d,
-    }
+        "out": out, "hidden": rows.hidden, "targets": rows.targets, "order": rows.order, "scale": rows.scale.contiguous(),
+        "first": first, "n_rows": rows.targets.shape[0], "n_columns": out.shape[0], "dim": out.shape[1],
+        "out_stride_v": out.stride(0), "out_stride_d": out.stride(1),
+        "hidden_stride_n": rows.hidden.stride(0), "hidden_stride_d": rows.hidden.stride(1),
+        "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
+    }  # fmt: skip
     return Launch(target_rows_kernel, rows.targets.shape[0], arguments, options(tile), out.device)
 
 
 class ScaledExpKernels(NamedTuple):
-    """The first product and its sums. Another backend may bring its own, with the same outputs.
+    """The first product and its sums; another backend may bring its own with the same outputs.
 
     Attributes:
-        sums: makes the ``ScaledExpSums`` that suit ``product``.
+        sums: (projection, entropy) -> ``ScaledExpSums`` with the column tiles of ``product``.
         product: see ``scaled_exp_gemm``.
     """
 
@@ -674,36 +588,30 @@ class ScaledExpKernels(NamedTuple):
 
 
 class ScaledExpChunk:
-    """See ``dispatch.Chunk``. No logit is kept: only a cotangent of logp may follow.
+    """See ``dispatch.Chunk``. No logit is stored, so the gradient is that of logp alone.
 
     Attributes:
-        sums: offsets and partial sums; ``sums.n_rescue`` [1] int32 on the device counts the rescued rows.
+        sums: offsets and partial sums; ``sums.n_rescue`` on the device counts the rescued rows.
     """
 
     def __init__(
-        self,
-        projection: Projection,
-        targets: Tensor,
-        logp_guess: Tensor | None,
-        *,
-        entropy: bool,
-        kernels: ScaledExpKernels | None = None,
-    ) -> None:
-        kernels = kernels or ScaledExpKernels()
+        self, projection: Projection, targets: Tensor, logp_guess: Tensor | None, *,
+        entropy: bool, kernels: ScaledExpKernels | None = None,
+    ) -> None:  # fmt: skip
+        kernels, shard = kernels or ScaledExpKernels(), projection.shard
         self._projection, self._targets = projection, targets
         self.sums = kernels.sums(projection, entropy)
         self._matrix: Tensor | None = workspace(projection, projection.operand_dtype)
         row_offsets(projection, targets, logp_guess, self.sums)()
-        if projection.shard is not None:
+        if shard is not None:
             scaled_exp_shard.share_offsets(projection, targets, logp_guess, self.sums, window(projection.operand_dtype))
         kernels.product(projection, targets, self.sums, self._matrix)()
         rescue(projection, targets, self.sums, self._matrix)
-        shard = projection.shard
         self._gathered = self.sums if shard is None else scaled_exp_shard.gather_sums(shard, self.sums)
         self._final: tuple[Finalized, Tensor] | None = None
 
     def _finalize(self, terms: SurrogateTerms | None) -> tuple[Finalized, Tensor]:
-        """The finished rows, and the two factors of the cotangent of logp (``scaled_exp_finalize``)."""
+        """Outputs of ``scaled_exp_finalize``; without ``terms`` those of an earlier call."""
         if self._final is None or terms is not None:
             launch, final, factors = scaled_exp_finalize(self._projection, self._gathered, terms)
             launch()
@@ -713,7 +621,7 @@ class ScaledExpChunk:
         return self._final
 
     def statistics(self) -> RowStatistics:
-        """One launch. ``row_offset`` is the offset of the exponentials, not the row's maximum."""
+        """One launch. ``row_offset`` is near lse, not the row's maximum."""
         return self._finalize(None)[0].statistics
 
     def surrogate(self, terms: SurrogateTerms) -> Coefficients:
@@ -721,7 +629,7 @@ class ScaledExpChunk:
         return self._finalize(terms)[0].coefficients()
 
     def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
-        """No launch over the matrix: row_scale = -(cotangent) * scale / S, target_grads = (cotangent) * scale * R / S (E12)."""
+        """No pass over the matrix: its factors are the cotangent times those of the finalize."""
         assert self._matrix is not None, "gradient: expected one call per chunk, got a second one"
         assert cotangents.logp is not None
         assert cotangents.entropy is None

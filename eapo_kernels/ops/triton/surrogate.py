@@ -1,7 +1,6 @@
-"""The clipped, sign-weighted surrogate of a token inside a finalize launch (E9, E10; ``dispatch.SurrogateTerms``).
+"""The loss terms of a token in a finalize launch: a clipped, sign-weighted surrogate (E9, E10).
 
-Together with the statistics of a token it gives the loss and the coefficient of the log-prob's gradient.
-``objectives`` has the same formulas as vector maths; they are the oracle of this one.
+``objectives`` has the same equations in torch.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ N_SUMS = tl.constexpr(len(SUMS))
 
 @triton.jit
 def bounded_log_ratio(logp, other):
-    """logp - other within +-60, NaN kept."""
+    """clamp(logp - other, -60, 60); NaN stays NaN."""
     gap = logp - other
     return tl.where(gap < -60.0, -60.0, tl.where(gap > 60.0, 60.0, gap))
 
 
 @triton.jit
 def clipped_surrogate(logp, old_logp, advantage, low, high, dual_clip):
-    """(term, d term / d logp, ratio, clipped) of ``SurrogateTerms``, without weight and scale. All [BLOCK_N].
+    """(surrogate_t, its derivative by logp, ratio, clipped) of ``SurrogateTerms``, all [BLOCK_N].
 
-    Where two branches are equal the unclipped one counts: its gradient is kept and the token is not called clipped.
-    low, high: bounds of the ratio. dual_clip: number or None.
+    Where both branches of min are equal, the gradient is the unclipped one's and the token does not
+    count as clipped. low, high: bounds of the ratio. dual_clip: number or None.
     """
     log_ratio = bounded_log_ratio(logp, old_logp)
     ratio = tl.exp(log_ratio)
@@ -54,9 +53,11 @@ def store_surrogate(
     coefficient, totals, block, rows, mask, logp, entropy, sequence_ids, valid, old_logp, scale, advantages, rewards,
     thresholds, positive_weight, negative_weight, ratio_low, ratio_high, dual_clip,
 ):  # fmt: skip
-    """Coefficients of a block of tokens, and its share of the sums.
+    """Write the coefficients of a block of tokens and its share of the sums (``types.SUMS``).
 
-    Arguments as in ``online_softmax.finalize_kernel``; vectors are [BLOCK_N].
+    coefficient: [N] fp32, d loss / d logp. totals: [programs, len(SUMS)] fp32, row ``block``.
+    ratio_low, ratio_high: 1 - clip_low, 1 + clip_high. logp, entropy: values, [BLOCK_N] fp32.
+    The others: see ``SurrogateTerms``.
     """
     counts = mask
     if valid is not None:
@@ -80,35 +81,25 @@ def store_surrogate(
 
 
 def surrogate_arguments(terms: SurrogateTerms | None, like: Tensor, programs: int, n_rows: int) -> dict[str, Any]:
-    """What ``store_surrogate`` takes, its outputs allocated; all None without terms."""
+    """The arguments of ``store_surrogate`` with its outputs allocated; all None without terms."""
     names = [f.name for f in fields(SurrogateTerms) if f.name not in ("clip_low", "clip_high")]
-    names += ["coefficient", "totals", "ratio_low", "ratio_high"]
     if terms is None:
-        return dict.fromkeys(names) | {"SURROGATE": False}
-    given = {name: getattr(terms, name, None) for name in names}
+        return dict.fromkeys([*names, "coefficient", "totals", "ratio_low", "ratio_high"]) | {"SURROGATE": False}
+    given = {name: getattr(terms, name) for name in names}
     return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in given.items()} | {
-        "coefficient": like.new_empty(n_rows),
-        "totals": like.new_empty(programs, len(SUMS)),
-        "ratio_low": 1.0 - terms.clip_low,
-        "ratio_high": 1.0 + terms.clip_high,
-        "SURROGATE": True,
-    }
+        "coefficient": like.new_empty(n_rows), "totals": like.new_empty(programs, len(SUMS)),
+        "ratio_low": 1.0 - terms.clip_low, "ratio_high": 1.0 + terms.clip_high, "SURROGATE": True,
+    }  # fmt: skip
 
 
 class Finalized(NamedTuple):
-    """What a finalize launch writes.
-
-    Attributes:
-        statistics: of every row.
-        coefficient: [N] fp32, d loss / d logp, or None without terms.
-        totals: [programs, len(SUMS)] fp32, or None without terms.
-    """
+    """Outputs of a finalize launch; with terms coefficient [N] and totals [programs, len(SUMS)]."""
 
     statistics: RowStatistics
     coefficient: Tensor | None
     totals: Tensor | None
 
     def coefficients(self) -> Coefficients:
-        """Coefficients, and the sums of the programs' totals in a fixed order."""
+        """The coefficients, and the programs' totals added up in a fixed order."""
         assert self.totals is not None
         return Coefficients(LogitCotangents(self.coefficient), self.totals.sum(0))

@@ -1,9 +1,8 @@
-"""The tile configurations of the Triton kernels as data, and how one is found.
+"""The tile configurations of the Triton kernels as data, and the choice of one for a shape.
 
-None of ``TABLE`` has been measured on hardware yet: its tiles compile for their architecture without
-spills (tests/aot) and are otherwise what the shapes suggest. Lines that ``python -m benchmarks.gpu --tune``
-measured are read from ``measured.json`` beside this file and come first. Nothing here imports triton or
-looks at a device.
+The tiles of ``TABLE`` compile for their architecture without spills (tests/aot); none has been
+measured on hardware yet. Tiles that ``python -m benchmarks.gpu --tune`` measured are in
+``measured.json`` beside this file and are preferred. Nothing here uses triton or a device.
 """
 
 from __future__ import annotations
@@ -21,23 +20,24 @@ logger = logging.getLogger("eapo_kernels")
 
 
 PRODUCTS = ("stream_statistics", "logit_gradient", "scaled_exp_gemm", "scaled_exp_rescue", "row_maxima")
-"""Kernels that multiply hidden and weight. "scaled_exp_rescue" and "row_maxima" gather their rows and so have no descriptors."""
+"""Kernels that multiply hidden and weight. The last two gather rows, without descriptors."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel cuts its work.
+    """How a kernel divides its work.
 
     Attributes:
-        block_n, block_v, block_d: tokens and columns of a program's tile, and the depth of one step of its product.
-        group_n: row tiles that sweep the vocabulary together, so that hidden and weight panels stay in L2.
-        warps, stages: warps of a program; steps of the product in flight.
-        max_registers: cap on registers per thread, or None.
-        descriptors: load operands by tensor descriptor (TMA); needs rows of 16-byte multiples, see ``common.describable``.
+        block_n, block_v, block_d: rows and columns of a program's tile; depth of a product's step.
+        group_n: row tiles that pass over the vocabulary together, so that operands stay in L2.
+        warps, stages: warps per program; steps of the product in flight.
+        max_registers: limit of registers per thread, or None.
+        descriptors: load operands by tensor descriptor (TMA), see ``common.describable``.
         resident: programs that share one multiprocessor.
-        slices: pieces of its columns in which a tile leaves the product: more of them need fewer registers.
-        stores: write by tensor descriptor too, where the output can be described.
-        persistent: only as many programs as run at once, each of which walks over tiles; else a program a tile.
+        slices: column slices that the epilogue processes one by one; more need fewer registers.
+        persistent: launch as many programs as run at once, each of which computes several tiles;
+            else one program per tile.
+        stores: store by tensor descriptor, where the output can be described.
     """
 
     block_n: int
@@ -56,9 +56,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table: ``tile`` suits ``kernel`` on ``family`` near [*, dim] x [vocab, dim] operands of ``itemsize`` bytes.
+    """A kernel's tile on a GPU family for operands [*, dim], [vocab, dim] of ``itemsize`` bytes.
 
-    Kernels without a product have one line a family, of itemsize 4.
+    Kernels that read no operands have one line per family, of itemsize 4.
     """
 
     kernel: str
@@ -74,16 +74,12 @@ def _lines(kernels: tuple[str, ...], family: str, itemsize: int, dim: int, *tile
 
 
 _products = functools.partial(_lines, ("stream_statistics", "logit_gradient"))
-
-
 _exponentials = functools.partial(_lines, ("scaled_exp_gemm",))
-
-
 _rescued = functools.partial(_lines, ("scaled_exp_rescue", "row_maxima"))
 
 
 TABLE = (
-    # Interpreted: time goes by operations, not by elements, so tiles are large.
+    # Interpreter: time depends on the number of operations, not of elements, so tiles are large.
     *_products("interpreter", 2, 4096, Tile(64, 2048, 128, descriptors=True)),
     *_products("interpreter", 2, 4096, Tile(64, 2048, 128)),
     *_products("interpreter", 4, 4096, Tile(64, 2048, 128)),
@@ -97,21 +93,22 @@ TABLE = (
     *(line for size in (2, 4) for line in _rescued("interpreter", size, 4096, Tile(32, 2048, 128))),
     *(Entry("row_offsets", "interpreter", size, 4096, 131072, Tile(128, 0, 1024)) for size in (2, 4)),
     *(Entry("target_rows", "interpreter", size, 4096, 131072, Tile(4, 0, 1024)) for size in (2, 4)),
-    # Hopper, half precision: 128x128 leaves room for two programs, whose epilogues and products overlap (the epilogue weighs
-    # more when D is small); 128x256 reads less shared memory per operation. Lines without descriptors are for operands that no
-    # descriptor can describe: rows that are not multiples of 16 bytes, or strided.
+    # Hopper, half precision: two programs of 128x128 fit on a multiprocessor, and the epilogue of
+    # one overlaps the product of the other (for small D, where the epilogue is a larger part);
+    # 128x256 reads less shared memory per operation. Lines without descriptors are for operands
+    # that no descriptor can describe: strided, or rows not a multiple of 16 bytes.
     *_products("sm90", 2, 2048, Tile(128, 128, 64, warps=8, max_registers=128, descriptors=True, resident=2, slices=4)),
     *_products("sm90", 2, 4096, Tile(128, 256, 64, warps=8, descriptors=True, slices=4)),
     *_products("sm90", 2, 4096, Tile(64, 128, 32, warps=8, slices=4)),
     *_products("sm90", 4, 4096, Tile(64, 64, 32, warps=8, stages=2, resident=2)),
-    # Blackwell (data centre): accumulators live in tensor memory.
+    # Blackwell (data center): accumulators are in tensor memory.
     *_products("sm100", 2, 4096, Tile(128, 128, 64, warps=8, descriptors=True, resident=2, slices=4)),
     *_products("sm100", 2, 4096, Tile(64, 64, 32, warps=8, slices=2)),
     *_products("sm100", 4, 4096, Tile(64, 64, 32, warps=8, stages=2, resident=2)),
-    # Ampere and everything else: at most 96 KiB of shared memory.
+    # Ampere and all others: at most 96 KiB of shared memory.
     *_products("sm80", 2, 4096, Tile(128, 128, 32, warps=8, slices=4)),
     *_products("sm80", 4, 4096, Tile(64, 64, 32, warps=8, stages=2, resident=2)),
-    # The product of the scaled exponentials: like the streaming forward, without running maxima.
+    # The product of the scaled exponentials: as stream_statistics, without running maxima.
     *_exponentials(
         "sm90", 2, 2048, Tile(128, 128, 64, warps=8, max_registers=128, descriptors=True, resident=2, slices=4, stores=True)
     ),
@@ -123,17 +120,19 @@ TABLE = (
     *_exponentials("sm100", 2, 4096, Tile(64, 64, 32, warps=8, slices=2)),
     *_exponentials("sm80", 2, 4096, Tile(128, 128, 32, warps=8, slices=4)),
     *(line for name in ("sm80", "sm90", "sm100") for line in _exponentials(name, 4, 4096, Tile(64, 64, 32, warps=8, stages=2))),
-    # Rescued rows are rare, so one shape serves all. The columns are at most those of the first run.
+    # Rescued rows are rare: one shape for all D. The launcher sets block_v to that of
+    # scaled_exp_gemm, which is at most this.
     *(line for name in ("sm80", "sm90", "sm100") for line in _rescued(name, 2, 4096, Tile(64, 256, 32, warps=8, slices=8))),
     *(line for name in ("sm80", "sm90", "sm100") for line in _rescued(name, 4, 4096, Tile(64, 64, 32, warps=8, stages=2))),
-    # One row a program, bound by memory on every architecture.
+    # One row per program, bound by memory on every architecture.
     *(
         Entry(kernel, family, 4, 4096, 131072, Tile(1, block, warps=8))
         for family in ("sm80", "sm90", "sm100")
         for kernel, block in (("row_statistics", 8192), ("row_gradient", 4096))
     ),
     *(Entry("finalize", family, 4, 4096, 131072, Tile(256, 0)) for family in ("sm80", "sm90", "sm100")),
-    # Vectors of the scaled exponentials: a few rows a program, so that a chunk of 1024 rows is many programs.
+    # Vectors of the scaled exponentials: a few rows per program, so that a chunk of 1024 rows has
+    # many programs.
     *(
         Entry(kernel, family, size, 4096, 131072, tile)
         for family in ("sm80", "sm90", "sm100")
@@ -155,18 +154,18 @@ MEASURED = Path(__file__).with_name("measured.json")
 
 @functools.cache
 def measured(path: Path) -> tuple[Entry, ...]:
-    """The file's lines in its order, none without a file; read once per process.
+    """The lines of the file in order, none where it does not exist; read once per process.
 
-    Raises EapoError naming the file when it is not such a file.
+    Raises EapoError with the path when the file has another format.
     """
     return measured_tiles.entries(path, Entry, Tile, _check)
 
 
 def _candidates(kernel: str, family: str, itemsize: int, *, descriptors: bool) -> list[Entry]:
-    """The measured lines that ``tiles.find`` may choose from; where there are any, they come before the unmeasured table.
+    """The measured lines that ``find`` may choose from.
 
-    descriptors: as for ``tiles.find``. A product measured on rows that no descriptor can describe says nothing about rows
-    that one can, and a tile with descriptors cannot run the former.
+    descriptors: as for ``find``. For operands that can be described, products measured on rows that
+    cannot be are left out; for other operands, tiles with descriptors are.
     """
     lines = [e for e in measured(MEASURED) if (e.kernel, e.family, e.itemsize) == (kernel, family, itemsize)]
     if descriptors and kernel in PRODUCTS:
@@ -185,7 +184,8 @@ def _check(line: str, entry: Entry) -> None:
 
 
 def family(capability: tuple[int, int] | None) -> str:
-    """The table's name of a compute capability; None is the interpreter. Unknown ones get what asks least of the hardware."""
+    """The table's name of a compute capability; None is the interpreter. Unknown ones
+    use sm80, whose tiles need the least shared memory."""
     if capability is None:
         return "interpreter"
     return {9: "sm90", 10: "sm100"}.get(capability[0], "sm80")
@@ -193,10 +193,10 @@ def family(capability: tuple[int, int] | None) -> str:
 
 @functools.cache
 def find(kernel: str, family: str, itemsize: int, dim: int = 4096, vocab: int = 131072, *, descriptors: bool = False) -> Tile:
-    """The tile of the nearest line: kernel, family and item size must agree, then D and V by their ratios.
+    """The tile of the line of this kernel, family and item size whose D and V are nearest by ratio.
 
-    Measured lines come before those of ``TABLE``. descriptors: whether the operands can be loaded by descriptor; such lines
-    are preferred then, and excluded otherwise.
+    Measured lines are preferred to those of ``TABLE``. descriptors: whether the operands can be
+    loaded by descriptor; lines with descriptors are preferred if so, and excluded otherwise.
     """
     known = _candidates(kernel, family, itemsize, descriptors=descriptors)
 
@@ -212,7 +212,7 @@ def find(kernel: str, family: str, itemsize: int, dim: int = 4096, vocab: int = 
 
 @functools.cache
 def _log_choice(entry: Entry, is_measured: bool) -> None:
-    """Once a process for every line of the table that is used."""
+    """Log each line once per process."""
     how = "measured" if is_measured else "not measured on hardware"
     logger.info(
         "tile of %s on %s, near D=%d V=%d (%s): %s", entry.kernel, entry.family, entry.dim, entry.vocab, how, entry.tile
@@ -221,9 +221,11 @@ def _log_choice(entry: Entry, is_measured: bool) -> None:
 
 @functools.cache
 def tiles_per_split(row_tiles: int, column_tiles: int, slots: int, max_splits: int) -> int:
-    """Vocabulary tiles per program of the forward pass, so that the programs fill the machine's ``slots`` evenly.
+    """Vocabulary tiles per program of ``stream_statistics``, so that the programs fill the device's
+    ``slots`` evenly.
 
-    The cost of a choice is its waves times the length of a program, where starting and ending a program counts as one tile.
+    The cost of a split is its waves times the length of a program in tiles, plus one tile for its
+    start and end.
     """
     limit = max(1, min(column_tiles, max_splits, -(-4 * slots // row_tiles)))
 

@@ -1,4 +1,5 @@
-"""The backend's record: what it refuses, and that it is a good citizen of torch.library and torch.compile."""
+"""The backend's record: inputs that it refuses, and its work under torch.library and
+torch.compile."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def test_runs_here(device: str) -> None:
 
 
 def test_auto_does_not_take_it() -> None:
-    """Until a committed result from hardware shows it correct and faster."""
+    """The backend is not listed as proven before a committed result from a GPU shows it correct and
+    faster."""
     assert not any(name == "triton" for _, name, _ in chunking.PROVEN)
 
 

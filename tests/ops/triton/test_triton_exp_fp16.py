@@ -1,4 +1,5 @@
-"""The scaled-exponential form in fp16, whose largest number is 65504: rescued rows, rounding, and scaled losses."""
+"""Scaled exponentials in fp16, whose largest number is 65504: rescued rows, rounding, and scaled
+losses."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from eapo_kernels.testing import Inputs, make_inputs
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "narrow_fp16"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, about overflow before rows are redone
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, about overflow before rows are rescued
 ]
 
 SCALES = (1.0, 1e4, 65536.0)
@@ -29,18 +30,19 @@ LIMITS = window(torch.float16)
 
 
 def rows_of_logits(z: Tensor, device: str) -> Projection:
-    """Logits [N, V] fp16 as they are."""
+    """Operands whose product is the given logits [N, V], exactly."""
     return Projection(z.half().to(device), torch.eye(z.shape[1], dtype=torch.float16, device=device))
 
 
 def gap(e: float) -> float:
-    """Nats by which a logit is above the target's where its E is ``e`` without a logp_guess."""
+    """Nats by which a logit exceeds the target's if its E is ``e`` without a logp_guess."""
     return math.log(e) - LIMITS.without_guess * math.log(2)
 
 
 @pytest.mark.parametrize("others", [1, 7])
 def test_the_upper_edge_is_the_largest_fp16_number(others: int, device: str) -> None:
-    """A tile's sum up to 65504 stays, above it the row is redone; E is finite on both sides of it and far beyond."""
+    """A row whose tile sums to more than 65504 is rescued; E is finite below, above and far above
+    that sum."""
     edge = gap(65504 / others)
     above = torch.cat([edge + torch.linspace(-0.05, 0.05, 24), torch.tensor([11.5, 20.0, 80.0, 1000.0, 3e4])])
     z = torch.zeros(len(above), 1 + others)
@@ -63,7 +65,7 @@ def test_the_upper_edge_is_the_largest_fp16_number(others: int, device: str) -> 
 
 @pytest.mark.parametrize("off", [-6.0, -5.0, 5.0, 6.0])
 def test_a_hint_may_be_off_by_the_window(off: float, device: str) -> None:
-    """5.5 nats either way; rows that are redone are not judged again, whatever they sum to."""
+    """5.5 nats either way; rescued rows are not checked a second time, whatever their sum."""
     inputs = make_inputs(64, 24, 2000, dtype=torch.float16, peaked=False, device=device)
     p = projection(inputs)
     truth, exact = oracle(p, inputs.targets)
@@ -71,11 +73,12 @@ def test_a_hint_may_be_off_by_the_window(off: float, device: str) -> None:
     assert redone == (64 if abs(off) > 5.5 else 0)
     torch.testing.assert_close(stats.logp.double(), truth.logp, rtol=1e-6, atol=4e-6)
     error = (got - exact).norm(dim=1) / exact.norm(dim=1)
-    assert (error < 2e-5).all()  # near uniform: the target's entry, which is not rounded, outweighs the rest
+    assert (error < 2e-5).all()  # near uniform: the unrounded entry of the target is far larger than the others
 
 
 def test_flat_rows_are_not_redone(device: str) -> None:
-    """Sums far beyond 65504 are no harm where no tile's is: an untrained model's rows without a logp_guess."""
+    """A row may sum to far more than 65504 if none of its tiles does: an untrained model without a
+    logp_guess."""
     inputs = make_inputs(5, 16, 50_257, dtype=torch.float16, peaked=False, device=device)
     stats, got, redone = run(projection(inputs), inputs.targets, None)
     assert redone == 0
@@ -88,7 +91,8 @@ def test_flat_rows_are_not_redone(device: str) -> None:
 @pytest.mark.parametrize("probability", [1 - 1e-4, 0.9, 0.5, 1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("peaked", [True, False], ids=["peaked", "flat"])
 def test_rounding_whatever_the_targets_probability(probability: float, peaked: bool, with_guess: bool, device: str) -> None:
-    """Errors within 1.3 of exact logit gradients rounded once to fp16; in each row at least within fp16's unit of itself."""
+    """Row errors are at most 1.3 times those of exact logit gradients rounded once to fp16, or
+    2^-11 of the row's norm."""
     n, v = 24, 2304
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(n, v, generator=generator) * (3.0 if peaked else 0.1)
@@ -107,7 +111,8 @@ def test_rounding_whatever_the_targets_probability(probability: float, peaked: b
 
 
 def test_sums_of_one_chunk_may_differ_by_many_bits(device: str) -> None:
-    """Without a logp_guess S = 2 / p_y: factors a / S of likely and unlikely targets share one fp16 operand."""
+    """Without a logp_guess S = 2 / p_y: one fp16 operand holds the factors a / S of likely and
+    unlikely targets."""
     n, d, v = 64, 32, 4096
     g = torch.Generator().manual_seed(4)
     hidden, weight = torch.randn(n, d, generator=g).half(), (torch.randn(v, d, generator=g) / 8).half()
@@ -148,7 +153,8 @@ def relative(got: Tensor, exact: Tensor) -> float:
     ("options", "scale"), [*((Options(), scale) for scale in SCALES), (Options(plan="chunks"), SCALES[-1])], ids=str
 )
 def test_one_pass_holds_a_scaled_loss(options: Options, scale: float, device: str) -> None:
-    """By ``main_grad_scale``, by a GradScaler's ``(scale * loss).backward()``, and by a loss that is a sum."""
+    """Scaled by ``main_grad_scale``, by a GradScaler's ``(scale * loss).backward()``, or as a sum
+    over tokens."""
     inputs, batch, exact = scaled_case(device)
     main = torch.zeros(700, 24, device=device)
     given: dict[str, Any] = {"positive_weight": 0.7, "schedule": "one_pass", "backend": "triton", "options": options}
@@ -167,7 +173,7 @@ def test_one_pass_holds_a_scaled_loss(options: Options, scale: float, device: st
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kept", [96, 50, 0])
 def test_autograd_holds_a_scaled_loss(kept: int, scale: float, device: str) -> None:
-    """Rows that are kept as E beside rows that are recomputed, each with a power of two of its own."""
+    """Rows saved as E and rows that are recomputed, each scaled by its own power of two."""
     inputs, batch, exact = scaled_case(device)
     budget = {96: 2**24, 50: 2 * 64 * (704 * 2 + 8), 0: 2**14}[kept]
     leaves = [t.detach().clone().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias)]
@@ -179,7 +185,7 @@ def test_autograd_holds_a_scaled_loss(kept: int, scale: float, device: str) -> N
 
 @pytest.mark.parametrize("size", [1e4, 1e-4])
 def test_extreme_logits_stay_finite(size: float, device: str) -> None:
-    """Logits near +-1e4, and all but equal; with a logp_guess, without one, and with a wrong one."""
+    """Logits near +-1e4, and nearly equal ones; with a right, a wrong and no logp_guess."""
     inputs = make_inputs(40, 16, 99, device=device)
     inputs = Inputs(inputs.hidden * size / 10, inputs.weight, inputs.targets).to(torch.float16)
     p = projection(inputs)

@@ -1,4 +1,5 @@
-"""The scaled-exponential kernels: statistics and logit gradient of a chunk against the float64 oracle."""
+"""The scaled-exponential kernels: statistics and logit gradient of a chunk against the float64
+oracle."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ pytestmark = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 8, 1), (1, 72, 257), (63, 7, 1031), (200, 64, 257), (5, 72, 50257)]
 SWITCHES = [(peaked, bias, with_guess) for peaked in (True, False) for bias in (False, True) for with_guess in (True, False)]
-"""(peaked, bias, with_guess): all of them at one shape, each value once or twice at the others."""
+"""(peaked, bias, with_guess): all combinations at one shape, each value once or twice at the
+others."""
 
 CASES = [
     (shape, *switches)
@@ -54,7 +56,8 @@ def test_matches_the_oracle(
 @pytest.mark.parametrize("off", [5.0, -5.0, 30.0, -30.0, 60.0, -200.0, 3e38, -3e38])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_wrong_hint_changes_nothing(off: float, dtype: torch.dtype, device: str) -> None:
-    """Rows whose guess is off by more than 33 nats (5.5 in fp16) are recomputed with their maximum."""
+    """Rows whose guess is off by more than 33 nats (5.5 in fp16) are recomputed with their
+    maximum."""
     inputs = make_inputs(63, 72, 1031, dtype=dtype, bias=True, device=device)
     p = projection(inputs)
     logp_guess = oracle(p, inputs.targets)[0].logp.float() + off
@@ -76,7 +79,7 @@ def test_a_hint_that_is_not_finite_is_none(dtype: torch.dtype, device: str) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_only_unsound_rows_are_redone(dtype: torch.dtype, device: str) -> None:
-    """The other rows stay bit for bit what they are without unsound neighbours."""
+    """Rows in range have the same bits whether or not other rows of the chunk are rescued."""
     inputs = make_inputs(200, 24, 515, dtype=dtype, device=device)
     p = projection(inputs)
     logp_guess = oracle(p, inputs.targets)[0].logp.float()
@@ -104,7 +107,8 @@ def test_logit_transforms(transform: dict[str, Any], off: float, dtype: torch.dt
 
 @pytest.mark.parametrize("off", [None, 0.0, 10.0, -10.0, 70.0])
 def test_confident_tokens_keep_their_relative_precision(off: float | None, device: str) -> None:
-    """1 - p_y from 1e-1 to 1e-12: logp, entropy and the target's gradient are right to 1e-5 of themselves."""
+    """1 - p_y from 1e-1 to 1e-12: logp, entropy and the target's gradient have relative errors
+    below 1e-5."""
     gaps = torch.linspace(2.0, 27.0, 40, dtype=torch.float64)
     z = torch.stack([torch.zeros_like(gaps), -gaps, -gaps - 0.5], 1)
     p = Projection(z.float().to(device), torch.eye(3, device=device))
@@ -137,7 +141,8 @@ def test_extreme_logits(magnitude: float, off: float | None, device: str) -> Non
 
 @pytest.mark.parametrize("off", [None, 0.0, 100.0])
 def test_removed_columns(off: float | None, device: str) -> None:
-    """-inf in the bias: single columns, whole tiles, and a target, whose log-prob is -inf while its row stays finite."""
+    """-inf in the bias: single columns, whole tiles, and a target, whose log-prob is -inf while its
+    row stays finite."""
     inputs = make_inputs(20, 16, 4200, bias=True, device=device)
     bias = inputs.bias.clone()
     bias[2048:4096] = -math.inf
@@ -175,7 +180,8 @@ def test_a_row_without_any_column_is_nan_and_alone(device: str) -> None:
 
 
 def test_strided_inputs(device: str) -> None:
-    """Hidden and weight of any stride, a column of a matrix as the bias; results as from contiguous copies."""
+    """Strided hidden and weight, and a matrix column as the bias, give the results of contiguous
+    copies."""
     inputs = make_inputs(63, 72, 1031, dtype=torch.bfloat16, bias=True, device=device)
     strided = Projection(
         inputs.hidden.repeat_interleave(2, 1)[:, ::2],
@@ -206,7 +212,8 @@ TILES = [
     ids=str,
 )
 def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dtype, device: str) -> None:
-    """Also tiles that stick out on every side, targets at tile borders, and E in the operands' own dtype."""
+    """Tiles that extend behind the last row and column, targets at tile borders, E in the operands'
+    dtype."""
     inputs = make_inputs(40, 40, 259, dtype=dtype, bias=True, device=device)
     targets = inputs.targets.clone()
     targets[:8] = torch.tensor([0, 63, 64, 127, 128, 255, 256, 258], device=device)
@@ -233,7 +240,7 @@ def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dty
 @pytest.mark.parametrize("off", [0.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_bitwise_reproducible(off: float, dtype: torch.dtype, device: str) -> None:
-    """Also where rows are redone, whose order in the list is not defined."""
+    """Also with rescued rows, although the order of ``rescue_ids`` is undefined."""
     inputs = make_inputs(150, 24, 1301, dtype=dtype, device=device)
     p = projection(inputs)
     logp_guess = oracle(p, inputs.targets)[0].logp.float()
@@ -245,7 +252,7 @@ def test_bitwise_reproducible(off: float, dtype: torch.dtype, device: str) -> No
 
 
 def test_shift_of_all_logits_changes_nothing(device: str) -> None:
-    """A constant in the bias moves lse and nothing else."""
+    """A constant added to the bias changes lse by itself, and no other result."""
     inputs = make_inputs(63, 16, 257, device=device, bias=True)
     p = projection(inputs)
     moved = replace(p, bias=p.bias + 8.0)

@@ -1,4 +1,5 @@
-"""The finalize kernel: merging, and the clipped sign-weighted surrogate against its equation typed again in float64."""
+"""The finalize kernel: the merge of ranges, and the surrogate against its equation (E10) in
+float64."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def test_surrogate(n: int, dual_clip: float | None, device: str) -> None:
 
 @pytest.mark.parametrize("clips", [(0.0, 0.0), (0.2, 0.2), (0.9, 5.0)])
 def test_on_policy_nothing_is_clipped(clips: tuple[float, float], device: str) -> None:
-    """Ratio exactly 1: both branches are equal, the gradient is not clipped, whatever the bounds."""
+    """At a ratio of exactly 1 both branches are equal, and the gradient is the unclipped one for
+    any bounds."""
     terms = replace(make_terms(200, device), clip_low=clips[0], clip_high=clips[1])
     logp = terms.old_logp
     terms = replace(terms, old_logp=run(logp, terms)[0].logp)
@@ -83,7 +85,7 @@ def test_equal_bounds_are_the_symmetric_clip(device: str) -> None:
 
 
 def test_far_ratios_are_finite_and_flat(device: str) -> None:
-    """Beyond 60 nats the ratio is bounded and its gradient is zero."""
+    """Beyond 60 nats the ratio is clamped and its gradient is zero."""
     terms = make_terms(4, device)
     terms = replace(terms, old_logp=torch.tensor([-100.0, -0.1, -61.0, -0.5], device=device))
     logp = torch.tensor([-0.1, -80.0, -0.5, -0.6], device=device)
@@ -103,7 +105,7 @@ def test_tie_with_the_threshold_is_not_positive(device: str) -> None:
 
 
 def test_rows_that_do_not_count(device: str) -> None:
-    """They add nothing and get nothing, whatever their statistics are."""
+    """Invalid rows add to no sum and get a zero coefficient, whatever their statistics."""
     terms = make_terms(300, device)
     logp = (terms.old_logp + 0.1).clamp(max=-1e-3)
     valid = torch.arange(300, device=device) % 3 != 1
@@ -129,7 +131,8 @@ def test_run_to_run_bitwise_and_strided_terms(device: str) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 17])
 def test_merging_ranges_is_summing_at_once(splits: int, device: str) -> None:
-    """Random logits cut into ranges, one of them empty, against the float64 statistics of the full row."""
+    """Random logits split into ranges, one of them empty, against float64 statistics of the whole
+    vocabulary."""
     n, v = 300, 170
     g = torch.Generator().manual_seed(splits)
     z = 8 * torch.randn(n, v, generator=g, dtype=torch.float64)

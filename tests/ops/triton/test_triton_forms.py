@@ -1,4 +1,5 @@
-"""Both forms of a one-pass chunk through the loss: which one is taken, that they agree, what they cost and how they round."""
+"""One-pass chunks of logits and of exponentials through the loss: the choice, agreement, memory and
+rounding."""
 
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ CONFIGS: dict[str, tuple[EAPOConfig, dict[str, Any]]] = {
 def test_loss_agrees_with_the_torch_backend(
     config_name: str, name: str, compact: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss, metrics and the three gradients, in several chunks of odd size, masked rows left in or out."""
+    """Loss, metrics and the three gradients, in several chunks of odd size, with masked rows kept
+    or compacted."""
     config, transform = CONFIGS[config_name]
     if config.entropy_coef == 0:
         force(monkeypatch, name)
@@ -110,7 +112,8 @@ def test_loss_agrees_with_the_torch_backend(
 def test_old_log_probs_may_be_anything(
     dtype: torch.dtype, off: float | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are the logp_guess and the ratio's denominator: far off, every row is redone and the loss is still the same."""
+    """old_logp is the logp_guess and the ratio's denominator: if far off, all rows are rescued and
+    the loss is unchanged."""
     redone = []
 
     class Counting(ScaledExpChunk):
@@ -122,7 +125,7 @@ def test_old_log_probs_may_be_anything(
     inputs = make_inputs(150, 24, 301, dtype=dtype, bias=True, device=device)
     batch = policy_batch(inputs, device)
     old = None if off is None else batch.old_logp + off
-    largest_ratio = math.exp(min(max(-(off or 0.0), 0.0), 60.0))  # out of the gradients, which fp16 must hold
+    largest_ratio = math.exp(min(max(-(off or 0.0), 0.0), 60.0))  # divided out, because the gradients must be finite in fp16
     batch = replace(batch, old_logp=old, mask=None, denominator=150 * largest_ratio)
     options = {"config": EAPOConfig(clip_high=1e30), "options": Options(memory_budget=301 * 4 * 64)}
     results = [loss_and_gradients(inputs, batch, backend, **options) for backend in ("triton", "torch")]
@@ -175,10 +178,12 @@ def test_a_chunk_stays_within_its_bytes(name: str, device: str, monkeypatch: pyt
 def test_gradients_round_like_one_product_of_halves(
     dtype: torch.dtype, off: float | None, peaked: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Relative errors at most 0.4 (hidden) and 0.6 (weight) of those of exact dlogits rounded once to the dtype.
+    """Relative errors at most 0.4 (hidden) and 0.6 (weight) of those of exact dlogits rounded once
+    to the dtype.
 
-    The largest entry of a row, the target's, is apart and not rounded; E is stored in the dtype. All products are exact, so
-    that what is compared is the rounding of E and of factor * hidden. Hints are off by 0.3 nats more or less.
+    E is stored in the dtype; the target's entry, the largest of a row, is separate and not rounded.
+    All products are exact, so only the rounding of E and of factor * hidden is compared. The
+    guesses have errors of about 0.3 nats.
     """
     monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: dtype))  # as on CUDA
     n, d, v = 256, 64, 2049

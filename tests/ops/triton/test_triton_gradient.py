@@ -1,4 +1,4 @@
-"""The slab kernel of the backward pass alone: tiles, slabs, dtypes and what it must not write."""
+"""``logit_gradient`` alone: tiles, slabs, dtypes, and elements that it must not write."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_row_scale_brings_small_fp16_gradients_into_range(device: str) -> None
 
 
 def test_rows_sum_to_the_cotangent_of_lse(device: str) -> None:
-    """Shift invariance: logp and entropy do not see a shift of all logits, lse moves with it."""
+    """Shift invariance: a shift of all logits changes lse, but not logp and entropy."""
     inputs = make_inputs(N, D, V, device=device)
     p = projection(inputs)
     given = LogitCotangents(*cotangents(N, device=device))

@@ -1,4 +1,5 @@
-"""The one-pass chunk: against the torch backend's chunk, and through the loss against the autograd schedule."""
+"""The one-pass chunk: against the torch backend's chunk, and through the loss against the autograd
+schedule."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from eapo_kernels.testing import Inputs, assert_no_worse_than, make_inputs
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, about overflow before rows are redone
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, about overflow before rows are rescued
 ]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -60,7 +61,7 @@ def test_chunk_agrees_with_the_torch_backend(
     got, matrix = chunk_gradient(BACKEND, inputs, which, **transform)
     for name in ("logp", "entropy", "lse"):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=2e-6, atol=4e-6)
-    for name in ("log_sum", "mean_shifted"):  # the offset is the backend's own affair
+    for name in ("log_sum", "mean_shifted"):  # the offset may differ between backends
         shifted = [getattr(s, name) + s.row_offset for s in (got, expected)]
         torch.testing.assert_close(*shifted, rtol=2e-6, atol=4e-6)
     floor = 4e-6 if device == "cpu" or dtype == torch.float32 else torch.finfo(dtype).eps
@@ -103,7 +104,8 @@ def test_tiles_change_only_the_rounding(tile: Tile, device: str) -> None:
 @pytest.mark.parametrize("form", ["exponentials", "logits"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_small_cotangents_do_not_underflow(dtype: torch.dtype, form: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coefficients of a mean over a million tokens: for fp16 operands the row factor carries their size, not the matrix."""
+    """Coefficients of a mean over a million tokens: with fp16 operands their size is in row_scale,
+    not in the matrix."""
     monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: dtype))  # as on CUDA
     inputs = make_inputs(16, 16, 99, dtype=torch.float16, device=device)
     p = projection(inputs)
@@ -153,7 +155,8 @@ def loss_and_gradients(inputs: Inputs, batch: TokenBatch, **options: Any) -> tup
     ids=str,
 )
 def test_loss_agrees_between_schedules_and_backends(config: EAPOConfig, compact: bool, dtype: torch.dtype, device: str) -> None:
-    """Loss, every metric and both gradients, in several chunks, with masked rows left in or out."""
+    """Loss, all metrics and both gradients, in several chunks, with masked rows kept or
+    compacted."""
     inputs = make_inputs(150, 24, 301, dtype=dtype, device=device)
     batch = policy_batch(inputs, device)
     if config.kl_coef:

@@ -1,4 +1,5 @@
-"""Rows that the forward keeps for the backward, in both forms of a chunk (``one_pass.form``)."""
+"""Rows that the forward saves for the backward, from chunks of logits and of scaled
+exponentials."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from eapo_kernels.testing import make_inputs
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "narrow_fp16"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, about overflow before rows are redone
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, about overflow before rows are rescued
 ]
 
 N, D, V = 70, 32, 300

@@ -1,4 +1,5 @@
-"""The op on the Triton backend: statistics and gradients against the float64 oracle and against plain PyTorch."""
+"""The op on the Triton backend: statistics and gradients against the float64 oracle and against
+plain PyTorch."""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ def test_extreme_logits(scale: float, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("height", [1e4, -1e4, 30.0, 0.0])
 def test_one_hot_and_flat_rows(height: float, device: str) -> None:
-    """One column stands ``height`` above (or below) all others; it is the target of every other row."""
+    """One column is ``height`` nats above (or below) all others; it is the target of every second
+    row."""
     hidden = torch.ones(6, 16, device=device)
     weight = torch.zeros(300, 16, device=device)
     weight[299, 0] = height
@@ -98,7 +100,8 @@ def test_one_hot_and_flat_rows(height: float, device: str) -> None:
 
 
 def test_confident_token_keeps_its_precision(device: str) -> None:
-    """1 - p = e^-20: log(1 + 2e-9) is 0 in fp32, log1p is not; the gradient's coefficient keeps its relative precision."""
+    """1 - p = e^-20: log(1 + 2e-9) is 0 in fp32, log1p is not; the gradient's coefficient keeps its
+    relative precision."""
     hidden = torch.tensor([[1.0]], device=device).requires_grad_()
     weight = torch.tensor([[20.0], [0.0]], device=device)
     stats = triton_token_stats(hidden, weight, torch.tensor([0], device=device))
@@ -109,7 +112,8 @@ def test_confident_token_keeps_its_precision(device: str) -> None:
 
 @pytest.mark.parametrize("height", [-1e-3, -20.0, -79.9, -85.0, -200.0])
 def test_improbable_target_among_many(height: float, device: str) -> None:
-    """Below 20,000 equal columns; the quotient of the sums would overflow from about -79 nats on."""
+    """Below 20,000 equal columns; the quotient of the sums would overflow from about -79 nats
+    on."""
     weight = torch.zeros(20_000, 16, device=device)
     weight[7, 0] = height
     stats = triton_token_stats(torch.ones(1, 16, device=device), weight, torch.tensor([7], device=device))
@@ -119,7 +123,7 @@ def test_improbable_target_among_many(height: float, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_minus_infinity_columns(dtype: torch.dtype, device: str) -> None:
-    """Columns of bias -inf, a whole tile of them first, are as good as absent."""
+    """Columns with a bias of -inf, the first tile wholly of them, do not change any result."""
     inputs = make_inputs(63, 16, 5000, dtype=dtype, bias=True, device=device)
     inputs.bias[:2100] = -math.inf
     inputs.bias[2101::2] = -math.inf
@@ -155,7 +159,8 @@ def test_target_on_a_removed_column_is_minus_infinity(device: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, about the NaN itself
 def test_a_row_without_columns_or_with_nan_is_nan(device: str) -> None:
-    """No distribution, no number: neither the sentinel of the kernels nor a maximum that skips NaN may hide it."""
+    """A row without a distribution gives NaN: neither LOWEST nor a maximum that ignores NaN may
+    hide it."""
     hidden, weight = torch.ones(2, 16, device=device), torch.ones(300, 16, device=device)
     targets = torch.tensor([3, 299], device=device)
     stats = triton_token_stats(hidden, weight, targets, bias=torch.full((300,), -math.inf, device=device))
@@ -174,7 +179,8 @@ def test_targets_in_the_ragged_last_tile(dtype: torch.dtype, device: str) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_and_misaligned_inputs(dtype: torch.dtype, device: str) -> None:
-    """Every way to lie in memory gives the same numbers: rows apart, transposed, and an odd D that no descriptor takes."""
+    """The results do not depend on strides: padded rows, transposed, and an odd D that no
+    descriptor can describe."""
     inputs = make_inputs(63, 40, 300, dtype=dtype, bias=True, device=device)
     rows = 0.5 + torch.rand(1, device=device)
     weights = cotangents(63, device=device)
@@ -200,7 +206,8 @@ def test_strided_and_misaligned_inputs(dtype: torch.dtype, device: str) -> None:
 def test_tiles_and_ranges_change_only_the_rounding(
     rows: int, columns: int, depth: int, slices: int, splits: int, descriptors: bool, device: str
 ) -> None:
-    """Small tiles exercise what large inputs do: many row tiles in groups, many ranges, ranges that end early."""
+    """Small tiles test the cases of large inputs: many row tiles in groups, many ranges, a last
+    range of fewer tiles."""
     inputs = make_inputs(70, 72, 515, dtype=torch.float16, bias=True, device=device)
     p = projection(inputs, softcap=6.0, row_inv_temperature=0.5 + torch.rand(70, device=device))
     tile = Tile(rows, columns, depth, group_n=2, descriptors=descriptors, slices=slices)
@@ -231,7 +238,8 @@ def test_small_budget_changes_nothing_but_rounding(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_agrees_with_the_torch_backend(dtype: torch.dtype, device: str) -> None:
-    """Closer than the oracle test can demand: both start from the same numbers and differ in the order of addition."""
+    """A tighter bound than against the oracle: both have the same inputs and differ only in the
+    order of addition."""
     inputs = make_inputs(63, 72, 1031, dtype=dtype, bias=True, device=device)
     weights = cotangents(63, device=device)
     results = [run(token_stats, inputs.to(dtype), weights, backend=b, second_moments=True) for b in ("torch", "triton")]
@@ -266,7 +274,8 @@ def test_left_out_rows_are_exact_zeros(device: str) -> None:
 
 
 def test_properties(device: str) -> None:
-    """0 <= H <= log V, logp <= 0, p2 in [1/V, 1], and nothing moves when every logit is shifted."""
+    """0 <= H <= log V, logp <= 0, p2 in [1/V, 1], and a shift of all logits changes none of
+    them."""
     for n, v, shift in ((1, 1, 0.0), (7, 33, -300.0), (33, 257, 41.0), (12, 1031, 500.0)):
         inputs = make_inputs(n, 8, v, seed=v, device=device)
         bias = torch.zeros(v, device=device)
@@ -284,7 +293,7 @@ def test_properties(device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_addresses_beyond_two_to_the_31(device: str) -> None:
-    """V * D and N * V above 2^31; the last columns are the ones a 32-bit address would miss."""
+    """V * D and N * V above 2^31: 32-bit offsets would overflow at the last columns."""
     n, d, v = 8192, 8192, 2**18 + 8
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(n, d, generator=generator, device=device, dtype=torch.bfloat16) / 50

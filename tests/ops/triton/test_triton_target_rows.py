@@ -1,4 +1,5 @@
-"""The targets' rows of d_weight: right, in a fixed order, whatever the slab, the strides and how often a target comes."""
+"""The targets' rows of d_weight: values and a fixed order, for any slab, strides and number of
+equal targets."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ def test_adds_every_row_to_its_target(shape: tuple[int, int, int], tile: Tile | 
 
 
 def test_a_slab_takes_its_own_targets(device: str) -> None:
-    """And targets out of range touch nothing."""
+    """Targets outside of the slab change no row."""
     targets, hidden, factor = problem(100, 24, 300, device)
     targets[5], targets[6], targets[7] = -1, 300, 2**40
     rows = TargetRows.sort(targets, hidden, factor)
@@ -65,7 +66,8 @@ def test_a_slab_takes_its_own_targets(device: str) -> None:
 
 
 def test_rows_of_factor_zero_are_not_visited(device: str) -> None:
-    """They stand in no target's run, whatever they hold: else the left-out rows would all be added up by one program."""
+    """Rows of scale zero belong to no target: otherwise one program would add up all masked
+    rows."""
     targets, hidden, factor = problem(100, 24, 300, device)
     idle = torch.arange(100, device=device) % 3 == 0
     targets, factor = torch.where(idle, 0, targets), torch.where(idle, 0.0, factor)
@@ -107,7 +109,8 @@ def test_bitwise_reproducible(device: str) -> None:
 def test_gradients_of_a_loss_round_less_than_exact_dlogits(
     peaked: bool, schedule: str, plan: str, main: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bf16 through the loss. Rounding a result to bf16 is 1.65e-3 by itself; rounding exact dlogits to it is as much again."""
+    """bf16 through the loss. The rounding of a result to bf16 is 1.65e-3; that of exact dlogits
+    adds as much again."""
     monkeypatch.setattr(Projection, "operand_dtype", property(lambda self: self.hidden.dtype))  # as on CUDA
     inputs = make_inputs(150, 64, 1031, dtype=torch.bfloat16, peaked=peaked, device=device)
     batch = policy_batch(inputs, device)

@@ -26,7 +26,7 @@ KERNELS = (
 
 @pytest.fixture(autouse=True)
 def _nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """The table alone, also where a tuner has written its file."""
+    """Use the table alone, even if a tuner has written a file of measured tiles."""
     monkeypatch.setattr(tiles, "MEASURED", tmp_path / "measured.json")
     find.cache_clear()
     yield
@@ -64,7 +64,8 @@ def test_tiles_are_legal() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_rows_are_redone_with_the_columns_of_the_first_run(name: str, itemsize: int) -> None:
-    """The launcher replaces the columns of the line by those of the first run, which must not need more registers."""
+    """``rescue_tile`` takes block_v from the first product, which must not need more registers than
+    the line's."""
     first = [e.tile for e in tiles.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_gemm", name, itemsize)]
     (again,) = (e.tile for e in tiles.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_rescue", name, itemsize))
     assert not again.descriptors
@@ -84,7 +85,8 @@ def test_families() -> None:
 @pytest.mark.parametrize("row_tiles", [1, 2, 32, 64, 65, 500])
 @pytest.mark.parametrize("column_tiles", [1, 3, 197, 594, 1187])
 def test_ranges_fill_the_machine(row_tiles: int, column_tiles: int) -> None:
-    """Never worse than one range, never an empty one, and within a tenth of perfect balance where there is enough work."""
+    """Never slower than one range, no empty range, and within a tenth of perfect balance for large
+    inputs."""
     slots = 264
 
     def waves(length: int) -> int:
@@ -109,7 +111,7 @@ def test_no_line_appears_twice() -> None:
 
 
 def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line for each line of the table that is used, however many shapes use it."""
+    """One log message per line of the table that is used, for any number of shapes."""
     tiles.find.cache_clear()
     tiles._log_choice.cache_clear()
     with caplog.at_level("INFO", logger="eapo_kernels"):

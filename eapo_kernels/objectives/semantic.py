@@ -1,0 +1,49 @@
+"""Rewards without labels, from clusters of answers that mean the same.
+
+Vectors are [B], one element per response, and carry no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import require_tensor
+from .grouping import Partition
+
+
+def semantic_rewards(cluster_ids: Tensor, group_ids: Tensor) -> Tensor:
+    """[B] fp32: the share of the group's responses that are in the response's own cluster.
+
+    A group whose answers are all different (its semantic entropy is log G) gets zeros.
+    Source: EMPO, arXiv 2504.05812.
+
+    Args:
+        cluster_ids: [B] int64, equal for answers of a group that mean the same (the caller decides
+            this); negative: the response has no answer and reward 0.
+        group_ids: [B] int64, equal for responses to the same prompt.
+
+    Raises:
+        ShapeError: ``cluster_ids`` is not int64 of the shape and on the device of ``group_ids``.
+    """
+    own, size = _cluster_and_group_sizes(cluster_ids, group_ids)
+    return torch.where(Partition(group_ids).max(own) > 1, own / size, 0.0).float()
+
+
+def majority_rewards(cluster_ids: Tensor, group_ids: Tensor) -> Tensor:
+    """[B] fp32: 1 for answers of the group's largest cluster (or clusters, at a tie), else 0.
+
+    Arguments and errors as in ``semantic_rewards``. Source: test-time reinforcement,
+    arXiv 2504.16084; SPINE, arXiv 2511.17938, builds on it.
+    """
+    own, _ = _cluster_and_group_sizes(cluster_ids, group_ids)
+    return ((cluster_ids >= 0) & (own == Partition(group_ids).max(own))).float()
+
+
+def _cluster_and_group_sizes(cluster_ids: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] fp64: size of the response's cluster (0 without an answer) and of its group."""
+    require_tensor("cluster_ids", cluster_ids, tuple(group_ids.shape), (torch.int64,), group_ids)
+    groups, ids = Partition(group_ids), cluster_ids.clamp_min(-1) + 1
+    span = ids.amax() + 1 if ids.numel() else 1
+    own = Partition(groups.index * span + ids).counts
+    return torch.where(ids > 0, own, 0.0), groups.counts
