@@ -109,7 +109,7 @@ def test_retry_after_is_honoured(server: JudgeServer) -> None:
     begun = time.monotonic()
     found = score(judge, ["busy"])
     assert time.monotonic() - begun < 2.0
-    assert "told to wait 30 s, more than rewards.judge.max_wait" in found.failures[0].reason
+    assert "Retry-After: 30 s, more than rewards.judge.max_wait" in found.failures[0].reason
     assert server.tries["busy"] == 1
 
 

@@ -109,7 +109,7 @@ class ChatClient:
                 if attempt == config.retries:
                     raise RequestFailed(f"{reason}; {attempt + 1} tries")
                 if wait > config.max_wait:
-                    raise RequestFailed(f"{reason}; told to wait {wait:.0f} s, more than rewards.judge.max_wait")
+                    raise RequestFailed(f"{reason}; Retry-After: {wait:.0f} s, more than rewards.judge.max_wait")
                 self.traffic.retries += 1
                 pause = min(config.backoff * 2**attempt * self._random.uniform(0.5, 1.0), config.max_wait)
                 await asyncio.sleep(max(pause, wait))
