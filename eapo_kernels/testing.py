@@ -110,28 +110,28 @@ def eager_token_stats(
 
 
 def assert_no_worse_than(
-    actual: Tensor, eager: Tensor, truth: Tensor, *, floor: float, factor: float = 2.0, name: str = "value"
+    actual: Tensor, eager: Tensor, exact: Tensor, *, floor: float, factor: float = 2.0, name: str = "value"
 ) -> None:
     """Assert that max and RMS error are at most ``factor`` times those of ``eager`` plus ``floor``.
 
     Args:
         actual: the result under test.
         eager: plain PyTorch's result in the same dtype.
-        truth: the float64 oracle's result on the same inputs.
-        floor: noise floor relative to the largest and the RMS magnitude of ``truth``.
+        exact: the float64 oracle's result on the same inputs.
+        floor: noise floor relative to the largest and the RMS magnitude of ``exact``.
 
     Infinities must be at the same places with the same sign; a NaN fails.
     """
-    assert actual.shape == truth.shape, f"{name}: expected shape {list(truth.shape)}, got {list(actual.shape)}"
-    actual, eager, truth = (t.detach().double().cpu() for t in (actual, eager, truth))
-    finite = truth.isfinite()
-    assert torch.equal(actual[~finite], truth[~finite]), f"{name}: infinities differ from the oracle's"
-    actual, eager, truth = actual[finite], eager[finite], truth[finite]
+    assert actual.shape == exact.shape, f"{name}: expected shape {list(exact.shape)}, got {list(actual.shape)}"
+    actual, eager, exact = (t.detach().double().cpu() for t in (actual, eager, exact))
+    finite = exact.isfinite()
+    assert torch.equal(actual[~finite], exact[~finite]), f"{name}: infinities differ from the oracle's"
+    actual, eager, exact = actual[finite], eager[finite], exact[finite]
     assert actual.isfinite().all(), f"{name}: {int((~actual.isfinite()).sum())} non-finite values where the oracle has none"
-    if truth.numel() == 0:
+    if exact.numel() == 0:
         return
     for norm, reduce in (("max", lambda t: t.abs().max()), ("rms", lambda t: t.square().mean().sqrt())):
-        error, allowed = float(reduce(actual - truth)), float(factor * reduce(eager - truth) + floor * reduce(truth))
+        error, allowed = float(reduce(actual - exact)), float(factor * reduce(eager - exact) + floor * reduce(exact))
         assert error <= allowed, f"{name}: {norm} error {error:.3e}, allowed {allowed:.3e} ({factor} x eager + floor)"
 
 

@@ -46,16 +46,16 @@ def test_matches_the_oracle(
     p = projection(inputs)
     noise = 0.3 * torch.randn(shape[0], generator=torch.Generator().manual_seed(5)).to(device)
     logp_guess = oracle(p, inputs.targets)[0].logp.float() + noise if with_guess else None
-    redone = check(p, inputs.targets, logp_guess)
-    assert redone == int(out_of_range(p, inputs.targets, logp_guess).sum())
-    assert redone == 0 or (dtype == torch.float16 and not with_guess), (
+    rescued = check(p, inputs.targets, logp_guess)
+    assert rescued == int(out_of_range(p, inputs.targets, logp_guess).sum())
+    assert rescued == 0 or (dtype == torch.float16 and not with_guess), (
         "targets are drawn at random, some 2^15 times less likely"
     )
 
 
 @pytest.mark.parametrize("off", [5.0, -5.0, 30.0, -30.0, 60.0, -200.0, 3e38, -3e38])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_wrong_hint_changes_nothing(off: float, dtype: torch.dtype, device: str) -> None:
+def test_a_wrong_guess_changes_nothing(off: float, dtype: torch.dtype, device: str) -> None:
     """Rows whose guess is off by more than 33 nats (5.5 in fp16) are recomputed with their
     maximum."""
     inputs = make_inputs(63, 72, 1031, dtype=dtype, bias=True, device=device)
@@ -65,20 +65,20 @@ def test_a_wrong_hint_changes_nothing(off: float, dtype: torch.dtype, device: st
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_hint_that_is_not_finite_is_none(dtype: torch.dtype, device: str) -> None:
+def test_a_guess_that_is_not_finite_is_none(dtype: torch.dtype, device: str) -> None:
     inputs = make_inputs(63, 72, 1031, dtype=dtype, device=device)
     p = projection(inputs)
     expected = run(p, inputs.targets, None)
     for value in (math.nan, math.inf, -math.inf):
-        stats, matrix, redone = run(p, inputs.targets, torch.full((63,), value, device=device))
-        assert redone == expected[2]
+        stats, matrix, rescued = run(p, inputs.targets, torch.full((63,), value, device=device))
+        assert rescued == expected[2]
         assert torch.equal(stats.logp, expected[0].logp)
         assert torch.equal(stats.entropy, expected[0].entropy)
         assert torch.equal(matrix, expected[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_only_unsound_rows_are_redone(dtype: torch.dtype, device: str) -> None:
+def test_only_rows_out_of_range_are_rescued(dtype: torch.dtype, device: str) -> None:
     """Rows in range have the same bits whether or not other rows of the chunk are rescued."""
     inputs = make_inputs(200, 24, 515, dtype=dtype, device=device)
     p = projection(inputs)
@@ -128,11 +128,11 @@ def test_extreme_logits(magnitude: float, off: float | None, device: str) -> Non
     inputs = make_inputs(40, 16, 99, device=device)
     inputs = Inputs(inputs.hidden * magnitude / 10, inputs.weight, inputs.targets)
     p = projection(inputs)
-    truth, exact = oracle(p, inputs.targets)
+    exact, exact = oracle(p, inputs.targets)
     eager = eager_token_stats(p.hidden, p.weight, inputs.targets)
-    stats, gradient, _ = run(p, inputs.targets, None if off is None else truth.logp.float() + off)
+    stats, gradient, _ = run(p, inputs.targets, None if off is None else exact.logp.float() + off)
     for name in ("logp", "entropy"):
-        got, plain, exact_value = (getattr(s, name).double() for s in (stats, eager, truth))
+        got, plain, exact_value = (getattr(s, name).double() for s in (stats, eager, exact))
         allowed = 2 * (plain - exact_value).abs().max() + 2e-6 * exact_value.abs().max().clamp_min(0.1)
         assert (got - exact_value).abs().max() <= allowed, name
     eager_gradient = torch.nn.functional.one_hot(inputs.targets, 99) - torch.softmax(p.hidden @ p.weight.T, 1)
@@ -154,8 +154,8 @@ def test_removed_columns(off: float | None, device: str) -> None:
     log_p = torch.log_softmax(z, 1)
     logp = log_p.gather(1, targets[:, None]).squeeze(1)
     logp_guess = None if off is None else logp.float() + off
-    stats, gradient, redone = run(p, targets, logp_guess)
-    assert redone == (20 if off == 100.0 else 1)
+    stats, gradient, rescued = run(p, targets, logp_guess)
+    assert rescued == (20 if off == 100.0 else 1)
     assert stats.logp[4] == -math.inf
     torch.testing.assert_close(stats.logp.double(), logp, rtol=1e-5, atol=1e-5)
     entropy = -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0).sum(1)
@@ -168,13 +168,13 @@ def test_removed_columns(off: float | None, device: str) -> None:
 def test_a_row_without_any_column_is_nan_and_alone(device: str) -> None:
     inputs = make_inputs(4, 16, 99, device=device)
     p = projection(replace(inputs, bias=torch.full((99,), -math.inf, device=device)))
-    stats, _, redone = run(p, inputs.targets, None)
-    assert redone == 4
+    stats, _, rescued = run(p, inputs.targets, None)
+    assert rescued == 4
     assert stats.logp.isnan().all()
     hidden = inputs.hidden.clone()
     hidden[2] = math.nan
-    stats, matrix, redone = run(projection(replace(inputs, hidden=hidden)), inputs.targets, None)
-    assert redone == 1
+    stats, matrix, rescued = run(projection(replace(inputs, hidden=hidden)), inputs.targets, None)
+    assert rescued == 1
     assert stats.logp.isnan().tolist() == [False, False, True, False]
     assert matrix[torch.tensor([0, 1, 3])].isfinite().all()
 
@@ -218,10 +218,10 @@ def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dty
     targets = inputs.targets.clone()
     targets[:8] = torch.tensor([0, 63, 64, 127, 128, 255, 256, 258], device=device)
     p = projection(inputs)
-    truth, exact = oracle(p, targets)
+    exact, exact = oracle(p, targets)
     sums = scaled_exp.ScaledExpSums.empty(p, True, tile=tile)
     matrix = logit_grad.workspace(p, dtype)
-    scaled_exp.row_offsets(p, targets, truth.logp.float() + off, sums, tile=Tile(8, 0, 16))()
+    scaled_exp.row_offsets(p, targets, exact.logp.float() + off, sums, tile=Tile(8, 0, 16))()
     scaled_exp.scaled_exp_gemm(p, targets, sums, matrix, tile=tile)()
     scaled_exp.collect_rescue_ids(p, sums, tile=Tile(8, 4))()
     assert int(sums.n_rescue) == (40 if off else 0)
@@ -229,8 +229,8 @@ def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dty
     scaled_exp.scaled_exp_gemm(p, targets, sums, matrix, rescue_ids=True, tile=Tile(16, tile.block_v, 16, slices=2))()
     launch, final, slopes = scaled_exp.scaled_exp_finalize(p, sums, tile=Tile(16, 2))
     launch()
-    torch.testing.assert_close(final.statistics.logp.double(), truth.logp, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(final.statistics.entropy.double(), truth.entropy, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(final.statistics.logp.double(), exact.logp, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(final.statistics.entropy.double(), exact.entropy, rtol=1e-6, atol=1e-5)
     unit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     least = 2**-25 * slopes[0].double().abs()[:, None] if dtype == torch.float16 else 0.0
     got = dense(LogitGradient(matrix, *slopes), targets)

@@ -114,11 +114,11 @@ def test_old_log_probs_may_be_anything(
 ) -> None:
     """old_logp is the logp_guess and the ratio's denominator: if far off, all rows are rescued and
     the loss is unchanged."""
-    redone = []
+    rescued = []
 
     class Counting(ScaledExpChunk):
         def gradient(self, cotangents: LogitCotangents) -> Any:
-            redone.append(int(self.sums.n_rescue))
+            rescued.append(int(self.sums.n_rescue))
             return super().gradient(cotangents)
 
     monkeypatch.setattr(scaled_exp, "ScaledExpChunk", Counting)
@@ -131,10 +131,10 @@ def test_old_log_probs_may_be_anything(
     results = [loss_and_gradients(inputs, batch, backend, **options) for backend in ("triton", "torch")]
     assert_agree(*results, dtype)
     if off is not None:
-        assert sum(redone) == (150 if abs(off) > (5.5 if dtype == torch.float16 else 33) else 0)
+        assert sum(rescued) == (150 if abs(off) > (5.5 if dtype == torch.float16 else 33) else 0)
     else:
-        assert sum(redone) == int(out_of_range(projection(inputs), inputs.targets, None).sum())
-    assert len(redone) > 1
+        assert sum(rescued) == int(out_of_range(projection(inputs), inputs.targets, None).sum())
+    assert len(rescued) > 1
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight", "nothing"])
@@ -231,6 +231,6 @@ def test_gradients_round_like_one_product_of_halves(
         logp_guess=logp_guess,
     )
     (got,) = matrices
-    for value, best, truth, factor, name in zip(got, ideal, exact, (0.4, 0.6), ("hidden", "weight"), strict=True):
-        error, allowed = (value - truth).norm() / truth.norm(), factor * (best - truth).norm() / truth.norm()
+    for value, best, oracle, factor, name in zip(got, ideal, exact, (0.4, 0.6), ("hidden", "weight"), strict=True):
+        error, allowed = (value - oracle).norm() / oracle.norm(), factor * (best - oracle).norm() / oracle.norm()
         assert error <= allowed, f"d_{name}: {float(error):.2e}, allowed {float(allowed):.2e}"
