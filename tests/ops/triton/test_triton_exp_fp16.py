@@ -162,12 +162,12 @@ def test_one_pass_holds_a_scaled_loss(options: Options, scale: float, device: st
     eapo_loss(leaves[0], leaves[1].detach(), batch, bias=leaves[2].detach(), main_grad=main, main_grad_scale=scale, **given)
     assert relative(main / scale, exact[1]) < 5e-4
     (scale * eapo_loss(*leaves[:2], batch, bias=leaves[2], **given).loss).backward()
-    for leaf, oracle, bound in zip(leaves, exact, (1e-3, 1e-3, 1e-3), strict=True):
-        assert relative(leaf.grad.double() / scale, oracle) < bound
+    for leaf, right, bound in zip(leaves, exact, (1e-3, 1e-3, 1e-3), strict=True):
+        assert relative(leaf.grad.double() / scale, right) < bound
     batch = replace(batch, denominator=96.0 / scale)
     gradients = torch.autograd.grad(eapo_loss(*leaves[:2], batch, bias=leaves[2], **given).loss, leaves)
-    for got, oracle in zip(gradients, exact, strict=True):
-        assert relative(got.double() / scale, oracle) < 1e-3
+    for got, right in zip(gradients, exact, strict=True):
+        assert relative(got.double() / scale, right) < 1e-3
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -179,8 +179,8 @@ def test_autograd_holds_a_scaled_loss(kept: int, scale: float, device: str) -> N
     leaves = [t.detach().clone().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias)]
     given: dict[str, Any] = {"schedule": "autograd", "backend": "triton", "options": Options(memory_budget=budget)}
     loss = eapo_loss(*leaves[:2], batch, bias=leaves[2], positive_weight=0.7, **given).loss
-    for got, oracle in zip(torch.autograd.grad(scale * loss, leaves), exact, strict=True):
-        assert relative(got.double() / scale, oracle) < 1e-3
+    for got, right in zip(torch.autograd.grad(scale * loss, leaves), exact, strict=True):
+        assert relative(got.double() / scale, right) < 1e-3
 
 
 @pytest.mark.parametrize("size", [1e4, 1e-4])
