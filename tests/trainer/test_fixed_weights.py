@@ -104,8 +104,12 @@ def test_an_interrupt_is_passed_on(recipe: Config, stand_in: None, monkeypatch: 
         sleep(seconds)
 
     monkeypatch.setattr(time, "sleep", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        runs.train([config, arm_config(recipe, "eapo", 0)], jobs=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runs.train([config, arm_config(recipe, "eapo", 0)], jobs=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (path / "stopped").exists()
     assert not RunDirectory(arm_config(recipe, "eapo", 0)).path.exists()
 

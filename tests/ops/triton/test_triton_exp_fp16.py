@@ -54,10 +54,10 @@ def test_the_upper_edge_is_the_largest_fp16_number(others: int, device: str) -> 
     chunk = ScaledExpChunk(p, targets, None, entropy=True)
     rescue_ids = chunk.sums.rescue_ids[: int(chunk.sums.n_rescue)]
     assert sorted(rescue_ids.tolist()) == expected.nonzero().squeeze(1).tolist()
-    exact, exact = oracle(p, targets)
+    ref64, exact = oracle(p, targets)
     stats = chunk.statistics()
-    torch.testing.assert_close(stats.logp.double(), exact.logp, rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(stats.entropy.double(), exact.entropy, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(stats.logp.double(), ref64.logp, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(stats.entropy.double(), ref64.entropy, rtol=2e-6, atol=2e-6)
     gradient = chunk.gradient(LogitCotangents(torch.ones_like(stats.logp)))
     assert gradient.matrix.isfinite().all()
     torch.testing.assert_close(dense(gradient, targets), exact, rtol=1e-3, atol=1e-7)
@@ -68,10 +68,10 @@ def test_a_guess_may_be_off_by_the_window(off: float, device: str) -> None:
     """5.5 nats either way; rescued rows are not checked a second time, whatever their sum."""
     inputs = make_inputs(64, 24, 2000, dtype=torch.float16, peaked=False, device=device)
     p = projection(inputs)
-    exact, exact = oracle(p, inputs.targets)
-    stats, got, rescued = run(p, inputs.targets, exact.logp.float() + off)
+    ref64, exact = oracle(p, inputs.targets)
+    stats, got, rescued = run(p, inputs.targets, ref64.logp.float() + off)
     assert rescued == (64 if abs(off) > 5.5 else 0)
-    torch.testing.assert_close(stats.logp.double(), exact.logp, rtol=1e-6, atol=4e-6)
+    torch.testing.assert_close(stats.logp.double(), ref64.logp, rtol=1e-6, atol=4e-6)
     error = (got - exact).norm(dim=1) / exact.norm(dim=1)
     assert (error < 2e-5).all()  # near uniform: the unrounded entry of the target is far larger than the others
 
@@ -99,8 +99,8 @@ def test_rounding_whatever_the_targets_probability(probability: float, peaked: b
     z[:, 0] = z[:, 1:].double().logsumexp(1).float() + math.log(probability / (1 - probability))
     p = rows_of_logits(z, device)
     targets = torch.zeros(n, dtype=torch.int64, device=device)
-    exact, exact = oracle(p, targets)
-    logp_guess = exact.logp.float() if with_guess else None
+    ref64, exact = oracle(p, targets)
+    logp_guess = ref64.logp.float() if with_guess else None
     _, got, rescued = run(p, targets, logp_guess)
     assert rescued == int(out_of_range(p, targets, logp_guess).sum())
     assert rescued == 0 or (not with_guess and probability == 1e-6)
@@ -162,12 +162,12 @@ def test_one_pass_holds_a_scaled_loss(options: Options, scale: float, device: st
     eapo_loss(leaves[0], leaves[1].detach(), batch, bias=leaves[2].detach(), main_grad=main, main_grad_scale=scale, **given)
     assert relative(main / scale, exact[1]) < 5e-4
     (scale * eapo_loss(*leaves[:2], batch, bias=leaves[2], **given).loss).backward()
-    for leaf, right, bound in zip(leaves, exact, (1e-3, 1e-3, 1e-3), strict=True):
-        assert relative(leaf.grad.double() / scale, right) < bound
+    for leaf, ref64, bound in zip(leaves, exact, (1e-3, 1e-3, 1e-3), strict=True):
+        assert relative(leaf.grad.double() / scale, ref64) < bound
     batch = replace(batch, denominator=96.0 / scale)
     gradients = torch.autograd.grad(eapo_loss(*leaves[:2], batch, bias=leaves[2], **given).loss, leaves)
-    for got, right in zip(gradients, exact, strict=True):
-        assert relative(got.double() / scale, right) < 1e-3
+    for got, ref64 in zip(gradients, exact, strict=True):
+        assert relative(got.double() / scale, ref64) < 1e-3
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -179,8 +179,8 @@ def test_autograd_holds_a_scaled_loss(kept: int, scale: float, device: str) -> N
     leaves = [t.detach().clone().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias)]
     given: dict[str, Any] = {"schedule": "autograd", "backend": "triton", "options": Options(memory_budget=budget)}
     loss = eapo_loss(*leaves[:2], batch, bias=leaves[2], positive_weight=0.7, **given).loss
-    for got, right in zip(torch.autograd.grad(scale * loss, leaves), exact, strict=True):
-        assert relative(got.double() / scale, right) < 1e-3
+    for got, ref64 in zip(torch.autograd.grad(scale * loss, leaves), exact, strict=True):
+        assert relative(got.double() / scale, ref64) < 1e-3
 
 
 @pytest.mark.parametrize("size", [1e4, 1e-4])
@@ -189,10 +189,10 @@ def test_extreme_logits_stay_finite(size: float, device: str) -> None:
     inputs = make_inputs(40, 16, 99, device=device)
     inputs = Inputs(inputs.hidden * size / 10, inputs.weight, inputs.targets).to(torch.float16)
     p = projection(inputs)
-    exact, exact = oracle(p, inputs.targets)
-    for logp_guess in (None, exact.logp.float(), exact.logp.float() + 100.0, torch.full((40,), -3.0, device=device)):
+    ref64, exact = oracle(p, inputs.targets)
+    for logp_guess in (None, ref64.logp.float(), ref64.logp.float() + 100.0, torch.full((40,), -3.0, device=device)):
         stats, got, _ = run(p, inputs.targets, logp_guess)
-        torch.testing.assert_close(stats.logp.double(), exact.logp, rtol=1e-6, atol=2e-3 if size > 1 else 1e-5)
+        torch.testing.assert_close(stats.logp.double(), ref64.logp, rtol=1e-6, atol=2e-3 if size > 1 else 1e-5)
         assert got.isfinite().all()
         assert ((got - exact).norm(dim=1) <= 1e-3 * exact.norm(dim=1) + 2e-3 * (size > 1)).all()
 

@@ -231,6 +231,6 @@ def test_gradients_round_like_one_product_of_halves(
         logp_guess=logp_guess,
     )
     (got,) = matrices
-    for value, best, oracle, factor, name in zip(got, ideal, exact, (0.4, 0.6), ("hidden", "weight"), strict=True):
-        error, allowed = (value - oracle).norm() / oracle.norm(), factor * (best - oracle).norm() / oracle.norm()
+    for value, best, ref64, factor, name in zip(got, ideal, exact, (0.4, 0.6), ("hidden", "weight"), strict=True):
+        error, allowed = (value - ref64).norm() / ref64.norm(), factor * (best - ref64).norm() / ref64.norm()
         assert error <= allowed, f"d_{name}: {float(error):.2e}, allowed {float(allowed):.2e}"
