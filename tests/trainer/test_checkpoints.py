@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,18 @@ def test_an_earlier_checkpoint_can_be_gone_back_to(short: Config) -> None:
     back = replace(short, steps=4, resume=str(path_of(short) / "checkpoints" / "step-000002"))
     assert train(back)
     assert_same_run(straight, back)
+
+
+def test_a_resume_completes_the_removals_of_a_killed_save(short: Config) -> None:
+    """The kill came after the last checkpoint of a run and before the older ones were removed."""
+    assert train(short)
+    (path_of(short) / "finished.json").unlink()
+    last = checkpoints(path_of(short) / "checkpoints")[-1]
+    for name in ("step-000001", "step-000000.tmp"):
+        shutil.copytree(last, last.with_name(name))
+    keep = replace(short.checkpoint, keep=1)
+    train(replace(short, resume="auto", checkpoint=keep))
+    assert [path.name for path in last.parent.iterdir()] == [last.name]
 
 
 @pytest.mark.parametrize(("number", "method"), [(signal.SIGINT, "eapo"), (signal.SIGTERM, "aepo")])

@@ -67,11 +67,17 @@ def write(root: Path, step: int, tensors: dict[str, Any], state: dict[str, Any],
             _sync(scratch / name)
         scratch.rename(path)
         _sync(root)
-        for old in checkpoints(root)[:-keep]:
-            remove(old)
+        prune(root, keep)
 
     ranks.run_on_main(finish)
     return path
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove unfinished checkpoints, and all but the last ``keep``."""
+    _clear(root)
+    for old in checkpoints(root)[:-keep]:
+        remove(old)
 
 
 def remove(path: Path) -> None:

@@ -13,7 +13,7 @@ from ..config import Config
 from ..errors import CheckpointError, ConfigError
 from ..models.policy import Policy
 from ..models.reference import Reference
-from .checkpoint import checkpoints, read_state, read_tensors, remove, saved_names, write
+from .checkpoint import checkpoints, prune, read_state, read_tensors, remove, saved_names, write
 from .randomness import random_state, restore_random_state
 from .resume import check_settings, settings_of
 from .rundir import RunDirectory
@@ -91,6 +91,7 @@ class Progress:
             for other in checkpoints(self.run.checkpoints):
                 if other.name > path.name:
                     remove(other)
+            prune(self.run.checkpoints, self.config.checkpoint.keep)  # a kill behind the last write left this undone
 
         ranks.run_on_main(take_back)
         own = ranks.rank() if len(state["random"]) == ranks.size() else 0
