@@ -34,20 +34,15 @@ from .common import (  # isort: skip
 class Window(NamedTuple):
     """Where E lies in its dtype's range (docs/math.md, "The range of k" and "In fp16").
 
-    Attributes:
-        with_guess: log2 S if the ``logp_guess`` is exact; S is a row's sum of E with the target.
-        without_guess: log2 of the target's own E in a row without a ``logp_guess``.
-        peak: log2 of the largest E of a rescued row.
-        least, most: bounds of S; a row outside is out of range and is rescued.
-        largest: bound of a column tile's sum, so that each E in it is finite; None: no bound.
+    S is a row's sum of E with the target. A row with S outside of least ... most is rescued.
     """
 
-    with_guess: float
-    without_guess: float
-    peak: float
+    with_guess: float  # log2 S if the ``logp_guess`` is exact
+    without_guess: float  # log2 of the target's own E in a row without a ``logp_guess``
+    peak: float  # log2 of the largest E of a rescued row
     least: float
     most: float
-    largest: float | None
+    largest: float | None  # bound of a column tile's sum, so that each E in it is finite; None: no bound
 
 
 _WIDE = Window(with_guess=0.0, without_guess=0.0, peak=0.0, least=2.0**-48, most=2.0**48, largest=None)
@@ -68,29 +63,22 @@ class ScaledExpSums:
             in ``common``; at most LOWEST where z_y is -inf.
         values: [1 or 2, column tiles, N] fp32, over a tile's columns without the target: sum E
             and, for the entropy, sum x E.
-        block_v: columns of a tile.
-        rescue_ids: [N] int32; the first ``n_rescue`` are the rescued rows, in any order.
-        n_rescue: [1] int32.
     """
 
     offsets: Tensor
     values: Tensor
-    block_v: int
-    rescue_ids: Tensor
-    n_rescue: Tensor
+    block_v: int  # columns of a tile
+    rescue_ids: Tensor  # [N] int32; the first ``n_rescue`` are the rescued rows, in any order
+    n_rescue: Tensor  # [1] int32
 
     @staticmethod
     def empty(projection: Projection, entropy: bool, *, tile: Tile | None = None) -> ScaledExpSums:
         """Uninitialized sums for the tile of ``scaled_exp_gemm``."""
-        tile = tile or product_tile("scaled_exp_gemm", projection)
+        block_v = (tile or product_tile("scaled_exp_gemm", projection)).block_v
         n_rows, new = projection.n_rows, projection.hidden.new_empty
-        return ScaledExpSums(
-            offsets=new(2, n_rows, dtype=torch.float32),
-            values=new(1 + entropy, triton.cdiv(projection.vocab, tile.block_v), n_rows, dtype=torch.float32),
-            block_v=tile.block_v,
-            rescue_ids=new(n_rows, dtype=torch.int32),
-            n_rescue=new(1, dtype=torch.int32),
-        )
+        offsets = new(2, n_rows, dtype=torch.float32)
+        values = new(1 + entropy, triton.cdiv(projection.vocab, block_v), n_rows, dtype=torch.float32)
+        return ScaledExpSums(offsets, values, block_v, new(n_rows, dtype=torch.int32), new(1, dtype=torch.int32))
 
     @property
     def entropy(self) -> bool:
@@ -106,8 +94,8 @@ def row_offsets_kernel(
     """Fill ``offsets`` [2, n_rows] of ``ScaledExpSums``, in fp32, and set n_rescue to 0.
 
     logp_guess: [n_rows] fp32 or None; a value that is not finite counts as no guess.
-    with_guess, without_guess: see ``Window``.
-    hidden: [n_rows, dim]; weight: [n_columns, dim]; targets: [n_rows] int64.
+    with_guess, without_guess: see ``Window``. hidden: [n_rows, dim]. weight: [n_columns, dim].
+    targets: [n_rows] int64.
     """
     if tl.program_id(0) == 0:
         tl.store(n_rescue, 0)
@@ -151,23 +139,26 @@ def row_offsets(
     tile = tile or tiles.find("row_offsets", family(hidden.device), hidden.element_size())
     arguments = operand_arguments(projection) | bias_arguments(projection) | row_scale_arguments(projection) | {
         "offsets": sums.offsets, "n_rescue": sums.n_rescue, "targets": targets.contiguous(),
-        "logp_guess": None if logp_guess is None else logp_guess.contiguous(),
-        "with_guess": limits.with_guess, "without_guess": limits.without_guess,
-        "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
+        "logp_guess": None if logp_guess is None else logp_guess.contiguous(), "with_guess": limits.with_guess,
+        "without_guess": limits.without_guess, "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
     return Launch(row_offsets_kernel, triton.cdiv(projection.n_rows, tile.block_n), arguments, options(tile), hidden.device)
 
 
 @triton.jit
 def store_slice(
-    matrix, matrix_stride, e, first_row, rows, exists, first_column, n_columns,
-    BLOCK_V: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr, WIDEN: tl.constexpr,
+    matrix, matrix_stride, x, e, sum_exp, x_exp, first_row, rows, exists, first_column, n_columns,
+    BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Write e [BLOCK_N, BLOCK_V] in the dtype of ``matrix``, cut off at its last row and column.
+    """Write e [BLOCK_N, BLOCK_V] in the dtype of ``matrix``, cut off at its last row and column, and
+    return (sum_exp + sum e, x_exp + sum x e).
 
     STORE: by descriptor at ``first_row``; else by pointers to ``rows``, masked by ``exists``.
     EDGE: the tile may reach behind the last column.
     """
+    sum_exp += tl.sum(e, 1)
+    if ENTROPY:
+        x_exp += tl.sum(x * e, 1)
     if STORE:
         matrix.store([first_row, first_column], round_to(e, matrix.dtype, WIDEN))  # [BLOCK_N, BLOCK_V]
     else:
@@ -177,13 +168,14 @@ def store_slice(
             mask = mask & (columns < n_columns)[None, :]
         at = matrix + rows[:, None] * matrix_stride + columns[None, :]
         tl.store(at, round_to(e, matrix.dtype.element_ty, WIDEN), mask=mask)  # [BLOCK_N, BLOCK_V]
+    return sum_exp, x_exp
 
 
 @triton.jit
 def store_exponentials(
     matrix, matrix_stride, raw, bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows, exists,
-    first_column, n_columns,
-    BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr, WIDEN: tl.constexpr,
+    first_column, n_columns, BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Write 2^x of a tile, 0 for the target; add sum 2^x to sum_exp and sum x 2^x to x_exp.
 
@@ -197,19 +189,15 @@ def store_exponentials(
         if tile_has_target_or_tail(target, first_column, n_columns, BLOCK_V):
             column = tl.arange(0, BLOCK_V)[None, :]
             out = (column == (target - first_column)[:, None]) | (column >= n_columns - first_column)
-            e = tl.where(out, 0.0, tl.exp2(x))
-            sum_exp += tl.sum(e, 1)
-            if ENTROPY:
-                x_exp += tl.sum(x * e, 1)
-            store_slice(matrix, matrix_stride, e, first_row, rows, exists, first_column, n_columns, BLOCK_V, STORE, True, WIDEN)
+            sum_exp, x_exp = store_slice(
+                matrix, matrix_stride, x, tl.where(out, 0.0, tl.exp2(x)), sum_exp, x_exp, first_row, rows, exists,
+                first_column, n_columns, BLOCK_V, ENTROPY, STORE, True, WIDEN,
+            )  # fmt: skip
         else:
-            e = tl.exp2(x)
-            sum_exp += tl.sum(e, 1)
-            if ENTROPY:
-                x_exp += tl.sum(x * e, 1)
-            store_slice(
-                matrix, matrix_stride, e, first_row, rows, exists, first_column, n_columns, BLOCK_V, STORE, False, WIDEN
-            )
+            sum_exp, x_exp = store_slice(
+                matrix, matrix_stride, x, tl.exp2(x), sum_exp, x_exp, first_row, rows, exists,
+                first_column, n_columns, BLOCK_V, ENTROPY, STORE, False, WIDEN,
+            )  # fmt: skip
     else:
         left, right = split_columns(raw, BLOCK_V)
         sum_exp, x_exp = store_exponentials(
@@ -271,11 +259,6 @@ def scaled_exp_gemm_kernel(
             tl.store(at + field, x_exp, mask=exists)  # [BLOCK_N]
 
 
-def rescue_tile(projection: Projection, sums: ScaledExpSums) -> Tile:
-    """The tile for rescued rows; its columns are the first product's, whose sums it overwrites."""
-    return replace(product_tile("scaled_exp_rescue", projection), block_v=sums.block_v)
-
-
 def scaled_exp_gemm(
     projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix: Tensor, *,
     rescue_ids: bool = False, tile: Tile | None = None,
@@ -283,19 +266,20 @@ def scaled_exp_gemm(
     """The launch that fills ``matrix`` [N, V] with E and ``sums.values``, from ``sums.offsets``.
 
     targets: [N] int64 in [0, V). matrix: contiguous rows, in the dtype of the gradient products.
-    rescue_ids: only the rows in ``sums.rescue_ids``, gathered. tile: instead of the table's.
+    rescue_ids: only the rows in ``sums.rescue_ids``, gathered, with the first product's columns per
+        tile, whose sums are overwritten. tile: instead of the table's.
     """
     assert projection.softcap is None
     assert matrix.stride(1) == 1
-    tile = tile or (rescue_tile(projection, sums) if rescue_ids else product_tile("scaled_exp_gemm", projection))
+    tile = tile or product_tile("scaled_exp_rescue" if rescue_ids else "scaled_exp_gemm", projection)
+    tile = replace(tile, block_v=sums.block_v) if rescue_ids else tile
     assert tile.block_v == sums.block_v
     store = tile.stores and describable(matrix)
     arguments = product_arguments(projection, tile) | bias_arguments(projection) | row_scale_arguments(projection) | {
         "matrix": TensorDescriptor.from_tensor(matrix, [tile.block_n, tile.block_v // tile.slices]) if store else matrix,
-        "matrix_stride": matrix.stride(0), "sums": sums.values, "offsets": sums.offsets,
+        "matrix_stride": matrix.stride(0), "sums": sums.values, "offsets": sums.offsets, "targets": targets.contiguous(),
         "rescue_ids": sums.rescue_ids if rescue_ids else None, "n_rescue": sums.n_rescue if rescue_ids else None,
-        "targets": targets.contiguous(), "SLICES": tile.slices, "ENTROPY": sums.entropy, "STORE": store,
-        "FLATTEN": tile.persistent,
+        "SLICES": tile.slices, "ENTROPY": sums.entropy, "STORE": store, "FLATTEN": tile.persistent,
     }  # fmt: skip
     device, grid = projection.hidden.device, tile_count(projection, tile)
     if tile.persistent or rescue_ids:
@@ -332,12 +316,10 @@ def collect_rescue_ids_kernel(
 ):  # fmt: skip
     """Append the rows that are out of range to ``rescue_ids``, and set their offset to -inf.
 
-    In range: the sum of E, with the target, is between ``least`` and ``most``, and no column tile's
-    sum is above ``largest`` (None: not checked). NaN is out of range. The order of the ids depends
-    on the scheduling of the programs; the rescued rows' results do not.
+    The bounds are those of ``Window``; NaN is out of range. The order of the ids depends on the
+    scheduling of the programs; the rescued rows' results do not.
 
     over_ranks: [n_rows] fp32, sum E over the columns of all ranks, or None for those in ``sums``.
-    The others: see ``ScaledExpSums`` and ``Window``.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < n_rows
@@ -370,9 +352,8 @@ def row_maxima_kernel(
 ):  # fmt: skip
     """offsets[row] = max_v z_v / log(2) - ``peak`` for each row in ``rescue_ids``, or -inf.
 
-    A row without a finite logit has -inf. The maximum includes the target. It is exact, so it does
-    not depend on the order of the atomics.
-    Arguments and order of the tiles: see ``scaled_exp_gemm_kernel``.
+    A row without a finite logit has -inf. The maximum includes the target; it is exact, so it does
+    not depend on the order of the atomics. The rest: see ``scaled_exp_gemm_kernel``.
     """
     todo = tl.load(n_rescue)
     row_tiles, column_tiles = tl.cdiv(todo, BLOCK_N), tl.cdiv(n_columns, BLOCK_V)
@@ -408,14 +389,12 @@ def collect_rescue_ids(
 
 def row_maxima(projection: Projection, sums: ScaledExpSums, *, tile: Tile | None = None) -> Launch:
     """The launch that sets the offset of each rescued row to its maximum less ``Window.peak``."""
-    device = projection.hidden.device
+    device, peak = projection.hidden.device, window(projection.operand_dtype).peak
     tile = tile or product_tile("row_maxima", projection)
     arguments = product_arguments(projection, tile) | bias_arguments(projection) | row_scale_arguments(projection) | {
-        "offsets": sums.offsets, "rescue_ids": sums.rescue_ids, "n_rescue": sums.n_rescue,
-        "peak": window(projection.operand_dtype).peak,
+        "offsets": sums.offsets, "rescue_ids": sums.rescue_ids, "n_rescue": sums.n_rescue, "peak": peak,
     }  # fmt: skip
-    grid = min(tile_count(projection, tile), slots(device, tile))
-    return Launch(row_maxima_kernel, grid, arguments, options(tile), device)
+    return Launch(row_maxima_kernel, min(tile_count(projection, tile), slots(device, tile)), arguments, options(tile), device)
 
 
 def rescue(projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix: Tensor) -> None:
@@ -441,9 +420,7 @@ def scaled_exp_finalize_kernel(
 ):  # fmt: skip
     """Statistics of a block of tokens (E13), and with SURROGATE its loss terms.
 
-    R and X are the sums of E and x E without the target, S = R + 2^x_y. They are taken relative to
-    k + c, 2^c the power of two nearest to S: any offset k gives the same result. A row without a
-    finite logit gives NaN.
+    ``sum_exp`` is R and ``total`` is S of E13. A row without a finite logit gives NaN.
 
     out: [6 or 8, n_rows] fp32: logp, lse, k + c (nats), log_sum, factor, target, then entropy and
         mean_shifted. factor = -slope / S and target = slope R / S, times the cotangent of logp, are
@@ -503,8 +480,8 @@ def scaled_exp_finalize(
 ) -> tuple[Launch, Finalized, Tensor]:
     """The launch, its outputs, and [2, N] fp32: ``factor`` and ``target`` of the kernel.
 
-    ``row_offset`` of the statistics is k + c, not the maximum. The launch changes none of its
-    inputs: it may run for plain statistics first and for a surrogate afterwards.
+    ``row_offset`` of the statistics is k + c, not the maximum. The launch changes no input, so it may
+    run again.
     """
     n_rows, device = projection.n_rows, projection.hidden.device
     tile = tile or tiles.find("scaled_exp_finalize", family(device), 4)
@@ -512,9 +489,8 @@ def scaled_exp_finalize(
     out = sums.offsets.new_empty(8 if sums.entropy else 6, n_rows)
     scale = row_scale_arguments(projection)
     arguments = surrogate_arguments(terms, out, programs, n_rows) | {
-        "out": out, "sums": sums.values, "offsets": sums.offsets,
+        "out": out, "sums": sums.values, "offsets": sums.offsets, "n_rows": n_rows, "n_tiles": sums.values.shape[1],
         "row_inv_temperature": scale["row_inv_temperature"], "slope": scale["scale"],
-        "n_rows": n_rows, "n_tiles": sums.values.shape[1],
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "ENTROPY": sums.entropy,
     }  # fmt: skip
     logp, lse, offset, log_sum, _, _, *moments = out
@@ -532,9 +508,7 @@ def target_rows_kernel(
 
     One program per place of the sorted targets. The program at the first place of a target adds
     all rows of that target, BLOCK_N at a time and in a fixed order; the other programs return.
-
-    out: [n_columns, dim] fp32, of the targets first ... first + n_columns - 1.
-    hidden: [n_rows, dim]. targets, order, scale: see ``TargetRows``.
+    out: [n_columns, dim] fp32. hidden: [n_rows, dim]. targets, order, scale: see ``TargetRows``.
     """
     place = tl.program_id(0)
     target = tl.load(targets + place)
@@ -568,31 +542,22 @@ def add_target_rows(out: Tensor, first: int, rows: TargetRows, *, tile: Tile | N
     arguments = {
         "out": out, "hidden": rows.hidden, "targets": rows.targets, "order": rows.order, "scale": rows.scale.contiguous(),
         "first": first, "n_rows": rows.targets.shape[0], "n_columns": out.shape[0], "dim": out.shape[1],
-        "out_stride_v": out.stride(0), "out_stride_d": out.stride(1),
-        "hidden_stride_n": rows.hidden.stride(0), "hidden_stride_d": rows.hidden.stride(1),
-        "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
+        "out_stride_v": out.stride(0), "out_stride_d": out.stride(1), "hidden_stride_n": rows.hidden.stride(0),
+        "hidden_stride_d": rows.hidden.stride(1), "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
     return Launch(target_rows_kernel, rows.targets.shape[0], arguments, options(tile), out.device)
 
 
 class ScaledExpKernels(NamedTuple):
-    """The first product and its sums; another backend may bring its own with the same outputs.
-
-    Attributes:
-        sums: (projection, entropy) -> ``ScaledExpSums`` with the column tiles of ``product``.
-        product: see ``scaled_exp_gemm``.
-    """
+    """The first product, as ``scaled_exp_gemm``, and (projection, entropy) -> sums for its column
+    tiles. Another backend may bring its own with the same outputs."""
 
     sums: Callable[[Projection, bool], ScaledExpSums] = ScaledExpSums.empty
     product: Callable[..., Callable[[], None]] = scaled_exp_gemm
 
 
 class ScaledExpChunk:
-    """See ``dispatch.Chunk``. No logit is stored, so the gradient is that of logp alone.
-
-    Attributes:
-        sums: offsets and partial sums; ``sums.n_rescue`` on the device counts the rescued rows.
-    """
+    """See ``dispatch.Chunk``. No logit is stored, so the gradient is that of logp alone."""
 
     def __init__(
         self, projection: Projection, targets: Tensor, logp_guess: Tensor | None, *,
