@@ -6,7 +6,6 @@ Loads are widened to fp32, and arithmetic is fp32.
 A tile of logits is y [BLOCK_N, BLOCK_V] with z = scale * y, scale > 0 per row (E1): y is
 hidden @ weight.T + bias, or its tanh under a soft-cap. One multiplication applies temperature,
 logit scale and log2(e) after the row maximum of y is subtracted, so it does not round the maximum.
-
 A logit that must not count (behind the last column, the target's, -inf by its bias) is ``LOWEST``,
 far below real logits: its e^x is exactly 0, and unlike with -inf no difference or product is NaN.
 """
@@ -28,9 +27,7 @@ from ..lm_head import Projection
 from . import tiles
 from .tiles import Tile
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether kernels are interpreted on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
-
+INTERPRETED: bool = triton.knobs.runtime.interpret  # on the CPU (TRITON_INTERPRET=1 when triton was imported)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e20)
@@ -91,13 +88,11 @@ def row_scale(row_inv_temperature, scale, rows):
 
 @triton.jit
 def shape_logits(raw, bias, bias_stride, columns, cap):
-    """(y, slope) of raw logits [BLOCK_N, BLOCK_V]: E1 without the scale.
+    """(y, dy / d(cap * (raw + bias)) or 1) of raw logits [BLOCK_N, BLOCK_V]: E1 without the scale.
 
     bias: pointer or None. columns: [BLOCK_V] below V. cap: logit_scale / softcap, or None.
-    slope: dy / d(cap * (raw + bias)), 1 without a soft-cap.
     """
-    y = raw
-    slope = 1.0
+    y, slope = raw, 1.0
     if bias is not None:
         y += tl.load(bias + columns.to(tl.int64) * bias_stride).to(tl.float32)[None, :]  # [1, BLOCK_V]
     if cap is not None:
@@ -279,5 +274,4 @@ def product_arguments(projection: Projection, tile: Tile) -> dict[str, Any]:
 
 def workspace(projection: Projection, dtype: torch.dtype) -> Tensor:
     """[N, V] uninitialized, with padded rows."""
-    n_rows, vocab = projection.n_rows, projection.vocab
-    return projection.hidden.new_empty(n_rows, padded(vocab), dtype=dtype)[:, :vocab]
+    return projection.hidden.new_empty(projection.n_rows, padded(projection.vocab), dtype=dtype)[:, : projection.vocab]

@@ -58,15 +58,12 @@ def window(dtype: torch.dtype) -> Window:
 class ScaledExpSums:
     """Offsets and partial sums of E_v = 2^x_v, with x_v = z_v / log(2) - k in bits.
 
-    Attributes:
-        offsets: [2, N] fp32. Row 0: k (bits). Row 1: the target's y_y, with z_y = scale * y_y as
-            in ``common``; at most LOWEST where z_y is -inf.
-        values: [1 or 2, column tiles, N] fp32, over a tile's columns without the target: sum E
-            and, for the entropy, sum x E.
+    ``offsets`` holds k, and the target's y_y as in ``common``, at most LOWEST where z_y is -inf.
+    ``values`` holds sum E over a tile's columns without the target and, for the entropy, sum x E.
     """
 
-    offsets: Tensor
-    values: Tensor
+    offsets: Tensor  # [2, N] fp32
+    values: Tensor  # [1 or 2, column tiles, N] fp32
     block_v: int  # columns of a tile
     rescue_ids: Tensor  # [N] int32; the first ``n_rescue`` are the rescued rows, in any order
     n_rescue: Tensor  # [1] int32
@@ -147,15 +144,20 @@ def row_offsets(
 
 @triton.jit
 def store_slice(
-    matrix, matrix_stride, x, e, sum_exp, x_exp, first_row, rows, exists, first_column, n_columns,
+    matrix, matrix_stride, x, sum_exp, x_exp, target, first_row, rows, exists, first_column, n_columns,
     BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Write e [BLOCK_N, BLOCK_V] in the dtype of ``matrix``, cut off at its last row and column, and
-    return (sum_exp + sum e, x_exp + sum x e).
+    """``store_exponentials`` of x [BLOCK_N, BLOCK_V], cut off at the matrix's last row and column.
 
     STORE: by descriptor at ``first_row``; else by pointers to ``rows``, masked by ``exists``.
-    EDGE: the tile may reach behind the last column.
+    EDGE: the tile may hold a row's target or reach behind the last column.
     """
+    if EDGE:
+        column = tl.arange(0, BLOCK_V)[None, :]
+        out = (column == (target - first_column)[:, None]) | (column >= n_columns - first_column)
+        e = tl.where(out, 0.0, tl.exp2(x))
+    else:
+        e = tl.exp2(x)
     sum_exp += tl.sum(e, 1)
     if ENTROPY:
         x_exp += tl.sum(x * e, 1)
@@ -163,9 +165,7 @@ def store_slice(
         matrix.store([first_row, first_column], round_to(e, matrix.dtype, WIDEN))  # [BLOCK_N, BLOCK_V]
     else:
         columns = first_column + tl.arange(0, BLOCK_V)
-        mask = exists[:, None]
-        if EDGE:
-            mask = mask & (columns < n_columns)[None, :]
+        mask = exists[:, None] & (columns < n_columns)[None, :] if EDGE else exists[:, None]
         at = matrix + rows[:, None] * matrix_stride + columns[None, :]
         tl.store(at, round_to(e, matrix.dtype.element_ty, WIDEN), mask=mask)  # [BLOCK_N, BLOCK_V]
     return sum_exp, x_exp
@@ -177,7 +177,7 @@ def store_exponentials(
     first_column, n_columns, BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Write 2^x of a tile, 0 for the target; add sum 2^x to sum_exp and sum x 2^x to x_exp.
+    """Write 2^x of a tile, 0 for the target; return (sum_exp + sum 2^x, x_exp + sum x 2^x).
 
     x = scale2 * y - offset in bits by one fused multiply-add: only the result is rounded, so a
     large offset costs no precision. For branches and SLICES see ``online_softmax_update``.
@@ -187,27 +187,22 @@ def store_exponentials(
         y, _ = shape_logits(raw, bias, bias_stride, columns, None)
         x = tl.fma(y, scale2[:, None], -offset[:, None])
         if tile_has_target_or_tail(target, first_column, n_columns, BLOCK_V):
-            column = tl.arange(0, BLOCK_V)[None, :]
-            out = (column == (target - first_column)[:, None]) | (column >= n_columns - first_column)
             sum_exp, x_exp = store_slice(
-                matrix, matrix_stride, x, tl.where(out, 0.0, tl.exp2(x)), sum_exp, x_exp, first_row, rows, exists,
-                first_column, n_columns, BLOCK_V, ENTROPY, STORE, True, WIDEN,
+                matrix, matrix_stride, x, sum_exp, x_exp, target, first_row, rows, exists, first_column, n_columns,
+                BLOCK_V, ENTROPY, STORE, True, WIDEN,
             )  # fmt: skip
         else:
             sum_exp, x_exp = store_slice(
-                matrix, matrix_stride, x, tl.exp2(x), sum_exp, x_exp, first_row, rows, exists,
-                first_column, n_columns, BLOCK_V, ENTROPY, STORE, False, WIDEN,
+                matrix, matrix_stride, x, sum_exp, x_exp, target, first_row, rows, exists, first_column, n_columns,
+                BLOCK_V, ENTROPY, STORE, False, WIDEN,
             )  # fmt: skip
     else:
-        left, right = split_columns(raw, BLOCK_V)
-        sum_exp, x_exp = store_exponentials(
-            matrix, matrix_stride, left, bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows, exists,
-            first_column, n_columns, BLOCK_V // 2, SLICES // 2, ENTROPY, STORE, WIDEN,
-        )  # fmt: skip
-        sum_exp, x_exp = store_exponentials(
-            matrix, matrix_stride, right, bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows, exists,
-            first_column + BLOCK_V // 2, n_columns, BLOCK_V // 2, SLICES // 2, ENTROPY, STORE, WIDEN,
-        )  # fmt: skip
+        halves = split_columns(raw, BLOCK_V)
+        for i in tl.static_range(2):
+            sum_exp, x_exp = store_exponentials(
+                matrix, matrix_stride, halves[i], bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows,
+                exists, first_column + i * (BLOCK_V // 2), n_columns, BLOCK_V // 2, SLICES // 2, ENTROPY, STORE, WIDEN,
+            )  # fmt: skip
     return sum_exp, x_exp
 
 
@@ -221,18 +216,14 @@ def scaled_exp_gemm_kernel(
 ):  # fmt: skip
     """Store E and each tile's sums. Program i computes tiles i, i + programs, ... in grouped order.
 
-    matrix: [n_rows, n_columns], row stride ``matrix_stride``; with STORE a descriptor of blocks
-        [BLOCK_N, BLOCK_V / SLICES].
-    sums: [1 or 2, column tiles, n_rows] fp32, see ``ScaledExpSums``; each element is written once.
-    offsets: [2, n_rows] fp32, of which row 0, k in bits, is read.
+    matrix: [n_rows, n_columns]; with STORE a descriptor of blocks [BLOCK_N, BLOCK_V / SLICES].
+    sums, offsets: ``values`` and ``offsets`` of ``ScaledExpSums``; of the offsets, k is read.
     rescue_ids, n_rescue: None, or only the rows ``rescue_ids[:n_rescue[0]]`` are computed and
         written; their hidden is gathered, so without DESCRIPTORS and STORE.
     FLATTEN: pipeline across tiles, so that loads of a tile start before the previous epilogue.
     The others: see ``raw_logits``, ``shape_logits`` and ``row_scale``.
     """
-    todo = n_rows
-    if rescue_ids is not None:
-        todo = tl.load(n_rescue)
+    todo = n_rows if rescue_ids is None else tl.load(n_rescue)
     row_tiles, column_tiles = tl.cdiv(todo, BLOCK_N), tl.cdiv(n_columns, BLOCK_V)
     field = tl.cast(column_tiles, tl.int64) * n_rows
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -271,8 +262,9 @@ def scaled_exp_gemm(
     """
     assert projection.softcap is None
     assert matrix.stride(1) == 1
-    tile = tile or product_tile("scaled_exp_rescue" if rescue_ids else "scaled_exp_gemm", projection)
-    tile = replace(tile, block_v=sums.block_v) if rescue_ids else tile
+    if tile is None:
+        tile = product_tile("scaled_exp_rescue" if rescue_ids else "scaled_exp_gemm", projection)
+        tile = replace(tile, block_v=sums.block_v) if rescue_ids else tile
     assert tile.block_v == sums.block_v
     store = tile.stores and describable(matrix)
     arguments = product_arguments(projection, tile) | bias_arguments(projection) | row_scale_arguments(projection) | {
@@ -300,8 +292,7 @@ def merge_tiles(
     total = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
     for first in range(0, n_tiles, BLOCK_V):
         tiles = first + tl.arange(0, BLOCK_V)
-        at = sums + tiles[:, None].to(tl.int64) * n_rows + rows[None, :]
-        mask = (tiles < n_tiles)[:, None]
+        at, mask = sums + tiles[:, None].to(tl.int64) * n_rows + rows[None, :], (tiles < n_tiles)[:, None]
         part = tl.load(at, mask=mask, other=0.0)  # [BLOCK_V, BLOCK_N]
         if shift is not None:
             part = tl.fma(part, -shift[None, :], tl.load(at + field, mask=mask, other=0.0))  # [BLOCK_V, BLOCK_N]
@@ -318,7 +309,6 @@ def collect_rescue_ids_kernel(
 
     The bounds are those of ``Window``; NaN is out of range. The order of the ids depends on the
     scheduling of the programs; the rescued rows' results do not.
-
     over_ranks: [n_rows] fp32, sum E over the columns of all ranks, or None for those in ``sums``.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -400,14 +390,12 @@ def row_maxima(projection: Projection, sums: ScaledExpSums, *, tile: Tile | None
 def rescue(projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix: Tensor) -> None:
     """Recompute E and sums of the rows out of range, with their maximum as the offset.
 
-    Three launches and no synchronization: the rows are counted on the device. Without such rows the
-    last two return after they have read the count.
+    Three launches and no synchronization: the last two read the number of rows on the device.
     """
-    shard, limits = projection.shard, window(projection.operand_dtype)
-    over_ranks = None if shard is None else scaled_exp_shard.sum_over_ranks(projection, sums, limits)
+    over_ranks = scaled_exp_shard.sum_over_ranks(projection, sums, window(projection.operand_dtype))
     collect_rescue_ids(projection, sums, over_ranks=over_ranks)()
     row_maxima(projection, sums)()
-    if shard is not None:
+    if projection.shard is not None:
         scaled_exp_shard.mark_empty(sums)
     scaled_exp_gemm(projection, targets, sums, matrix, rescue_ids=True)()
 
@@ -425,9 +413,8 @@ def scaled_exp_finalize_kernel(
     out: [6 or 8, n_rows] fp32: logp, lse, k + c (nats), log_sum, factor, target, then entropy and
         mean_shifted. factor = -slope / S and target = slope R / S, times the cotangent of logp, are
         the row scale of E and the target's entry of the gradient (E12).
-    slope: dz / d(hidden @ weight.T), to be multiplied by the row's own inverse temperature.
-    sums, offsets: see ``ScaledExpSums``. n_tiles: column tiles in ``sums``.
-    From ``coefficient`` on: see ``store_surrogate``.
+    slope: dz / d(hidden @ weight.T) without the row's own inverse temperature.
+    n_tiles: column tiles in ``sums``. From ``coefficient`` on: see ``store_surrogate``.
     """
     block = tl.program_id(0)
     rows = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
