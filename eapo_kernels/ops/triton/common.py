@@ -27,7 +27,7 @@ from ..lm_head import Projection
 from . import tiles
 from .tiles import Tile
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # on the CPU (TRITON_INTERPRET=1 when triton was imported)
+INTERPRETED: bool = triton.knobs.runtime.interpret  # kernels run on the CPU (TRITON_INTERPRET=1 when triton was imported)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e20)

@@ -34,14 +34,14 @@ from .common import (  # isort: skip
 class Window(NamedTuple):
     """Where E lies in its dtype's range (docs/math.md, "The range of k" and "In fp16").
 
-    S is a row's sum of E with the target. A row with S outside of least ... most is rescued.
+    S is a row's sum of E with the target. A row whose S is out of range is rescued.
     """
 
     with_guess: float  # log2 S if the ``logp_guess`` is exact
     without_guess: float  # log2 of the target's own E in a row without a ``logp_guess``
     peak: float  # log2 of the largest E of a rescued row
-    least: float
-    most: float
+    least: float  # S is in range above it
+    most: float  # and below it
     largest: float | None  # bound of a column tile's sum, so that each E in it is finite; None: no bound
 
 
@@ -58,8 +58,8 @@ def window(dtype: torch.dtype) -> Window:
 class ScaledExpSums:
     """Offsets and partial sums of E_v = 2^x_v, with x_v = z_v / log(2) - k in bits.
 
-    ``offsets`` holds k, and the target's y_y as in ``common``, at most LOWEST where z_y is -inf.
-    ``values`` holds sum E over a tile's columns without the target and, for the entropy, sum x E.
+    Rows of ``offsets``: k (bits), and the target's y_y as in ``common``, at most LOWEST where z_y is
+    -inf. Of ``values``: sum E over a tile's columns without the target; for the entropy, sum x E.
     """
 
     offsets: Tensor  # [2, N] fp32
@@ -217,7 +217,7 @@ def scaled_exp_gemm_kernel(
     """Store E and each tile's sums. Program i computes tiles i, i + programs, ... in grouped order.
 
     matrix: [n_rows, n_columns]; with STORE a descriptor of blocks [BLOCK_N, BLOCK_V / SLICES].
-    sums, offsets: ``values`` and ``offsets`` of ``ScaledExpSums``; of the offsets, k is read.
+    sums: ``ScaledExpSums.values``, each element written once. offsets: k is read.
     rescue_ids, n_rescue: None, or only the rows ``rescue_ids[:n_rescue[0]]`` are computed and
         written; their hidden is gathered, so without DESCRIPTORS and STORE.
     FLATTEN: pipeline across tiles, so that loads of a tile start before the previous epilogue.
@@ -307,8 +307,8 @@ def collect_rescue_ids_kernel(
 ):  # fmt: skip
     """Append the rows that are out of range to ``rescue_ids``, and set their offset to -inf.
 
-    The bounds are those of ``Window``; NaN is out of range. The order of the ids depends on the
-    scheduling of the programs; the rescued rows' results do not.
+    least, most, largest: see ``Window``; a sum of NaN is out of range. The order of the ids depends
+    on the scheduling of the programs; the rescued rows' results do not.
     over_ranks: [n_rows] fp32, sum E over the columns of all ranks, or None for those in ``sums``.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -495,7 +495,7 @@ def target_rows_kernel(
 
     One program per place of the sorted targets. The program at the first place of a target adds
     all rows of that target, BLOCK_N at a time and in a fixed order; the other programs return.
-    out: [n_columns, dim] fp32. hidden: [n_rows, dim]. targets, order, scale: see ``TargetRows``.
+    out: [n_columns, dim] fp32, the slab. hidden: [n_rows, dim]. The others: see ``TargetRows``.
     """
     place = tl.program_id(0)
     target = tl.load(targets + place)
@@ -536,11 +536,10 @@ def add_target_rows(out: Tensor, first: int, rows: TargetRows, *, tile: Tile | N
 
 
 class ScaledExpKernels(NamedTuple):
-    """The first product, as ``scaled_exp_gemm``, and (projection, entropy) -> sums for its column
-    tiles. Another backend may bring its own with the same outputs."""
+    """The first product and its sums; another backend may bring its own with the same outputs."""
 
-    sums: Callable[[Projection, bool], ScaledExpSums] = ScaledExpSums.empty
-    product: Callable[..., Callable[[], None]] = scaled_exp_gemm
+    sums: Callable[[Projection, bool], ScaledExpSums] = ScaledExpSums.empty  # (projection, entropy): with the product's tiles
+    product: Callable[..., Callable[[], None]] = scaled_exp_gemm  # called as ``scaled_exp_gemm``
 
 
 class ScaledExpChunk:

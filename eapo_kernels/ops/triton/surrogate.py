@@ -1,4 +1,4 @@
-"""Loss terms in a finalize launch: a clipped, sign-weighted surrogate (E9, E10) as ``objectives``."""
+"""Loss terms in a finalize launch (E9, E10). ``objectives`` has the same equations in torch."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def bounded_log_ratio(logp, other):
 def clipped_surrogate(logp, old_logp, advantage, low, high, dual_clip):
     """(surrogate_t, its derivative by logp, ratio, clipped) of ``SurrogateTerms``, all [BLOCK_N].
 
-    Where both branches of min are equal, the unclipped one counts. low, high: bounds of the ratio.
-    dual_clip: number or None.
+    Where both branches of min are equal, the gradient is the unclipped one's and the token does not
+    count as clipped. low, high: bounds of the ratio. dual_clip: number or None.
     """
     log_ratio = bounded_log_ratio(logp, old_logp)
     ratio = tl.exp(log_ratio)
