@@ -58,7 +58,7 @@ def window(dtype: torch.dtype) -> Window:
 class ScaledExpSums:
     """Offsets and partial sums of E_v = 2^x_v, with x_v = z_v / log(2) - k in bits.
 
-    Rows of ``offsets``: k (bits), and the target's y_y as in ``common``, at most LOWEST where z_y is
+    Rows of ``offsets``: k (bits); the target's y_y as in ``common``, at most LOWEST where z_y is
     -inf. Of ``values``: sum E over a tile's columns without the target; for the entropy, sum x E.
     """
 
@@ -467,8 +467,8 @@ def scaled_exp_finalize(
 ) -> tuple[Launch, Finalized, Tensor]:
     """The launch, its outputs, and [2, N] fp32: ``factor`` and ``target`` of the kernel.
 
-    ``row_offset`` of the statistics is k + c, not the maximum. The launch changes no input, so it may
-    run again.
+    ``row_offset`` of the statistics is k + c, not the maximum. The launch changes none of its
+    inputs, so it may run again with other terms.
     """
     n_rows, device = projection.n_rows, projection.hidden.device
     tile = tile or tiles.find("scaled_exp_finalize", family(device), 4)
