@@ -67,7 +67,7 @@ RESCUES = [
 @pytest.mark.parametrize(("family", "itemsize", "block_v"), RESCUES)
 def test_rows_are_rescued_without_spills_for_any_columns(family: str, itemsize: int, block_v: int) -> None:
     """The line of "scaled_exp_rescue" is used with the columns of the first run
-    (``scaled_exp_gemm.rescue_tile``)."""
+    (``scaled_exp.scaled_exp_gemm``)."""
     from dataclasses import replace
 
     from benchmarks import compiled_code, kernels

@@ -18,14 +18,13 @@ from . import logit_grad, scaled_exp, tiles
 from .common import INTERPRETED, capability, family, product_tile
 from .online_softmax import finalize, stream_statistics
 
-_LEAST_BLOCK_V = 64
-"""Columns of the narrowest tile of ``scaled_exp_gemm`` in the table."""
+_LEAST_BLOCK_V = 64  # columns of the narrowest tile of ``scaled_exp_gemm`` in the table
 
 
 def supports(projection: Projection) -> str | None:
     """Why the kernels cannot run these inputs, or None."""
-    device, dtype = projection.hidden.device, projection.hidden.dtype
-    if dtype == torch.float64:
+    device = projection.hidden.device
+    if projection.hidden.dtype == torch.float64:
         return "float64 inputs, which only the torch backend takes"
     if device.type not in ("cuda", "cpu"):
         return f"{device.type} tensors, where it needs an NVIDIA GPU"
@@ -35,10 +34,8 @@ def supports(projection: Projection) -> str | None:
         return "CUDA tensors under the interpreter (TRITON_INTERPRET=1), which is for CPU tensors"
     if torch.version.hip is not None:
         return "an AMD GPU, where its kernels have never been compiled"
-    if capability(device) < (8, 0):
-        major, minor = capability(device)
-        return f"a GPU of compute capability {major}.{minor}, where it needs 8.0"
-    return None
+    major, minor = capability(device)
+    return None if major >= 8 else f"a GPU of compute capability {major}.{minor}, where it needs 8.0"
 
 
 def uses_logits(projection: Projection, entropy_gradient: bool) -> bool:

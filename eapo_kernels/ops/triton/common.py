@@ -1,12 +1,11 @@
 """Device functions that the kernels share (product, scalars, logit transform), and launches.
 
-Device functions use only operations of triton's interpreter: no libdevice functions, no inline
-assembly. Loads are widened to fp32, and arithmetic is fp32.
+Device functions run in triton's interpreter, so they use no libdevice and no inline assembly.
+Loads are widened to fp32, and arithmetic is fp32.
 
 A tile of logits is y [BLOCK_N, BLOCK_V] with z = scale * y, scale > 0 per row (E1): y is
 hidden @ weight.T + bias, or its tanh under a soft-cap. One multiplication applies temperature,
 logit scale and log2(e) after the row maximum of y is subtracted, so it does not round the maximum.
-
 A logit that must not count (behind the last column, the target's, -inf by its bias) is ``LOWEST``,
 far below real logits: its e^x is exactly 0, and unlike with -inf no difference or product is NaN.
 """
@@ -28,9 +27,7 @@ from ..lm_head import Projection
 from . import tiles
 from .tiles import Tile
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether kernels are interpreted on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
-
+INTERPRETED: bool = triton.knobs.runtime.interpret  # kernels run on the CPU (TRITON_INTERPRET=1 when triton was imported)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e20)
@@ -91,13 +88,11 @@ def row_scale(row_inv_temperature, scale, rows):
 
 @triton.jit
 def shape_logits(raw, bias, bias_stride, columns, cap):
-    """(y, slope) of raw logits [BLOCK_N, BLOCK_V]: E1 without the scale.
+    """(y, dy / d(cap * (raw + bias)) or 1) of raw logits [BLOCK_N, BLOCK_V]: E1 without the scale.
 
     bias: pointer or None. columns: [BLOCK_V] below V. cap: logit_scale / softcap, or None.
-    slope: dy / d(cap * (raw + bias)), 1 without a soft-cap.
     """
-    y = raw
-    slope = 1.0
+    y, slope = raw, 1.0
     if bias is not None:
         y += tl.load(bias + columns.to(tl.int64) * bias_stride).to(tl.float32)[None, :]  # [1, BLOCK_V]
     if cap is not None:
@@ -109,10 +104,9 @@ def shape_logits(raw, bias, bias_stride, columns, cap):
 
 @triton.jit
 def tile_has_target_or_tail(target, first_column, n_columns, BLOCK_V: tl.constexpr):
-    """Whether a tile holds the target of any row, or columns behind the last one: one bool.
+    """Whether a tile holds the target of any row ([BLOCK_N] int32), or columns behind the last one.
 
-    For most tiles it is False, and a branch on it saves comparing every column with every target.
-    target: [BLOCK_N] int32, columns.
+    Mostly False: a branch on it saves comparing every column with every target.
     """
     inside = (target >= first_column) & (target < first_column + BLOCK_V)
     return (first_column + BLOCK_V > n_columns) | (tl.max(inside.to(tl.int32), 0) > 0)
@@ -144,22 +138,14 @@ def raw_logits(
     """A tile [BLOCK_N, BLOCK_V] of hidden @ weight.T in fp32 (fp32 operands without tf32).
 
     Entries behind the last row or column are undefined (copies of the last one, or zeros).
-
     hidden [n_rows, dim], weight [n_columns, dim]: with DESCRIPTORS, descriptors of blocks
         [BLOCK_N, BLOCK_D] and [BLOCK_V, BLOCK_D]; else pointers with strides.
     rescue_ids: None, or [n_rows] int32: the rows of hidden to gather, without DESCRIPTORS.
-    EVEN_D: dim is a multiple of BLOCK_D. WIDEN: multiply in fp32, because the interpreter's
-        product of bf16 is wrong.
+    EVEN_D: dim is a multiple of BLOCK_D.
+    WIDEN: multiply in fp32, because the interpreter's product of bf16 is wrong.
     """
     product = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    if DESCRIPTORS:
-        for d in range(0, dim, BLOCK_D):
-            h = hidden.load([first_row, d])  # [BLOCK_N, BLOCK_D]
-            w = weight.load([first_column, d])  # [BLOCK_V, BLOCK_D]
-            if WIDEN:
-                h, w = h.to(tl.float32), w.to(tl.float32)
-            product = tl.dot(h, tl.trans(w), product, input_precision="ieee")
-    else:
+    if not DESCRIPTORS:
         rows = tl.minimum(first_row + tl.arange(0, BLOCK_N), n_rows - 1).to(tl.int64)
         if rescue_ids is not None:
             rows = tl.load(rescue_ids + rows).to(tl.int64)  # [BLOCK_N]
@@ -167,17 +153,21 @@ def raw_logits(
         dims = tl.arange(0, BLOCK_D)
         h_at = hidden + rows[:, None] * hidden_stride_n + dims[None, :].to(tl.int64) * hidden_stride_d
         w_at = weight + columns[:, None] * weight_stride_v + dims[None, :].to(tl.int64) * weight_stride_d
-        for d in range(0, dim, BLOCK_D):
-            if EVEN_D:
-                h = tl.load(h_at)  # [BLOCK_N, BLOCK_D]
-                w = tl.load(w_at)  # [BLOCK_V, BLOCK_D]
-            else:
-                inside = (dims < dim - d)[None, :]
-                h = tl.load(h_at, mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
-                w = tl.load(w_at, mask=inside, other=0.0)  # [BLOCK_V, BLOCK_D]
-            if WIDEN:
-                h, w = h.to(tl.float32), w.to(tl.float32)
-            product = tl.dot(h, tl.trans(w), product, input_precision="ieee")
+    for d in range(0, dim, BLOCK_D):
+        if DESCRIPTORS:
+            h = hidden.load([first_row, d])  # [BLOCK_N, BLOCK_D]
+            w = weight.load([first_column, d])  # [BLOCK_V, BLOCK_D]
+        elif EVEN_D:
+            h = tl.load(h_at)  # [BLOCK_N, BLOCK_D]
+            w = tl.load(w_at)  # [BLOCK_V, BLOCK_D]
+        else:
+            inside = (dims < dim - d)[None, :]
+            h = tl.load(h_at, mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
+            w = tl.load(w_at, mask=inside, other=0.0)  # [BLOCK_V, BLOCK_D]
+        if WIDEN:
+            h, w = h.to(tl.float32), w.to(tl.float32)
+        product = tl.dot(h, tl.trans(w), product, input_precision="ieee")
+        if not DESCRIPTORS:
             h_at += BLOCK_D * tl.cast(hidden_stride_d, tl.int64)
             w_at += BLOCK_D * tl.cast(weight_stride_d, tl.int64)
     return product
@@ -185,21 +175,13 @@ def raw_logits(
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with all its arguments: call it to launch, or compile it ahead of time.
+    """A kernel with all its arguments: call it to launch, or compile it ahead of time."""
 
-    Attributes:
-        kernel: the jitted function.
-        grid: number of programs along x.
-        arguments: by parameter name; tensors, descriptors, numbers, None.
-        options: compile options (``num_warps`` and the like).
-        device: of the tensors.
-    """
-
-    kernel: Any
-    grid: int
-    arguments: dict[str, Any]
-    options: dict[str, int]
-    device: torch.device
+    kernel: Any  # the jitted function
+    grid: int  # number of programs along x
+    arguments: dict[str, Any]  # by parameter name; tensors, descriptors, numbers, None
+    options: dict[str, int]  # compile options (``num_warps`` and the like)
+    device: torch.device  # of the tensors
 
     def __call__(self) -> None:
         if INTERPRETED:
@@ -252,16 +234,14 @@ def tile_count(projection: Projection, tile: Tile) -> int:
 def row_scale_arguments(projection: Projection) -> dict[str, Any]:
     """The arguments of ``row_scale``."""
     temperature = projection.row_inv_temperature
-    return {
-        "row_inv_temperature": None if temperature is None else temperature.contiguous(),
-        "scale": (projection.logit_scale if projection.softcap is None else projection.softcap) * projection.inv_temperature,
-    }
+    scale = projection.logit_scale if projection.softcap is None else projection.softcap
+    temperature = None if temperature is None else temperature.contiguous()
+    return {"row_inv_temperature": temperature, "scale": scale * projection.inv_temperature}
 
 
 def bias_arguments(projection: Projection) -> dict[str, Any]:
     """The bias and its stride."""
-    bias = projection.bias
-    return {"bias": bias, "bias_stride": 0 if bias is None else bias.stride(0)}
+    return {"bias": projection.bias, "bias_stride": 0 if projection.bias is None else projection.bias.stride(0)}
 
 
 def transform_arguments(projection: Projection) -> dict[str, Any]:
@@ -294,5 +274,4 @@ def product_arguments(projection: Projection, tile: Tile) -> dict[str, Any]:
 
 def workspace(projection: Projection, dtype: torch.dtype) -> Tensor:
     """[N, V] uninitialized, with padded rows."""
-    n_rows, vocab = projection.n_rows, projection.vocab
-    return projection.hidden.new_empty(n_rows, padded(vocab), dtype=dtype)[:, :vocab]
+    return projection.hidden.new_empty(projection.n_rows, padded(projection.vocab), dtype=dtype)[:, : projection.vocab]

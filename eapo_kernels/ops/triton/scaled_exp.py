@@ -34,20 +34,15 @@ from .common import (  # isort: skip
 class Window(NamedTuple):
     """Where E lies in its dtype's range (docs/math.md, "The range of k" and "In fp16").
 
-    Attributes:
-        with_guess: log2 S if the ``logp_guess`` is exact; S is a row's sum of E with the target.
-        without_guess: log2 of the target's own E in a row without a ``logp_guess``.
-        peak: log2 of the largest E of a rescued row.
-        least, most: bounds of S; a row outside is out of range and is rescued.
-        largest: bound of a column tile's sum, so that each E in it is finite; None: no bound.
+    S is a row's sum of E with the target. A row whose S is out of range is rescued.
     """
 
-    with_guess: float
-    without_guess: float
-    peak: float
-    least: float
-    most: float
-    largest: float | None
+    with_guess: float  # log2 S if the ``logp_guess`` is exact
+    without_guess: float  # log2 of the target's own E in a row without a ``logp_guess``
+    peak: float  # log2 of the largest E of a rescued row
+    least: float  # S is in range above it
+    most: float  # and below it
+    largest: float | None  # bound of a column tile's sum, so that each E in it is finite; None: no bound
 
 
 _WIDE = Window(with_guess=0.0, without_guess=0.0, peak=0.0, least=2.0**-48, most=2.0**48, largest=None)
@@ -63,34 +58,24 @@ def window(dtype: torch.dtype) -> Window:
 class ScaledExpSums:
     """Offsets and partial sums of E_v = 2^x_v, with x_v = z_v / log(2) - k in bits.
 
-    Attributes:
-        offsets: [2, N] fp32. Row 0: k (bits). Row 1: the target's y_y, with z_y = scale * y_y as
-            in ``common``; at most LOWEST where z_y is -inf.
-        values: [1 or 2, column tiles, N] fp32, over a tile's columns without the target: sum E
-            and, for the entropy, sum x E.
-        block_v: columns of a tile.
-        rescue_ids: [N] int32; the first ``n_rescue`` are the rescued rows, in any order.
-        n_rescue: [1] int32.
+    Rows of ``offsets``: k (bits); the target's y_y as in ``common``, at most LOWEST where z_y is
+    -inf. Of ``values``: sum E over a tile's columns without the target; for the entropy, sum x E.
     """
 
-    offsets: Tensor
-    values: Tensor
-    block_v: int
-    rescue_ids: Tensor
-    n_rescue: Tensor
+    offsets: Tensor  # [2, N] fp32
+    values: Tensor  # [1 or 2, column tiles, N] fp32
+    block_v: int  # columns of a tile
+    rescue_ids: Tensor  # [N] int32; the first ``n_rescue`` are the rescued rows, in any order
+    n_rescue: Tensor  # [1] int32
 
     @staticmethod
     def empty(projection: Projection, entropy: bool, *, tile: Tile | None = None) -> ScaledExpSums:
         """Uninitialized sums for the tile of ``scaled_exp_gemm``."""
-        tile = tile or product_tile("scaled_exp_gemm", projection)
+        block_v = (tile or product_tile("scaled_exp_gemm", projection)).block_v
         n_rows, new = projection.n_rows, projection.hidden.new_empty
-        return ScaledExpSums(
-            offsets=new(2, n_rows, dtype=torch.float32),
-            values=new(1 + entropy, triton.cdiv(projection.vocab, tile.block_v), n_rows, dtype=torch.float32),
-            block_v=tile.block_v,
-            rescue_ids=new(n_rows, dtype=torch.int32),
-            n_rescue=new(1, dtype=torch.int32),
-        )
+        offsets = new(2, n_rows, dtype=torch.float32)
+        values = new(1 + entropy, triton.cdiv(projection.vocab, block_v), n_rows, dtype=torch.float32)
+        return ScaledExpSums(offsets, values, block_v, new(n_rows, dtype=torch.int32), new(1, dtype=torch.int32))
 
     @property
     def entropy(self) -> bool:
@@ -106,8 +91,8 @@ def row_offsets_kernel(
     """Fill ``offsets`` [2, n_rows] of ``ScaledExpSums``, in fp32, and set n_rescue to 0.
 
     logp_guess: [n_rows] fp32 or None; a value that is not finite counts as no guess.
-    with_guess, without_guess: see ``Window``.
-    hidden: [n_rows, dim]; weight: [n_columns, dim]; targets: [n_rows] int64.
+    with_guess, without_guess: see ``Window``. hidden: [n_rows, dim]. weight: [n_columns, dim].
+    targets: [n_rows] int64.
     """
     if tl.program_id(0) == 0:
         tl.store(n_rescue, 0)
@@ -151,41 +136,48 @@ def row_offsets(
     tile = tile or tiles.find("row_offsets", family(hidden.device), hidden.element_size())
     arguments = operand_arguments(projection) | bias_arguments(projection) | row_scale_arguments(projection) | {
         "offsets": sums.offsets, "n_rescue": sums.n_rescue, "targets": targets.contiguous(),
-        "logp_guess": None if logp_guess is None else logp_guess.contiguous(),
-        "with_guess": limits.with_guess, "without_guess": limits.without_guess,
-        "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
+        "logp_guess": None if logp_guess is None else logp_guess.contiguous(), "with_guess": limits.with_guess,
+        "without_guess": limits.without_guess, "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
     return Launch(row_offsets_kernel, triton.cdiv(projection.n_rows, tile.block_n), arguments, options(tile), hidden.device)
 
 
 @triton.jit
 def store_slice(
-    matrix, matrix_stride, e, first_row, rows, exists, first_column, n_columns,
-    BLOCK_V: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr, WIDEN: tl.constexpr,
+    matrix, matrix_stride, x, sum_exp, x_exp, target, first_row, rows, exists, first_column, n_columns,
+    BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr, EDGE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Write e [BLOCK_N, BLOCK_V] in the dtype of ``matrix``, cut off at its last row and column.
+    """``store_exponentials`` of x [BLOCK_N, BLOCK_V], cut off at the matrix's last row and column.
 
     STORE: by descriptor at ``first_row``; else by pointers to ``rows``, masked by ``exists``.
-    EDGE: the tile may reach behind the last column.
+    EDGE: the tile may hold a row's target or reach behind the last column.
     """
+    if EDGE:
+        column = tl.arange(0, BLOCK_V)[None, :]
+        out = (column == (target - first_column)[:, None]) | (column >= n_columns - first_column)
+        e = tl.where(out, 0.0, tl.exp2(x))
+    else:
+        e = tl.exp2(x)
+    sum_exp += tl.sum(e, 1)
+    if ENTROPY:
+        x_exp += tl.sum(x * e, 1)
     if STORE:
         matrix.store([first_row, first_column], round_to(e, matrix.dtype, WIDEN))  # [BLOCK_N, BLOCK_V]
     else:
         columns = first_column + tl.arange(0, BLOCK_V)
-        mask = exists[:, None]
-        if EDGE:
-            mask = mask & (columns < n_columns)[None, :]
+        mask = exists[:, None] & (columns < n_columns)[None, :] if EDGE else exists[:, None]
         at = matrix + rows[:, None] * matrix_stride + columns[None, :]
         tl.store(at, round_to(e, matrix.dtype.element_ty, WIDEN), mask=mask)  # [BLOCK_N, BLOCK_V]
+    return sum_exp, x_exp
 
 
 @triton.jit
 def store_exponentials(
     matrix, matrix_stride, raw, bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows, exists,
-    first_column, n_columns,
-    BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr, WIDEN: tl.constexpr,
+    first_column, n_columns, BLOCK_V: tl.constexpr, SLICES: tl.constexpr, ENTROPY: tl.constexpr, STORE: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Write 2^x of a tile, 0 for the target; add sum 2^x to sum_exp and sum x 2^x to x_exp.
+    """Write 2^x of a tile, 0 for the target; return (sum_exp + sum 2^x, x_exp + sum x 2^x).
 
     x = scale2 * y - offset in bits by one fused multiply-add: only the result is rounded, so a
     large offset costs no precision. For branches and SLICES see ``online_softmax_update``.
@@ -195,31 +187,22 @@ def store_exponentials(
         y, _ = shape_logits(raw, bias, bias_stride, columns, None)
         x = tl.fma(y, scale2[:, None], -offset[:, None])
         if tile_has_target_or_tail(target, first_column, n_columns, BLOCK_V):
-            column = tl.arange(0, BLOCK_V)[None, :]
-            out = (column == (target - first_column)[:, None]) | (column >= n_columns - first_column)
-            e = tl.where(out, 0.0, tl.exp2(x))
-            sum_exp += tl.sum(e, 1)
-            if ENTROPY:
-                x_exp += tl.sum(x * e, 1)
-            store_slice(matrix, matrix_stride, e, first_row, rows, exists, first_column, n_columns, BLOCK_V, STORE, True, WIDEN)
+            sum_exp, x_exp = store_slice(
+                matrix, matrix_stride, x, sum_exp, x_exp, target, first_row, rows, exists, first_column, n_columns,
+                BLOCK_V, ENTROPY, STORE, True, WIDEN,
+            )  # fmt: skip
         else:
-            e = tl.exp2(x)
-            sum_exp += tl.sum(e, 1)
-            if ENTROPY:
-                x_exp += tl.sum(x * e, 1)
-            store_slice(
-                matrix, matrix_stride, e, first_row, rows, exists, first_column, n_columns, BLOCK_V, STORE, False, WIDEN
-            )
+            sum_exp, x_exp = store_slice(
+                matrix, matrix_stride, x, sum_exp, x_exp, target, first_row, rows, exists, first_column, n_columns,
+                BLOCK_V, ENTROPY, STORE, False, WIDEN,
+            )  # fmt: skip
     else:
-        left, right = split_columns(raw, BLOCK_V)
-        sum_exp, x_exp = store_exponentials(
-            matrix, matrix_stride, left, bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows, exists,
-            first_column, n_columns, BLOCK_V // 2, SLICES // 2, ENTROPY, STORE, WIDEN,
-        )  # fmt: skip
-        sum_exp, x_exp = store_exponentials(
-            matrix, matrix_stride, right, bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows, exists,
-            first_column + BLOCK_V // 2, n_columns, BLOCK_V // 2, SLICES // 2, ENTROPY, STORE, WIDEN,
-        )  # fmt: skip
+        halves = split_columns(raw, BLOCK_V)
+        for i in tl.static_range(2):
+            sum_exp, x_exp = store_exponentials(
+                matrix, matrix_stride, halves[i], bias, bias_stride, sum_exp, x_exp, target, scale2, offset, first_row, rows,
+                exists, first_column + i * (BLOCK_V // 2), n_columns, BLOCK_V // 2, SLICES // 2, ENTROPY, STORE, WIDEN,
+            )  # fmt: skip
     return sum_exp, x_exp
 
 
@@ -233,18 +216,14 @@ def scaled_exp_gemm_kernel(
 ):  # fmt: skip
     """Store E and each tile's sums. Program i computes tiles i, i + programs, ... in grouped order.
 
-    matrix: [n_rows, n_columns], row stride ``matrix_stride``; with STORE a descriptor of blocks
-        [BLOCK_N, BLOCK_V / SLICES].
-    sums: [1 or 2, column tiles, n_rows] fp32, see ``ScaledExpSums``; each element is written once.
-    offsets: [2, n_rows] fp32, of which row 0, k in bits, is read.
+    matrix: [n_rows, n_columns]; with STORE a descriptor of blocks [BLOCK_N, BLOCK_V / SLICES].
+    sums: ``ScaledExpSums.values``, each element written once. offsets: k is read.
     rescue_ids, n_rescue: None, or only the rows ``rescue_ids[:n_rescue[0]]`` are computed and
         written; their hidden is gathered, so without DESCRIPTORS and STORE.
     FLATTEN: pipeline across tiles, so that loads of a tile start before the previous epilogue.
     The others: see ``raw_logits``, ``shape_logits`` and ``row_scale``.
     """
-    todo = n_rows
-    if rescue_ids is not None:
-        todo = tl.load(n_rescue)
+    todo = n_rows if rescue_ids is None else tl.load(n_rescue)
     row_tiles, column_tiles = tl.cdiv(todo, BLOCK_N), tl.cdiv(n_columns, BLOCK_V)
     field = tl.cast(column_tiles, tl.int64) * n_rows
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -271,11 +250,6 @@ def scaled_exp_gemm_kernel(
             tl.store(at + field, x_exp, mask=exists)  # [BLOCK_N]
 
 
-def rescue_tile(projection: Projection, sums: ScaledExpSums) -> Tile:
-    """The tile for rescued rows; its columns are the first product's, whose sums it overwrites."""
-    return replace(product_tile("scaled_exp_rescue", projection), block_v=sums.block_v)
-
-
 def scaled_exp_gemm(
     projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix: Tensor, *,
     rescue_ids: bool = False, tile: Tile | None = None,
@@ -283,19 +257,21 @@ def scaled_exp_gemm(
     """The launch that fills ``matrix`` [N, V] with E and ``sums.values``, from ``sums.offsets``.
 
     targets: [N] int64 in [0, V). matrix: contiguous rows, in the dtype of the gradient products.
-    rescue_ids: only the rows in ``sums.rescue_ids``, gathered. tile: instead of the table's.
+    rescue_ids: only the rows in ``sums.rescue_ids``, gathered, with the first product's columns per
+        tile, whose sums are overwritten. tile: instead of the table's.
     """
     assert projection.softcap is None
     assert matrix.stride(1) == 1
-    tile = tile or (rescue_tile(projection, sums) if rescue_ids else product_tile("scaled_exp_gemm", projection))
+    if tile is None:
+        tile = product_tile("scaled_exp_rescue" if rescue_ids else "scaled_exp_gemm", projection)
+        tile = replace(tile, block_v=sums.block_v) if rescue_ids else tile
     assert tile.block_v == sums.block_v
     store = tile.stores and describable(matrix)
     arguments = product_arguments(projection, tile) | bias_arguments(projection) | row_scale_arguments(projection) | {
         "matrix": TensorDescriptor.from_tensor(matrix, [tile.block_n, tile.block_v // tile.slices]) if store else matrix,
-        "matrix_stride": matrix.stride(0), "sums": sums.values, "offsets": sums.offsets,
+        "matrix_stride": matrix.stride(0), "sums": sums.values, "offsets": sums.offsets, "targets": targets.contiguous(),
         "rescue_ids": sums.rescue_ids if rescue_ids else None, "n_rescue": sums.n_rescue if rescue_ids else None,
-        "targets": targets.contiguous(), "SLICES": tile.slices, "ENTROPY": sums.entropy, "STORE": store,
-        "FLATTEN": tile.persistent,
+        "SLICES": tile.slices, "ENTROPY": sums.entropy, "STORE": store, "FLATTEN": tile.persistent,
     }  # fmt: skip
     device, grid = projection.hidden.device, tile_count(projection, tile)
     if tile.persistent or rescue_ids:
@@ -316,8 +292,7 @@ def merge_tiles(
     total = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
     for first in range(0, n_tiles, BLOCK_V):
         tiles = first + tl.arange(0, BLOCK_V)
-        at = sums + tiles[:, None].to(tl.int64) * n_rows + rows[None, :]
-        mask = (tiles < n_tiles)[:, None]
+        at, mask = sums + tiles[:, None].to(tl.int64) * n_rows + rows[None, :], (tiles < n_tiles)[:, None]
         part = tl.load(at, mask=mask, other=0.0)  # [BLOCK_V, BLOCK_N]
         if shift is not None:
             part = tl.fma(part, -shift[None, :], tl.load(at + field, mask=mask, other=0.0))  # [BLOCK_V, BLOCK_N]
@@ -332,12 +307,9 @@ def collect_rescue_ids_kernel(
 ):  # fmt: skip
     """Append the rows that are out of range to ``rescue_ids``, and set their offset to -inf.
 
-    In range: the sum of E, with the target, is between ``least`` and ``most``, and no column tile's
-    sum is above ``largest`` (None: not checked). NaN is out of range. The order of the ids depends
+    least, most, largest: see ``Window``; a sum of NaN is out of range. The order of the ids depends
     on the scheduling of the programs; the rescued rows' results do not.
-
     over_ranks: [n_rows] fp32, sum E over the columns of all ranks, or None for those in ``sums``.
-    The others: see ``ScaledExpSums`` and ``Window``.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < n_rows
@@ -370,9 +342,8 @@ def row_maxima_kernel(
 ):  # fmt: skip
     """offsets[row] = max_v z_v / log(2) - ``peak`` for each row in ``rescue_ids``, or -inf.
 
-    A row without a finite logit has -inf. The maximum includes the target. It is exact, so it does
-    not depend on the order of the atomics.
-    Arguments and order of the tiles: see ``scaled_exp_gemm_kernel``.
+    A row without a finite logit has -inf. The maximum includes the target; it is exact, so it does
+    not depend on the order of the atomics. The rest: see ``scaled_exp_gemm_kernel``.
     """
     todo = tl.load(n_rescue)
     row_tiles, column_tiles = tl.cdiv(todo, BLOCK_N), tl.cdiv(n_columns, BLOCK_V)
@@ -408,27 +379,23 @@ def collect_rescue_ids(
 
 def row_maxima(projection: Projection, sums: ScaledExpSums, *, tile: Tile | None = None) -> Launch:
     """The launch that sets the offset of each rescued row to its maximum less ``Window.peak``."""
-    device = projection.hidden.device
+    device, peak = projection.hidden.device, window(projection.operand_dtype).peak
     tile = tile or product_tile("row_maxima", projection)
     arguments = product_arguments(projection, tile) | bias_arguments(projection) | row_scale_arguments(projection) | {
-        "offsets": sums.offsets, "rescue_ids": sums.rescue_ids, "n_rescue": sums.n_rescue,
-        "peak": window(projection.operand_dtype).peak,
+        "offsets": sums.offsets, "rescue_ids": sums.rescue_ids, "n_rescue": sums.n_rescue, "peak": peak,
     }  # fmt: skip
-    grid = min(tile_count(projection, tile), slots(device, tile))
-    return Launch(row_maxima_kernel, grid, arguments, options(tile), device)
+    return Launch(row_maxima_kernel, min(tile_count(projection, tile), slots(device, tile)), arguments, options(tile), device)
 
 
 def rescue(projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix: Tensor) -> None:
     """Recompute E and sums of the rows out of range, with their maximum as the offset.
 
-    Three launches and no synchronization: the rows are counted on the device. Without such rows the
-    last two return after they have read the count.
+    Three launches and no synchronization: the last two read the number of rows on the device.
     """
-    shard, limits = projection.shard, window(projection.operand_dtype)
-    over_ranks = None if shard is None else scaled_exp_shard.sum_over_ranks(projection, sums, limits)
+    over_ranks = scaled_exp_shard.sum_over_ranks(projection, sums, window(projection.operand_dtype))
     collect_rescue_ids(projection, sums, over_ranks=over_ranks)()
     row_maxima(projection, sums)()
-    if shard is not None:
+    if projection.shard is not None:
         scaled_exp_shard.mark_empty(sums)
     scaled_exp_gemm(projection, targets, sums, matrix, rescue_ids=True)()
 
@@ -441,16 +408,13 @@ def scaled_exp_finalize_kernel(
 ):  # fmt: skip
     """Statistics of a block of tokens (E13), and with SURROGATE its loss terms.
 
-    R and X are the sums of E and x E without the target, S = R + 2^x_y. They are taken relative to
-    k + c, 2^c the power of two nearest to S: any offset k gives the same result. A row without a
-    finite logit gives NaN.
+    ``sum_exp`` is R and ``total`` is S of E13. A row without a finite logit gives NaN.
 
     out: [6 or 8, n_rows] fp32: logp, lse, k + c (nats), log_sum, factor, target, then entropy and
         mean_shifted. factor = -slope / S and target = slope R / S, times the cotangent of logp, are
         the row scale of E and the target's entry of the gradient (E12).
-    slope: dz / d(hidden @ weight.T), to be multiplied by the row's own inverse temperature.
-    sums, offsets: see ``ScaledExpSums``. n_tiles: column tiles in ``sums``.
-    From ``coefficient`` on: see ``store_surrogate``.
+    slope: dz / d(hidden @ weight.T) without the row's own inverse temperature.
+    n_tiles: column tiles in ``sums``. From ``coefficient`` on: see ``store_surrogate``.
     """
     block = tl.program_id(0)
     rows = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -504,7 +468,7 @@ def scaled_exp_finalize(
     """The launch, its outputs, and [2, N] fp32: ``factor`` and ``target`` of the kernel.
 
     ``row_offset`` of the statistics is k + c, not the maximum. The launch changes none of its
-    inputs: it may run for plain statistics first and for a surrogate afterwards.
+    inputs, so it may run again with other terms.
     """
     n_rows, device = projection.n_rows, projection.hidden.device
     tile = tile or tiles.find("scaled_exp_finalize", family(device), 4)
@@ -512,9 +476,8 @@ def scaled_exp_finalize(
     out = sums.offsets.new_empty(8 if sums.entropy else 6, n_rows)
     scale = row_scale_arguments(projection)
     arguments = surrogate_arguments(terms, out, programs, n_rows) | {
-        "out": out, "sums": sums.values, "offsets": sums.offsets,
+        "out": out, "sums": sums.values, "offsets": sums.offsets, "n_rows": n_rows, "n_tiles": sums.values.shape[1],
         "row_inv_temperature": scale["row_inv_temperature"], "slope": scale["scale"],
-        "n_rows": n_rows, "n_tiles": sums.values.shape[1],
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "ENTROPY": sums.entropy,
     }  # fmt: skip
     logp, lse, offset, log_sum, _, _, *moments = out
@@ -532,9 +495,7 @@ def target_rows_kernel(
 
     One program per place of the sorted targets. The program at the first place of a target adds
     all rows of that target, BLOCK_N at a time and in a fixed order; the other programs return.
-
-    out: [n_columns, dim] fp32, of the targets first ... first + n_columns - 1.
-    hidden: [n_rows, dim]. targets, order, scale: see ``TargetRows``.
+    out: [n_columns, dim] fp32, the slab. hidden: [n_rows, dim]. The others: see ``TargetRows``.
     """
     place = tl.program_id(0)
     target = tl.load(targets + place)
@@ -568,31 +529,21 @@ def add_target_rows(out: Tensor, first: int, rows: TargetRows, *, tile: Tile | N
     arguments = {
         "out": out, "hidden": rows.hidden, "targets": rows.targets, "order": rows.order, "scale": rows.scale.contiguous(),
         "first": first, "n_rows": rows.targets.shape[0], "n_columns": out.shape[0], "dim": out.shape[1],
-        "out_stride_v": out.stride(0), "out_stride_d": out.stride(1),
-        "hidden_stride_n": rows.hidden.stride(0), "hidden_stride_d": rows.hidden.stride(1),
-        "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
+        "out_stride_v": out.stride(0), "out_stride_d": out.stride(1), "hidden_stride_n": rows.hidden.stride(0),
+        "hidden_stride_d": rows.hidden.stride(1), "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
     return Launch(target_rows_kernel, rows.targets.shape[0], arguments, options(tile), out.device)
 
 
 class ScaledExpKernels(NamedTuple):
-    """The first product and its sums; another backend may bring its own with the same outputs.
+    """The first product and its sums; another backend may bring its own with the same outputs."""
 
-    Attributes:
-        sums: (projection, entropy) -> ``ScaledExpSums`` with the column tiles of ``product``.
-        product: see ``scaled_exp_gemm``.
-    """
-
-    sums: Callable[[Projection, bool], ScaledExpSums] = ScaledExpSums.empty
-    product: Callable[..., Callable[[], None]] = scaled_exp_gemm
+    sums: Callable[[Projection, bool], ScaledExpSums] = ScaledExpSums.empty  # (projection, entropy): with the product's tiles
+    product: Callable[..., Callable[[], None]] = scaled_exp_gemm  # called as ``scaled_exp_gemm``
 
 
 class ScaledExpChunk:
-    """See ``dispatch.Chunk``. No logit is stored, so the gradient is that of logp alone.
-
-    Attributes:
-        sums: offsets and partial sums; ``sums.n_rescue`` on the device counts the rescued rows.
-    """
+    """See ``dispatch.Chunk``. No logit is stored, so the gradient is that of logp alone."""
 
     def __init__(
         self, projection: Projection, targets: Tensor, logp_guess: Tensor | None, *,

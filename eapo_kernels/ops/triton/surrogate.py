@@ -1,7 +1,4 @@
-"""The loss terms of a token in a finalize launch: a clipped, sign-weighted surrogate (E9, E10).
-
-``objectives`` has the same equations in torch.
-"""
+"""Loss terms in a finalize launch (E9, E10). ``objectives`` has the same equations in torch."""
 
 from __future__ import annotations
 
@@ -59,9 +56,7 @@ def store_surrogate(
     ratio_low, ratio_high: 1 - clip_low, 1 + clip_high. logp, entropy: values, [BLOCK_N] fp32.
     The others: see ``SurrogateTerms``.
     """
-    counts = mask
-    if valid is not None:
-        counts = mask & tl.load(valid + rows).to(tl.int1)  # [BLOCK_N]
+    counts = mask if valid is None else mask & tl.load(valid + rows).to(tl.int1)  # [BLOCK_N]
     sequence = tl.load(sequence_ids + rows)  # [BLOCK_N]
     advantage = tl.load(advantages + sequence)  # [BLOCK_N]
     positive = tl.load(rewards + sequence) > tl.load(thresholds + sequence)  # [BLOCK_N]

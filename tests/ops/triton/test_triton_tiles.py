@@ -64,7 +64,7 @@ def test_tiles_are_legal() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_rows_are_rescued_with_the_columns_of_the_first_run(name: str, itemsize: int) -> None:
-    """``rescue_tile`` takes block_v from the first product, which must not need more registers than
+    """A rescue takes block_v from the first product, which must not need more registers than
     the line's."""
     first = [e.tile for e in tiles.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_gemm", name, itemsize)]
     (again,) = (e.tile for e in tiles.TABLE if (e.kernel, e.family, e.itemsize) == ("scaled_exp_rescue", name, itemsize))
