@@ -87,8 +87,7 @@ class LogitGradient(NamedTuple):
     """dL/d(hidden @ weight.T + bias) of C rows: ``row_scale[:, None] * matrix``, ``target_grads``.
 
     Attributes:
-        matrix: [C, V] operand dtype.
-        row_scale: [C] statistics dtype.
+        matrix, row_scale: [C, V] operand dtype; [C] statistics dtype.
         target_grads: [C] statistics dtype, the entries at the targets, where the matrix is zero: a
             row's largest entry is then not rounded to the operand dtype. None: the matrix has them.
     """
@@ -97,11 +96,6 @@ class LogitGradient(NamedTuple):
     row_scale: Tensor
     target_grads: Tensor | None = None
 
-    def front(self, places: Tensor) -> LogitGradient:
-        """The rows ``places`` [L], which have been moved to the front of the matrix only."""
-        target_grads = None if self.target_grads is None else self.target_grads[places]
-        return LogitGradient(self.matrix[: len(places)], self.row_scale[places], target_grads)
-
 
 class TargetRows(NamedTuple):
     """Rows ``scale * hidden`` to add to the rows of d_weight that belong to their targets.
@@ -109,8 +103,7 @@ class TargetRows(NamedTuple):
     Attributes:
         targets: [C] int64, sorted; INVALID where ``scale`` is zero.
         order: [C] int64, the row of ``hidden`` and ``scale`` at each place of ``targets``.
-        hidden: [C, D].
-        scale: [C] statistics dtype, by row.
+        hidden, scale: [C, D]; [C] statistics dtype.
     """
 
     targets: Tensor
@@ -120,10 +113,9 @@ class TargetRows(NamedTuple):
 
     @staticmethod
     def sort(targets: Tensor, hidden: Tensor, scale: Tensor) -> TargetRows:
-        """Sort rows by their targets [C] int64 (stable).
+        """Sort rows by their targets [C] int64 (stable); those with scale zero become INVALID.
 
-        Targets of rows with scale zero become INVALID: masked rows have the same target, and one
-        program would add them one after the other.
+        Masked rows all have the same target, and one program would add them one after the other.
         """
         return TargetRows(*torch.where(scale == 0, INVALID, targets).sort(stable=True), hidden, scale)
 
@@ -133,22 +125,18 @@ class SurrogateTerms:
     """A clipped, sign-weighted policy surrogate (E9, E10) for one fused launch.
 
     With i the sequence of token t, w_i = ``positive_weight`` where rewards_i > thresholds_i and
-    ``negative_weight`` elsewhere, rho = exp(clamp(logp - old_logp, -60, 60)) and
-    c(rho) = clamp(rho, 1 - clip_low, 1 + clip_high):
+    ``negative_weight`` elsewhere, and rho = exp(clamp(logp - old_logp, -60, 60)):
 
-        surrogate_t = min(rho * A_i, c(rho) * A_i)
+        surrogate_t = min(rho * A_i, clamp(rho, 1 - clip_low, 1 + clip_high) * A_i)
         surrogate_t = max(surrogate_t, dual_clip * A_i) where A_i < 0, with dual_clip
         loss = - sum_t scale_t * w_i * surrogate_t
 
     Attributes:
-        sequence_ids: [C] int64 in [0, B).
-        old_logp: [C] fp32.
+        sequence_ids, old_logp: [C] int64 in [0, B); [C] fp32.
         scale: [C] fp32, the reduction's weight of a token times its importance weight.
         advantages, rewards, thresholds: [B] fp32; a threshold is the mean reward of a group.
-        positive_weight: 0-dim fp32 tensor on the device.
-        negative_weight: number.
-        clip_low, clip_high: numbers >= 0.
-        dual_clip: number > 1, or None.
+        positive_weight, negative_weight: 0-dim fp32 tensor on the device; number.
+        clip_low, clip_high, dual_clip: numbers >= 0; number > 1, or None.
         valid: [C] bool; the other tokens have coefficient zero and are in no sum. None: all valid.
     """
 
@@ -178,15 +166,12 @@ class Chunk(Protocol):
 
     def statistics(self) -> RowStatistics:
         """Statistics of the chunk's rows."""
-        ...
 
     def surrogate(self, terms: SurrogateTerms) -> Coefficients | None:
         """Statistics and surrogate in one launch; None if the backend has no such kernel."""
-        ...
 
     def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
         """The logit gradient, in the chunk's own workspace. At most one call."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -198,18 +183,16 @@ class Backend:
         supports: (projection) -> the reason why these inputs cannot run here, or None.
         statistics: (projection, targets, entropy=, second_moments=, budget=) -> RowStatistics.
             Reads each logit once and stores at most ``budget`` bytes of logits.
-        logit_gradient: (out, projection, targets, columns, statistics, cotangents). Recomputes a
-            slab of logits and writes dL/d(hidden @ weight.T + bias) (E6) to ``out`` [N, columns] in
-            the operand dtype.
+        logit_gradient: (out, projection, targets, columns, statistics, cotangents). Recomputes a slab
+            of logits; writes dL/d(hidden @ weight.T + bias) (E6) to ``out`` [N, columns] operand dtype.
         slab_bytes: (projection) -> bytes of workspace per logit of such a slab.
         open_chunk: (projection, targets, entropy=, entropy_gradient=, logp_guess=) -> Chunk. The
             first product of a chunk of rows and its sums. entropy_gradient: the entropy will have a
             cotangent. logp_guess: [C] fp32, an estimate of each log-prob (an older policy's), or
             None; a good one may save a pass, and the result is the same for any value.
         chunk_row_bytes: (projection, entropy_gradient) -> bytes of workspace per row of a chunk.
-        add_target_rows: (out, first, rows). Adds ``TargetRows`` to ``out`` [V', D] fp32, the rows
-            of targets ``first`` and above; targets outside are skipped. None: the backend's logit
-            gradients have no ``target_grads``.
+        add_target_rows: (out, first, rows). Adds ``TargetRows`` to ``out`` [V', D] fp32, the rows of
+            targets ``first`` and above; skips others. None: logit gradients have no ``target_grads``.
     """
 
     name: str
@@ -222,13 +205,11 @@ class Backend:
     add_target_rows: Callable[[Tensor, int, TargetRows], None] | None = None
 
 
-_MODULES = MappingProxyType(
-    {
-        "cuda": (".cuda.backend", "triton and the packages of eapo-kernels[cuda]"),
-        "triton": (".triton.backend", "triton (eapo-kernels[triton])"),
-        "torch": (".torch_backend", "torch"),
-    }
-)
+_MODULES = MappingProxyType({
+    "cuda": (".cuda.backend", "triton and the packages of eapo-kernels[cuda]"),
+    "triton": (".triton.backend", "triton (eapo-kernels[triton])"),
+    "torch": (".torch_backend", "torch"),
+})  # fmt: skip
 """name -> (module with a ``BACKEND``, imported at first use; the packages it imports), in the order
 in which "auto" tries them."""
 
@@ -247,15 +228,13 @@ def _load(name: str) -> Backend:
 def resolve(name: str, projection: Projection, schedule: str) -> Backend:
     """The backend for these inputs. "auto": the first proven on the device that supports them.
 
-    Raises:
-        EapoError: the name is unknown.
-        BackendUnavailable: a backend asked for by name cannot run these inputs.
+    Raises EapoError for an unknown name, and BackendUnavailable if a backend asked for by name cannot
+    run these inputs.
     """
     require(name in NAMES, "backend", f"one of {', '.join(NAMES)}", repr(name))
     if name != "auto":
         backend = _load(name)
-        reason = backend.supports(projection)
-        if reason is not None:
+        if (reason := backend.supports(projection)) is not None:
             raise BackendUnavailable(f"backend {name!r}: {reason}")
         return backend
     device = projection.hidden.device.type
