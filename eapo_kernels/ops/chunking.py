@@ -73,16 +73,13 @@ def _even_part(total: int, fit: int, alignment: int) -> int:
 class Plan:
     """The chunks of a schedule.
 
-    Attributes:
-        name: "one_chunk": all rows at once. "chunks": one pass in chunks of rows. "recompute":
-            statistics in the forward, logits recomputed in the backward.
-        rows: of a chunk (one pass), or whose logit gradient the forward saves (autograd: all or 0).
-        products: matrix products of 2NDV operations in forward and backward, for both gradients.
+    name: "one_chunk": all rows at once. "chunks": one pass in chunks of rows. "recompute":
+    statistics in the forward, logits recomputed in the backward.
     """
 
     name: str
-    rows: int
-    products: int
+    rows: int  # of a chunk (one pass), or whose logit gradient the forward saves (autograd: all or 0)
+    products: int  # matrix products of 2NDV operations in forward and backward, for both gradients
 
 
 def one_pass(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto") -> Plan:
@@ -104,7 +101,7 @@ def autograd(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto")
     ``wanted``: see ``Options.plan``. Raises EapoError if "one_chunk" does not fit.
     """
     _require_one_chunk(wanted, n_rows * bytes_per_row, budget)
-    save = 0 < n_rows and n_rows * bytes_per_row <= budget and wanted != "recompute"
+    save = n_rows > 0 and n_rows * bytes_per_row <= budget and wanted != "recompute"
     return Plan("one_chunk", n_rows, 3) if save else Plan("recompute", 0, 4)
 
 

@@ -86,30 +86,22 @@ class LogitCotangents(NamedTuple):
 class LogitGradient(NamedTuple):
     """dL/d(hidden @ weight.T + bias) of C rows: ``row_scale[:, None] * matrix``, ``target_grads``.
 
-    Attributes:
-        matrix, row_scale: [C, V] operand dtype; [C] statistics dtype.
-        target_grads: [C] statistics dtype, the entries at the targets, where the matrix is zero: a
-            row's largest entry is then not rounded to the operand dtype. None: the matrix has them.
+    target_grads: the entries at the targets, where the matrix is zero: a row's largest entry is
+    then not rounded to the operand dtype. None: the matrix has them.
     """
 
-    matrix: Tensor
-    row_scale: Tensor
-    target_grads: Tensor | None = None
+    matrix: Tensor  # [C, V] operand dtype
+    row_scale: Tensor  # [C] statistics dtype
+    target_grads: Tensor | None = None  # [C] statistics dtype
 
 
 class TargetRows(NamedTuple):
-    """Rows ``scale * hidden`` to add to the rows of d_weight that belong to their targets.
+    """Rows ``scale * hidden`` to add to the rows of d_weight that belong to their targets."""
 
-    Attributes:
-        targets: [C] int64, sorted; INVALID where ``scale`` is zero.
-        order: [C] int64, the row of ``hidden`` and ``scale`` at each place of ``targets``.
-        hidden, scale: [C, D]; [C] statistics dtype.
-    """
-
-    targets: Tensor
-    order: Tensor
-    hidden: Tensor
-    scale: Tensor
+    targets: Tensor  # [C] int64, sorted; INVALID where scale is zero
+    order: Tensor  # [C] int64, the row of hidden and scale at each place of targets
+    hidden: Tensor  # [C, D]
+    scale: Tensor  # [C] statistics dtype, by row
 
     @staticmethod
     def sort(targets: Tensor, hidden: Tensor, scale: Tensor) -> TargetRows:
@@ -130,28 +122,20 @@ class SurrogateTerms:
         surrogate_t = min(rho * A_i, clamp(rho, 1 - clip_low, 1 + clip_high) * A_i)
         surrogate_t = max(surrogate_t, dual_clip * A_i) where A_i < 0, with dual_clip
         loss = - sum_t scale_t * w_i * surrogate_t
-
-    Attributes:
-        sequence_ids, old_logp: [C] int64 in [0, B); [C] fp32.
-        scale: [C] fp32, the reduction's weight of a token times its importance weight.
-        advantages, rewards, thresholds: [B] fp32; a threshold is the mean reward of a group.
-        positive_weight, negative_weight: 0-dim fp32 tensor on the device; number.
-        clip_low, clip_high, dual_clip: numbers >= 0; number > 1, or None.
-        valid: [C] bool; the other tokens have coefficient zero and are in no sum. None: all valid.
     """
 
-    sequence_ids: Tensor
-    old_logp: Tensor
-    scale: Tensor
-    advantages: Tensor
-    rewards: Tensor
-    thresholds: Tensor
-    positive_weight: Tensor
+    sequence_ids: Tensor  # [C] int64 in [0, B)
+    old_logp: Tensor  # [C] fp32
+    scale: Tensor  # [C] fp32, the reduction's weight of a token times its importance weight
+    advantages: Tensor  # [B] fp32, A_i
+    rewards: Tensor  # [B] fp32
+    thresholds: Tensor  # [B] fp32, the mean reward of a sequence's group
+    positive_weight: Tensor  # 0-dim fp32, on the device
     negative_weight: float
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    valid: Tensor | None = None
+    clip_low: float  # >= 0
+    clip_high: float  # >= 0
+    dual_clip: float | None  # > 1, or None
+    valid: Tensor | None = None  # [C] bool; other tokens have coefficient zero and are in no sum. None: all valid
 
 
 class Coefficients(NamedTuple):
@@ -183,16 +167,17 @@ class Backend:
         supports: (projection) -> the reason why these inputs cannot run here, or None.
         statistics: (projection, targets, entropy=, second_moments=, budget=) -> RowStatistics.
             Reads each logit once and stores at most ``budget`` bytes of logits.
-        logit_gradient: (out, projection, targets, columns, statistics, cotangents). Recomputes a slab
-            of logits; writes dL/d(hidden @ weight.T + bias) (E6) to ``out`` [N, columns] operand dtype.
+        logit_gradient: (out, projection, targets, columns, statistics, cotangents). Recomputes a
+            slab of logits and writes its ``LogitGradient`` (E6) to ``out`` [N, columns] operand dtype.
         slab_bytes: (projection) -> bytes of workspace per logit of such a slab.
         open_chunk: (projection, targets, entropy=, entropy_gradient=, logp_guess=) -> Chunk. The
             first product of a chunk of rows and its sums. entropy_gradient: the entropy will have a
             cotangent. logp_guess: [C] fp32, an estimate of each log-prob (an older policy's), or
             None; a good one may save a pass, and the result is the same for any value.
         chunk_row_bytes: (projection, entropy_gradient) -> bytes of workspace per row of a chunk.
-        add_target_rows: (out, first, rows). Adds ``TargetRows`` to ``out`` [V', D] fp32, the rows of
-            targets ``first`` and above; skips others. None: logit gradients have no ``target_grads``.
+        add_target_rows: (out, first, rows). Adds ``TargetRows`` to ``out`` [V', D] fp32, the rows
+            of targets ``first`` and above; targets outside are skipped. None: the backend's logit
+            gradients have no ``target_grads``.
     """
 
     name: str
@@ -228,8 +213,8 @@ def _load(name: str) -> Backend:
 def resolve(name: str, projection: Projection, schedule: str) -> Backend:
     """The backend for these inputs. "auto": the first proven on the device that supports them.
 
-    Raises EapoError for an unknown name, and BackendUnavailable if a backend asked for by name cannot
-    run these inputs.
+    Raises EapoError if the name is unknown, and BackendUnavailable if a backend asked for by name
+    cannot run these inputs.
     """
     require(name in NAMES, "backend", f"one of {', '.join(NAMES)}", repr(name))
     if name != "auto":
@@ -239,11 +224,9 @@ def resolve(name: str, projection: Projection, schedule: str) -> Backend:
         return backend
     device = projection.hidden.device.type
     for candidate in _MODULES:
-        if (device, candidate, schedule) in chunking.PROVEN:
-            backend = _load(candidate)
-            if backend.supports(projection) is None:
-                _log_choice(device, schedule, candidate)
-                return backend
+        if (device, candidate, schedule) in chunking.PROVEN and (backend := _load(candidate)).supports(projection) is None:
+            _log_choice(device, schedule, candidate)
+            return backend
     return _load("torch")
 
 

@@ -25,30 +25,21 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class MainGrad(NamedTuple):
-    """The caller's accumulator of d_weight: ``tensor`` [V, D] fp32 (fp64 for fp64 inputs), added to.
+    """The caller's accumulator of the weight's gradient."""
 
-    scale: factor that the caller will multiply the loss by.
-    """
-
-    tensor: Tensor
-    scale: float
+    tensor: Tensor  # [V, D] fp32 (fp64 for fp64 inputs), added to
+    scale: float  # the caller will multiply the loss by it
 
 
 class _Rows(NamedTuple):
-    """The L rows of a chunk of C that are multiplied.
+    """The L rows of a chunk of C that are multiplied."""
 
-    Attributes:
-        matrix, row_scale, target_grads: [C, V], [L] and [L] of ``LogitGradient``.
-        live: [L] places of the rows in the matrix; None: all C rows.
-        targets, hidden: [L] int64; [L, D].
-    """
-
-    matrix: Tensor
-    live: Tensor | None
-    row_scale: Tensor
-    target_grads: Tensor | None
-    targets: Tensor
-    hidden: Tensor
+    matrix: Tensor  # [C, V], of LogitGradient
+    live: Tensor | None  # [L], places of the rows in the matrix; None: all C rows
+    row_scale: Tensor  # [L], of LogitGradient
+    target_grads: Tensor | None  # [L], of LogitGradient
+    targets: Tensor  # [L] int64
+    hidden: Tensor  # [L, D]
 
     def columns(self, here: slice) -> Tensor:
         """[L, columns] of the matrix: a view, or a copy of the live rows."""
@@ -203,11 +194,11 @@ def one_pass(
 
 
 def _move_live_rows(gradient: LogitGradient, cotangents: LogitCotangents) -> tuple[LogitGradient, Tensor | None]:
-    """(the L rows with a cotangent that is not zero, their places [L] in the chunk), or (gradient, None).
+    """(the L rows with nonzero cotangents, their places [L] in the chunk), or (gradient, None).
 
-    The rows move to the front of the matrix, in place. They stay where too few others (clipped
-    tokens, zero advantages) are left out for this to pay, and on CUDA, where the host would wait
-    for the number L in every chunk.
+    The rows move to the front of the matrix, in place. (gradient, None) where too few rows are dead
+    (clipped tokens, zero advantages) for this to pay, and on CUDA, where the host would wait for L
+    in every chunk.
     """
     matrix, row_scale, target_grads = gradient
     live = None if matrix.is_cuda else cotangents.nonzero()

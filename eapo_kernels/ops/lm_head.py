@@ -24,24 +24,16 @@ class Projection:
     """The logits z = inv_temperature * cap(logit_scale * (hidden @ weight.T + bias)) (E1).
 
     cap(u) = softcap * tanh(u / softcap), or u without a soft-cap.
-
-    Attributes:
-        hidden, weight: [N, D] and [V, D] of one dtype, bf16, fp16, fp32 or fp64.
-        bias: [V] or None, dtype of ``hidden``; -inf removes a column.
-        inv_temperature: > 0; 1 where ``row_inv_temperature`` is given.
-        row_inv_temperature: [N] fp32 (fp64 for fp64 inputs) > 0, or None.
-        logit_scale, softcap: > 0; > 0, or None.
-        shard: the position of ``weight`` and ``bias`` in a split head; None: the head is whole.
     """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    inv_temperature: float = 1.0
-    row_inv_temperature: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    shard: VocabShard | None = None
+    hidden: Tensor  # [N, D] bf16, fp16, fp32 or fp64
+    weight: Tensor  # [V, D], dtype of hidden
+    bias: Tensor | None = None  # [V], dtype of hidden; -inf removes a column
+    inv_temperature: float = 1.0  # > 0; 1 where row_inv_temperature is given
+    row_inv_temperature: Tensor | None = None  # [N] fp32 (fp64 for fp64 inputs), > 0
+    logit_scale: float = 1.0  # > 0
+    softcap: float | None = None  # > 0, or None
+    shard: VocabShard | None = None  # position of weight and bias in a split head; None: the head is whole
 
     @property
     def n_rows(self) -> int:
@@ -192,7 +184,7 @@ def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:
 
 
 def resolve_compaction(options: Options, like: Tensor, announced: bool) -> Options:
-    """Resolve ``compact``. announced: a mask, ``drop_zero_weight`` or ``metrics=False`` may exclude rows."""
+    """Resolve ``compact``. announced: a mask, drop_zero_weight or metrics=False may exclude rows."""
     return options if options.compact != "auto" else replace(options, compact=announced or not like.is_cuda)
 
 
