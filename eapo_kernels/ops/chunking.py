@@ -106,8 +106,8 @@ def autograd(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto")
 
 
 def _require_one_chunk(wanted: str, needed: int, budget: int) -> None:
-    fits = wanted != "one_chunk" or needed <= budget
-    require(fits, "Options.memory_budget", f"at least {needed} bytes for plan 'one_chunk'", budget)
+    if wanted == "one_chunk":
+        require(needed <= budget, "Options.memory_budget", f"at least {needed} bytes for plan 'one_chunk'", budget)
 
 
 def weight_slab(vocab: int, dim: int) -> int:

@@ -22,21 +22,14 @@ logger = logging.getLogger("eapo_kernels")
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of rows, each [N] in the statistics dtype (None: not asked for).
-
-    Attributes:
-        logp, entropy, lse, p2, p2_logp, varentropy: as in ``TokenStats``.
-        row_offset: the offset m of E3: the row's largest logit, or another number near lse.
-        log_sum: log sum e^(z - row_offset), so that p = e^(z - row_offset - log_sum).
-        mean_shifted: E_p[z - row_offset] (xbar of E3), or None.
-    """
+    """Statistics of rows as in ``TokenStats``, [N] in the statistics dtype; None: not asked for."""
 
     logp: Tensor
     entropy: Tensor | None
     lse: Tensor
-    row_offset: Tensor
-    log_sum: Tensor
-    mean_shifted: Tensor | None = None
+    row_offset: Tensor  # the offset m of E3: the row's largest logit, or another number near lse
+    log_sum: Tensor  # log sum e^(z - row_offset), so that p = e^(z - row_offset - log_sum)
+    mean_shifted: Tensor | None = None  # E_p[z - row_offset] (xbar of E3)
     p2: Tensor | None = None
     p2_logp: Tensor | None = None
     varentropy: Tensor | None = None
@@ -72,8 +65,8 @@ class LogitCotangents(NamedTuple):
     def split_pow2(self, dtype: torch.dtype) -> tuple[LogitCotangents, Tensor]:
         """(cotangents near 1, row_scale [N] of powers of two): their product is this record.
 
-        dtype: of the logit gradient. Its cotangents are scaled for fp16 only, because a mean over
-        tokens makes them too small for fp16; for other dtypes row_scale is 1.
+        dtype: of the logit gradient. Only fp16 needs a row_scale other than 1: a mean over tokens
+        makes the cotangents too small for it.
         """
         given = [c for c in self if c is not None]
         if dtype != torch.float16:
@@ -163,30 +156,27 @@ class Backend:
     """An implementation of the ops.
 
     Attributes:
-        name: the caller's ``backend=``.
-        supports: (projection) -> the reason why these inputs cannot run here, or None.
         statistics: (projection, targets, entropy=, second_moments=, budget=) -> RowStatistics.
             Reads each logit once and stores at most ``budget`` bytes of logits.
         logit_gradient: (out, projection, targets, columns, statistics, cotangents). Recomputes a
-            slab of logits and writes its ``LogitGradient`` (E6) to ``out`` [N, columns] operand dtype.
-        slab_bytes: (projection) -> bytes of workspace per logit of such a slab.
+            slab of logits and writes dL/d(hidden @ weight.T + bias) (E6) to ``out`` [N, columns] in
+            the operand dtype.
         open_chunk: (projection, targets, entropy=, entropy_gradient=, logp_guess=) -> Chunk. The
             first product of a chunk of rows and its sums. entropy_gradient: the entropy will have a
             cotangent. logp_guess: [C] fp32, an estimate of each log-prob (an older policy's), or
             None; a good one may save a pass, and the result is the same for any value.
-        chunk_row_bytes: (projection, entropy_gradient) -> bytes of workspace per row of a chunk.
         add_target_rows: (out, first, rows). Adds ``TargetRows`` to ``out`` [V', D] fp32, the rows
             of targets ``first`` and above; targets outside are skipped. None: the backend's logit
             gradients have no ``target_grads``.
     """
 
-    name: str
-    supports: Callable[[Projection], str | None]
+    name: str  # the caller's ``backend=``
+    supports: Callable[[Projection], str | None]  # the reason why these inputs cannot run here, or None
     statistics: Callable[..., RowStatistics]
     logit_gradient: Callable[[Tensor, Projection, Tensor, slice, RowStatistics, LogitCotangents], None]
-    slab_bytes: Callable[[Projection], int]
+    slab_bytes: Callable[[Projection], int]  # bytes of workspace per logit of a slab of ``logit_gradient``
     open_chunk: Callable[..., Chunk]
-    chunk_row_bytes: Callable[[Projection, bool], int]
+    chunk_row_bytes: Callable[[Projection, bool], int]  # (projection, entropy_gradient) -> workspace bytes per row of a chunk
     add_target_rows: Callable[[Tensor, int, TargetRows], None] | None = None
 
 

@@ -25,24 +25,18 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) 
         torch.mm(a, b, out=out) if overwrite else torch.addmm(out, a, b, out=out)
     elif a.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out) if overwrite else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        _add_widened_(out, a, b, overwrite)
+    else:  # widen the larger operand in pieces
+        if overwrite:
+            out.zero_()
+        if b.shape[1] >= max(a.shape):
+            wide = a.to(out.dtype)
+            for start in range(0, b.shape[1], _WIDEN_ROWS):
+                piece = slice(start, start + _WIDEN_ROWS)
+                out[:, piece].addmm_(wide, b[:, piece].to(out.dtype))
+        else:
+            for a_part, b_part in zip(a.split(_WIDEN_ROWS, 1), b.split(_WIDEN_ROWS), strict=True):
+                out.addmm_(a_part.to(out.dtype), b_part.to(out.dtype))
     return out
-
-
-def _add_widened_(out: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
-    """``add_product_`` on a CPU for narrower operands: widens the larger operand in pieces."""
-    if overwrite:
-        out.zero_()
-    (m, j), k = a.shape, b.shape[1]
-    if k >= max(m, j):
-        wide = a.to(out.dtype)
-        for start in range(0, k, _WIDEN_ROWS):
-            piece = slice(start, start + _WIDEN_ROWS)
-            out[:, piece].addmm_(wide, b[:, piece].to(out.dtype))
-    else:
-        for a_part, b_part in zip(a.split(_WIDEN_ROWS, 1), b.split(_WIDEN_ROWS), strict=True):
-            out.addmm_(a_part.to(out.dtype), b_part.to(out.dtype))
 
 
 def scale_rows(matrix: Tensor, row_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -20,8 +20,7 @@ from .lm_head import Projection, fill_holes_, scatter_rows
 
 _WORTH_MOVING = 0.02  # share of rows with zero gradient above which moving the others to the front pays
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""d_hidden, d_weight, d_bias; None where not needed."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # d_hidden, d_weight, d_bias; None where not needed
 
 
 class MainGrad(NamedTuple):
@@ -66,8 +65,7 @@ class GradientSum:
         p = projection
         self._projection, self._add_target_rows = p, backend.add_target_rows
         self._dtype, self._stored = p.statistics_dtype, dtype
-        self._returns_weight = main_grad is None
-        self._scale = 1.0 if main_grad is None else main_grad.scale
+        self._returns_weight, self._scale = (True, 1.0) if main_grad is None else (False, main_grad.scale)
         self._is_fp16 = p.operand_dtype == torch.float16
         self._accumulates = main_grad is not None or not one_chunk or dtype == self._dtype
         self.d_hidden = p.hidden.new_zeros(p.hidden.shape, dtype=dtype) if needs[0] else None

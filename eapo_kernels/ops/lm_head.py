@@ -65,9 +65,8 @@ class Projection:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """Dtype of the operands of matrix products: the inputs' on CUDA, else ``statistics_dtype``.
-
-        A CPU product of half-precision operands rounds its result to half precision.
+        """Dtype of the operands of matrix products: the inputs' on CUDA, else ``statistics_dtype``:
+        a CPU product of half-precision operands rounds its result to half precision.
         """
         return self.hidden.dtype if self.hidden.is_cuda else self.statistics_dtype
 
@@ -184,7 +183,7 @@ def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:
 
 
 def resolve_compaction(options: Options, like: Tensor, announced: bool) -> Options:
-    """Resolve ``compact``. announced: a mask, drop_zero_weight or metrics=False may exclude rows."""
+    """Resolve ``compact``. announced: mask, drop_zero_weight or metrics=False may exclude rows."""
     return options if options.compact != "auto" else replace(options, compact=announced or not like.is_cuda)
 
 
