@@ -163,7 +163,7 @@ def one_pass(
         projection: the rows that count, M of them.
         targets: [M] int64, valid tokens of the full vocabulary.
         coefficients: turns a chunk's statistics into cotangents and sums.
-        entropy, entropy_gradient: ``coefficients`` reads entropies; it returns their cotangents.
+        entropy, entropy_gradient: ``coefficients`` reads entropies, returns cotangents of them.
         backend, needs, main_grad: as in ``GradientSum``; without needs only sums are computed.
         options: memory budget and plan.
         logp_guess: [M] fp32, see ``Backend.open_chunk``, or None.
