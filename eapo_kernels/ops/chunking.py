@@ -13,16 +13,11 @@ PROVEN = frozenset({("cpu", "torch", "autograd"), ("cpu", "torch", "one_pass"), 
 """(device type, backend, schedule) that "auto" may choose. An entry requires a committed benchmark
 result from that hardware, except ("cuda", "torch", "autograd"), which is plain PyTorch."""
 
-_CPU_BUDGET = 2**29
-_LEAST_BUDGET, _MOST_BUDGET = 2**28, 2**30
-_SHARE_OF_DEVICE = 32
-
 RECOMPUTE_BUDGET = 96 * 2**20
 """Default budget of plan "recompute": less than 0.25 GiB at N = D = 4096 for any V, including fp32
 d_hidden and a slab of d_weight."""
 
-_ROW_ALIGNMENT = 64
-_COLUMN_ALIGNMENT = 256
+_ROW_ALIGNMENT, _COLUMN_ALIGNMENT = 64, 256
 _MIN_SLAB = 2048
 
 
@@ -31,13 +26,13 @@ def default_budget(device_bytes: int | None) -> int:
 
     On an accelerator a 32nd of its memory, between 256 MiB and 1 GiB: each chunk adds to d_weight
     in fp32, 8VD bytes beside 6CVD operations, so chunks of 1024 rows are too small (docs/plans.md).
-    It is rounded down to a power of two, because the memory of devices of one model differs a
-    little, and the ranks of a split head must cut the same chunks.
+    Rounded down to a power of two: devices of one model differ a little in memory, and the ranks of
+    a split head must cut the same chunks.
     """
     if device_bytes is None:
-        return _CPU_BUDGET
-    share = 1 << max(device_bytes // _SHARE_OF_DEVICE, 1).bit_length() - 1
-    return min(max(share, _LEAST_BUDGET), _MOST_BUDGET)
+        return 2**29
+    share = 1 << max(device_bytes // 32, 1).bit_length() - 1
+    return min(max(share, 2**28), 2**30)
 
 
 def workspace_bytes(options: Options, device: torch.device) -> int:
@@ -50,10 +45,9 @@ def workspace_bytes(options: Options, device: torch.device) -> int:
 
 
 def padded(columns: int) -> int:
-    """Row stride of a block of logits: a multiple of 16 elements.
+    """Row stride of a block of logits: a multiple of 16 elements, not counted in the memory budget.
 
-    Kernels then load vectors, and library products use tensor cores for any V. The padding is not
-    counted in the memory budget.
+    Kernels then load vectors, and library products use tensor cores for any V.
     """
     return -(-columns // 16) * 16
 
@@ -66,26 +60,26 @@ def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:
         return max(n_rows, 1)
     if fit >= _ROW_ALIGNMENT:
         fit -= fit % _ROW_ALIGNMENT
-    chunks = -(-n_rows // fit)
-    even = -(-n_rows // chunks)
-    return min(fit, -(-even // _ROW_ALIGNMENT) * _ROW_ALIGNMENT)
+    return _even_part(n_rows, fit, _ROW_ALIGNMENT)
+
+
+def _even_part(total: int, fit: int, alignment: int) -> int:
+    """Size, at most ``fit``, of the fewest parts of ``total`` that are nearly equal and aligned."""
+    parts = -(-total // fit)
+    return min(fit, -(-total // (parts * alignment)) * alignment)
 
 
 @dataclass(frozen=True)
 class Plan:
     """The chunks of a schedule.
 
-    Attributes:
-        name: "one_chunk": all rows at once. "chunks": one pass in chunks of rows. "recompute":
-            statistics in the forward, logits recomputed in the backward.
-        rows: rows of a chunk (one pass), or rows whose logit gradient the forward saves (autograd:
-            all or 0).
-        products: matrix products of 2NDV operations in forward and backward, for both gradients.
+    name: "one_chunk": all rows at once. "chunks": one pass in chunks of rows. "recompute":
+    statistics in the forward, logits recomputed in the backward.
     """
 
     name: str
-    rows: int
-    products: int
+    rows: int  # of a chunk (one pass), or whose logit gradient the forward saves (autograd: all or 0)
+    products: int  # matrix products of 2NDV operations in forward and backward, for both gradients
 
 
 def one_pass(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto") -> Plan:
@@ -95,9 +89,8 @@ def one_pass(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto")
     """
     require(wanted != "recompute", "Options.plan", "auto, one_chunk or chunks with the one-pass schedule", repr(wanted))
     rows = row_chunk(n_rows, bytes_per_row, budget)
-    if wanted == "one_chunk":
-        _require_all(rows == max(n_rows, 1), n_rows, bytes_per_row, budget)
-    elif wanted == "chunks" and rows >= n_rows > 1:
+    _require_one_chunk(wanted, n_rows * bytes_per_row, budget)
+    if wanted == "chunks" and rows >= n_rows > 1:
         rows = -(-n_rows // 2)
     return Plan("one_chunk" if rows >= n_rows else "chunks", rows, 3)
 
@@ -107,15 +100,14 @@ def autograd(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto")
 
     ``wanted``: see ``Options.plan``. Raises EapoError if "one_chunk" does not fit.
     """
-    fits = n_rows * bytes_per_row <= budget
-    if wanted == "one_chunk":
-        _require_all(fits, n_rows, bytes_per_row, budget)
-    save = fits and wanted != "recompute" and n_rows > 0
+    _require_one_chunk(wanted, n_rows * bytes_per_row, budget)
+    save = n_rows > 0 and n_rows * bytes_per_row <= budget and wanted != "recompute"
     return Plan("one_chunk", n_rows, 3) if save else Plan("recompute", 0, 4)
 
 
-def _require_all(fits: bool, n_rows: int, bytes_per_row: int, budget: int) -> None:
-    require(fits, "Options.memory_budget", f"at least {n_rows * bytes_per_row} bytes for plan 'one_chunk'", budget)
+def _require_one_chunk(wanted: str, needed: int, budget: int) -> None:
+    if wanted == "one_chunk":
+        require(needed <= budget, "Options.memory_budget", f"at least {needed} bytes for plan 'one_chunk'", budget)
 
 
 def weight_slab(vocab: int, dim: int) -> int:
@@ -131,6 +123,4 @@ def slab(n_rows: int, vocab: int, bytes_per_logit: int, budget: int) -> tuple[in
     if columns >= vocab:
         return rows, vocab
     columns = max(columns - columns % _COLUMN_ALIGNMENT, width)
-    slabs = -(-vocab // columns)
-    even = -(-vocab // slabs)
-    return rows, min(columns, -(-even // _COLUMN_ALIGNMENT) * _COLUMN_ALIGNMENT)
+    return rows, _even_part(vocab, columns, _COLUMN_ALIGNMENT)

@@ -22,21 +22,14 @@ logger = logging.getLogger("eapo_kernels")
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of rows, each [N] in the statistics dtype (None: not asked for).
-
-    Attributes:
-        logp, entropy, lse, p2, p2_logp, varentropy: as in ``TokenStats``.
-        row_offset: the offset m of E3: the row's largest logit, or another number near lse.
-        log_sum: log sum e^(z - row_offset), so that p = e^(z - row_offset - log_sum).
-        mean_shifted: E_p[z - row_offset] (xbar of E3), or None.
-    """
+    """Statistics of rows as in ``TokenStats``, [N] in the statistics dtype; None: not asked for."""
 
     logp: Tensor
     entropy: Tensor | None
     lse: Tensor
-    row_offset: Tensor
-    log_sum: Tensor
-    mean_shifted: Tensor | None = None
+    row_offset: Tensor  # the offset m of E3: the row's largest logit, or another number near lse
+    log_sum: Tensor  # log sum e^(z - row_offset), so that p = e^(z - row_offset - log_sum)
+    mean_shifted: Tensor | None = None  # E_p[z - row_offset] (xbar of E3)
     p2: Tensor | None = None
     p2_logp: Tensor | None = None
     varentropy: Tensor | None = None
@@ -72,8 +65,8 @@ class LogitCotangents(NamedTuple):
     def split_pow2(self, dtype: torch.dtype) -> tuple[LogitCotangents, Tensor]:
         """(cotangents near 1, row_scale [N] of powers of two): their product is this record.
 
-        dtype: of the logit gradient. Its cotangents are scaled for fp16 only, because a mean over
-        tokens makes them too small for fp16; for other dtypes row_scale is 1.
+        dtype: of the logit gradient. Only fp16 needs a row_scale other than 1: a mean over tokens
+        makes the cotangents too small for it.
         """
         given = [c for c in self if c is not None]
         if dtype != torch.float16:
@@ -86,44 +79,28 @@ class LogitCotangents(NamedTuple):
 class LogitGradient(NamedTuple):
     """dL/d(hidden @ weight.T + bias) of C rows: ``row_scale[:, None] * matrix``, ``target_grads``.
 
-    Attributes:
-        matrix: [C, V] operand dtype.
-        row_scale: [C] statistics dtype.
-        target_grads: [C] statistics dtype, the entries at the targets, where the matrix is zero: a
-            row's largest entry is then not rounded to the operand dtype. None: the matrix has them.
+    target_grads: the entries at the targets, where the matrix is zero: a row's largest entry is
+    then not rounded to the operand dtype. None: the matrix has them.
     """
 
-    matrix: Tensor
-    row_scale: Tensor
-    target_grads: Tensor | None = None
-
-    def front(self, places: Tensor) -> LogitGradient:
-        """The rows ``places`` [L], which have been moved to the front of the matrix only."""
-        target_grads = None if self.target_grads is None else self.target_grads[places]
-        return LogitGradient(self.matrix[: len(places)], self.row_scale[places], target_grads)
+    matrix: Tensor  # [C, V] operand dtype
+    row_scale: Tensor  # [C] statistics dtype
+    target_grads: Tensor | None = None  # [C] statistics dtype
 
 
 class TargetRows(NamedTuple):
-    """Rows ``scale * hidden`` to add to the rows of d_weight that belong to their targets.
+    """Rows ``scale * hidden`` to add to the rows of d_weight that belong to their targets."""
 
-    Attributes:
-        targets: [C] int64, sorted; INVALID where ``scale`` is zero.
-        order: [C] int64, the row of ``hidden`` and ``scale`` at each place of ``targets``.
-        hidden: [C, D].
-        scale: [C] statistics dtype, by row.
-    """
-
-    targets: Tensor
-    order: Tensor
-    hidden: Tensor
-    scale: Tensor
+    targets: Tensor  # [C] int64, sorted; INVALID where scale is zero
+    order: Tensor  # [C] int64, the row of hidden and scale at each place of targets
+    hidden: Tensor  # [C, D]
+    scale: Tensor  # [C] statistics dtype, by row
 
     @staticmethod
     def sort(targets: Tensor, hidden: Tensor, scale: Tensor) -> TargetRows:
-        """Sort rows by their targets [C] int64 (stable).
+        """Sort rows by their targets [C] int64 (stable); those with scale zero become INVALID.
 
-        Targets of rows with scale zero become INVALID: masked rows have the same target, and one
-        program would add them one after the other.
+        Masked rows all have the same target, and one program would add them one after the other.
         """
         return TargetRows(*torch.where(scale == 0, INVALID, targets).sort(stable=True), hidden, scale)
 
@@ -133,37 +110,25 @@ class SurrogateTerms:
     """A clipped, sign-weighted policy surrogate (E9, E10) for one fused launch.
 
     With i the sequence of token t, w_i = ``positive_weight`` where rewards_i > thresholds_i and
-    ``negative_weight`` elsewhere, rho = exp(clamp(logp - old_logp, -60, 60)) and
-    c(rho) = clamp(rho, 1 - clip_low, 1 + clip_high):
+    ``negative_weight`` elsewhere, and rho = exp(clamp(logp - old_logp, -60, 60)):
 
-        surrogate_t = min(rho * A_i, c(rho) * A_i)
+        surrogate_t = min(rho * A_i, clamp(rho, 1 - clip_low, 1 + clip_high) * A_i)
         surrogate_t = max(surrogate_t, dual_clip * A_i) where A_i < 0, with dual_clip
         loss = - sum_t scale_t * w_i * surrogate_t
-
-    Attributes:
-        sequence_ids: [C] int64 in [0, B).
-        old_logp: [C] fp32.
-        scale: [C] fp32, the reduction's weight of a token times its importance weight.
-        advantages, rewards, thresholds: [B] fp32; a threshold is the mean reward of a group.
-        positive_weight: 0-dim fp32 tensor on the device.
-        negative_weight: number.
-        clip_low, clip_high: numbers >= 0.
-        dual_clip: number > 1, or None.
-        valid: [C] bool; the other tokens have coefficient zero and are in no sum. None: all valid.
     """
 
-    sequence_ids: Tensor
-    old_logp: Tensor
-    scale: Tensor
-    advantages: Tensor
-    rewards: Tensor
-    thresholds: Tensor
-    positive_weight: Tensor
+    sequence_ids: Tensor  # [C] int64 in [0, B)
+    old_logp: Tensor  # [C] fp32
+    scale: Tensor  # [C] fp32, the reduction's weight of a token times its importance weight
+    advantages: Tensor  # [B] fp32, A_i
+    rewards: Tensor  # [B] fp32
+    thresholds: Tensor  # [B] fp32, the mean reward of a sequence's group
+    positive_weight: Tensor  # 0-dim fp32, on the device
     negative_weight: float
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    valid: Tensor | None = None
+    clip_low: float  # >= 0
+    clip_high: float  # >= 0
+    dual_clip: float | None  # > 1, or None
+    valid: Tensor | None = None  # [C] bool; other tokens have coefficient zero and are in no sum. None: all valid
 
 
 class Coefficients(NamedTuple):
@@ -178,15 +143,12 @@ class Chunk(Protocol):
 
     def statistics(self) -> RowStatistics:
         """Statistics of the chunk's rows."""
-        ...
 
     def surrogate(self, terms: SurrogateTerms) -> Coefficients | None:
         """Statistics and surrogate in one launch; None if the backend has no such kernel."""
-        ...
 
     def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
         """The logit gradient, in the chunk's own workspace. At most one call."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -194,41 +156,35 @@ class Backend:
     """An implementation of the ops.
 
     Attributes:
-        name: the caller's ``backend=``.
-        supports: (projection) -> the reason why these inputs cannot run here, or None.
         statistics: (projection, targets, entropy=, second_moments=, budget=) -> RowStatistics.
             Reads each logit once and stores at most ``budget`` bytes of logits.
         logit_gradient: (out, projection, targets, columns, statistics, cotangents). Recomputes a
             slab of logits and writes dL/d(hidden @ weight.T + bias) (E6) to ``out`` [N, columns] in
             the operand dtype.
-        slab_bytes: (projection) -> bytes of workspace per logit of such a slab.
         open_chunk: (projection, targets, entropy=, entropy_gradient=, logp_guess=) -> Chunk. The
             first product of a chunk of rows and its sums. entropy_gradient: the entropy will have a
             cotangent. logp_guess: [C] fp32, an estimate of each log-prob (an older policy's), or
             None; a good one may save a pass, and the result is the same for any value.
-        chunk_row_bytes: (projection, entropy_gradient) -> bytes of workspace per row of a chunk.
         add_target_rows: (out, first, rows). Adds ``TargetRows`` to ``out`` [V', D] fp32, the rows
             of targets ``first`` and above; targets outside are skipped. None: the backend's logit
             gradients have no ``target_grads``.
     """
 
-    name: str
-    supports: Callable[[Projection], str | None]
+    name: str  # the caller's ``backend=``
+    supports: Callable[[Projection], str | None]  # the reason why these inputs cannot run here, or None
     statistics: Callable[..., RowStatistics]
     logit_gradient: Callable[[Tensor, Projection, Tensor, slice, RowStatistics, LogitCotangents], None]
-    slab_bytes: Callable[[Projection], int]
+    slab_bytes: Callable[[Projection], int]  # bytes of workspace per logit of a slab of ``logit_gradient``
     open_chunk: Callable[..., Chunk]
-    chunk_row_bytes: Callable[[Projection, bool], int]
+    chunk_row_bytes: Callable[[Projection, bool], int]  # (projection, entropy_gradient) -> workspace bytes per row of a chunk
     add_target_rows: Callable[[Tensor, int, TargetRows], None] | None = None
 
 
-_MODULES = MappingProxyType(
-    {
-        "cuda": (".cuda.backend", "triton and the packages of eapo-kernels[cuda]"),
-        "triton": (".triton.backend", "triton (eapo-kernels[triton])"),
-        "torch": (".torch_backend", "torch"),
-    }
-)
+_MODULES = MappingProxyType({
+    "cuda": (".cuda.backend", "triton and the packages of eapo-kernels[cuda]"),
+    "triton": (".triton.backend", "triton (eapo-kernels[triton])"),
+    "torch": (".torch_backend", "torch"),
+})  # fmt: skip
 """name -> (module with a ``BACKEND``, imported at first use; the packages it imports), in the order
 in which "auto" tries them."""
 
@@ -247,24 +203,20 @@ def _load(name: str) -> Backend:
 def resolve(name: str, projection: Projection, schedule: str) -> Backend:
     """The backend for these inputs. "auto": the first proven on the device that supports them.
 
-    Raises:
-        EapoError: the name is unknown.
-        BackendUnavailable: a backend asked for by name cannot run these inputs.
+    Raises EapoError if the name is unknown, and BackendUnavailable if a backend asked for by name
+    cannot run these inputs.
     """
     require(name in NAMES, "backend", f"one of {', '.join(NAMES)}", repr(name))
     if name != "auto":
         backend = _load(name)
-        reason = backend.supports(projection)
-        if reason is not None:
+        if (reason := backend.supports(projection)) is not None:
             raise BackendUnavailable(f"backend {name!r}: {reason}")
         return backend
     device = projection.hidden.device.type
     for candidate in _MODULES:
-        if (device, candidate, schedule) in chunking.PROVEN:
-            backend = _load(candidate)
-            if backend.supports(projection) is None:
-                _log_choice(device, schedule, candidate)
-                return backend
+        if (device, candidate, schedule) in chunking.PROVEN and (backend := _load(candidate)).supports(projection) is None:
+            _log_choice(device, schedule, candidate)
+            return backend
     return _load("torch")
 
 

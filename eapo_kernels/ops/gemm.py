@@ -12,11 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-_WIDEN_ROWS = 8192
-"""Rows of a weight matrix (columns of logits) that are widened at once."""
-
-_GATHERED_ROWS = 1024
-"""Rows that are gathered and widened at once: 16 MiB at D = 4096."""
+_WIDEN_ROWS = 8192  # rows of a weight matrix (columns of logits) that are widened at once
+_GATHERED_ROWS = 1024  # rows that are gathered and widened at once: 16 MiB at D = 4096
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -28,35 +25,27 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) 
         torch.mm(a, b, out=out) if overwrite else torch.addmm(out, a, b, out=out)
     elif a.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out) if overwrite else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        _add_widened_(out, a, b, overwrite)
+    else:  # widen the larger operand in pieces
+        if overwrite:
+            out.zero_()
+        if b.shape[1] >= max(a.shape):
+            wide = a.to(out.dtype)
+            for start in range(0, b.shape[1], _WIDEN_ROWS):
+                piece = slice(start, start + _WIDEN_ROWS)
+                out[:, piece].addmm_(wide, b[:, piece].to(out.dtype))
+        else:
+            for a_part, b_part in zip(a.split(_WIDEN_ROWS, 1), b.split(_WIDEN_ROWS), strict=True):
+                out.addmm_(a_part.to(out.dtype), b_part.to(out.dtype))
     return out
-
-
-def _add_widened_(out: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
-    """``add_product_`` on a CPU for narrower operands: widens the larger operand in pieces."""
-    if overwrite:
-        out.zero_()
-    (m, j), k = a.shape, b.shape[1]
-    if k >= max(m, j):
-        wide = a.to(out.dtype)
-        for start in range(0, k, _WIDEN_ROWS):
-            piece = slice(start, start + _WIDEN_ROWS)
-            out[:, piece].addmm_(wide, b[:, piece].to(out.dtype))
-    else:
-        for start in range(0, j, _WIDEN_ROWS):
-            piece = slice(start, start + _WIDEN_ROWS)
-            out.addmm_(a[:, piece].to(out.dtype), b[piece].to(out.dtype))
 
 
 def scale_rows(matrix: Tensor, row_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(row_scale[:, None] * matrix / pow2_scale in ``dtype``, pow2_scale: 0-dim, or None for 1).
 
-    Only fp16 needs a pow2_scale: the coefficients of a mean or of a scaled loss are outside its
-    range, and the row scales of a chunk may differ by a factor of 2^25 (docs/math.md, "In fp16").
-    The largest number becomes 2^14 or more, which uses most of the range.
-
-    matrix: [N, D] dtype or wider; row_scale: [N] fp32/fp64.
+    matrix: [N, D] dtype or wider; row_scale: [N] fp32/fp64. Only fp16 needs a pow2_scale: the
+    coefficients of a mean or of a scaled loss are outside its range, and the row scales of a chunk
+    may differ by a factor of 2^25 (docs/math.md, "In fp16"). The largest number becomes 2^14 or
+    more, which uses most of the range.
     """
     if dtype != torch.float16 or len(matrix) == 0:
         return (matrix * row_scale.unsqueeze(1)).to(dtype), None
@@ -72,8 +61,7 @@ def add_gathered_rows_(out: Tensor, matrix: Tensor, index: Tensor, scale: Tensor
     """
     for start in range(0, len(out), _GATHERED_ROWS):
         rows = slice(start, start + _GATHERED_ROWS)
-        gathered = matrix[index[rows].clamp(0, len(matrix) - 1)].to(out.dtype)
-        out[rows].addcmul_(gathered, scale[rows].unsqueeze(1))
+        out[rows].addcmul_(matrix[index[rows].clamp(0, len(matrix) - 1)].to(out.dtype), scale[rows].unsqueeze(1))
     return out
 
 

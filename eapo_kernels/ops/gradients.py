@@ -15,45 +15,30 @@ from torch import Tensor
 
 from ..types import SUMS, Options
 from . import chunking, gemm
-from .dispatch import Backend, Chunk, Coefficients, LogitGradient, TargetRows
+from .dispatch import Backend, Chunk, Coefficients, LogitCotangents, LogitGradient, TargetRows
 from .lm_head import Projection, fill_holes_, scatter_rows
 
-_WORTH_MOVING = 0.02
-"""Share of rows with zero gradient above which moving the other rows to the front pays."""
+_WORTH_MOVING = 0.02  # share of rows with zero gradient above which moving the others to the front pays
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""d_hidden, d_weight, d_bias; None where not needed."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # d_hidden, d_weight, d_bias; None where not needed
 
 
 class MainGrad(NamedTuple):
-    """The caller's accumulator of the weight's gradient.
+    """The caller's accumulator of the weight's gradient."""
 
-    Attributes:
-        tensor: [V, D] fp32 (fp64 for fp64 inputs), added to.
-        scale: factor that the caller will multiply the loss by.
-    """
-
-    tensor: Tensor
-    scale: float
+    tensor: Tensor  # [V, D] fp32 (fp64 for fp64 inputs), added to
+    scale: float  # the caller will multiply the loss by it
 
 
 class _Rows(NamedTuple):
-    """The L rows of a chunk of C that are multiplied.
+    """The L rows of a chunk of C that are multiplied."""
 
-    Attributes:
-        matrix: [C, V], of ``LogitGradient``.
-        live: [L] their places in the matrix; None: all C rows.
-        row_scale, target_grads: [L], of ``LogitGradient``.
-        targets: [L] int64.
-        hidden: [L, D].
-    """
-
-    matrix: Tensor
-    live: Tensor | None
-    row_scale: Tensor
-    target_grads: Tensor | None
-    targets: Tensor
-    hidden: Tensor
+    matrix: Tensor  # [C, V], of LogitGradient
+    live: Tensor | None  # [L], places of the rows in the matrix; None: all C rows
+    row_scale: Tensor  # [L], of LogitGradient
+    target_grads: Tensor | None  # [L], of LogitGradient
+    targets: Tensor  # [L] int64
+    hidden: Tensor  # [L, D]
 
     def columns(self, here: slice) -> Tensor:
         """[L, columns] of the matrix: a view, or a copy of the live rows."""
@@ -64,33 +49,23 @@ class GradientSum:
     """d_hidden, d_weight and d_bias, summed over chunks of rows.
 
     d_weight of several chunks is summed in fp32 and rounded once. d_weight of one chunk is computed
-    in slabs of the vocabulary, each rounded into place, so that there is no fp32 copy. A
-    ``main_grad`` accumulates in fp32.
+    in slabs of the vocabulary, each rounded into place, so that there is no fp32 copy.
 
     Args:
-        projection: all rows.
-        backend: computes the chunks.
-        needs: gradients wanted for hidden, weight, bias.
-        dtype: of the results.
+        projection, backend: all rows; the backend that computes the chunks.
+        needs, dtype: gradients wanted for hidden, weight, bias; dtype of the results.
         one_chunk: ``add`` is called once.
-        main_grad: receives d_weight instead of the result, or None.
+        main_grad: receives d_weight, summed in fp32, instead of the result; or None.
     """
 
     def __init__(
-        self,
-        projection: Projection,
-        backend: Backend,
-        needs: tuple[bool, bool, bool],
-        *,
-        dtype: torch.dtype,
-        one_chunk: bool,
-        main_grad: MainGrad | None = None,
-    ) -> None:
+        self, projection: Projection, backend: Backend, needs: tuple[bool, bool, bool], *,
+        dtype: torch.dtype, one_chunk: bool, main_grad: MainGrad | None = None,
+    ) -> None:  # fmt: skip
         p = projection
         self._projection, self._add_target_rows = p, backend.add_target_rows
         self._dtype, self._stored = p.statistics_dtype, dtype
-        self._returns_weight = main_grad is None
-        self._scale = 1.0 if main_grad is None else main_grad.scale
+        self._returns_weight, self._scale = (True, 1.0) if main_grad is None else (False, main_grad.scale)
         self._is_fp16 = p.operand_dtype == torch.float16
         self._accumulates = main_grad is not None or not one_chunk or dtype == self._dtype
         self.d_hidden = p.hidden.new_zeros(p.hidden.shape, dtype=dtype) if needs[0] else None
@@ -100,14 +75,10 @@ class GradientSum:
         self._d_bias = p.weight.new_zeros(p.vocab, dtype=self._dtype) if needs[2] else None
 
     def add(self, gradient: LogitGradient, rows: slice | Tensor, targets: Tensor, live: Tensor | None = None) -> None:
-        """Add the gradients of a chunk.
+        """Add the gradients of C rows: ``rows`` of the projection, with ``targets`` [C] int64.
 
-        Args:
-            gradient: of C rows.
-            rows: their places in the projection.
-            targets: [C] int64.
-            live: [L] places in the chunk of the rows with a gradient that is not zero; only these
-                are multiplied. None: all rows.
+        live: [L] places in the chunk of the rows with a gradient that is not zero; only these are
+        multiplied. None: all rows.
         """
         hidden, (matrix, row_scale, target_grads) = self._projection.hidden[rows], gradient
         if live is not None:
@@ -129,14 +100,13 @@ class GradientSum:
 
     def result(self) -> Gradients:
         """The gradients in ``dtype``; d_weight is None also where ``main_grad`` received it."""
-        own = (self._d_weight if self._returns_weight else None, self._d_bias)
-        d_weight, d_bias = (None if g is None else g.to(self._stored) for g in own)
-        return self.d_hidden, d_weight, d_bias
+        d_weight = self._d_weight.to(self._stored) if self._d_weight is not None and self._returns_weight else None
+        return self.d_hidden, d_weight, None if self._d_bias is None else self._d_bias.to(self._stored)
 
     def _slabs(self, whole: bool) -> list[slice]:
         """All columns at once, or slabs of them."""
-        vocab, dim = self._projection.weight.shape
-        step = vocab if whole else chunking.weight_slab(vocab, dim)
+        vocab = self._projection.vocab
+        step = vocab if whole else chunking.weight_slab(vocab, self._projection.dim)
         return [slice(start, min(start + step, vocab)) for start in range(0, vocab, step)]
 
     def _hidden_product(self, part: _Rows) -> Tensor:
@@ -167,10 +137,8 @@ class GradientSum:
                 out.mul_(pow2_scale * self._scale)
             if target_rows is not None:
                 self._add_targets(out, here.start, target_rows)
-            if not in_place and self._accumulates:
-                d_weight[here] += out
-            elif not in_place:
-                d_weight[here] = out
+            if not in_place:
+                d_weight[here].add_(out) if self._accumulates else d_weight[here].copy_(out)
 
     def _add_targets(self, out: Tensor, first: int, rows: TargetRows) -> None:
         assert self._add_target_rows is not None
@@ -182,18 +150,10 @@ CoefficientFunction = Callable[[Chunk, slice], Coefficients]
 
 
 def one_pass(
-    projection: Projection,
-    targets: Tensor,
-    coefficients: CoefficientFunction,
-    backend: Backend,
-    *,
-    entropy: bool,
-    entropy_gradient: bool,
-    needs: tuple[bool, bool, bool],
-    options: Options,
-    logp_guess: Tensor | None = None,
-    main_grad: MainGrad | None = None,
-) -> tuple[Tensor, Gradients]:
+    projection: Projection, targets: Tensor, coefficients: CoefficientFunction, backend: Backend, *,
+    entropy: bool, entropy_gradient: bool, needs: tuple[bool, bool, bool], options: Options,
+    logp_guess: Tensor | None = None, main_grad: MainGrad | None = None,
+) -> tuple[Tensor, Gradients]:  # fmt: skip
     """Run all chunks: (sums [len(SUMS)], gradients of the sum ``loss``).
 
     The gradients have the inputs' dtypes, but fp32 for fp16 inputs: the loss has not been scaled up
@@ -203,20 +163,16 @@ def one_pass(
         projection: the rows that count, M of them.
         targets: [M] int64, valid tokens of the full vocabulary.
         coefficients: turns a chunk's statistics into cotangents and sums.
-        entropy: the coefficient function reads entropies.
-        entropy_gradient: the coefficient function returns a cotangent of the entropy.
-        needs: gradients wanted for hidden, weight, bias; without any only the sums are computed.
+        entropy, entropy_gradient: ``coefficients`` reads entropies, returns cotangents of them.
+        backend, needs, main_grad: as in ``GradientSum``; without needs only sums are computed.
         options: memory budget and plan.
         logp_guess: [M] fp32, see ``Backend.open_chunk``, or None.
-        backend, main_grad: as in ``GradientSum``.
     """
-    hidden, n_rows = projection.hidden, projection.n_rows
-    targets = projection.local_targets(targets)
+    hidden, n_rows, targets = projection.hidden, projection.n_rows, projection.local_targets(targets)
     budget = chunking.workspace_bytes(options, hidden.device)
     plan = chunking.one_pass(n_rows, backend.chunk_row_bytes(projection, entropy_gradient), budget, options.plan)
-    stored = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    one_chunk = plan.name == "one_chunk"
-    total = GradientSum(projection, backend, needs, dtype=stored, one_chunk=one_chunk, main_grad=main_grad)
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    total = GradientSum(projection, backend, needs, dtype=dtype, one_chunk=plan.name == "one_chunk", main_grad=main_grad)
     sums = hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype)
     for start in range(0, n_rows, plan.rows):
         rows = slice(start, min(start + plan.rows, n_rows))
@@ -227,22 +183,25 @@ def one_pass(
         cotangents, chunk_sums = coefficients(chunk, rows)
         sums += chunk_sums
         if any(needs):
-            gradient = chunk.gradient(cotangents)
-            live = None if hidden.is_cuda else _move_live_rows(gradient.matrix, cotangents.nonzero())
-            if live is None:
-                total.add(gradient, rows, targets[rows])
-            else:
-                total.add(gradient.front(live), start + live, targets[start + live])
+            gradient, live = _move_live_rows(chunk.gradient(cotangents), cotangents)
+            places = rows if live is None else start + live
+            total.add(gradient, places, targets[places])
             del gradient
         del chunk  # before the next one is allocated
     return sums, total.result()
 
 
-def _move_live_rows(matrix: Tensor, live: Tensor) -> Tensor | None:
-    """Move the ``live`` [C] rows of ``matrix`` [C, V] to its front and return their old places [L].
+def _move_live_rows(gradient: LogitGradient, cotangents: LogitCotangents) -> tuple[LogitGradient, Tensor | None]:
+    """(the L rows with nonzero cotangents, their places [L] in the chunk), or (gradient, None).
 
-    None where too few rows are dead (clipped tokens, zero advantages) for this to pay. Only for the
-    CPU: on CUDA the host would wait for the number of live rows in every chunk.
+    The rows move to the front of the matrix, in place. (gradient, None) where too few rows are dead
+    (clipped tokens, zero advantages) for this to pay, and on CUDA, where the host would wait for L
+    in every chunk.
     """
-    dead = len(live) - int(live.sum())
-    return fill_holes_(matrix, live) if dead > len(live) * _WORTH_MOVING else None
+    matrix, row_scale, target_grads = gradient
+    live = None if matrix.is_cuda else cotangents.nonzero()
+    if live is None or len(live) - int(live.sum()) <= len(live) * _WORTH_MOVING:
+        return gradient, None
+    places = fill_holes_(matrix, live)
+    target_grads = None if target_grads is None else target_grads[places]
+    return LogitGradient(matrix[: len(places)], row_scale[places], target_grads), places

@@ -1,6 +1,5 @@
-"""The language-model head as an operand: logits that are never stored whole (docs/math.md E1).
-
-In this file: the projection, the checks of its arguments, and the selection of valid rows.
+"""The language-model head as logits that are never stored whole (docs/math.md E1): the projection,
+the checks of its arguments, and the selection of valid rows.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from ..errors import FLOATS, EapoError, ShapeError, describe, is_number, require
 from ..types import IGNORE_INDEX, Options
 from .vocab_shard import INVALID, VocabShard
 
-_MOVED_AT_ONCE = 16
-"""Rows that ``fill_holes_`` moves at once."""
+_MOVED_AT_ONCE = 16  # rows that ``fill_holes_`` moves at once
 
 
 @dataclass(frozen=True)
@@ -26,26 +24,16 @@ class Projection:
     """The logits z = inv_temperature * cap(logit_scale * (hidden @ weight.T + bias)) (E1).
 
     cap(u) = softcap * tanh(u / softcap), or u without a soft-cap.
-
-    Attributes:
-        hidden: [N, D] bf16, fp16, fp32 or fp64.
-        weight: [V, D], dtype of ``hidden``.
-        bias: [V] or None, dtype of ``hidden``; -inf removes a column.
-        inv_temperature: > 0; 1 where ``row_inv_temperature`` is given.
-        row_inv_temperature: [N] fp32 (fp64 for fp64 inputs) > 0, or None.
-        logit_scale: > 0.
-        softcap: > 0, or None.
-        shard: the position of ``weight`` and ``bias`` in a split head; None: the head is whole.
     """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    inv_temperature: float = 1.0
-    row_inv_temperature: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    shard: VocabShard | None = None
+    hidden: Tensor  # [N, D] bf16, fp16, fp32 or fp64
+    weight: Tensor  # [V, D], dtype of hidden
+    bias: Tensor | None = None  # [V], dtype of hidden; -inf removes a column
+    inv_temperature: float = 1.0  # > 0; 1 where row_inv_temperature is given
+    row_inv_temperature: Tensor | None = None  # [N] fp32 (fp64 for fp64 inputs), > 0
+    logit_scale: float = 1.0  # > 0
+    softcap: float | None = None  # > 0, or None
+    shard: VocabShard | None = None  # position of weight and bias in a split head; None: the head is whole
 
     @property
     def n_rows(self) -> int:
@@ -77,9 +65,8 @@ class Projection:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """Dtype of the operands of matrix products: the inputs' on CUDA, else ``statistics_dtype``.
-
-        A CPU product of half-precision operands rounds its result to half precision.
+        """Dtype of the operands of matrix products: the inputs' on CUDA, else ``statistics_dtype``:
+        a CPU product of half-precision operands rounds its result to half precision.
         """
         return self.hidden.dtype if self.hidden.is_cuda else self.statistics_dtype
 
@@ -90,8 +77,8 @@ class Projection:
 
     def rows(self, index: slice | Tensor) -> Projection:
         """The same projection for some of the rows."""
-        temperature = None if self.row_inv_temperature is None else self.row_inv_temperature[index]
-        return replace(self, hidden=self.hidden[index], row_inv_temperature=temperature)
+        rows = self.row_inv_temperature
+        return replace(self, hidden=self.hidden[index], row_inv_temperature=None if rows is None else rows[index])
 
     def local_targets(self, targets: Tensor) -> Tensor:
         """Targets [N] as columns of ``weight``; others are ``ELSEWHERE`` or ``INVALID``."""
@@ -104,9 +91,8 @@ class Projection:
 
         Their cotangents are 0, and the product of 0 and a NaN would be NaN.
         """
-        rows = self.row_inv_temperature
-        temperature = None if rows is None else torch.where(valid, rows, 1)
-        return replace(self, hidden=torch.where(valid.unsqueeze(1), self.hidden, 0), row_inv_temperature=temperature)
+        hidden, rows = torch.where(valid.unsqueeze(1), self.hidden, 0), self.row_inv_temperature
+        return replace(self, hidden=hidden, row_inv_temperature=None if rows is None else torch.where(valid, rows, 1))
 
     def row_scale(self) -> float | Tensor:
         """dz / d(hidden @ weight.T + bias) without the slope of the soft-cap: a number, or [N]."""
@@ -135,29 +121,20 @@ class Projection:
         return tanh.mul_(tanh).neg_().add_(1.0).clamp_(min=0.0)
 
 
-def _autocast(tensor: Any, dtype: torch.dtype) -> Any:
+def _autocast(x: Any, dtype: torch.dtype) -> Any:
     """The cast that autocast applies to an argument of ``F.linear``: every float dtype but fp64."""
-    castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if castable else tensor
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def build_projection(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inv_temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float | None,
-    rows_shape: torch.Size,
-    shard: VocabShard | None = None,
-) -> Projection:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, inv_temperature: float | Tensor, softcap: float | None,
+    logit_scale: float | None, rows_shape: torch.Size, shard: VocabShard | None = None,
+) -> Projection:  # fmt: skip
     """Check the arguments that define the logits and flatten them: hidden [..., D] -> [N, D].
 
-    Under autocast the operands are cast as ``F.linear`` casts them.
-
-    Raises:
-        ShapeError: a shape, dtype or device does not fit.
-        EapoError: a temperature, soft-cap or scale is not a positive finite number.
+    Under autocast the operands are cast as ``F.linear`` casts them. Raises ShapeError if a shape,
+    dtype or device does not fit, and EapoError for a tangent, a gradient of the temperature, or a
+    temperature, soft-cap or scale that is not a positive finite number.
     """
     if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype in FLOATS and weight.numel() > 0):
         raise ShapeError(f"weight: expected a floating-point [V, D] with V, D >= 1, got {describe(weight)}")
@@ -180,8 +157,7 @@ def build_projection(
         row_inv_temperature = inv_temperature.to(hidden.device, dtype).expand(rows_shape).reshape(-1)
         inv_temperature = 1.0
     for name, value in (("inv_temperature", inv_temperature), ("softcap", softcap), ("logit_scale", logit_scale)):
-        positive = value is None or (is_number(value) and 0 < value < math.inf)
-        require(positive, name, "a positive finite number", repr(value))
+        require(value is None or (is_number(value) and 0 < value < math.inf), name, "a positive finite number", repr(value))
     logit_scale, softcap = 1.0 if logit_scale is None else float(logit_scale), None if softcap is None else float(softcap)
     hidden = hidden.reshape(-1, weight.shape[1])
     return Projection(hidden, weight, bias, float(inv_temperature), row_inv_temperature, logit_scale, softcap, shard)
@@ -190,29 +166,24 @@ def build_projection(
 def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:
     """Check the values of targets and temperatures: always on a CPU; on CUDA only with ``debug``.
 
-    Raises:
-        EapoError: a target outside [0, V) (V of all shards) other than -100, or a temperature that
-            is not positive and finite.
+    Raises EapoError for a target outside [0, V) (V of all shards) other than -100, or a temperature
+    that is not positive and finite.
     """
     if targets.is_cuda and not debug:
         return
     vocab, valid, rows = projection.full_vocab, targets != IGNORE_INDEX, projection.row_inv_temperature
-    bad = valid & ((targets < 0) | (targets >= vocab))
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0, 0])
-        raise EapoError(f"targets: expected values in [0, {vocab}) or {IGNORE_INDEX}, got {int(targets[row])} in row {row}")
+    checks = [("targets", f"values in [0, {vocab}) or {IGNORE_INDEX}", targets, (targets >= 0) & (targets < vocab))]
     if rows is not None:
-        bad = valid & ~((rows > 0) & rows.isfinite())
+        checks.append(("inv_temperature", "positive finite values", rows, (rows > 0) & rows.isfinite()))
+    for name, expected, values, good in checks:
+        bad = valid & ~good
         if bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
-            raise EapoError(f"inv_temperature: expected positive finite values, got {float(rows[row])} in row {row}")
+            raise EapoError(f"{name}: expected {expected}, got {values[row].item()} in row {row}")
 
 
 def resolve_compaction(options: Options, like: Tensor, announced: bool) -> Options:
-    """The options with ``compact`` resolved.
-
-    announced: a mask, ``drop_zero_weight`` or ``metrics=False`` may exclude rows.
-    """
+    """Resolve ``compact``. announced: mask, drop_zero_weight or metrics=False may exclude rows."""
     return options if options.compact != "auto" else replace(options, compact=announced or not like.is_cuda)
 
 
@@ -231,8 +202,7 @@ def valid_index(valid: Tensor) -> Tensor | None:
 def select_valid(projection: Projection, valid: Tensor, compact: bool | str) -> tuple[Projection, Tensor | None]:
     """(the ``valid`` [N] rows, their index [M]), or (all rows, None).
 
-    All rows stay if they are all valid, or if rows must not be selected; the invalid rows are then
-    zeroed.
+    All rows stay if all are valid, or if rows must not be selected; invalid rows are then zeroed.
     """
     if not may_compact(valid, compact):
         return projection.zero_invalid_rows(valid), None
@@ -242,9 +212,7 @@ def select_valid(projection: Projection, valid: Tensor, compact: bool | str) -> 
 
 def scatter_rows(values: Tensor, index: Tensor | None, n_rows: int) -> Tensor:
     """Undo the selection: zeros [n_rows, ...] with ``values`` [M, ...] at ``index``."""
-    if index is None:
-        return values
-    return values.new_zeros((n_rows, *values.shape[1:])).index_copy_(0, index, values)
+    return values if index is None else values.new_zeros((n_rows, *values.shape[1:])).index_copy_(0, index, values)
 
 
 def fill_holes_(matrix: Tensor, live: Tensor) -> Tensor:
@@ -253,8 +221,7 @@ def fill_holes_(matrix: Tensor, live: Tensor) -> Tensor:
     Live rows behind the first L replace the dead ones among them, a few at a time, so that no
     second matrix is allocated. Synchronizes on CUDA.
     """
-    count = int(live.sum())
-    order = torch.arange(len(live), device=live.device)
+    count, order = int(live.sum()), torch.arange(len(live), device=live.device)
     holes = (~live[:count]).nonzero().squeeze(1)
     movers = live[count:].nonzero().squeeze(1) + count
     for some_holes, some_movers in zip(holes.split(_MOVED_AT_ONCE), movers.split(_MOVED_AT_ONCE), strict=True):
