@@ -392,10 +392,11 @@ def rescue(projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix:
 
     Three launches and no synchronization: the last two read the number of rows on the device.
     """
-    over_ranks = scaled_exp_shard.sum_over_ranks(projection, sums, window(projection.operand_dtype))
+    split, limits = projection.shard is not None, window(projection.operand_dtype)
+    over_ranks = scaled_exp_shard.sum_over_ranks(projection, sums, limits) if split else None
     collect_rescue_ids(projection, sums, over_ranks=over_ranks)()
     row_maxima(projection, sums)()
-    if projection.shard is not None:
+    if split:
         scaled_exp_shard.mark_empty(sums)
     scaled_exp_gemm(projection, targets, sums, matrix, rescue_ids=True)()
 
