@@ -20,8 +20,8 @@ from .errors import EapoError, ShapeError, describe, require, require_number, re
 from .objectives.batch import check_batch
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
-from .objectives.methods import METHODS, Method, get_method, resolve_positive_weight
-from .objectives.policy import PolicyTerms, loss_and_sums, prepare
+from .objectives.methods import METHODS, Method, get_method
+from .objectives.policy import PolicyTerms, loss_and_sums, prepare, resolve_positive_weight
 from .ops import chunking, collective_checks, dispatch, gradients
 from .ops.dispatch import Chunk, Coefficients, LogitCotangents, SurrogateTerms
 from .ops.gradients import MainGrad
@@ -137,7 +137,8 @@ def policy_loss(
         shard = None if process_group is None else VocabShard.resolve(process_group, weight)
         options = Options() if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
-        method = get_method(method)
+        method = get_method(method) if isinstance(method, str) else method
+        require(isinstance(method, Method), "method", "a name or a Method", method)
         config = method.config
         require(isinstance(config, EAPOConfig), "config", "an EAPOConfig or None", config)
         require(schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))

@@ -6,17 +6,21 @@ entropies into the loss.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..errors import EapoError, may_read, require, require_scalar
 from ..types import SUMS, TokenBatch, valid_tokens
 from .advantages import ADVANTAGES, Split, split_responses
 from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig
+from .controllers import EntropyRatio
 from .reductions import token_scale
 from .surrogates import KL_ESTIMATORS, MAX_LOG_RATIO, SEQUENCE_RATIO, SURROGATES, kl_k3, log_ratio
+from .token_weights.step import Method
 
 SAME_POLICY = 1e-4
 """Two computations of the same log-prob may differ by up to this log-ratio (nats) from rounding.
@@ -88,6 +92,35 @@ class PolicyTerms:
         names += ["advantages"] if self.token_advantages else []
         parts = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **parts, split=Split(*(t[index] for t in self.split)) if self.token_split else self.split)
+
+
+def resolve_positive_weight(
+    method: Method, given: float | Tensor | EntropyRatio | None, device: torch.device, debug: bool
+) -> Tensor:
+    """The method's own positive weight, else the caller's: 0-dim fp32 on the device.
+
+    Raises:
+        EapoError: both or neither are given, or the weight is not a finite number >= 0 (the value
+            of a tensor is checked where ``may_read`` allows it).
+    """
+    own, kinds = method.positive_weight, "a number, a 0-dim tensor or an EntropyRatio"
+    if own is not None and given is not None:
+        expected = f"None for method {method.name!r}, whose weight is {own:g}"
+        raise EapoError(f"positive_weight: expected {expected}, got {given!r}")
+    given = own if given is None else given
+    if given is None:
+        raise EapoError(f"positive_weight: expected {kinds} for method {method.name!r}, got None")
+    value = given.weight if isinstance(given, EntropyRatio) else given
+    require_scalar("positive_weight", value, kinds)
+    if isinstance(value, Tensor):
+        if may_read(value, debug):
+            require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
+        if value.device.type != "cpu" or device.type == "cpu":
+            return value.detach().to(device, torch.float32, copy=True)
+        value = float(value)  # a fill: a copy would block, and a graph cannot capture it
+    else:
+        require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> PolicyTerms:
