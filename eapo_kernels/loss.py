@@ -271,11 +271,9 @@ def _autograd(
     return loss, sums
 
 
-def _choose_schedule(
-    schedule: str, config: EAPOConfig, backend: str, projection: Projection, plan: str, has_main_grad: bool
-) -> str:
+def _choose_schedule(schedule: str, config: EAPOConfig, backend: str, projection: Projection, plan: str, has_main: bool) -> str:
     """Resolve "auto"; raise where the schedule, the plan and the loss exclude each other."""
-    forced = "main_grad" if has_main_grad else "Options(plan='chunks')" if plan == "chunks" else None
+    forced = "main_grad" if has_main else "Options(plan='chunks')" if plan == "chunks" else None
     require(not forced or schedule != "autograd", "schedule", f"'one_pass' or 'auto' with {forced}", "'autograd'")
     top_p = config.entropy_top_p
     fits = config.scope == "token" and top_p is None
@@ -302,6 +300,6 @@ def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -
         means = sums.float() / tokens.clamp_min(1)
         metrics |= {names.get(name, name): mean for name, mean in zip(SUMS, means, strict=True) if name != "loss"}
     if isinstance(positive_weight, EntropyRatio):  # these are on the controller's device
-        metrics["eapo/entropy_ratio"] = positive_weight.ratio.float()
-        metrics["eapo/entropy_init"] = positive_weight.initial_entropy.float()
+        ratio, initial = positive_weight.ratio.float(), positive_weight.initial_entropy.float()
+        metrics |= {"eapo/entropy_ratio": ratio, "eapo/entropy_init": initial}
     return metrics

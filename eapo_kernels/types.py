@@ -109,11 +109,8 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A scalar loss and its metrics.
-
-    Attributes:
-        loss: 0-dim fp32 (fp64 for fp64 inputs), differentiable.
-        metrics: name -> 0-dim fp32 tensor without gradient; reading one on CUDA synchronizes.
+    """``loss``: 0-dim fp32 (fp64 for fp64 inputs), differentiable. ``metrics``: name -> 0-dim fp32
+    tensor without gradient; reading one on CUDA synchronizes.
     """
 
     loss: Tensor

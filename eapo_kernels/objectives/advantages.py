@@ -17,7 +17,7 @@ Advantage = Callable[[Tensor, Tensor], Tensor]
 
 
 def group_norm(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """(r - mean) / (std + 1e-6), unbiased std; 0 for equal rewards (GRPO, arXiv 2402.03300)."""
+    """(r - mean) / (unbiased std + 1e-6) in the group; 0 if all are equal (GRPO, arXiv 2402.03300)."""
     return Groups(rewards, group_ids).normalised().float()
 
 

@@ -24,19 +24,15 @@ def has_token_advantages(batch: TokenBatch) -> bool:
     """Whether the advantages are [N]; where N = B, ``check_batch`` makes both readings equal."""
     if batch.advantages is None or batch.token_advantages is not None:
         return batch.advantages is not None and bool(batch.token_advantages)
-    if batch.advantages.shape != batch.targets.shape:
-        return False
     known = any(t is not None for t in (batch.rewards, batch.group_ids, batch.sequence_lengths))
-    return not known or n_sequences(batch) != batch.targets.numel()
+    return batch.advantages.shape == batch.targets.shape and (not known or n_sequences(batch) != batch.targets.numel())
 
 
 def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
     """Check that the fields of the batch fit together and include all that the loss needs.
 
-    Raises:
-        ShapeError: a shape, dtype or device does not fit.
-        EapoError: a field that the loss needs is missing, a number is not finite, a sequence id is
-            out of range, or the denominator or the lengths contradict the tokens.
+    Raises ShapeError for a shape, dtype or device; EapoError for a missing field, a number that is
+    not finite, a sequence id out of range, or a denominator or lengths that contradict the tokens.
     """
     require(isinstance(batch, TokenBatch), "batch", "a TokenBatch", batch)
     targets = batch.targets
