@@ -68,5 +68,5 @@ def require_scalar(name: str, value: object, expected: str) -> None:
 
 
 def may_read(tensor: Tensor, debug: bool = False) -> bool:
-    """Whether values may be checked: on CUDA (it synchronizes) only with ``debug``, never traced."""
+    """Whether to check values: never in a trace; on CUDA, where it synchronizes, with ``debug``."""
     return (debug or not tensor.is_cuda) and not torch.compiler.is_compiling()

@@ -205,7 +205,7 @@ def _one_pass(
     projection: Projection, targets: Tensor, terms: PolicyTerms, backend_name: str, options: Options,
     main_grad: MainGrad | None, metrics: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(loss, sums), all gradients computed already. targets: -100 where ``terms.valid`` is False."""
+    """(loss, sums) with all gradients computed. targets: -100 where ``terms.valid`` is False."""
     inputs = (projection.hidden, projection.weight, projection.bias)
     enabled = torch.is_grad_enabled()
     d_hidden, d_weight, d_bias = (enabled and t is not None and t.requires_grad for t in inputs)

@@ -22,8 +22,8 @@ def valid_tokens(targets: Tensor, mask: Tensor | None) -> Tensor:
 PLANS = ("auto", "one_chunk", "chunks", "recompute")
 
 SUMS = ("loss", "entropy", "ratio", "clipped", "old_kl", "kl")
-"""Sums over a chunk's tokens: shares of the loss; entropies (nats); ratios to the old policy; tokens
-whose gradient the clip removed; KL estimates to the old policy and to the reference (nats)."""
+"""Sums over a chunk's tokens: shares of the loss; entropies (nats); ratios to the old policy;
+tokens whose gradient the clip removed; KL estimates to the old policy and the reference (nats)."""
 
 
 class TokenStats(NamedTuple):

@@ -17,7 +17,7 @@ Advantage = Callable[[Tensor, Tensor], Tensor]
 
 
 def group_norm(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """(r - mean) / (unbiased std + 1e-6) in the group; 0 if all are equal (GRPO, arXiv 2402.03300)."""
+    """(r - mean) / (unbiased std + 1e-6) of the group; 0 if all are equal (GRPO, 2402.03300)."""
     return Groups(rewards, group_ids).normalised().float()
 
 

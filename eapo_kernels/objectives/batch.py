@@ -15,7 +15,7 @@ _TOKEN_FLOATS = ("old_logp", "ref_logp", "rollout_logp", "entropy_coef", "ratio_
 
 
 def n_sequences(batch: TokenBatch) -> int:
-    """B, from the rewards, groups or lengths; else the number of advantages, [B] or [N], bounds B."""
+    """B, from the rewards, groups or lengths; else the number of advantages, a bound if [N]."""
     fields = (batch.rewards, batch.group_ids, batch.sequence_lengths, batch.advantages)
     return next((t.numel() for t in fields if isinstance(t, Tensor)), 0)
 

@@ -1,5 +1,5 @@
-"""A policy loss on vectors (E9, E10): ``prepare`` turns a batch into the coefficients of its tokens,
-``loss_and_sums`` turns them, log-probs and entropies into the loss.
+"""A policy loss on vectors (E9, E10): ``prepare`` turns a batch into coefficients of its tokens,
+and ``loss_and_sums`` turns these, log-probs and entropies into the loss.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
 
 
 def _sequence_mean(values: Tensor, terms: PolicyTerms) -> Tensor:
-    """[N]: the mean over the valid tokens of the token's response (sums in fp64, as in grouping)."""
+    """[N]: the mean over the valid tokens of the token's response (fp64 sums: see ``grouping``)."""
     valid = terms.valid.double()
     zeros = valid.new_zeros(max(terms.n_sequences, 1))
     total, count = (zeros.index_add(0, terms.sequence_ids, v) for v in (values.double() * valid, valid))
