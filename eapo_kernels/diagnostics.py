@@ -14,8 +14,8 @@ from torch import Tensor
 from .errors import FLOATS, require, require_tensor
 from .objectives.batch import check_batch
 from .objectives.controllers import EntropyRatio
-from .objectives.methods import Method, get_method, resolve_positive_weight
-from .objectives.policy import loss_and_sums, prepare
+from .objectives.methods import Method, get_method
+from .objectives.policy import loss_and_sums, prepare, resolve_positive_weight
 from .objectives.token_weights.entropy_change import expected_part, sampled_part
 from .types import TokenBatch, TokenStats, valid_tokens
 

@@ -1,12 +1,9 @@
-"""Errors that callers can catch, and the checks that raise them.
-
-Every message gives the expected and the given value.
-"""
+"""Errors that callers catch, and checks that raise them with the expected and the given value."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -59,23 +56,17 @@ def require_number(name: str, value: object, low: float = -math.inf, high: float
     require(ok, name, f"a finite number{bound}", repr(value))
 
 
-def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+def require_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
-    names = list(choices)
-    require(isinstance(value, str) and value in names, name, f"one of {', '.join(names)}", repr(value))
+    require(isinstance(value, str) and value in choices, name, f"one of {', '.join(choices)}", repr(value))
 
 
 def require_scalar(name: str, value: object, expected: str) -> None:
     """Raise unless ``value`` is a number or a real 0-dim tensor. expected: for the message."""
-    good = is_number(value)
-    if isinstance(value, Tensor):
-        good = value.dim() == 0 and value.dtype in (*FLOATS, torch.int32, torch.int64)
-    require(good, name, expected, describe(value))
+    real = isinstance(value, Tensor) and value.dim() == 0 and value.dtype in (*FLOATS, torch.int32, torch.int64)
+    require(real or is_number(value), name, expected, describe(value))
 
 
 def may_read(tensor: Tensor, debug: bool = False) -> bool:
-    """Whether values of a tensor may be checked: not in a trace; on CUDA only with ``debug``.
-
-    Reading a value on CUDA synchronizes, and a traced tensor has no values.
-    """
+    """Whether to check values: never in a trace; on CUDA, where it synchronizes, with ``debug``."""
     return (debug or not tensor.is_cuda) and not torch.compiler.is_compiling()

@@ -1,9 +1,8 @@
 """Policy losses from hidden states, the head's weight and a batch of sampled responses.
 
-The losses combine ``ops`` and ``objectives`` by one of two schedules of the same mathematics.
-*autograd*: ``token_stats``, then vector operations, for any loss. *one_pass*: loss and gradients
-chunk by chunk with one logit computation, for losses in which a token's coefficient depends on its
-own statistics only.
+Two schedules compute the same loss. *autograd*: ``token_stats``, then vector operations, for any
+loss. *one_pass*: loss and gradients chunk by chunk with one logit computation, for losses in which
+a token's coefficient depends on its own statistics only.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from .errors import EapoError, ShapeError, describe, require, require_number, re
 from .objectives.batch import check_batch
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
-from .objectives.methods import METHODS, Method, get_method, resolve_positive_weight
-from .objectives.policy import PolicyTerms, loss_and_sums, prepare
+from .objectives.methods import METHODS, Method, get_method
+from .objectives.policy import PolicyTerms, loss_and_sums, prepare, resolve_positive_weight
 from .ops import chunking, collective_checks, dispatch, gradients
 from .ops.dispatch import Chunk, Coefficients, LogitCotangents, SurrogateTerms
 from .ops.gradients import MainGrad
@@ -35,24 +34,13 @@ SCHEDULES = ("auto", "one_pass", "autograd")
 
 
 def eapo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    batch: TokenBatch,
-    *,
-    positive_weight: float | Tensor | EntropyRatio,
-    config: EAPOConfig | None = None,
-    bias: Tensor | None = None,
-    inv_temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    process_group: dist.ProcessGroup | VocabShard | None = None,
-    schedule: str = "auto",
-    backend: str = "auto",
-    options: Options | None = None,
-    main_grad: Tensor | None = None,
-    main_grad_scale: float = 1.0,
-    metrics: bool = True,
-) -> LossOutput:
+    hidden: Tensor, weight: Tensor, batch: TokenBatch, *,
+    positive_weight: float | Tensor | EntropyRatio, config: EAPOConfig | None = None,
+    bias: Tensor | None = None, inv_temperature: float | Tensor = 1.0, softcap: float | None = None,
+    logit_scale: float | None = None, process_group: dist.ProcessGroup | VocabShard | None = None,
+    schedule: str = "auto", backend: str = "auto", options: Options | None = None,
+    main_grad: Tensor | None = None, main_grad_scale: float = 1.0, metrics: bool = True,
+) -> LossOutput:  # fmt: skip
     """The EAPO loss (docs/math.md E10; arXiv 2605.27846).
 
         L = - sum_t scale_t w_i min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i)
@@ -77,19 +65,15 @@ def eapo_loss(
             ``backward`` gives the gradient to ``weight``.
         main_grad_scale: the factor by which the caller will multiply the loss before ``backward``
             (gradient accumulation, loss scaling).
-        metrics: False: entropies that the loss does not need are not computed. Tokens whose term
-            is zero at every log-prob (weighted advantage 0; no KL, penalty, entropy bonus) are
+        metrics: False: entropies that the loss does not need are not computed, and tokens whose
+            term is zero at every log-prob (weighted advantage 0; no KL, penalty, entropy bonus) are
             masked. Loss and gradients are the same.
 
     ``torch.compile(fullgraph=True)`` traces the call (autograd schedule; ``process_group`` None or
     a VocabShard) and does not check the values of rewards, log-probs, ids and the positive weight.
 
-    Returns:
-        LossOutput; for its metrics see ``policy_loss``.
-
-    Raises:
-        ShapeError, EapoError, BackendUnavailable: an argument is invalid; the message gives the
-            expected and the given value.
+    Returns LossOutput; for its metrics see ``policy_loss``. Raises ShapeError, EapoError or
+    BackendUnavailable for an invalid argument, with the expected and the given value.
     """
     method = METHODS["eapo"] if config is None else replace(METHODS["eapo"], config=config)
     return policy_loss(
@@ -100,24 +84,13 @@ def eapo_loss(
 
 
 def policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    batch: TokenBatch,
-    *,
-    method: str | Method,
-    positive_weight: float | Tensor | EntropyRatio | None = None,
-    bias: Tensor | None = None,
-    inv_temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
-    process_group: dist.ProcessGroup | VocabShard | None = None,
-    schedule: str = "auto",
-    backend: str = "auto",
-    options: Options | None = None,
-    main_grad: Tensor | None = None,
-    main_grad_scale: float = 1.0,
-    metrics: bool = True,
-) -> LossOutput:
+    hidden: Tensor, weight: Tensor, batch: TokenBatch, *,
+    method: str | Method, positive_weight: float | Tensor | EntropyRatio | None = None,
+    bias: Tensor | None = None, inv_temperature: float | Tensor = 1.0, softcap: float | None = None,
+    logit_scale: float | None = None, process_group: dist.ProcessGroup | VocabShard | None = None,
+    schedule: str = "auto", backend: str = "auto", options: Options | None = None,
+    main_grad: Tensor | None = None, main_grad_scale: float = 1.0, metrics: bool = True,
+) -> LossOutput:  # fmt: skip
     """The loss of any method. Arguments, ``torch.compile`` and errors as in ``eapo_loss``.
 
     Args:
@@ -137,19 +110,19 @@ def policy_loss(
         shard = None if process_group is None else VocabShard.resolve(process_group, weight)
         options = Options() if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
-        method = get_method(method)
+        method = get_method(method) if isinstance(method, str) else method
+        require(isinstance(method, Method), "method", "a name or a Method", method)
         config = method.config
         require(isinstance(config, EAPOConfig), "config", "an EAPOConfig or None", config)
         require(schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
         check_batch(batch, config, debug=options.debug)
-        weighted = method.token_weighting is None or batch.advantages is not None
-        require(weighted, "batch.advantages", f"those of weight_tokens with method {method.name!r}", None)
+        if method.token_weighting is not None and batch.advantages is None:
+            raise EapoError(f"batch.advantages: expected those of weight_tokens with method {method.name!r}, got None")
         if not (isinstance(weight, Tensor) and weight.device == batch.targets.device):
             raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
         lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
-        full_rows = shard is None or config.entropy_top_p is None
-        reason = "a nucleus is chosen from all logits of a row"
-        require(full_rows, "process_group", f"None with entropy_top_p: {reason}", process_group)
+        expected = "None with entropy_top_p: a nucleus is chosen from all logits of a row"
+        require(shard is None or config.entropy_top_p is None, "process_group", expected, process_group)
         all_terms = prepare(batch, config, lam)
         terms = all_terms if metrics else all_terms.without_idle()
         projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape, shard)
@@ -187,14 +160,9 @@ class EAPOLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        config: EAPOConfig | None = None,
-        controller: EntropyRatio | None = None,
-        *,
-        schedule: str = "auto",
-        backend: str = "auto",
-        options: Options | None = None,
-    ) -> None:
+        self, config: EAPOConfig | None = None, controller: EntropyRatio | None = None, *, schedule: str = "auto",
+        backend: str = "auto", options: Options | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config = config or EAPOConfig()
         self.controller = controller or EntropyRatio()
@@ -237,10 +205,7 @@ def _one_pass(
     projection: Projection, targets: Tensor, terms: PolicyTerms, backend_name: str, options: Options,
     main_grad: MainGrad | None, metrics: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(loss, sums) of the one-pass schedule, with all gradients computed already.
-
-    targets: [N] int64, -100 where ``terms.valid`` is False.
-    """
+    """(loss, sums) with all gradients computed. targets: -100 where ``terms.valid`` is False."""
     inputs = (projection.hidden, projection.weight, projection.bias)
     enabled = torch.is_grad_enabled()
     d_hidden, d_weight, d_bias = (enabled and t is not None and t.requires_grad for t in inputs)
@@ -306,24 +271,20 @@ def _autograd(
     return loss, sums
 
 
-def _choose_schedule(
-    schedule: str, config: EAPOConfig, backend: str, projection: Projection, plan: str, has_main_grad: bool
-) -> str:
+def _choose_schedule(schedule: str, config: EAPOConfig, backend: str, projection: Projection, plan: str, has_main: bool) -> str:
     """Resolve "auto"; raise where the schedule, the plan and the loss exclude each other."""
-    forced = "main_grad" if has_main_grad else "Options(plan='chunks')" if plan == "chunks" else None
+    forced = "main_grad" if has_main else "Options(plan='chunks')" if plan == "chunks" else None
     require(not forced or schedule != "autograd", "schedule", f"'one_pass' or 'auto' with {forced}", "'autograd'")
-    if forced:
-        schedule = "one_pass"
-    elif schedule == "auto" and plan == "recompute":
-        schedule = "autograd"
     top_p = config.entropy_top_p
-    reason = f"a loss of {config.scope} scope ({config.surrogate})" if top_p is None else f"entropy_top_p={top_p}"
     fits = config.scope == "token" and top_p is None
-    if schedule == "auto":
-        key = (projection.hidden.device.type, "torch" if backend == "auto" else backend, "one_pass")
-        return "one_pass" if fits and key in chunking.PROVEN and not torch.compiler.is_compiling() else "autograd"
-    require(schedule == "autograd" or fits, "schedule", f"'autograd' for {reason}", "'one_pass'")
-    return schedule
+    if (forced or schedule == "one_pass") and not fits:
+        reason = f"a loss of {config.scope} scope ({config.surrogate})" if top_p is None else f"entropy_top_p={top_p}"
+        raise EapoError(f"schedule: expected 'autograd' for {reason}, got 'one_pass'")
+    if forced or schedule != "auto":
+        return "one_pass" if forced else schedule
+    key = (projection.hidden.device.type, "torch" if backend == "auto" else backend, "one_pass")
+    proven = plan != "recompute" and key in chunking.PROVEN and not torch.compiler.is_compiling()
+    return "one_pass" if fits and proven else "autograd"
 
 
 def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -> dict[str, Tensor]:
@@ -332,16 +293,13 @@ def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -
     counts = terms.valid.float()
     if not terms.token_split:  # count responses, not tokens
         counts = (positive.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, counts) > 0).float()
-    metrics = {
-        "eapo/positive_weight": terms.positive_weight,
-        "eapo/positive_fraction": (positive * counts).sum() / counts.sum().clamp_min(1),
-        "tokens": tokens,
-    }
+    fraction = (positive * counts).sum() / counts.sum().clamp_min(1)
+    metrics = {"eapo/positive_weight": terms.positive_weight, "eapo/positive_fraction": fraction, "tokens": tokens}
     if sums is not None:
         names = {"entropy": "eapo/entropy", "clipped": "clip_fraction", "ratio": "ratio_mean"}
         means = sums.float() / tokens.clamp_min(1)
         metrics |= {names.get(name, name): mean for name, mean in zip(SUMS, means, strict=True) if name != "loss"}
     if isinstance(positive_weight, EntropyRatio):  # these are on the controller's device
-        metrics["eapo/entropy_ratio"] = positive_weight.ratio.float()
-        metrics["eapo/entropy_init"] = positive_weight.initial_entropy.float()
+        ratio, initial = positive_weight.ratio.float(), positive_weight.initial_entropy.float()
+        metrics |= {"eapo/entropy_ratio": ratio, "eapo/entropy_init": initial}
     return metrics

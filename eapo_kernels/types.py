@@ -1,7 +1,4 @@
-"""Arguments and results of the public functions.
-
-Sizes: N tokens, B sequences (responses), D hidden, V vocabulary.
-"""
+"""Arguments and results. Sizes: N tokens, B sequences (responses), D hidden, V vocabulary."""
 
 from __future__ import annotations
 
@@ -23,27 +20,21 @@ def valid_tokens(targets: Tensor, mask: Tensor | None) -> Tensor:
 
 
 PLANS = ("auto", "one_chunk", "chunks", "recompute")
-"""Values of ``Options.plan``."""
 
 SUMS = ("loss", "entropy", "ratio", "clipped", "old_kl", "kl")
-"""Sums over the tokens of a chunk, in this order: the chunk's share of the loss; entropies (nats);
-ratios to the old policy; tokens whose gradient the clip removed; KL estimates to the old policy and
-to the reference (nats)."""
+"""Sums over a chunk's tokens: shares of the loss; entropies (nats); ratios to the old policy;
+tokens whose gradient the clip removed; KL estimates to the old policy and the reference (nats)."""
 
 
 class TokenStats(NamedTuple):
     """Statistics of the next-token distribution p = softmax(z) at each position (E1-E4).
 
-    Attributes, each [...] fp32 (fp64 for fp64 inputs):
+    Attributes, each [...] fp32 (fp64 for fp64 inputs), exactly 0 without gradient if masked:
         logp: log p of the target (nats).
         entropy: H = -sum p log p (nats); None if not asked for.
         lse: log sum exp z (nats).
-        p2: sum p^2.
-        p2_logp: sum p^2 log p (nats).
-        varentropy: sum p (log p + H)^2 (nats^2), the variance of the surprise.
-
-    The last three have no gradient and are None unless ``second_moments``. Masked tokens have exact
-    zeros with zero gradient.
+        p2, p2_logp, varentropy: sum p^2, sum p^2 log p (nats), sum p (log p + H)^2 (nats^2, the
+            variance of the surprise); no gradient; None unless ``second_moments``.
     """
 
     logp: Tensor
@@ -60,31 +51,28 @@ class TokenBatch:
 
     A token counts (is valid) if its target is not -100 and its mask is True.
 
-    Attributes:
+    Attributes, optional after the first two:
         targets: [N] int64, sampled token ids; -100 masks a token.
         sequence_ids: [N] int64 in [0, B), the response of each token.
-        rewards: [B] float; may be None with ``advantages``.
-        group_ids: [B] int64, equal for responses to the same prompt; may be None with
-            ``advantages``.
+        rewards, group_ids: [B] float and [B] int64, equal for responses to the same prompt; may be
+            None with ``advantages``.
         old_logp: [N] float, log-prob under the policy before the update (nats). None: the ratio is
             1 with gradient (exactly on-policy).
-        mask: [N] bool or None, False masks a token.
-        ref_logp: [N] float or None, log-prob under the reference policy (nats), for the KL penalty.
-        rollout_logp: [N] float or None, log-prob reported by the rollout engine (nats), for
-            truncated importance sampling.
-        advantages: [B] or [N] float or None, replaces the advantages computed from ``rewards``. The
-            split into positive and negative still uses the rewards if they are given, else the sign
-            of the advantage.
+        mask: [N] bool, False masks a token.
+        ref_logp: [N] float, log-prob under the reference policy (nats), for the KL penalty.
+        rollout_logp: [N] float, log-prob reported by the rollout engine (nats), for truncated
+            importance sampling.
+        advantages: [B] or [N] float, replaces the advantages computed from ``rewards``. The split
+            still uses the rewards if they are given, else the sign of the advantage.
         token_advantages: whether the advantages are [N]. None: decided by their shape, which for
             N = B requires ``sequence_ids`` 0, 1, 2, ...
-        entropy_coef: [N] float or None, added to the config's factor of the entropy bonus (loss per
-            nat).
-        ratio_penalty: [N] float >= 0 or None, factor of |log(pi / pi_old)| (zero up to 1e-4 nats)
-            in the token's loss.
-        denominator: number, 0-dim tensor or None, the *global* count that the reduction divides by
-            (see ``loss_denominator``), so that the losses of micro-batches and ranks add up to the
-            loss of the whole batch. None: counted in this batch.
-        sequence_lengths: [B] or None, *global* number of valid tokens of each response for
+        entropy_coef: [N] float, added to the config's factor of the entropy bonus (loss per nat).
+        ratio_penalty: [N] float >= 0, factor of |log(pi / pi_old)| (zero up to 1e-4 nats) in the
+            token's loss.
+        denominator: number or 0-dim tensor, the *global* count that the reduction divides by (see
+            ``loss_denominator``), so that the losses of micro-batches and ranks add up to the loss
+            of the whole batch. None: counted in this batch.
+        sequence_lengths: [B], *global* number of valid tokens of each response for
             ``seq_mean_token_mean``; needed if a response is split over micro-batches. None: counted
             in this batch.
     """
@@ -121,11 +109,8 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A scalar loss and its metrics.
-
-    Attributes:
-        loss: 0-dim fp32 (fp64 for fp64 inputs), differentiable.
-        metrics: name -> 0-dim fp32 tensor without gradient; reading one on CUDA synchronizes.
+    """``loss``: 0-dim fp32 (fp64 for fp64 inputs), differentiable. ``metrics``: name -> 0-dim fp32
+    tensor without gradient; reading one on CUDA synchronizes.
     """
 
     loss: Tensor

@@ -1,7 +1,4 @@
-"""Advantages of responses, and the split into positive and negative responses.
-
-Vectors are [B], one element per response, and carry no gradient.
-"""
+"""Advantages of responses and their split into positive and negative: [B], without gradient."""
 
 from __future__ import annotations
 
@@ -18,19 +15,10 @@ from .grouping import Groups
 Advantage = Callable[[Tensor, Tensor], Tensor]
 """(rewards [B], group_ids [B]) -> advantages [B] fp32: a name in ``ADVANTAGES``, or a function."""
 
-_EPS = 1e-6
-
-
-def _normalised(groups: Groups) -> Tensor:
-    return (groups.deviations() / (groups.unbiased_std() + _EPS)).float()
-
 
 def group_norm(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """(r - mean) / (std + 1e-6) in the group, unbiased std; 0 for equal rewards.
-
-    Source: GRPO, arXiv 2402.03300.
-    """
-    return _normalised(Groups(rewards, group_ids))
+    """(r - mean) / (unbiased std + 1e-6) of the group; 0 if all are equal (GRPO, 2402.03300)."""
+    return Groups(rewards, group_ids).normalised().float()
 
 
 def group_mean(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -45,29 +33,23 @@ def sign(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 def batch_norm(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """(r - mean) / (std + 1e-6) over all responses of the batch."""
-    return _normalised(Groups(rewards, None))
+    return Groups(rewards, None).normalised().float()
 
 
 def binary(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """+1 for a correct response (r = 1), -1 for a wrong one (r = 0) (arXiv 2506.01347).
 
-    Raises:
-        EapoError: a reward is neither 0 nor 1 (checked where ``may_read`` allows it).
+    Raises EapoError for another reward, where ``may_read`` allows the check.
     """
-    if may_read(rewards):
-        graded = (rewards != 0) & (rewards != 1)
-        if bool(graded.any()):
-            raise EapoError(
-                "rewards: expected 0 or 1 with advantage 'binary' (use 'sign' for graded rewards), "
-                f"got {rewards[graded][0].item():g}"
-            )
+    if may_read(rewards) and bool((graded := (rewards != 0) & (rewards != 1)).any()):
+        expected = "0 or 1 with advantage 'binary' (use 'sign' for graded rewards)"
+        raise EapoError(f"rewards: expected {expected}, got {rewards[graded][0].item():g}")
     return torch.where(rewards > 0.5, 1.0, -1.0).float()
 
 
 ADVANTAGES: MappingProxyType[str, Advantage] = MappingProxyType(
     {f.__name__: f for f in (group_norm, group_mean, sign, batch_norm, binary)}
 )
-
 
 SPLITS = ("group", "batch", "advantage")
 """A response is positive by its group's or the batch's reward mean, or by its advantage's sign."""

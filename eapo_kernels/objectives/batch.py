@@ -11,47 +11,36 @@ from ..errors import FLOATS, EapoError, ShapeError, describe, may_read, require,
 from ..types import TokenBatch, valid_tokens
 from .config import EAPOConfig
 
-_TOKEN_FLOATS = ("old_logp", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty")
-"""The optional float fields [N]."""
+_TOKEN_FLOATS = ("old_logp", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty")  # optional, [N]
 
 
 def n_sequences(batch: TokenBatch) -> int:
-    """B, from the rewards, groups or lengths, else from the advantages.
-
-    Advantages per token, without the other three, allow at most one response a token.
-    """
-    for per_sequence in (batch.rewards, batch.group_ids, batch.sequence_lengths, batch.advantages):
-        if isinstance(per_sequence, Tensor):
-            return per_sequence.numel()
-    return 0
+    """B, from the rewards, groups or lengths; else the number of advantages, a bound if [N]."""
+    fields = (batch.rewards, batch.group_ids, batch.sequence_lengths, batch.advantages)
+    return next((t.numel() for t in fields if isinstance(t, Tensor)), 0)
 
 
 def has_token_advantages(batch: TokenBatch) -> bool:
     """Whether the advantages are [N]; where N = B, ``check_batch`` makes both readings equal."""
     if batch.advantages is None or batch.token_advantages is not None:
         return batch.advantages is not None and bool(batch.token_advantages)
-    if batch.advantages.shape != batch.targets.shape:
-        return False
     known = any(t is not None for t in (batch.rewards, batch.group_ids, batch.sequence_lengths))
-    return not known or n_sequences(batch) != batch.targets.numel()
+    return batch.advantages.shape == batch.targets.shape and (not known or n_sequences(batch) != batch.targets.numel())
 
 
 def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
-    """Raise unless the fields of the batch fit together and include all that the loss needs.
+    """Check that the fields of the batch fit together and include all that the loss needs.
 
-    Raises:
-        ShapeError: a shape, dtype or device does not fit.
-        EapoError: a field that the loss needs is missing, a number is not finite, a sequence id is
-            out of range, or the denominator or the lengths contradict the tokens.
+    Raises ShapeError for a shape, dtype or device; EapoError for a missing field, a number that is
+    not finite, a sequence id out of range, or a denominator or lengths that contradict the tokens.
     """
     require(isinstance(batch, TokenBatch), "batch", "a TokenBatch", batch)
     targets = batch.targets
     if not (isinstance(targets, Tensor) and targets.dim() == 1 and targets.dtype == torch.int64):
         raise ShapeError(f"batch.targets: expected int64 [N], got {describe(targets)}")
     if batch.advantages is None:
-        missing = "rewards" if batch.rewards is None else "group_ids"
-        complete = batch.rewards is not None and batch.group_ids is not None
-        require(complete, f"batch.{missing}", "[B] unless advantages are given", None)
+        for name in ("rewards", "group_ids"):
+            require(getattr(batch, name) is not None, f"batch.{name}", "[B] unless advantages are given", None)
     if batch.rewards is not None and config.split == "group":
         require(batch.group_ids is not None, "batch.group_ids", "[B] with split='group'", None)
     if batch.denominator is not None:
@@ -67,12 +56,10 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
         per_token = per_token if batch.token_advantages is None else batch.token_advantages
         require_tensor("batch.advantages", batch.advantages, tokens if per_token else sequences, FLOATS, targets)
     for name, shape, dtypes in (
-        ("rewards", sequences, FLOATS),
-        ("group_ids", sequences, (torch.int64,)),
-        ("sequence_lengths", sequences, (*FLOATS, torch.int64, torch.int32)),
-        ("mask", tokens, (torch.bool,)),
+        ("rewards", sequences, FLOATS), ("group_ids", sequences, (torch.int64,)),
+        ("sequence_lengths", sequences, (*FLOATS, torch.int64, torch.int32)), ("mask", tokens, (torch.bool,)),
         *((name, tokens, FLOATS) for name in _TOKEN_FLOATS),
-    ):
+    ):  # fmt: skip
         if getattr(batch, name) is not None:
             require_tensor(f"batch.{name}", getattr(batch, name), shape, dtypes, targets)
     if may_read(targets, debug):
@@ -81,21 +68,18 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
 
 def _check_values(batch: TokenBatch, config: EAPOConfig, size: int) -> None:
     valid, per_token = valid_tokens(batch.targets, batch.mask), has_token_advantages(batch)
-    all_valid = torch.ones((), dtype=torch.bool, device=valid.device)
-    _require_finite("rewards", batch.rewards, all_valid)
-    _require_finite("advantages", batch.advantages, valid if per_token else all_valid)
+    _require_finite("rewards", batch.rewards, None)
+    _require_finite("advantages", batch.advantages, valid if per_token else None)
     for name in _TOKEN_FLOATS:
         _require_finite(name, getattr(batch, name), valid)
-
     ids, n = batch.sequence_ids[valid], batch.targets.numel()
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, -1)
     require(low >= 0 and high < size, "batch.sequence_ids", f"values in [0, {size})", low if low < 0 else high)
     if batch.advantages is not None and batch.token_advantages is None and batch.advantages.numel() == n and ids.numel():
         ambiguous = not per_token or (size == n and high == n - 1)
         if ambiguous and not torch.equal(batch.sequence_ids, torch.arange(n, device=ids.device)):
-            raise EapoError(
-                f"batch.advantages: expected [B] or [N] with B != N (or sequence_ids 0, 1, 2, ...), got B = N = {n}"
-            )
+            expected = "[B] or [N] with B != N (or sequence_ids 0, 1, 2, ...)"
+            raise EapoError(f"batch.advantages: expected {expected}, got B = N = {n}")
     if batch.denominator is not None:
         value = float(batch.denominator)
         require(0 < value < math.inf, "batch.denominator", "a positive finite number", value)
@@ -104,16 +88,15 @@ def _check_values(batch: TokenBatch, config: EAPOConfig, size: int) -> None:
         short = ~(lengths >= counts)
         if bool(short.any()):
             i = int(short.nonzero()[0, 0])
-            raise EapoError(
-                f"batch.sequence_lengths: expected at least {int(counts[i])}, the tokens here, got {float(lengths[i])} at {i}"
-            )
+            expected = f"at least {int(counts[i])}, the tokens here"
+            raise EapoError(f"batch.sequence_lengths: expected {expected}, got {float(lengths[i])} at {i}")
         if config.scope == "sequence" and bool(((lengths != counts) & (counts > 0)).any()):
             raise EapoError(f"batch.sequence_lengths: expected whole responses with surrogate {config.surrogate!r}, got parts")
 
 
-def _require_finite(name: str, values: Tensor | None, where: Tensor) -> None:
+def _require_finite(name: str, values: Tensor | None, where: Tensor | None) -> None:
     if values is not None:
-        bad = ~values.isfinite() & where
+        bad = ~values.isfinite() if where is None else ~values.isfinite() & where
         if bool(bad.any()):
             place = int(bad.nonzero()[0, 0])
             raise EapoError(f"batch.{name}: expected finite numbers, got {float(values[place])} at {place}")

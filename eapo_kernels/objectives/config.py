@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import is_number, require, require_choice, require_number
 from .advantages import ADVANTAGES, SPLITS, Advantage
@@ -36,6 +37,8 @@ class EAPOConfig:
             mass (autograd schedule only); None: on the entropy of the whole distribution.
         importance_cap: upper bound of exp(old_logp - rollout_logp), a factor on the policy term
             that corrects for a rollout engine whose log-probs differ; None: no correction.
+        scope: whose statistics a token's coefficient depends on: "token", "sequence" or "batch".
+            Computed from ``surrogate``; no argument.
     """
 
     clip_low: float = 0.2
@@ -53,6 +56,7 @@ class EAPOConfig:
     entropy_coef: float = 0.0
     entropy_top_p: float | None = None
     importance_cap: float | None = None
+    scope: ClassVar[str]  # not a field; each object has its own value
 
     def __post_init__(self) -> None:
         for name, table in (("surrogate", SURROGATES), ("advantage", ADVANTAGES)):
@@ -80,15 +84,10 @@ class EAPOConfig:
         if self.fixed_length is not None:
             ok = is_number(self.fixed_length) and isinstance(self.fixed_length, int) and self.fixed_length > 0
             require(ok, "fixed_length", "a positive int", repr(self.fixed_length))
+        scope = "batch" if callable(self.surrogate) else "sequence" if self.surrogate in SEQUENCE_RATIO else "token"
+        object.__setattr__(self, "scope", scope)
 
     @property
     def clip(self) -> Clip:
         """The ratio's bounds."""
         return Clip(self.clip_low, self.clip_high, self.dual_clip)
-
-    @property
-    def scope(self) -> str:
-        """Whose statistics a token's coefficient depends on: "token", "sequence" or "batch"."""
-        if callable(self.surrogate):
-            return "batch"
-        return "sequence" if self.surrogate in SEQUENCE_RATIO else "token"

@@ -7,8 +7,8 @@ from torch import Tensor
 from ..types import TokenBatch
 from .batch import check_batch
 from .controllers import EntropyRatio
-from .methods import Method, get_method, resolve_positive_weight
-from .policy import prepare
+from .methods import Method, get_method
+from .policy import prepare, resolve_positive_weight
 
 
 def loss_denominator(

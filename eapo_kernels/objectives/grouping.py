@@ -1,6 +1,6 @@
 """Statistics within groups of responses or tokens, without host synchronization.
 
-Sums are in fp64, so that the order of the additions does not change an fp32 result noticeably.
+Sums are in fp64, so that the order of addition does not change an fp32 result noticeably.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_EPS = 1e-6
 _TIE = torch.finfo(torch.float32).eps
 """Rewards are fp32 and their mean need not be representable. A reward equals the mean of its group
 if they differ by at most this share of the group's largest magnitude."""
@@ -17,13 +18,13 @@ class Partition:
     """Statistics within classes. Results are [N] fp64: each member holds the value of its class.
 
     Attributes:
-        valid: [N] bool, the members that count; results of the others are undefined.
+        valid: [N] bool, the members that count (None: all); results of the others are undefined.
         index: [N] int64 in [0, N), the number of the member's class, in the order of the keys.
         counts: [N] fp64, size of the member's class.
     """
 
     def __init__(self, keys: Tensor, valid: Tensor | None = None) -> None:
-        """keys: [N] int64 below int64's maximum; equal keys form a class. valid None: all."""
+        """keys: [N] int64 below int64's maximum; equal keys form a class."""
         self.valid = torch.ones_like(keys, dtype=torch.bool) if valid is None else valid
         ordered, order = torch.sort(torch.where(self.valid, keys, torch.iinfo(torch.int64).max))
         first = torch.ones_like(ordered)
@@ -48,10 +49,9 @@ class Partition:
 
 
 class Groups:
-    """Statistics of rewards [B] within groups, each [B] fp64."""
+    """Statistics, [B] fp64, of rewards [B] in groups of equal ``group_ids`` (None: one group)."""
 
     def __init__(self, rewards: Tensor, group_ids: Tensor | None) -> None:
-        """group_ids: [B] int64, equal for the responses of a group; None: all are one group."""
         self.rewards = rewards.double()
         self.members = Partition(torch.zeros_like(rewards, dtype=torch.int64) if group_ids is None else group_ids)
         self.means = self.members.mean(self.rewards)
@@ -65,7 +65,8 @@ class Groups:
         margin = self.rewards - self.means
         return torch.where(margin.abs() <= self.tie_width(), 0.0, margin)
 
-    def unbiased_std(self) -> Tensor:
-        """[B] standard deviation of the group with n - 1; 0 for one member or equal rewards."""
-        squares = self.members.sum(self.deviations().square())
-        return (squares / (self.members.counts - 1).clamp_min(1)).sqrt()
+    def normalised(self) -> Tensor:
+        """[B] deviation / (std + 1e-6) with the unbiased std of the group."""
+        deviations = self.deviations()
+        variance = self.members.sum(deviations.square()) / (self.members.counts - 1).clamp_min(1)
+        return deviations / (variance.sqrt() + _EPS)

@@ -1,4 +1,4 @@
-"""``METHODS``: all methods by name; their settings, controllers and positive weights.
+"""``METHODS``: all methods by name; their settings and controllers.
 
 Methods without a TokenWeighting are listed here, the others at the ends of the files of
 ``token_weights``.
@@ -6,21 +6,17 @@ Methods without a TokenWeighting are listed here, the others at the ends of the 
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..errors import EapoError, may_read, require, require_scalar
+from ..errors import require
 from .config import EAPOConfig
-from .controllers import Controller, EntropyRatio, build_controller, controller_fields
+from .controllers import Controller, build_controller, controller_fields
 from .token_weights import covariance, entropy, entropy_change, other_policy, sequence
 from .token_weights.step import Method
 
-__all__ = ["METHODS", "Method", "get_method", "make_controller", "resolve_positive_weight"]
+__all__ = ["METHODS", "Method", "get_method", "make_controller"]
 
 _BINARY = EAPOConfig(advantage="binary", split="advantage")
 
@@ -121,32 +117,3 @@ def make_controller(method: Method) -> Controller | None:
         EapoError: the controller or a setting is unknown, or a number is out of its range.
     """
     return None if method.controller is None else build_controller(method.controller, method.controller_settings)
-
-
-def resolve_positive_weight(
-    method: Method, given: float | Tensor | EntropyRatio | None, device: torch.device, debug: bool
-) -> Tensor:
-    """The method's own positive weight, else the caller's: 0-dim fp32 on the device.
-
-    Raises:
-        EapoError: both or neither are given, or the weight is not a finite number >= 0 (the value
-            of a tensor is checked where ``may_read`` allows it).
-    """
-    own, kinds = method.positive_weight, "a number, a 0-dim tensor or an EntropyRatio"
-    if own is not None and given is not None:
-        expected = f"None for method {method.name!r}, whose weight is {own:g}"
-        raise EapoError(f"positive_weight: expected {expected}, got {given!r}")
-    given = own if given is None else given
-    if given is None:
-        raise EapoError(f"positive_weight: expected {kinds} for method {method.name!r}, got None")
-    value = given.weight if isinstance(given, EntropyRatio) else given
-    require_scalar("positive_weight", value, kinds)
-    if isinstance(value, Tensor):
-        if may_read(value, debug):
-            require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
-        if value.device.type != "cpu" or device.type == "cpu":
-            return value.detach().to(device, torch.float32, copy=True)
-        value = float(value)  # a fill: a copy would block, and a graph cannot capture it
-    else:
-        require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
-    return torch.full((), value, dtype=torch.float32, device=device)

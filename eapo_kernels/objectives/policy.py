@@ -1,26 +1,28 @@
-"""A policy loss on vectors with one element per token (E9, E10).
-
-``prepare`` turns a batch into the coefficients of its tokens; ``loss_and_sums`` turns log-probs and
-entropies into the loss.
+"""A policy loss on vectors (E9, E10): ``prepare`` turns a batch into coefficients of its tokens,
+and ``loss_and_sums`` turns these, log-probs and entropies into the loss.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..errors import EapoError, may_read, require, require_scalar
 from ..types import SUMS, TokenBatch, valid_tokens
 from .advantages import ADVANTAGES, Split, split_responses
 from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig
+from .controllers import EntropyRatio
 from .reductions import token_scale
 from .surrogates import KL_ESTIMATORS, MAX_LOG_RATIO, SEQUENCE_RATIO, SURROGATES, kl_k3, log_ratio
+from .token_weights.step import Method
 
 SAME_POLICY = 1e-4
-"""Two computations of the same log-prob may differ by up to this log-ratio (nats) from rounding.
-|log rho| has no gradient there, because the sign of log rho would be noise."""
+"""Rounding may separate two computations of a log-prob by this much (nats). |log rho| has no
+gradient there: the sign of log rho would be noise."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,13 @@ class PolicyTerms:
     Attributes:
         config: the loss.
         valid: [N] bool, the tokens that count (without responses that ``drop_zero_weight`` drops).
-        sequence_ids: [N] int64, 0 for tokens that do not count.
+        sequence_ids: [N] int64 in [0, ``n_sequences``), 0 for tokens that do not count.
         scale: [N] fp32, the reduction's weight of a token.
         importance: [N] fp32, truncated importance weight of the policy term, or None.
         advantages: [B] fp32, or [N] with ``token_advantages``; without the sign weights.
         split: positive and other responses, [B], or tokens, [N], with ``token_split``.
         positive_weight: 0-dim fp32.
-        old_logp, ref_logp: [N] fp32 or None.
-        entropy_coef, ratio_penalty: [N] fp32 or None, see ``TokenBatch``.
-        n_sequences: B.
-        token_advantages, token_split: whether these are given per token instead of per response.
+        old_logp, ref_logp, entropy_coef, ratio_penalty: [N] fp32 or None, see ``TokenBatch``.
     """
 
     config: EAPOConfig
@@ -73,12 +72,10 @@ class PolicyTerms:
         """The same loss without the tokens of weighted advantage zero; denominators stay.
 
         All tokens stay where such a token may add to the loss or to another token's gradient: with
-        an entropy bonus, a penalty, a KL, or a surrogate that is a function or mixes the tokens of
-        a response.
+        an entropy bonus, a penalty, a KL, or a surrogate that is not of token scope.
         """
-        c = self.config
-        other = self.has_entropy_bonus or self.ratio_penalty is not None or (c.kl_coef != 0 and self.ref_logp is not None)
-        if other or c.scope != "token" or not isinstance(c.surrogate, str):
+        has_kl = self.config.kl_coef != 0 and self.ref_logp is not None
+        if self.has_entropy_bonus or self.ratio_penalty is not None or has_kl or self.config.scope != "token":
             return self
         return replace(self, valid=self.valid & (self.weighted_advantages() != 0))
 
@@ -88,6 +85,32 @@ class PolicyTerms:
         names += ["advantages"] if self.token_advantages else []
         parts = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **parts, split=Split(*(t[index] for t in self.split)) if self.token_split else self.split)
+
+
+def resolve_positive_weight(
+    method: Method, given: float | Tensor | EntropyRatio | None, device: torch.device, debug: bool
+) -> Tensor:
+    """The method's own positive weight, else the caller's: 0-dim fp32 on the device.
+
+    Raises EapoError unless exactly one is given and it is a finite number >= 0 (the value of a
+    tensor is checked where ``may_read`` allows it).
+    """
+    own, kinds = method.positive_weight, "a number, a 0-dim tensor or an EntropyRatio"
+    if own is not None and given is not None:
+        raise EapoError(f"positive_weight: expected None for method {method.name!r}, whose weight is {own:g}, got {given!r}")
+    value = own if given is None else given.weight if isinstance(given, EntropyRatio) else given
+    if value is None:
+        raise EapoError(f"positive_weight: expected {kinds} for method {method.name!r}, got None")
+    require_scalar("positive_weight", value, kinds)
+    if isinstance(value, Tensor):
+        if may_read(value, debug):
+            require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
+        if value.device.type != "cpu" or device.type == "cpu":
+            return value.detach().to(device, torch.float32, copy=True)
+        value = float(value)  # a fill: a copy would block, and a graph cannot capture it
+    else:
+        require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> PolicyTerms:
@@ -105,8 +128,7 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         advantages = estimator(batch.rewards, batch.group_ids).float()
     else:
         advantages = batch.advantages.detach().float()
-        if token_advantages:
-            advantages = torch.where(valid, advantages, 0.0)
+        advantages = torch.where(valid, advantages, 0.0) if token_advantages else advantages
     by_reward = batch.rewards is not None and config.split != "advantage"
     split = split_responses(batch.rewards, batch.group_ids, advantages, config.split if by_reward else "advantage")
     token_split = token_advantages and not by_reward
@@ -133,15 +155,10 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
 
 
 def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The loss of these tokens and, without gradient, the sums to log over them.
+    """The loss of these tokens, 0-dim fp32, and their sums, [len(SUMS)] fp32 without gradient.
 
-    Args:
-        terms: the tokens' coefficients.
-        logp: [N] fp32, differentiable.
-        entropy: [N] fp32, differentiable where the loss has an entropy bonus; None counts as zero.
-
-    Returns:
-        (0-dim fp32 loss, [len(SUMS)] fp32 sums).
+    logp, entropy: [N] fp32, differentiable (the entropy where the loss has an entropy bonus, else
+    None counts as zero).
     """
     config, old = terms.config, terms.old_logp
     logp = torch.where(terms.valid, logp, 0.0)
@@ -165,23 +182,16 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
     loss = (terms.scale * torch.where(terms.valid, per_token, 0.0)).sum()
     with torch.no_grad():
         values = {
-            "entropy": zeros if entropy is None else entropy,
-            "ratio": ratio.exp(),
-            "clipped": clipped.float(),
-            "old_kl": zeros if old is None else kl_k3(logp, old),
-            "kl": kl,
-        }
+            "entropy": zeros if entropy is None else entropy, "ratio": ratio.exp(), "clipped": clipped.float(),
+            "old_kl": zeros if old is None else kl_k3(logp, old), "kl": kl,
+        }  # fmt: skip
         sums = {name: (v.detach() * terms.valid.float()).sum() for name, v in values.items()} | {"loss": loss.detach()}
     return loss, torch.stack([sums[name] for name in SUMS])
 
 
 def _sequence_mean(values: Tensor, terms: PolicyTerms) -> Tensor:
-    """[N]: the mean over the valid tokens of the token's response.
-
-    Summed in fp64, so that the order of addition does not change the fp32 result noticeably.
-    """
+    """[N]: the mean over the valid tokens of the token's response (fp64 sums: see ``grouping``)."""
     valid = terms.valid.double()
-    size = max(terms.n_sequences, 1)
-    total = valid.new_zeros(size).index_add(0, terms.sequence_ids, values.double() * valid)
-    count = valid.new_zeros(size).index_add(0, terms.sequence_ids, valid)
+    zeros = valid.new_zeros(max(terms.n_sequences, 1))
+    total, count = (zeros.index_add(0, terms.sequence_ids, v) for v in (values.double() * valid, valid))
     return (total / count.clamp_min(1))[terms.sequence_ids].to(values.dtype)

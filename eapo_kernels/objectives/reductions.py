@@ -11,16 +11,10 @@ REDUCTIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_
 
 
 def token_scale(
-    reduction: str,
-    valid: Tensor,
-    sequence_ids: Tensor,
-    size: int,
-    *,
-    fixed_length: int | None,
-    lengths: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-) -> Tensor:
-    """[N] fp32, the weight of each valid token; 0 for the others.
+    reduction: str, valid: Tensor, sequence_ids: Tensor, size: int, *, fixed_length: int | None,
+    lengths: Tensor | None = None, denominator: float | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[N] fp32, the weight of each valid token; 0 for the others. reduction: one of ``REDUCTIONS``.
 
         token_mean            1 / tokens: every token counts the same (DAPO)
         seq_mean_token_mean   1 / (length of its response * responses): every response does (GRPO)
@@ -28,17 +22,12 @@ def token_scale(
         fixed_length          1 / (responses * fixed_length): no length bias (Dr. GRPO)
 
     Args:
-        reduction: one of ``REDUCTIONS``.
         valid: [N] bool.
-        sequence_ids: [N] int64 in [0, size); 0 at tokens that are not valid.
-        size: B, the number of responses.
-        fixed_length: the constant of reduction ``fixed_length``.
+        sequence_ids: [N] int64 in [0, size), size = B; 0 at tokens that are not valid.
+        fixed_length: the constant of reduction ``fixed_length``, which raises EapoError without it.
         lengths: [B] valid tokens of each response; None: those here.
         denominator: the global number of tokens or responses, so that the losses of micro-batches
             and ranks add up exactly; None: the valid tokens, or responses that have any, here.
-
-    Raises:
-        EapoError: reduction "fixed_length" without a fixed length.
     """
     ones = valid.float()
     here = ones.new_zeros(size).index_add_(0, sequence_ids, ones)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from dataclasses import fields, replace
 from types import MappingProxyType
 
@@ -32,6 +33,7 @@ from eapo_kernels import (
 )
 from eapo_kernels.objectives.controllers import CONTROLLERS
 from eapo_kernels.objectives.semantic import semantic_rewards
+from eapo_kernels.objectives.surrogates import ppo_clip
 from eapo_kernels.objectives.token_weights.step import MARKS, STATISTICS
 
 NAMES = """eapo grpo dr_grpo dapo gspo cispo psr nsr w_reinforce clip_cov kl_cov steer clip_b clip_v papo_like siren aepo dcpo
@@ -114,6 +116,15 @@ def test_get_method_changes_fields() -> None:
         get_method("grpo", clip_hgih=0.3)
     with pytest.raises(EapoError, match="method: expected a name or a Method, got 3"):
         get_method(3)  # type: ignore[arg-type]
+
+
+def test_scope_follows_the_surrogate() -> None:
+    """It is kept by copies, and is no setting."""
+    config = replace(EAPOConfig(), surrogate="gspo")
+    assert (EAPOConfig().scope, config.scope, replace(config, surrogate=ppo_clip).scope) == ("token", "sequence", "batch")
+    assert pickle.loads(pickle.dumps(config)).scope == "sequence"
+    with pytest.raises(EapoError, match="got scope"):
+        get_method("grpo", scope="batch")
 
 
 @pytest.mark.parametrize(
