@@ -156,10 +156,11 @@ def triton_usage(launch: Any, architecture: int) -> Usage:
 
 def cuda_usage(item: Any, cache: Path | None = None) -> Usage:
     """Build a CUDA kernel (or take it from the cache), and read its code. item: an
-    ``ops.cuda.configs.Build``."""
+    ``ops.cuda.tiles.Build``."""
     from eapo_kernels.ops.cuda import build
+    from eapo_kernels.ops.cuda import tiles as cuda_tiles
 
-    return inspect(build.cubin(item, cache=cache), item.threads, item.shared_bytes)
+    return inspect(build.cubin(item, cache=cache), cuda_tiles.THREADS, item.shared_bytes)
 
 
 def triton_rows(family: str) -> Iterator[str]:

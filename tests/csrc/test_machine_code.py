@@ -26,7 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("item", list(tiles.builds()), ids=lambda item: str(item).replace(" ", "-"))
 def test_compiles_well(item: Build, cache: Path) -> None:
     u = compiled_code.cuda_usage(item, cache)
-    code, count = u.code, u.code.instructions
+    code, count = u, u.instructions
     assert (code.spills, code.stack) == (0, 0)
     assert u.shared == item.shared_bytes <= SHARED_LIMIT, "the launch names all of it"
     assert THREADS * code.registers <= 65536, "registers at launch"
