@@ -134,6 +134,8 @@ def policy_loss(
             require_number("main_grad_scale", main_grad_scale)
             main = MainGrad(main_grad.detach(), main_grad_scale)
         schedule = _choose_schedule(schedule, config, backend, projection, options.plan, main is not None)
+        if shard is not None and options.debug:
+            backend = dispatch.resolve(backend, projection, schedule).name
     except EapoError as error:
         if process_group is not None:
             collective_checks.propagate(error, process_group, options)

@@ -61,6 +61,8 @@ def linear_cross_entropy(
         ShapeError, EapoError, BackendUnavailable: bad input; the message says expected and got.
     """
     try:
+        if process_group is not None:
+            process_group = VocabShard.resolve(process_group, weight)
         require_choice("reduction", reduction, REDUCTIONS)
         if not (isinstance(targets, Tensor) and targets.dtype == torch.int64):
             raise ShapeError(f"targets: expected int64 [...], got {describe(targets)}")

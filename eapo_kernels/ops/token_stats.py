@@ -158,8 +158,10 @@ def gradients_by_recomputing(
                     gemm.add_product_(d_hidden[part], matrix, weight[here])
                 if slab_weight is not None:
                     gemm.add_product_(slab_weight, matrix.t(), operand[part])
-                if d_bias is not None:
+                if d_bias is not None and matrix.dtype == torch.float16:
                     gemm.add_weighted_rows_(d_bias[here], matrix, row_scale[part])
+                elif d_bias is not None:  # row_scale is 1, and a sum needs no wider copy of the matrix
+                    d_bias[here] += matrix.sum(0, dtype=dtype)
             if slab_weight is not None and pow2_scale is not None:
                 slab_weight.mul_(pow2_scale)
             if d_weight is not None and slab_weight is not None and not in_place:
@@ -322,7 +324,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_logp, grad_entropy, grad_lse, *_):  # type: ignore[no-untyped-def]
-    operands, rows = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors  # read once: saved-tensor hooks (activation checkpointing, offload) run at every read
+    operands, rows = saved[:5], saved[5:]
     needs = ctx.needs_input_grad[:3]
     grad_entropy = grad_entropy if ctx.entropy else None
     if grad_logp is None and grad_lse is None and grad_entropy is None:
@@ -413,13 +416,13 @@ def token_stats(
         BackendUnavailable: the backend named cannot run these inputs.
     """
     try:
+        shard = None if process_group is None else VocabShard.resolve(process_group, weight)
         options = Options() if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         require(entropy in ENTROPY_MODES, "entropy", f"one of {', '.join(ENTROPY_MODES)}", repr(entropy))
         if not isinstance(targets, Tensor):
             raise ShapeError(f"targets: expected an int64 tensor [...], got {describe(targets)}")
         options, shape = resolve_compaction(options, targets, mask is not None), targets.shape
-        shard = None if process_group is None else VocabShard.resolve(process_group, weight)
         projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, shape, shard)
         require_tensor("targets", targets, tuple(shape), (torch.int64,), projection.hidden)
         if mask is not None:
@@ -427,6 +430,8 @@ def token_stats(
             targets = torch.where(mask, targets, IGNORE_INDEX)
         require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
         targets = targets.reshape(-1)
+        if shard is not None and options.debug:
+            backend = dispatch.resolve(backend, projection, "autograd").name
     except EapoError as error:
         if process_group is not None:
             collective_checks.propagate(error, process_group, options)

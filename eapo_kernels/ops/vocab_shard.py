@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -56,17 +57,17 @@ class VocabShard:
         """
         require_group(process_group)
         dtypes = sorted(str(d) for d in vars(torch).values() if isinstance(d, torch.dtype))
-        mine = torch.tensor(
-            [weight.shape[0], weight.shape[1], dtypes.index(str(weight.dtype)), weight.is_cuda], device=weight.device
-        )
+        rows, columns = weight.shape if weight.dim() == 2 else (0, 0)  # refused by all ranks below
+        mine = torch.tensor([rows, columns, dtypes.index(str(weight.dtype)), weight.is_cuda], device=weight.device)
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
         dist.all_gather(parts, mine, group=process_group)
         sizes, dims, kinds, devices = torch.stack(parts, 1).tolist()
+        shard = VocabShard.of_sizes(process_group, sizes)
         for name, values in (("columns", dims), ("dtype", [dtypes[k] for k in kinds]), ("device", devices)):
             for rank, value in enumerate(values):
                 same = f"the same {name} on all ranks ({values[0]} on rank 0)"
                 require(value == values[0], "weight", same, f"{value} on rank {rank}")
-        return VocabShard.of_sizes(process_group, sizes)
+        return shard
 
     @staticmethod
     def chunked(process_group: dist.ProcessGroup, total: int) -> VocabShard:
@@ -108,16 +109,19 @@ class VocabShard:
         """
         if process_group is None:
             return None
-        is_matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.numel() > 0
-        require(is_matrix, "weight", "a floating-point [V, D] with V, D >= 1", describe(weight))
-        shard, rows = process_group, weight.shape[0]
+        shard = process_group
         if not isinstance(shard, VocabShard):
             require_group(process_group)
             assert isinstance(process_group, dist.ProcessGroup)
-            known = _SHARDS.setdefault(weight, {})
-            shard = known.get(process_group.group_name)
-            if shard is None:
-                shard = known[process_group.group_name] = VocabShard.of(process_group, weight)
+            require(isinstance(weight, Tensor), "weight", "a tensor [V, D]", describe(weight))
+            known = _SHARDS.setdefault(weight, WeakKeyDictionary())
+            shape, shard = known.get(process_group, (None, None))
+            if shard is None or shape != weight.shape:
+                shard = VocabShard.of(process_group, weight)
+                known[process_group] = weight.shape, shard
+        is_matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.numel() > 0
+        require(is_matrix, "weight", "a floating-point [V, D] with V, D >= 1", describe(weight))
+        rows = weight.shape[0]
         fits = rows <= shard.max_shard_vocab and shard.start + rows <= shard.total
         expected = f"at most {shard.max_shard_vocab} rows from row {shard.start} of {shard.total}"
         require(fits, "weight", expected, f"{rows} rows")
@@ -146,7 +150,7 @@ class VocabShard:
 
 
 _SHARDS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""weight -> {name of a group: VocabShard}, for calls with a group."""
+"""weight -> {group: (shape of the weight, VocabShard)}, for calls with a group."""
 
 
 def require_group(process_group: object) -> None:

@@ -127,6 +127,11 @@ def _a_group_gives_the_same_as_its_shard(rank: int) -> None:
     shard = VocabShard.of(group, case.inputs().weight[rows])
     for key, value in run(case, case.inputs(), rows, "torch", shard).items():
         assert torch.equal(found[key], value)
+    with torch.no_grad():
+        weight.data = inputs.weight[rows][: 5 - rank].clone()  # another shape: another shard
+    expected = token_stats(inputs.hidden, inputs.weight[rows][: 5 - rank], inputs.targets % 9, process_group=group)
+    found_again = token_stats(inputs.hidden, weight, inputs.targets % 9, process_group=group)
+    assert torch.equal(found_again.logp, expected.logp)
     alone = [dist.new_group([other]) for other in range(2)][rank]  # a group of one rank with the full weight
     with counted() as counts:
         found = run(case, case.inputs(), ALL_ROWS, "torch", alone)
