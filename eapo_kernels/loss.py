@@ -21,7 +21,7 @@ from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
 from .objectives.methods import METHODS, Method, get_method
 from .objectives.policy import PolicyTerms, loss_and_sums, prepare, resolve_positive_weight
-from .ops import chunking, collective_checks, dispatch, gradients
+from .ops import collective_checks, dispatch, gradients
 from .ops.dispatch import Chunk, Coefficients, LogitCotangents, SurrogateTerms
 from .ops.gradients import MainGrad
 from .ops.lm_head import Projection, build_projection, check_values, resolve_compaction, scatter_rows, select_valid
@@ -133,9 +133,9 @@ def policy_loss(
             require_tensor("main_grad", main_grad, tuple(weight.shape), (projection.statistics_dtype,), projection.hidden)
             require_number("main_grad_scale", main_grad_scale)
             main = MainGrad(main_grad.detach(), main_grad_scale)
-        schedule = _choose_schedule(schedule, config, backend, projection, options.plan, main is not None)
-        if shard is not None and options.debug:
-            backend = dispatch.resolve(backend, projection, schedule).name
+        schedule = _choose_schedule(schedule, config, options.plan, main is not None)
+        if not torch.compiler.is_compiling():
+            backend = dispatch.resolve(backend, projection).name
     except EapoError as error:
         if process_group is not None:
             collective_checks.propagate(error, process_group, options)
@@ -212,7 +212,7 @@ def _one_pass(
     enabled = torch.is_grad_enabled()
     d_hidden, d_weight, d_bias = (enabled and t is not None and t.requires_grad for t in inputs)
     needs = (d_hidden, d_weight or (enabled and main_grad is not None), d_bias)
-    backend = dispatch.resolve(backend_name, projection, "one_pass")
+    backend = dispatch.load(backend_name)
     selected, index = select_valid(projection.detach(), terms.valid, options.compact)
     targets = torch.where(terms.valid, targets, 0)
     if index is not None:
@@ -273,8 +273,9 @@ def _autograd(
     return loss, sums
 
 
-def _choose_schedule(schedule: str, config: EAPOConfig, backend: str, projection: Projection, plan: str, has_main: bool) -> str:
-    """Resolve "auto"; raise where the schedule, the plan and the loss exclude each other."""
+def _choose_schedule(schedule: str, config: EAPOConfig, plan: str, has_main: bool) -> str:
+    """Resolve "auto": one pass wherever the loss, the plan and the trace allow it. Raise where the
+    schedule, the plan and the loss exclude each other."""
     forced = "main_grad" if has_main else "Options(plan='chunks')" if plan == "chunks" else None
     require(not forced or schedule != "autograd", "schedule", f"'one_pass' or 'auto' with {forced}", "'autograd'")
     top_p = config.entropy_top_p
@@ -284,9 +285,7 @@ def _choose_schedule(schedule: str, config: EAPOConfig, backend: str, projection
         raise EapoError(f"schedule: expected 'autograd' for {reason}, got 'one_pass'")
     if forced or schedule != "auto":
         return "one_pass" if forced else schedule
-    key = (projection.hidden.device.type, "torch" if backend == "auto" else backend, "one_pass")
-    proven = plan != "recompute" and key in chunking.PROVEN and not torch.compiler.is_compiling()
-    return "one_pass" if fits and proven else "autograd"
+    return "one_pass" if fits and plan != "recompute" and not torch.compiler.is_compiling() else "autograd"
 
 
 def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -> dict[str, Tensor]:

@@ -21,6 +21,8 @@ LAYERS = {
     "eapo_kernels.loss": 5,
     "eapo_kernels": 6,
     "eapo_kernels.testing": 6,
+    "eapo_kernels.selftest": 7,
+    "eapo_kernels.__main__": 8,
     "eapo_kernels.integrations": 7,
     "trainer": 8,
     "benchmarks": 8,

@@ -239,6 +239,8 @@ def _train(config: Config, console: Console) -> bool:
             }
             for line in advice_on_rewards(config, sampled.scores.total) if step == 1 else ():
                 console.line(f"advice: {line}")
+            if changed := run.record_kernels():
+                console.line(f"advice: {changed}")
             run.append("metrics", metrics)
             trackers.log(metrics, step)
             for i in best_and_worst(sampled, config.samples_per_step):

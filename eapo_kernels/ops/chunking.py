@@ -1,4 +1,4 @@
-"""Byte budgets, chunk sizes and plans as functions of shapes; and the proven backends."""
+"""Byte budgets, chunk sizes and plans as functions of shapes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import torch
 
 from ..errors import require
 from ..types import Options
-
-PROVEN = frozenset({("cpu", "torch", "autograd"), ("cpu", "torch", "one_pass"), ("cuda", "torch", "autograd")})
-"""(device type, backend, schedule) that "auto" may choose. An entry requires a committed benchmark
-result from that hardware, except ("cuda", "torch", "autograd"), which is plain PyTorch."""
 
 RECOMPUTE_BUDGET = 96 * 2**20
 """Default budget of plan "recompute": less than 0.25 GiB at N = D = 4096 for any V, including fp32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, require
-from . import chunking
+from . import verdicts
 from .lm_head import Projection
 from .vocab_shard import INVALID
-
-logger = logging.getLogger("eapo_kernels")
 
 
 class RowStatistics(NamedTuple):
@@ -185,44 +183,68 @@ _MODULES = MappingProxyType({
     "triton": (".triton.backend", "triton (eapo-kernels[triton])"),
     "torch": (".torch_backend", "torch"),
 })  # fmt: skip
-"""name -> (module with a ``BACKEND``, imported at first use; the packages it imports), in the order
-in which "auto" tries them."""
+"""name -> (module with a ``BACKEND``, imported at first use; the packages it imports)."""
+
+_CHECKED = ("triton",)
+"""Backends that "auto" takes on a GPU where they are right. "cuda" is taken by name only."""
 
 NAMES = ("auto", *_MODULES)
 
+VARIABLE = "EAPO_KERNELS_BACKEND"
+"""The environment variable that says what "auto" is: a backend's name pins it, without a check."""
 
-def _load(name: str) -> Backend:
-    """Import a backend; raises BackendUnavailable if a package that it imports is missing."""
+
+@functools.cache
+def _missing(name: str) -> str | None:
+    """Why a package that a backend imports is missing: Python would try a failed import again."""
     module, needs = _MODULES[name]
     try:
-        return importlib.import_module(module, __package__).BACKEND
+        importlib.import_module(module, __package__)
     except ImportError as error:
-        raise BackendUnavailable(f"backend {name!r}: it needs {needs}: {error}") from error
+        return f"backend {name!r}: it needs {needs}: {error}"
+    return None
 
 
-def resolve(name: str, projection: Projection, schedule: str) -> Backend:
-    """The backend for these inputs. "auto": the first proven on the device that supports them.
+def load(name: str) -> Backend:
+    """Import a backend; raises BackendUnavailable if a package that it imports is missing."""
+    if (reason := _missing(name)) is not None:
+        raise BackendUnavailable(reason)
+    return importlib.import_module(_MODULES[name][0], __package__).BACKEND
+
+
+def resolve(name: str, projection: Projection) -> Backend:
+    """The backend for these inputs. "auto": the one that ``EAPO_KERNELS_BACKEND`` names, else on a
+    GPU the kernels that have shown there that they are right (``verdicts``), else torch.
 
     Raises EapoError if the name is unknown, and BackendUnavailable if a backend asked for by name
     cannot run these inputs.
     """
     require(name in NAMES, "backend", f"one of {', '.join(NAMES)}", repr(name))
-    if name != "auto":
-        backend = _load(name)
-        if (reason := backend.supports(projection)) is not None:
-            raise BackendUnavailable(f"backend {name!r}: {reason}")
-        return backend
-    device = projection.hidden.device.type
-    for candidate in _MODULES:
-        if (device, candidate, schedule) in chunking.PROVEN and (backend := _load(candidate)).supports(projection) is None:
-            _log_choice(device, schedule, candidate)
-            return backend
-    return _load("torch")
+    asked = "backend"
+    if name == "auto":
+        asked, name = VARIABLE, os.environ.get(VARIABLE, "auto")
+        require(name in NAMES, asked, f"one of {', '.join(NAMES)}", repr(name))
+    if name == "auto":
+        return load(_choose(projection))
+    backend = load(name)
+    if (reason := backend.supports(projection)) is not None:
+        raise BackendUnavailable(f"{asked} {name!r}: {reason}")
+    return backend
 
 
-@functools.cache
-def _log_choice(device: str, schedule: str, name: str) -> None:
-    logger.info("backend for %s (%s schedule): %s", device, schedule, name)
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether "auto" looks for kernels."""
+    return tensor.is_cuda
+
+
+def _choose(projection: Projection) -> str:
+    """The name of the backend that "auto" takes."""
+    if not on_gpu(projection.hidden):
+        return "torch"
+    for name in _CHECKED:
+        if _missing(name) is None and load(name).supports(projection) is None and verdicts.is_right(name, projection):
+            return name
+    return "torch"
 
 
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
@@ -231,7 +253,7 @@ def available_backends(device: str | torch.device = "cpu") -> dict[str, str | No
     answer: dict[str, str | None] = {}
     for name in _MODULES:
         try:
-            answer[name] = _load(name).supports(Projection(probe, probe))
+            answer[name] = load(name).supports(Projection(probe, probe))
         except BackendUnavailable as error:
             answer[name] = str(error)
     return answer

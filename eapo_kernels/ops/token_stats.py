@@ -206,7 +206,7 @@ def _forward_op(
     s, saved = compute_statistics(
         projection,
         targets,
-        dispatch.resolve(backend, projection, "autograd"),
+        _resolved(backend, projection),
         entropy=entropy,
         second_moments=second_moments,
         options=Options(memory_budget, compact, debug, plan),
@@ -220,6 +220,11 @@ def _forward_op(
     saved = saved or SavedRows(hidden.new_empty(0, 0), s.logp.new_empty(2, 0), targets.new_empty(0))
     entropies = s.entropy.clone() if entropy and s.entropy is not None else none
     return s.logp, entropies, s.lse.clone(), moments, state, *saved
+
+
+def _resolved(backend: str, projection: Projection) -> Backend:
+    """The backend of a call of an op: "auto" only in compiled code, else already resolved."""
+    return dispatch.resolve(backend, projection) if backend == "auto" else dispatch.load(backend)
 
 
 def _projection(
@@ -246,7 +251,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     n, rows = hidden.shape[0], 0
     projection = _projection(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
     if save:  # else the backend is not asked, so that a symbolic N can be traced
-        row_bytes = dispatch.resolve(backend, projection, "autograd").chunk_row_bytes(projection, False)
+        row_bytes = _resolved(backend, projection).chunk_row_bytes(projection, False)
         budget = chunking.workspace_bytes(Options(memory_budget, compact, debug, plan), hidden.device)
         rows = chunking.autograd(n, row_bytes, budget, plan).rows  # without a mask
     dtype = projection.statistics_dtype
@@ -291,7 +296,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias); a gradient that is not needed is empty."""
     projection = _projection(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
-    resolved, options = dispatch.resolve(backend, projection, "autograd"), Options(memory_budget, compact, plan=plan)
+    resolved, options = _resolved(backend, projection), Options(memory_budget, compact, plan=plan)
     wanted = (needs[0], needs[1], needs[2])
     if scales.numel() and grad_entropy is None and grad_lse is None and grad_logp is not None:
         saved = SavedRows(matrix, scales, index)
@@ -343,7 +348,10 @@ def project_stats(
     """``token_stats`` of a checked projection, each [N]. targets: [N] int64, -100 masks a row."""
     p = projection
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (p.hidden, p.weight, p.bias))
-    save = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
+    save = wanted and entropy != "grad" and not second_moments and not compiling
+    if not compiling:  # once: forward and backward take the same backend
+        backend = dispatch.resolve(backend, p).name
     assert isinstance(options.compact, bool)
     logp, entropies, lse, moments, *_ = _forward_op(
         p.hidden, p.weight, p.bias, targets, p.row_inv_temperature, p.inv_temperature, p.logit_scale, p.softcap,
@@ -431,7 +439,7 @@ def token_stats(
         require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
         targets = targets.reshape(-1)
         if shard is not None and options.debug:
-            backend = dispatch.resolve(backend, projection, "autograd").name
+            backend = dispatch.resolve(backend, projection).name
     except EapoError as error:
         if process_group is not None:
             collective_checks.propagate(error, process_group, options)

@@ -1,4 +1,4 @@
-"""Choosing a backend: "auto" takes a proven one, a name takes that one or raises with the reason."""
+"""Choosing a backend: what "auto" is, and that a name takes that backend or raises with the reason."""
 
 from __future__ import annotations
 
@@ -10,17 +10,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from eapo_kernels import BackendUnavailable, available_backends, token_stats
-from eapo_kernels.ops import chunking, dispatch, torch_backend
+from eapo_kernels import BackendUnavailable, EapoError, available_backends, token_stats
+from eapo_kernels.ops import dispatch, torch_backend
 from eapo_kernels.ops.lm_head import Projection
 
 TENSOR = torch.zeros(2, 8)
 
 
-def test_auto_takes_only_what_is_proven() -> None:
-    for device, backend, schedule in chunking.PROVEN:
-        assert backend == "torch", f"{backend} on {device} ({schedule}) needs a committed result from that hardware"
-    assert dispatch.resolve("auto", Projection(TENSOR, TENSOR), "autograd") is torch_backend.BACKEND
+def test_auto_is_torch_on_a_cpu() -> None:
+    assert dispatch.resolve("auto", Projection(TENSOR, TENSOR)) is torch_backend.BACKEND
+
+
+def test_the_environment_variable_pins_auto_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    projection = Projection(TENSOR, TENSOR)
+    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
+    with pytest.raises(BackendUnavailable, match="EAPO_KERNELS_BACKEND 'cuda': cpu tensors"):
+        dispatch.resolve("auto", projection)
+    assert dispatch.resolve("torch", projection).name == "torch"
+    monkeypatch.setenv(dispatch.VARIABLE, "torch")
+    assert dispatch.resolve("auto", projection).name == "torch"
+    monkeypatch.setenv(dispatch.VARIABLE, "fast")
+    with pytest.raises(EapoError, match="EAPO_KERNELS_BACKEND: expected one of auto, cuda, triton, torch, got 'fast'"):
+        dispatch.resolve("auto", projection)
 
 
 def test_available_backends_gives_a_reason_for_each_refusal() -> None:

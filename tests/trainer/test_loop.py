@@ -25,7 +25,8 @@ from trainer.errors import ConfigError, RewardError
 from trainer.loop import train
 from trainer.records import ScoredRollouts
 from trainer.rollouts.source import RolloutSource
-from trainer.runs.rundir import read
+from trainer.runs import rundir
+from trainer.runs.rundir import RunDirectory, read
 
 Change = Callable[..., Config]
 
@@ -37,6 +38,22 @@ def rows(config: Config, stream: str = "metrics") -> list[dict[str, Any]]:
 def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     timed = ("seconds/", "tokens_per_second")
     return [{k: value for k, value in row.items() if not (k.startswith(timed) or k.endswith("/seconds"))} for row in metrics]
+
+
+def test_a_resume_on_other_kernels_says_so(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = RunDirectory(config)
+    first.start(replace=False)
+    monkeypatch.setattr(rundir, "used", lambda: {"bfloat16": "triton (triton is right)"})
+    assert first.record_kernels() is None
+    assert first.record_kernels() is None
+    resumed = RunDirectory(config)
+    monkeypatch.setattr(rundir, "used", lambda: {"bfloat16": "torch (triton is wrong)"})
+    changed = "bfloat16: triton (triton is right) before, torch (triton is wrong) now"
+    assert resumed.record_kernels() == f"other kernels than in the earlier part of the run: {changed}"
+    assert resumed.record_kernels() is None
+    content = json.loads((resumed.path / "environment.json").read_text())
+    assert content["kernels"]["bfloat16"] == "torch (triton is wrong)"
+    assert content["versions"]["torch"]
 
 
 def test_reward_rises(changed: Change) -> None:
@@ -52,6 +69,7 @@ def test_a_run_leaves_its_files_and_every_metric(config: Config, with_report: No
     assert parse_config([], recipe=run / "config.toml") == config
     environment = json.loads((run / "environment.json").read_text())
     assert environment["versions"]["torch"]
+    assert environment["kernels"] == {"EAPO_KERNELS_BACKEND": "auto"}, "on a CPU nothing is checked"
     assert {path.name for path in run.iterdir()} == {
         "config.toml", "environment.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "model", "report.md",
         "curves.png", "diagnostics.png", "checkpoints", "finished.json",

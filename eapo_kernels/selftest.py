@@ -1,0 +1,707 @@
+"""``python -m eapo_kernels selftest``: whether a backend's kernels are right on this machine.
+
+The public functions run on about 300 rows in every form that a backend has, over outputs that are
+filled with NaN before, and are compared with float64 element by element. ``backend="auto"`` runs the
+same check in a child process before it takes a backend on a GPU (``ops.verdicts``).
+
+The bounds follow from the arithmetic, so that they are as tight on small numbers as on large ones:
+
+    statistics   4 times the largest error of PyTorch's fp32 logits in the row, plus 2^-20 of them
+    gradients    the roundings of their operands, sum_t |dL/dz_tv| |hidden_td| times 2^-8 in bf16;
+                 along the exact gradient, where unbiased roundings cancel, a fifth of that
+
+Twice the error of eager PyTorch in bf16 would be a loose bound: its logits are rounded to bf16, which
+hides a lost column. The table gives the error beside eager's all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .errors import BackendUnavailable, EapoError
+from .loss import eapo_loss
+from .objectives.config import EAPOConfig
+from .ops import verdicts
+from .ops.token_stats import token_stats
+from .ops.verdicts import Question, Verdict
+from .testing import eager_token_stats
+from .types import IGNORE_INDEX, Options, TokenBatch, TokenStats
+
+N_ROWS = 300
+COLUMNS = 1100
+"""Columns that are checked, at least: several tiles of every kernel. A class of vocabularies is known
+by what V is divisible by, and so are these."""
+
+POSITIVE_WEIGHT, ENTROPY_COEF = 0.7, 0.05
+_FAR = (-100.0, -40.0, 0.0, 40.0, 100.0)
+"""Nats by which guesses of the log-probs are wrong. Rows are rescued beyond 33 nats, and beyond 88
+nothing else can give right numbers."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs that every tile boundary matters to: half of the rows have their largest logit at one.
+
+    Attributes:
+        hidden, weight: [N, D] and [V, D] in the dtype of the question.
+        targets: [N] int64, in four of five rows the largest logit's column.
+        old_logp: [N] fp32, exact log-probs minus the log of a ratio that no clip bound is near.
+        bias: [V] with some -inf, or None. inv_temperature: [N] fp32, or 1.0.
+        softcap: or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    inv_temperature: Tensor | float
+    softcap: float | None
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """Keyword arguments of the public functions."""
+        return {"bias": self.bias, "inv_temperature": self.inv_temperature, "softcap": self.softcap}
+
+    @cached_property
+    def valid(self) -> Tensor:
+        return self.targets != IGNORE_INDEX
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        return torch.arange(N_ROWS, device=self.targets.device) * 6 // N_ROWS
+
+    @cached_property
+    def rewards(self) -> Tensor:
+        return torch.tensor([0.0, 1.0, 0.25, 1.0, 1.0, 0.5], device=self.targets.device)
+
+    @cached_property
+    def group_ids(self) -> Tensor:
+        return torch.tensor([0, 0, 0, 1, 1, 1], device=self.targets.device)
+
+    @cached_property
+    def random(self) -> Tensor:
+        """[3, N] fp32: cotangents, advantages."""
+        return torch.randn(3, N_ROWS, generator=torch.Generator().manual_seed(5)).to(self.targets.device)
+
+    @cached_property
+    def old_logp(self) -> Tensor:
+        ratios = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.6], device=self.targets.device).repeat(N_ROWS // 5)
+        return (self.exact.logp - ratios.double().log()).float()
+
+    @cached_property
+    def far_logp(self) -> Tensor:
+        """``old_logp``, far off in four of five rows."""
+        return self.old_logp + torch.tensor(_FAR, device=self.targets.device).repeat(N_ROWS // len(_FAR))
+
+    def batch(self, old_logp: Tensor, *, mask: bool = False, advantages: Tensor | None = None) -> TokenBatch:
+        tokens = advantages is not None
+        return TokenBatch(
+            targets=torch.where(self.valid, self.targets, 0) if mask else self.targets, sequence_ids=self.sequence_ids,
+            rewards=None if tokens else self.rewards, group_ids=None if tokens else self.group_ids, old_logp=old_logp,
+            mask=self.valid if mask else None, advantages=advantages, token_advantages=True if tokens else None,
+        )  # fmt: skip
+
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """hidden, weight and bias as new leaves."""
+        leaf = [None if t is None else t.detach().requires_grad_() for t in (self.hidden, self.weight, self.bias)]
+        assert leaf[0] is not None
+        assert leaf[1] is not None
+        return leaf[0], leaf[1], leaf[2]
+
+    @cached_property
+    def raw(self) -> Tensor:
+        """hidden @ weight.T in float64."""
+        return self.hidden.double() @ self.weight.double().T
+
+    def statistics(self, raw: Tensor, dtype: torch.dtype = torch.float64) -> TokenStats:
+        """E2-E4 of raw logits [N, V] in their dtype, zero in masked rows; differentiable."""
+        wide: dict[str, Any] = {name: t.to(dtype) if isinstance(t, Tensor) else t for name, t in self.terms.items()}
+        identity = torch.eye(raw.shape[1], dtype=dtype, device=raw.device)
+        return reference.token_stats(raw, identity, self.targets, second_moments=True, **wide)
+
+    @cached_property
+    def exact(self) -> TokenStats:
+        return self.statistics(self.raw)
+
+    @cached_property
+    def tolerance(self) -> Tensor:
+        """[N] float64, allowed error of a row's lse."""
+        plain = (self.hidden.float() @ self.weight.float().T).double()
+        scale = self.inv_temperature.double() if isinstance(self.inv_temperature, Tensor) else self.inv_temperature
+        return 4 * scale * (plain - self.raw).abs().amax(1) + 2**-20 * (4 + scale * self.raw.abs().amax(1))
+
+
+def checked_columns(vocab: int) -> int:
+    """A vocabulary of at least ``COLUMNS`` (or ``vocab``) that is divisible by what ``vocab`` is."""
+    step = math.gcd(vocab, 256)
+    columns = -(-min(vocab, COLUMNS) // step)
+    return step * (columns + (columns % 2 == 0 and vocab // step % 2 == 1))
+
+
+def make_problem(question: Question, device: torch.device, *, full: bool) -> Problem:
+    """The inputs of one form. full: with a bias, a temperature per row and masked rows."""
+    g = torch.Generator().manual_seed(17 + full)
+    n, d, v, dtype = N_ROWS, question.dim, checked_columns(question.vocab), DTYPES[question.dtype]
+    weight, hidden = torch.randn(v, d, generator=g) / math.sqrt(d), 3 * torch.randn(n, d, generator=g)
+    row = torch.arange(n)
+    edges = torch.tensor([v - 1, 0, *(c for k in range(64, v, 64) for c in (k, k - 1)), v - 2 if v > 1 else 0])
+    peaks = torch.where(row % 2 == 0, edges[row // 2 % len(edges)], torch.randint(v, (n,), generator=g))
+    hidden[row % 7 == 6] *= 0.03  # nearly uniform rows
+    height = 4 + 12 * torch.rand(n, 1, generator=g)
+    hidden += height * weight[peaks] / weight[peaks].square().sum(1, keepdim=True)
+    targets = torch.where(row % 5 == 3, torch.randint(v, (n,), generator=g), peaks)
+    bias: Tensor | None = None
+    inv_temperature: Tensor | float = 1.0
+    if full:
+        bias = torch.randn(v, generator=g)
+        removed = torch.rand(v, generator=g) < 0.02
+        removed[torch.cat([targets, edges])] = False
+        bias[removed] = -math.inf
+        inv_temperature = (0.5 + torch.rand(n, generator=g)).to(device)
+        targets[row % 10 == 9] = IGNORE_INDEX
+
+    def place(matrix: Tensor) -> Tensor:
+        matrix = matrix.to(device, dtype)
+        if not question.strided:
+            return matrix
+        wide = matrix.new_zeros(matrix.shape[0], matrix.shape[1] + 1)
+        wide[:, : matrix.shape[1]] = matrix
+        return wide[:, : matrix.shape[1]]
+
+    softcap = 30.0 if question.softcap else None
+    bias = None if bias is None else bias.to(device, dtype)
+    return Problem(place(hidden), place(weight), targets.to(device), bias, inv_temperature, softcap)
+
+
+Values = dict[str, Tensor]
+Loss = Callable[[TokenStats], Tensor]
+
+
+class Case(NamedTuple):
+    """One way through a backend.
+
+    Attributes:
+        name: for the table.
+        kernels: Triton's, in the scaled-exponential form where it names them; soft-caps and fp32
+            inputs take ``_PLAIN`` instead.
+        run: (problem, backend) -> results by name.
+        loss: the same loss from the statistics of all rows; None: no gradient is taken.
+    """
+
+    name: str
+    kernels: str
+    run: Callable[[Problem, str], Values]
+    loss: Callable[[Problem, TokenStats], Tensor] | None
+
+
+def _run_statistics(p: Problem, backend: str) -> Values:
+    with torch.no_grad():
+        stats = token_stats(p.hidden, p.weight, p.targets, second_moments=True, backend=backend, **p.terms)
+        alone = token_stats(p.hidden[:1], p.weight, p.targets[:1], backend=backend, **_first(p))
+    return _named(stats) | {f"{name} of a row alone": value for name, value in _named(alone).items()}
+
+
+def _first(p: Problem) -> dict[str, Any]:
+    scale = p.inv_temperature
+    return p.terms | {"inv_temperature": scale[:1] if isinstance(scale, Tensor) else scale}
+
+
+def _named(stats: TokenStats) -> Values:
+    return {name: value.detach() for name, value in stats._asdict().items() if value is not None}
+
+
+def _run_stats_loss(
+    entropy: str, plan: str, loss: Callable[[Problem, TokenStats], Tensor]
+) -> Callable[[Problem, str], Values]:  # fmt: skip
+    def run(p: Problem, backend: str) -> Values:
+        hidden, weight, bias = p.leaves()
+        stats = token_stats(
+            hidden, weight, p.targets, entropy=entropy, backend=backend, options=Options(plan=plan), **p.terms | {"bias": bias}
+        )
+        loss(p, stats).backward()
+        return _named(stats) | _gradients(hidden, weight, bias)
+
+    return run
+
+
+def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Values:
+    found = {"d_hidden": hidden.grad, "d_weight": weight.grad, "d_bias": None if bias is None else bias.grad}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _logp_loss(p: Problem, s: TokenStats) -> Tensor:
+    return (p.random[0].to(s.logp.dtype) * s.logp).sum()
+
+
+def _mixed_loss(p: Problem, s: TokenStats) -> Tensor:
+    assert s.entropy is not None
+    c = p.random.to(s.logp.dtype)
+    return (c[0] * s.logp + c[1] * s.entropy + c[2] * s.lse).sum()
+
+
+def _clipped_loss(p: Problem, s: TokenStats) -> Tensor:
+    """E10 by the oracle."""
+    v = p.valid
+    return reference.eapo_loss(
+        s.logp[v], p.old_logp[v].to(s.logp.dtype), p.sequence_ids[v], p.rewards, p.group_ids, positive_weight=POSITIVE_WEIGHT
+    )  # fmt: skip
+
+
+def _bonus_loss(p: Problem, s: TokenStats) -> Tensor:
+    assert s.entropy is not None
+    return _clipped_loss(p, s) - ENTROPY_COEF * s.entropy[p.valid].mean()
+
+
+def _cispo_loss(p: Problem, s: TokenStats) -> Tensor:
+    """CISPO (arXiv 2506.13585): its gradient does not vanish where the old log-prob is far off."""
+    weight = (s.logp - p.far_logp.to(s.logp.dtype)).detach().exp().clamp(0.8, 1.2)
+    return -(weight * p.random[0].to(s.logp.dtype) * s.logp)[p.valid].mean()
+
+
+def _run_one_pass(
+    plan: str, config: EAPOConfig, *, far: bool = False, mask: bool = False
+) -> Callable[[Problem, str], Values]:  # fmt: skip
+    def run(p: Problem, backend: str) -> Values:
+        hidden, weight, bias = p.leaves()
+        batch = p.batch(p.far_logp, advantages=p.random[0]) if far else p.batch(p.old_logp, mask=mask)
+        out = eapo_loss(
+            hidden, weight, batch, positive_weight=1.0 if far else POSITIVE_WEIGHT, config=config, schedule="one_pass",
+            backend=backend, options=Options(plan=plan), **p.terms | {"bias": bias},
+        )  # fmt: skip
+        out.loss.backward()
+        return {"loss": out.loss.detach(), "mean entropy": out.metrics["eapo/entropy"]} | _gradients(hidden, weight, bias)
+
+    return run
+
+
+_PLAIN = "row_statistics, row_gradient"
+_EXP = "row_offsets, scaled_exp_gemm, scaled_exp_finalize, target_rows"
+CASES = (
+    Case("statistics", "stream_statistics, finalize", _run_statistics, None),
+    Case(
+        "autograd, recomputed", "stream_statistics, logit_gradient", _run_stats_loss("grad", "recompute", _mixed_loss),
+        _mixed_loss,
+    ),
+    Case("autograd, saved", _EXP, _run_stats_loss("nograd", "one_chunk", _logp_loss), _logp_loss),
+    Case("one pass, chunks", _EXP, _run_one_pass("chunks", EAPOConfig(), mask=True), _clipped_loss),
+    Case(
+        "one pass, rescued rows", f"{_EXP}, collect_rescue_ids, row_maxima, scaled_exp_rescue",
+        _run_one_pass("one_chunk", EAPOConfig(surrogate="cispo"), far=True), _cispo_loss,
+    ),
+    Case("one pass, entropy bonus", _PLAIN, _run_one_pass("one_chunk", EAPOConfig(entropy_coef=ENTROPY_COEF)), _bonus_loss),
+)  # fmt: skip
+
+
+class Expected(NamedTuple):
+    """What a case should give."""
+
+    exact: Values  # float64
+    allowed: Values  # errors, of the same shapes
+    eager: Values  # plain PyTorch in the inputs' dtype
+
+
+def expect(p: Problem, case: Case) -> Expected:
+    """Results of a case in float64 with their bounds, and those of plain PyTorch."""
+    s, tolerance = p.exact, p.tolerance
+    assert s.entropy is not None
+    assert s.varentropy is not None
+    assert s.p2 is not None
+    assert s.p2_logp is not None
+    exact: Values = _named(s)
+    allowed: Values = {
+        "logp": 2 * tolerance,
+        "lse": tolerance,
+        "entropy": tolerance * (2 + s.varentropy.sqrt()),
+        "p2": 4 * tolerance * s.p2 + 2**-22,
+        "p2_logp": 4 * tolerance * (s.p2 - s.p2_logp) + 2**-22,
+        "varentropy": 8 * tolerance * (1 + s.varentropy),
+    }
+    eager = _named(eager_token_stats(p.hidden, p.weight, p.targets, second_moments=True, **p.terms))
+    if case.loss is None:
+        for values in (exact, allowed, eager):
+            values |= {f"{name} of a row alone": values[name][:1] for name in ("logp", "entropy", "lse")}
+        return Expected(exact, allowed, eager)
+
+    raw = p.raw.detach().requires_grad_()
+    stats = p.statistics(raw)
+    assert stats.entropy is not None
+    leaves = stats.logp, stats.entropy
+    for value in leaves:
+        value.retain_grad()
+    loss = case.loss(p, stats)
+    loss.backward()
+    grad = raw.grad
+    assert grad is not None
+    hidden, weight = p.hidden.double(), p.weight.double()
+    exact |= {
+        "loss": loss.detach(),
+        "mean entropy": s.entropy[p.valid].mean(),
+        "d_hidden": grad @ weight,
+        "d_weight": grad.T @ hidden,
+        "d_bias": grad.sum(0),
+    }
+
+    unit = torch.finfo(p.hidden.dtype).eps / 2
+    relative = 2.5 * unit + 2**-20 + (4 if p.softcap is None else 8) * tolerance
+    c_logp, c_entropy = (torch.zeros_like(tolerance) if v.grad is None else v.grad.abs() for v in leaves)
+    log_p = torch.log_softmax(_transform(p, p.raw), -1)
+    p_v, scale = (
+        log_p.exp(),
+        p.inv_temperature.double() if isinstance(p.inv_temperature, Tensor) else torch.ones_like(tolerance),
+    )
+    # The gradient of the entropy is a difference of two terms, each of which may be larger than it.
+    terms = c_entropy.unsqueeze(1) * (1 + torch.where(p_v > 0, (log_p + s.entropy.unsqueeze(1)).abs(), 0.0))
+    size = (grad.abs() + scale.unsqueeze(1) * p_v * terms) * relative.unsqueeze(1)
+    if p.softcap is not None:  # the slope 1 - tanh^2 is exact to 2^-21, of 1 and not of itself
+        size = size + 2**-21 * scale.unsqueeze(1) * p_v * (c_logp.unsqueeze(1) + terms)
+    least = 2 * unit * torch.finfo(torch.float16).smallest_normal if p.hidden.dtype == torch.float16 else 0.0
+    rounding = {name: 2 * unit * exact[name].abs() + least for name in ("d_hidden", "d_weight", "d_bias")}
+    allowed |= {
+        "d_hidden": size @ weight.abs() + rounding["d_hidden"],
+        "d_weight": size.T @ hidden.abs() + rounding["d_weight"],
+        "d_bias": size.sum(0) + rounding["d_bias"],
+        "loss": 1.5 * (c_logp * allowed["logp"] + c_entropy * allowed["entropy"]).sum() + 2**-20 * (1 + loss.detach().abs()),
+        "mean entropy": allowed["entropy"][p.valid].mean() + 2**-22,
+    }
+    # A systematic error hides in element-wise bounds where the terms of a sum cancel, not along the gradient itself.
+    worst = float(relative.max())
+    for name, squares in (
+        ("d_hidden", size.square() @ weight.square().sum(1)),
+        ("d_weight", size.T.square() @ hidden.square().sum(1)),
+    ):
+        length, one_by_one = exact[name].norm(dim=1), squares.sqrt() + 2**-20 * exact[name].norm(dim=1)
+        allowed[f"{name} by row"] = 1.5 * torch.maximum(length * worst, one_by_one) + least * p.hidden.shape[1] ** 0.5
+        exact[f"{name} by row"] = length
+        exact[f"{name} as a whole"] = exact[name].norm()
+        allowed[f"{name} as a whole"] = (worst - 2 * unit) * exact[name].norm() + least * exact[name].numel() ** 0.5
+    return Expected(exact, allowed, eager | _eager_gradients(p, case))
+
+
+def _lengths(values: Values, exact: Values) -> Values:
+    """The values, and the gradients' components along the exact ones."""
+    found = dict(values)
+    for name in ("d_hidden", "d_weight"):
+        if name in values:
+            product, length = values[name].double() * exact[name], exact[name].norm(dim=1)
+            found[f"{name} by row"] = product.sum(1) / length.clamp_min(1e-300)
+            found[f"{name} as a whole"] = product.sum() / exact[name].norm()
+    return found
+
+
+def _transform(p: Problem, raw: Tensor) -> Tensor:
+    terms: dict[str, Any] = {name: t.double() if isinstance(t, Tensor) else t for name, t in p.terms.items()}
+    return reference.logits(raw, torch.eye(raw.shape[1], dtype=raw.dtype, device=raw.device), **terms)
+
+
+def _eager_gradients(p: Problem, case: Case) -> Values:
+    assert case.loss is not None
+    hidden, weight, bias = p.leaves()
+    stats = eager_token_stats(hidden, weight, p.targets, **p.terms | {"bias": bias})
+    loss = case.loss(p, stats)
+    loss.backward()
+    assert stats.entropy is not None
+    return {"loss": loss.detach(), "mean entropy": stats.entropy[p.valid].mean().detach()} | _gradients(hidden, weight, bias)
+
+
+class Row(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+        case, kernels: of ``Case``; full: see ``make_problem``.
+        outcome: "right", "wrong", "crashed" or "unknown".
+        error: the largest error, as a share of the allowed one.
+        beside_eager: the largest ratio of an error to plain PyTorch's, over the results.
+        detail: what is wrong.
+        seconds: of the two runs, compilation included.
+    """
+
+    case: str
+    kernels: str
+    full: bool
+    outcome: str
+    error: float
+    beside_eager: float
+    detail: str
+    seconds: float
+
+    @property
+    def title(self) -> str:
+        return f"{self.case}, {'with' if self.full else 'without'} bias"
+
+
+@contextlib.contextmanager
+def _new_memory_is_nan() -> Iterator[None]:
+    """PyTorch fills memory that it allocates without a value with NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def check_case(p: Problem, case: Case, backend: str, *, full: bool) -> Row:
+    """Run a case three times: over NaN, and twice as users run it."""
+    start = time.monotonic()
+
+    plain_form = case.kernels.startswith(_EXP) and (p.softcap is not None or p.hidden.dtype == torch.float32)
+    kernels = _PLAIN if plain_form else case.kernels
+
+    def row(outcome: str, detail: str = "", error: float = 0.0, beside: float = 0.0) -> Row:
+        return Row(case.name, kernels, full, outcome, error, beside, detail, round(time.monotonic() - start, 2))
+
+    try:
+        expected = expect(p, case)
+        with _new_memory_is_nan():
+            over_nan = case.run(p, backend)
+        once, twice = case.run(p, backend), case.run(p, backend)
+        if p.hidden.is_cuda:
+            torch.cuda.synchronize()
+    except (BackendUnavailable, torch.OutOfMemoryError) as error:
+        return row("unknown", _first_line(error))
+    except (RuntimeError, EapoError, OSError, ValueError, TypeError, AssertionError) as error:
+        return row("crashed", f"{type(error).__name__}: {_first_line(error)}")
+    worst, detail, beside = 0.0, "", 0.0
+    for number, values in enumerate((over_nan, once)):
+        for name, value in _lengths(values, expected.exact).items():
+            share, place = _compare(value, expected.exact[name], expected.allowed[name])
+            if share > worst:
+                worst = share
+                where = "" if not place else f" at {place}"
+                detail = f"{name}{where}: the error is {share:.3g} of what is allowed{' (over NaN)' if number == 0 else ''}"
+            if name not in values:
+                continue
+            plain = float((expected.eager[name].double() - expected.exact[name]).abs().nan_to_num(0.0).max())
+            ours = float((value.double() - expected.exact[name]).abs().max())
+            beside = max(beside, ours / plain if plain > 0 else 0.0)
+    if not worst <= 1:
+        return row("wrong", detail, worst, beside)
+    for name, value in once.items():
+        if not torch.equal(value, twice[name]):
+            return row("wrong", f"{name}: a second run gives other bits", worst, beside)
+        whole = name.removesuffix(" of a row alone")
+        if whole != name and backend != "torch" and not torch.equal(value, once[whole][:1]):
+            return row("wrong", f"{whole}: other bits alone than among other rows", worst, beside)
+    return row("right", "", worst, beside)
+
+
+def _compare(got: Tensor, exact: Tensor, allowed: Tensor) -> tuple[float, str]:
+    """(the largest error as a share of the allowed one, inf for a NaN; where)."""
+    if got.shape != exact.shape:
+        return math.inf, f"shape {list(got.shape)}"
+    error = (got.double() - exact).abs()
+    share = torch.where(
+        error <= allowed,
+        error / allowed.clamp_min(1e-300),
+        torch.where(error.isfinite(), error / allowed.clamp_min(1e-300), math.inf),
+    )
+    place = int(share.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), got.shape))
+    return float(share.flatten()[place]), str(list(index)) if index else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")[:300]
+
+
+def check(
+    question: Question, device: torch.device, tell: Callable[[Row], object] = lambda row: None, *, first_only: bool = False
+) -> list[Row]:
+    """Every case, without and with bias, temperatures and masked rows.
+
+    Stops at a crash on a GPU, which is unusable then, and with ``first_only`` at anything that is
+    not right.
+    """
+    rows = []
+    for full in (False, True):
+        problem = make_problem(question, device, full=full)
+        for case in CASES:
+            rows.append(check_case(problem, case, question.backend, full=full))
+            tell(rows[-1])
+            outcome = rows[-1].outcome
+            if outcome != "right" and (first_only or outcome == "unknown" or (outcome == "crashed" and device.type == "cuda")):
+                return rows
+    return rows
+
+
+def judge(rows: Sequence[Row], ratio: float | None, seconds: float) -> Verdict:
+    """The verdict of the rows: the worst of them."""
+    for outcome in ("unknown", "crashed", "wrong"):
+        bad = [row for row in rows if row.outcome == outcome]
+        if bad:
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            return Verdict(outcome, f"{bad[0].title} ({bad[0].kernels}): {bad[0].detail}{more}", ratio, seconds)
+    return Verdict("right", "", ratio, seconds)
+
+
+class Speed(NamedTuple):
+    """A timed call. beside: its rate over that of the same number of products by the library."""
+
+    what: str
+    milliseconds: float
+    teraflops: float
+    beside: float
+
+
+SPEED_ROWS, SPEED_COLUMNS, SPEED_BYTES = 4096, 8192, 2**31
+"""Rows and columns of the timed calls, and the free memory without which they are left out."""
+
+
+def measure(question: Question, device: torch.device) -> tuple[list[Speed], float | None]:
+    """Median times on a GPU, and the time of one pass over that of the torch backend; [] and None
+    where there is no GPU or too little memory."""
+    if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < SPEED_BYTES:
+        return [], None
+    n, d, v, dtype = SPEED_ROWS, question.dim, SPEED_COLUMNS, DTYPES[question.dtype]
+    g = torch.Generator(device).manual_seed(3)
+    hidden = torch.randn(n, d, generator=g, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=g, device=device) / math.sqrt(d)).to(dtype).requires_grad_()
+    targets = torch.randint(v, (n,), generator=g, device=device)
+    softcap = 30.0 if question.softcap else None
+    with torch.no_grad():
+        old_logp = token_stats(hidden, weight, targets, softcap=softcap, backend="torch").logp
+        matrix = hidden @ weight.T
+    batch = TokenBatch(targets, torch.zeros_like(targets), old_logp=old_logp, advantages=torch.ones(1, device=device))
+
+    @torch.no_grad()
+    def product() -> None:
+        torch.mm(hidden, weight.T)
+
+    @torch.no_grad()
+    def products() -> None:
+        product()
+        torch.mm(matrix, weight)
+        torch.mm(matrix.T, hidden)
+
+    def one_pass(backend: str) -> Callable[[], None]:
+        def run() -> None:
+            loss = eapo_loss(
+                hidden, weight, batch, positive_weight=1.0, softcap=softcap, schedule="one_pass", backend=backend
+            ).loss  # fmt: skip
+            torch.autograd.grad(loss, (hidden, weight))
+
+        return run
+
+    @torch.no_grad()
+    def forward() -> None:
+        token_stats(hidden, weight, targets, softcap=softcap, backend=question.backend)
+
+    calls: dict[str, tuple[Callable[[], None], int, str]] = {
+        "bare product": (product, 1, "bare product"),
+        "three bare products": (products, 3, "three bare products"),
+        "statistics": (forward, 1, "bare product"),
+        "one pass": (one_pass(question.backend), 3, "three bare products"),
+        "one pass, torch backend": (one_pass("torch"), 3, "three bare products"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(12):  # side by side, so that a change of clock meets all of them
+        for name, (call, _, _) in calls.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            if turn >= 2:
+                times[name].append(begin.elapsed_time(end))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    found = [
+        Speed(name, ms, 2e-9 * count * n * d * v / ms, median[bare] / ms)
+        for name, ms in median.items()
+        for _, count, bare in (calls[name],)
+    ]
+    return found, median["one pass"] / median["one pass, torch backend"]
+
+
+def table(rows: Sequence[Row], speeds: Sequence[Speed]) -> str:
+    """The results for a person."""
+    lines = [f"{'case':<40} {'right?':<8} {'error/allowed':>13} {'error/eager':>11} {'seconds':>8}  kernels"]
+    for row in rows:
+        lines.append(
+            f"{row.title:<40} {row.outcome:<8} {row.error:>13.3f} {row.beside_eager:>11.3f} {row.seconds:>8.2f}  {row.kernels}"
+        )
+        if row.detail:
+            lines.append(f"    {row.detail}")
+    if speeds:
+        lines.append(f"\n{f'N={SPEED_ROWS} V={SPEED_COLUMNS}':<40} {'ms':>8} {'TFLOP/s':>9} {'of the library':>15}")
+        lines += [f"{s.what:<40} {s.milliseconds:>8.3f} {s.teraflops:>9.1f} {s.beside:>14.0%}" for s in speeds]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eapo_kernels", description="Checks of eapo_kernels on this machine.")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser(
+        "selftest", help="whether a backend's kernels are right on this machine",
+        description="Compares a backend with float64, and on a GPU keeps the verdict that backend='auto' asks for. "
+        "Exit code 0: right; 1: wrong or crashed; 2: could not be checked.",
+    )  # fmt: skip
+    one.add_argument("--backend", default="triton", choices=("triton", "cuda", "torch"))
+    one.add_argument(
+        "--device", default=None, help="cuda, cuda:1, ...; cpu with TRITON_INTERPRET=1 (default: cuda if there is one)"
+    )
+    one.add_argument("--dtype", default="bf16", choices=[*_SHORT, *DTYPES])
+    one.add_argument("--dim", type=int, default=None, help="hidden size D (default 4096; 192 on a CPU)")
+    one.add_argument("--vocab", type=int, default=None, help="vocabulary V; its class is checked (default 151936)")
+    one.add_argument("--softcap", action="store_true", help="with a soft-cap of the logits")
+    one.add_argument("--strided", action="store_true", help="with operands that tensor descriptors cannot read")
+    one.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    one.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; ends the process with its exit code."""
+    options = _parser().parse_args(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    on_cpu = device.type == "cpu"
+    dtype, dim = _SHORT.get(options.dtype, options.dtype), options.dim or (192 if on_cpu else 4096)
+    question = Question(options.backend, dtype, dim, options.vocab or 151936, options.softcap, options.strided)
+    quiet = options.json or options.child
+    if not quiet:
+        where, v = "the CPU" if on_cpu else torch.cuda.get_device_name(device), checked_columns(question.vocab)
+        print(f"checking {question.backend} on {where}: {dtype}, N={N_ROWS} D={dim} V={v}", flush=True)
+    start = time.monotonic()
+    tell = (lambda row: None) if quiet else (lambda row: print(f"  {row.title}: {row.outcome}", flush=True))
+    rows = check(question, device, tell, first_only=options.child)
+    speeds, ratio = measure(question, device) if all(row.outcome == "right" for row in rows) else ([], None)
+    verdict = judge(rows, ratio, round(time.monotonic() - start, 1))
+    if options.child:
+        print(
+            verdicts.MARK + json.dumps({"outcome": verdict.outcome, "detail": verdict.detail, "ratio": verdict.ratio}),
+            flush=True,
+        )
+    else:
+        key = {} if on_cpu else verdicts.identity(question, device)
+        verdict = verdict if on_cpu else verdicts.keep(key, verdict)
+        if options.json:
+            report = {"key": key, "question": asdict(question), "verdict": asdict(verdict)}
+            print(json.dumps(report | {"rows": [r._asdict() for r in rows], "speeds": [s._asdict() for s in speeds]}, indent=1))
+        else:
+            print(table(rows, speeds))
+            print(
+                f"\n{question.backend}: {verdict.outcome} in {verdict.seconds:.0f} s {verdict.detail} {verdict.path}".rstrip()
+            )
+    sys.exit({"right": 0, "unknown": 2}.get(verdict.outcome, 1))
