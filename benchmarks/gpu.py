@@ -2,7 +2,7 @@
 
 build    compile the kernels, in several processes
 kernels  every kernel once beside its float64 reference
-forms    every way through a backend beside float64: statistics, autograd, one pass
+selftest every way through a backend beside float64, as backend="auto" checks it
 tests    (--full) the tests that a GPU can change, compute-sanitizer among them
 speed    bare products, unfused PyTorch and our backends at three shapes;
          --full: more shapes, --peers: other packages too
@@ -33,14 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .case import Case, make_case, policy_loss
-from .measure import BOUNDS, GRADIENT_BOUND, DeviceLost, Job, Limits, make_clock, print_missing, sweep
+from eapo_kernels import selftest
+
+from .measure import DeviceLost, Job, Limits, make_clock, print_missing, sweep
 from .providers import chosen
 from .results import ROOT, ResultFile, environment
 
-SECONDS = {"build": 120.0, "kernels": 90.0, "forms": 60.0, "speed": 240.0}
+SECONDS = {"build": 120.0, "kernels": 90.0, "selftest": 60.0, "speed": 240.0}
 """Limits of the stages of a plain call: with what starting them takes less than nine minutes."""
 
 MORE = {"tests": 900.0, "tune": 300.0}
@@ -186,7 +186,7 @@ def build(plan: Plan) -> Verdict:
     return Verdict(len(found) - len(wrong), wrong=wrong)
 
 
-# ---- kernels and forms: cases in processes of their own, which print each case and what came of it
+# ---- kernels and selftest: cases in processes of their own, which print each case and what came of it
 
 
 def kernel_groups(plan: Plan) -> dict[str, list[Any]]:
@@ -213,81 +213,40 @@ def kernel_cases(plan: Plan, group: str) -> Iterator[tuple[str, Callable[[], str
             yield f"{check} {'x'.join(map(str, shape))}", lambda c=check, s=shape: c.why_wrong(s, plan.device)
 
 
-FORMS = (
-    "streamed statistics",
-    "autograd, gradients saved",
-    "autograd, recomputed",
-    "one pass, scaled exponentials",
-    "one pass, logits",
-)
-"""The ways through a backend; the torch backend has one form for the last two."""
-
-_ENTROPY = 0.01
+CHECKED = (("bfloat16", 4096), ("bfloat16", 2048), ("float16", 4096), ("float32", 1024))
+"""dtype and D of the self-checks of a backend: those of the shapes that are timed, and other dtypes."""
 
 
-def form_results(form: str, backend: str, case: Case) -> dict[str, Tensor]:
-    """What a form computes: statistics, or a loss, with the gradients."""
-    from eapo_kernels import EAPOConfig, Options, eapo_loss, token_stats
-
-    leaves = [case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()]
-    if form == FORMS[0]:
-        with torch.no_grad():
-            stats = token_stats(*leaves, case.targets, second_moments=True, backend=backend)
-        return {name: value for name, value in stats._asdict().items() if value is not None}
-    if form.startswith("autograd"):
-        options = Options(plan="recompute" if form == FORMS[2] else "one_chunk")
-        stats = token_stats(*leaves, case.targets, backend=backend, options=options)
-        results = {"logp": stats.logp, "entropy": stats.entropy, "loss": _loss_of_statistics(case, stats.logp, stats.entropy)}
-    else:
-        config = EAPOConfig(entropy_coef=_ENTROPY if form == FORMS[4] else 0.0)
-        results = {
-            "loss": eapo_loss(
-                *leaves, case.batch, positive_weight=0.7, config=config, schedule="one_pass", backend=backend
-            ).loss
-        }
-    gradients = torch.autograd.grad(results["loss"], leaves)
-    return {n: v.detach() for n, v in results.items()} | dict(zip(("d_hidden", "d_weight"), gradients, strict=True))
+def selftest_groups(plan: Plan) -> list[str]:
+    """ "backend dtype D" of every self-check."""
+    able = [name for name, reason in plan.backends().items() if reason is None]
+    kinds = [("bfloat16", 32)] if plan.rehearse else CHECKED
+    return [f"{name} {dtype} {d}" for name in able for dtype, d in kinds if (name, dtype) != ("cuda", "float32")]
 
 
-def _loss_of_statistics(case: Case, logp: Tensor, entropy: Tensor) -> Tensor:
-    return policy_loss(case, logp) - _ENTROPY * entropy.mean()
+def selftest_cases(plan: Plan, group: str) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """(name, what is wrong) of the cases of ``python -m eapo_kernels selftest``, whose rows go to a
+    file."""
+    backend, dtype, dim = group.split()
+    question = selftest.Question(backend, dtype, int(dim), 100 if plan.rehearse else 128256)
+    rows: list[dict[str, Any]] = []
+    for full in (False, True):
+        problem = selftest.make_problem(question, torch.device(plan.device), full=full)
+        for case in selftest.CASES:
 
+            def check(problem: Any = problem, case: Any = case, full: bool = full) -> str | None:
+                row = selftest.check_case(problem, case, backend, full=full)
+                rows.append(row._asdict())
+                file = plan.out / f"selftest-{backend}-{dtype}-{dim}.json"
+                file.write_text(json.dumps({"question": vars(question), "rows": rows}, indent=1) + "\n")
+                return None if row.outcome == "right" else row.detail
 
-def form_reference(form: str, case: Case) -> dict[str, Tensor]:
-    """The same by dense float64 autograd."""
-    from eapo_kernels import reference
-
-    leaves = [case.hidden.double().requires_grad_(), case.weight.double().requires_grad_()]
-    stats = reference.token_stats(*leaves, case.targets, second_moments=True)
-    bonus = form.startswith("autograd") or form == FORMS[4]
-    loss = _loss_of_statistics(case, stats.logp, stats.entropy) if bonus else policy_loss(case, stats.logp)
-    gradients = torch.autograd.grad(loss, leaves)
-    return stats._asdict() | {"loss": loss} | dict(zip(("d_hidden", "d_weight"), gradients, strict=True))
-
-
-def wrong_form(form: str, backend: str, case: Case) -> str | None:
-    """Which result of a form is farther from float64 than the benchmark's gate allows, or None."""
-    expected = form_reference(form, case)
-    for name, value in form_results(form, backend, case).items():
-        exact = expected[name].detach()
-        error = float((value.double() - exact).norm() / exact.norm())
-        bound = GRADIENT_BOUND[case.dtype] if name.startswith("d_") else BOUNDS.get(name, BOUNDS["entropy"])
-        if not error <= bound:
-            return f"{name}: error {error:.2e}, allowed {bound:.0e}"
-    return None
-
-
-def form_cases(plan: Plan, group: str) -> Iterator[tuple[str, Callable[[], str | None]]]:
-    """(name, what is wrong) of a backend's forms."""
-    n, d, v = (32, 16, 300) if plan.rehearse else (320, 256, 5003)
-    case = make_case(n, d, v, torch.bfloat16, device=plan.device)
-    for form in FORMS:
-        yield f"{group} {form}", lambda form=form: wrong_form(form, group, case)
+            yield f"{group} {case.name}, {'with' if full else 'without'} bias", check
 
 
 GROUPED = {
     "kernels": (kernel_groups, kernel_cases),
-    "forms": (lambda plan: [name for name, reason in plan.backends().items() if reason is None], form_cases),
+    "selftest": (selftest_groups, selftest_cases),
 }
 """Stage -> (groups, cases of a group)."""
 

@@ -121,7 +121,7 @@ def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]], *, words:
 
 
 _ERRORS = ("logp", "entropy", "d_hidden", "d_weight")
-COMPARED = ("kernels", "forms")
+COMPARED = ("kernels", "selftest")
 """Stages of the GPU command that compare with float64."""
 
 _PLAIN = ("gpu", "driver", "cuda", "torch", "python", "commit", "date", "clocks")

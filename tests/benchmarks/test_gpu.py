@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.gpu import Plan, Verdict
 from benchmarks.measure import DeviceLost
+from eapo_kernels import selftest
 
 PLAN = Plan(Path(), "cpu", rehearse=True, peers=False, full=False, rounds=1)
 
@@ -31,9 +33,9 @@ def test_all_stages_run_at_toy_sizes(tmp_path: Path, capsys: pytest.CaptureFixtu
     command = ["--rehearse", "--device", "cpu", "--full", "--tune", "--rounds", "1", "--out", str(tmp_path)]
     assert gpu.main(command) == 0, capsys.readouterr().out
     stages = json.loads((tmp_path / "stages.json").read_text())["stages"]
-    assert list(stages) == ["build", "kernels", "forms", "tests", "speed", "tune"]
+    assert list(stages) == ["build", "kernels", "selftest", "tests", "speed", "tune"]
     assert all(stage["right"] and not stage["wrong"] for stage in stages.values())
-    assert stages["forms"]["right"] == 2 * len(gpu.FORMS)
+    assert stages["selftest"]["right"] == 2 * 2 * len(selftest.CASES), "torch and triton, without and with bias"
     (path,) = tmp_path.glob("cpu-*.json")
     result = json.loads(path.read_text())
     assert result["gate"]["green"]
@@ -56,14 +58,18 @@ def test_a_case_that_is_wrong_crashes_or_hangs_is_named() -> None:
     assert gpu.watch({"hang": commands["hang"]}, 2, 1)["hang"].wrong == ["hang 1: hangs"]
 
 
-def test_a_wrong_form_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    ((_, check), *_) = gpu.form_cases(PLAN, "torch")
+def test_a_wrong_result_of_the_selftest_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plan = replace(PLAN, out=tmp_path)
+    ((name, check), *_) = gpu.selftest_cases(plan, "torch bfloat16 32")
+    assert name == "torch bfloat16 32 statistics, without bias"
     assert check() is None
-    right = gpu.form_results
-    monkeypatch.setattr(gpu, "form_results", lambda *given: {n: v * (1 + 1e-4) for n, v in right(*given).items()})
+    right = selftest.token_stats
+    monkeypatch.setattr(selftest, "token_stats", lambda *a, **k: (s := right(*a, **k))._replace(lse=s.lse * (1 + 1e-3)))
     wrong = check()
     assert wrong is not None
-    assert wrong.startswith("logp: error 1.0")
+    assert wrong.startswith("lse at [")
+    rows = json.loads((tmp_path / "selftest-torch-bfloat16-32.json").read_text())["rows"]
+    assert [row["outcome"] for row in rows] == ["right", "wrong"]
 
 
 def test_a_failed_stage_keeps_no_other_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +86,6 @@ def test_a_failed_stage_keeps_no_other_from_running(tmp_path: Path, monkeypatch:
         return Verdict(right=1, wrong=list(wrong)), name
 
     monkeypatch.setattr(gpu, "run_stage", run_stage)
-    from dataclasses import replace
-
     verdicts = gpu.run(replace(PLAN, out=tmp_path), {"build": 9.0, "kernels": 9.0, "speed": 99.0}, ["python"])
     assert [name for name, _ in calls] == ["build", "kernels", "speed", "speed"]
     assert calls[-1][1] == ["python", "--without", "eapo_cuda_op"]
@@ -90,8 +94,6 @@ def test_a_failed_stage_keeps_no_other_from_running(tmp_path: Path, monkeypatch:
 
 
 def test_rows_behind_a_wrong_stage_are_red(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     stages = {"kernels": vars(Verdict(right=3, wrong=["triton finalize: hangs"]))}
     (tmp_path / "stages.json").write_text(json.dumps({"broken": ["triton"], "stages": stages}))
     verdict = gpu.measure_speed(replace(PLAN, out=tmp_path), 60.0)
@@ -103,8 +105,6 @@ def test_rows_behind_a_wrong_stage_are_red(tmp_path: Path) -> None:
 
 
 def test_a_test_file_that_fails_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     files = {
         "test_a.py": "import pytest\n\n\ndef test_one():\n    pass\n\n\ndef test_two():\n    assert 1 == 2\n\n\n"
         "def test_three():\n    pytest.skip('no')\n",
