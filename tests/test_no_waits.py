@@ -44,6 +44,7 @@ def pose(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on tensors report a CUDA device."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("EAPO_KERNELS_BACKEND", "torch")
 
 
 @pytest.fixture

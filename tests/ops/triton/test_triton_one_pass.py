@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from comparison import cotangents, dense, policy_batch, projection
+from loss_cases import CONFIGS, D, N, V, make_batch
 from torch import Tensor
 
 from eapo_kernels import EAPOConfig, Options, TokenBatch, eapo_loss, reference
-from eapo_kernels.ops import torch_backend
+from eapo_kernels.ops import gradients, torch_backend
 from eapo_kernels.ops.dispatch import LogitCotangents
 from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.ops.triton import common, logit_grad, online_softmax
@@ -186,3 +187,23 @@ def test_one_pass_is_bitwise_reproducible(device: str) -> None:
     assert torch.equal(first[0], second[0])
     for a, b in zip(first[2], second[2], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "auto"])
+def test_every_backend_takes_the_schedule_with_the_fewest_products(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass wherever the loss allows it, also where the caller names the backend."""
+    calls: list[str] = []
+    right = gradients.one_pass
+
+    def one_pass(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments[3].name)
+        return right(*arguments, **named)
+
+    monkeypatch.setattr(gradients, "one_pass", one_pass)
+    inputs = make_inputs(N, D, V, dtype=torch.bfloat16)
+    batch = make_batch(inputs)
+    eapo_loss(inputs.hidden, inputs.weight, batch, positive_weight=0.7, backend=backend)
+    assert calls == ["torch" if backend == "auto" else backend]
+    eapo_loss(inputs.hidden, inputs.weight, batch, positive_weight=0.7, backend=backend, options=Options(plan="recompute"))
+    eapo_loss(inputs.hidden, inputs.weight, batch, positive_weight=0.7, backend=backend, config=CONFIGS["gspo"])
+    assert len(calls) == 1
