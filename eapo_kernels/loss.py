@@ -185,22 +185,25 @@ class EAPOLoss(nn.Module):
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A loss whose gradients are already known; backward scales them."""
+    """A loss whose gradients are known up to the factor that its backward receives."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, known: Any) -> Tensor:
-        ctx.known = known
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    def forward(
+        ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, finish: Any, saves: bool
+    ) -> Tensor:
+        ctx.finish = finish
+        if saves:  # so that autograd notices an operand that was changed in place
+            ctx.save_for_backward(hidden, weight)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.known is None:
+        if ctx.finish is None:
             raise EapoError("backward: expected one call per one_pass loss, got a second one; use schedule='autograd'")
-        known, ctx.known = ctx.known, None
-        scaled = (None if g is None else g.mul_(grad_loss).to(d) for g, d in zip(known, ctx.dtypes, strict=True))
-        return (None, *scaled, None)
+        finish, ctx.finish = ctx.finish, None
+        _ = ctx.saved_tensors
+        return (None, *finish(grad_loss), None, None)
 
 
 def _one_pass(
@@ -235,13 +238,16 @@ def _one_pass(
             leaves = [logp, entropy] if entropy is not None and has_bonus else [logp]
             return Coefficients(LogitCotangents(*torch.autograd.grad(loss, leaves)), sums)
 
-    sums, known = gradients.one_pass(
+    sums, finish, reads_operands = gradients.one_pass(
         selected, targets, coefficients, backend, entropy=metrics or has_bonus, entropy_gradient=has_bonus,
         logp_guess=terms.old_logp, needs=needs, options=options, main_grad=main_grad,
     )  # fmt: skip
-    if known[0] is not None:
-        known = (scatter_rows(known[0], index, projection.n_rows), *known[1:])
-    return _KnownGradients.apply(sums[0], *inputs, known), sums
+
+    def all_rows(scale: Tensor) -> gradients.Gradients:
+        d_hidden, d_weight, d_bias = finish(scale)
+        return None if d_hidden is None else scatter_rows(d_hidden, index, projection.n_rows), d_weight, d_bias
+
+    return _KnownGradients.apply(sums[0], *inputs, all_rows, reads_operands), sums
 
 
 def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms | None:

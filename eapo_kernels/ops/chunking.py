@@ -20,15 +20,15 @@ _MIN_SLAB = 2048
 def default_budget(device_bytes: int | None) -> int:
     """Default bytes of logit-sized workspace: 512 MiB on a CPU (``device_bytes`` None).
 
-    On an accelerator a 32nd of its memory, between 256 MiB and 1 GiB: each chunk adds to d_weight
-    in fp32, 8VD bytes beside 6CVD operations, so chunks of 1024 rows are too small (docs/plans.md).
-    Rounded down to a power of two: devices of one model differ a little in memory, and the ranks of
-    a split head must cut the same chunks.
+    On an accelerator a 32nd of its memory, between 256 MiB and 2 GiB: each chunk after the first adds
+    to d_weight in fp32, 8VD bytes beside 6CVD operations, so chunks of 1024 rows are too small
+    (docs/plans.md). Rounded down to a power of two: devices of one model differ a little in memory,
+    and the ranks of a split head must cut the same chunks.
     """
     if device_bytes is None:
         return 2**29
     share = 1 << max(device_bytes // 32, 1).bit_length() - 1
-    return min(max(share, 2**28), 2**30)
+    return min(max(share, 2**28), 2**31)
 
 
 def workspace_bytes(options: Options, device: torch.device) -> int:

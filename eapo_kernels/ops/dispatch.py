@@ -85,6 +85,11 @@ class LogitGradient(NamedTuple):
     row_scale: Tensor  # [C] statistics dtype
     target_grads: Tensor | None = None  # [C] statistics dtype
 
+    def scaled(self, factor: Tensor) -> LogitGradient:
+        """``factor`` (0-dim) times this gradient."""
+        target = None if self.target_grads is None else self.target_grads * factor
+        return LogitGradient(self.matrix, self.row_scale * factor, target)
+
 
 class TargetRows(NamedTuple):
     """Rows ``scale * hidden`` to add to the rows of d_weight that belong to their targets."""

@@ -53,7 +53,8 @@ class GradientSum:
 
     Args:
         projection, backend: all rows; the backend that computes the chunks.
-        needs, dtype: gradients wanted for hidden, weight, bias; dtype of the results.
+        needs, dtype: gradients wanted for hidden, weight, bias; dtype in which they are stored until
+            ``result`` gives them in the inputs' dtypes.
         one_chunk: ``add`` is called once.
         main_grad: receives d_weight, summed in fp32, instead of the result; or None.
     """
@@ -63,15 +64,15 @@ class GradientSum:
         dtype: torch.dtype, one_chunk: bool, main_grad: MainGrad | None = None,
     ) -> None:  # fmt: skip
         p = projection
-        self._projection, self._add_target_rows = p, backend.add_target_rows
-        self._dtype, self._stored = p.statistics_dtype, dtype
+        self._projection, self._add_target_rows, self._dtype = p, backend.add_target_rows, p.statistics_dtype
         self._returns_weight, self._scale = (True, 1.0) if main_grad is None else (False, main_grad.scale)
         self._is_fp16 = p.operand_dtype == torch.float16
         self._accumulates = main_grad is not None or not one_chunk or dtype == self._dtype
         self.d_hidden = p.hidden.new_zeros(p.hidden.shape, dtype=dtype) if needs[0] else None
         self._d_weight = None if main_grad is None or not needs[1] else main_grad.tensor
-        if needs[1] and main_grad is None:
-            self._d_weight = p.weight.new_zeros(p.weight.shape, dtype=self._dtype if self._accumulates else dtype)
+        self._is_new = needs[1] and main_grad is None  # d_weight is not initialized
+        if self._is_new:
+            self._d_weight = p.weight.new_empty(p.weight.shape, dtype=self._dtype if self._accumulates else dtype)
         self._d_bias = p.weight.new_zeros(p.vocab, dtype=self._dtype) if needs[2] else None
 
     def add(self, gradient: LogitGradient, rows: slice | Tensor, targets: Tensor, live: Tensor | None = None) -> None:
@@ -88,9 +89,10 @@ class GradientSum:
             return
         part = _Rows(matrix, live, row_scale, target_grads, targets, hidden)
         if self.d_hidden is not None:
-            self.d_hidden[rows] = scatter_rows(self._hidden_product(part), live, len(matrix)).to(self._stored)
+            self.d_hidden[rows] = scatter_rows(self._hidden_product(part), live, len(matrix)).to(self.d_hidden.dtype)
         if self._d_weight is not None:
             self._add_weight(self._d_weight, part)
+            self._is_new = False
         if self._d_bias is not None:
             for here in self._slabs(live is None):
                 gemm.add_weighted_rows_(self._d_bias[here], part.columns(here), row_scale)
@@ -98,10 +100,19 @@ class GradientSum:
                 ones = TargetRows.sort(targets, target_grads.new_ones(len(targets), 1), target_grads)
                 self._add_targets(self._d_bias.unsqueeze(1), 0, ones)
 
-    def result(self) -> Gradients:
-        """The gradients in ``dtype``; d_weight is None also where ``main_grad`` received it."""
-        d_weight = self._d_weight.to(self._stored) if self._d_weight is not None and self._returns_weight else None
-        return self.d_hidden, d_weight, None if self._d_bias is None else self._d_bias.to(self._stored)
+    def result(self, scale: Tensor | None = None) -> Gradients:
+        """The gradients times ``scale`` (0-dim; None: 1), rounded once where they are sums in fp32.
+
+        d_weight is None also where ``main_grad`` received it.
+        """
+        if self._d_weight is not None and self._is_new:
+            self._d_weight.zero_()
+        p = self._projection
+        d_weight = self._d_weight if self._returns_weight else None
+        pairs = ((self.d_hidden, p.hidden), (d_weight, p.weight), (self._d_bias, p.bias))
+        scaled = (None if g is None or like is None else _scaled(g, scale, like.dtype) for g, like in pairs)
+        d_hidden, d_weight, d_bias = scaled
+        return d_hidden, d_weight, d_bias
 
     def _slabs(self, whole: bool) -> list[slice]:
         """All columns at once, or slabs of them."""
@@ -132,18 +143,28 @@ class GradientSum:
         buffer = None if in_place else operand.new_empty(slabs[0].stop, operand.shape[1], dtype=self._dtype)
         for here in slabs:
             out = d_weight[here] if buffer is None else buffer[: here.stop - here.start]
-            gemm.add_product_(out, part.columns(here).t(), operand, overwrite=not in_place)
+            gemm.add_product_(out, part.columns(here).t(), operand, overwrite=not in_place or self._is_new)
             if pow2_scale is not None:
                 out.mul_(pow2_scale * self._scale)
             if target_rows is not None:
                 self._add_targets(out, here.start, target_rows)
             if not in_place:
-                d_weight[here].add_(out) if self._accumulates else d_weight[here].copy_(out)
+                d_weight[here].add_(out) if self._accumulates and not self._is_new else d_weight[here].copy_(out)
 
     def _add_targets(self, out: Tensor, first: int, rows: TargetRows) -> None:
         assert self._add_target_rows is not None
         self._add_target_rows(out, first, rows)
 
+
+def _scaled(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale * gradient in ``dtype``, in place where it has it; one pass. A CPU reads the scale."""
+    if scale is None or (not scale.is_cuda and scale == 1):
+        return gradient.to(dtype)
+    return torch.mul(gradient, scale, out=gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype))
+
+
+Finish = Callable[[Tensor], Gradients]
+"""The gradients of a loss, times the gradient of a later value with respect to it (0-dim). To be called once."""
 
 CoefficientFunction = Callable[[Chunk, slice], Coefficients]
 """(chunk, its rows) -> cotangents of the chunk's statistics, and sums over its tokens."""
@@ -153,11 +174,14 @@ def one_pass(
     projection: Projection, targets: Tensor, coefficients: CoefficientFunction, backend: Backend, *,
     entropy: bool, entropy_gradient: bool, needs: tuple[bool, bool, bool], options: Options,
     logp_guess: Tensor | None = None, main_grad: MainGrad | None = None,
-) -> tuple[Tensor, Gradients]:  # fmt: skip
-    """Run all chunks: (sums [len(SUMS)], gradients of the sum ``loss``).
+) -> tuple[Tensor, Finish, bool]:  # fmt: skip
+    """Run all chunks: (sums [len(SUMS)], the function that gives the gradients of the sum ``loss``,
+    whether it reads hidden and weight).
 
-    The gradients have the inputs' dtypes, but fp32 for fp16 inputs: the loss has not been scaled up
-    yet, and fp16 would lose small gradients.
+    If all rows are one chunk, its gradient products are left to that function: with the incoming
+    gradient in the row factors no pass over d_weight scales it. The chunk's matrix, at most the
+    budget, lives until then. Several chunks, ``main_grad`` and a split head compute the products
+    here, and the function scales their sum where it rounds it.
 
     Args:
         projection: the rows that count, M of them.
@@ -171,9 +195,15 @@ def one_pass(
     hidden, n_rows, targets = projection.hidden, projection.n_rows, projection.local_targets(targets)
     budget = chunking.workspace_bytes(options, hidden.device)
     plan = chunking.one_pass(n_rows, backend.chunk_row_bytes(projection, entropy_gradient), budget, options.plan)
-    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    total = GradientSum(projection, backend, needs, dtype=dtype, one_chunk=plan.name == "one_chunk", main_grad=main_grad)
+    one_chunk = plan.name == "one_chunk"
+    later = one_chunk and n_rows > 0 and any(needs) and main_grad is None and projection.shard is None
+    total = None
+    if not later:
+        # The loss has not been scaled up yet, and fp16 would lose small gradients.
+        dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        total = GradientSum(projection, backend, needs, dtype=dtype, one_chunk=one_chunk, main_grad=main_grad)
     sums = hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype)
+    gradient = places = None
     for start in range(0, n_rows, plan.rows):
         rows = slice(start, min(start + plan.rows, n_rows))
         chunk = backend.open_chunk(
@@ -185,10 +215,21 @@ def one_pass(
         if any(needs):
             gradient, live = _move_live_rows(chunk.gradient(cotangents), cotangents)
             places = rows if live is None else start + live
-            total.add(gradient, places, targets[places])
-            del gradient
+            if total is not None:
+                total.add(gradient, places, targets[places])
+                gradient = None
         del chunk  # before the next one is allocated
-    return sums, total.result()
+
+    def finish(scale: Tensor) -> Gradients:
+        if total is not None:
+            return total.result(scale)
+        assert gradient is not None
+        assert places is not None
+        now = GradientSum(projection, backend, needs, dtype=hidden.dtype, one_chunk=True)
+        now.add(gradient.scaled(scale), places, targets[places])
+        return now.result()
+
+    return sums, finish, later
 
 
 def _move_live_rows(gradient: LogitGradient, cotangents: LogitCotangents) -> tuple[LogitGradient, Tensor | None]:

@@ -1,23 +1,31 @@
 """The ``torch`` backend: plain PyTorch on chunks of rows, for any device and float dtype.
 
-Statistics alone are computed slab by slab of the vocabulary in one buffer that stays in the CPU's
+On a CPU statistics alone are computed slab by slab of the vocabulary in one buffer that stays in the
 cache. If a gradient follows, one product computes all raw logits of a chunk, and the element-wise
-operations process blocks of its rows. On CUDA a slab fills the memory budget and a block is the
-whole chunk, which needs fewer launches.
+operations process blocks of its rows.
+
+On CUDA every pass over a chunk is a pass over its memory, so ``softmax_chunk`` needs few: statistics
+and the gradient's matrix of whole rows, 14 bytes a logit where torch.compile works and 30 elsewhere,
+in place. What it does not know (a split head, second moments, a gradient of the entropy or of a
+soft-cap) takes the CPU's way with the whole chunk as one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import chunking, gemm
-from .dispatch import Backend, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
+from .dispatch import Backend, Chunk, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
 from .lm_head import Projection
 from .vocab_shard import INVALID, VocabShard, merge_ranges
+
+logger = logging.getLogger("eapo_kernels")
 
 _CACHE_BYTES = 32 * 2**20
 """Bytes of logits in a block, about a server's last-level cache. Smaller blocks are not faster and
@@ -135,6 +143,8 @@ def _row_sums(fields: Tensor, targets: Tensor, shard: VocabShard | None) -> RowS
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
     """See ``Backend.statistics``. One all-gather for all rows of a split head."""
+    if projection.hidden.is_cuda and projection.shard is None and not second_moments:
+        return _statistics_of_rows(projection, targets, entropy, budget)
     if not projection.hidden.is_cuda:
         budget = min(budget, _CACHE_BYTES)
     rows, columns = chunking.slab(projection.n_rows, projection.vocab, chunk_bytes(projection), budget)
@@ -177,6 +187,12 @@ def logit_gradient(
     z = out if out.dtype == projection.statistics_dtype else _raw_logits(projection, columns)
     if z is out:
         gemm.project_(z, projection.hidden, projection.weight[columns])
+    elif z.is_cuda and cotangents.entropy is None and projection.softcap is None:  # in place, 22 bytes a logit
+        alpha, _, target = _row_coefficients(statistics, cotangents, projection)
+        projection.transform_logits_(z, columns).sub_((statistics.row_offset + statistics.log_sum).unsqueeze(1))
+        torch.mul(z.exp_(), alpha.unsqueeze(1), out=out)
+        _put_target_(out, targets, columns, target.unsqueeze(1).to(out.dtype))
+        return
     for block in _blocks(z):
         part = projection.rows(block)
         logits = part.transform_logits_(z[block], columns)
@@ -236,6 +252,152 @@ def _put_target_(gradient: Tensor, targets: Tensor, columns: slice, value: Tenso
     gradient.scatter_(1, local, torch.where(inside, value, gradient.gather(1, local)))
 
 
+class SoftmaxChunk(NamedTuple):
+    """``softmax_chunk`` of C rows, vectors [C] fp32."""
+
+    row_max: Tensor
+    log_sum: Tensor  # log sum e^(z - row_max)
+    logp: Tensor  # NaN for an invalid target
+    entropy: Tensor | None
+    matrix: Tensor | None  # [C, V] operand dtype: (p - 1 at the target) times ``_SCALE`` of the dtype
+
+    def statistics(self) -> RowStatistics:
+        """The row statistics."""
+        mean = None if self.entropy is None else self.log_sum - self.entropy
+        return RowStatistics(self.logp, self.entropy, self.row_max + self.log_sum, self.row_max, self.log_sum, mean)
+
+
+_SCALE = {torch.float16: 1024.0}
+"""fp16 loses precision below 6e-5: near-uniform rows of a large vocabulary are there."""
+
+
+def softmax_chunk(z: Tensor, targets: Tensor, dtype: torch.dtype, *, entropy: bool, matrix: bool) -> SoftmaxChunk:
+    """Statistics of logits z [C, V] fp32/fp64, which are overwritten, and the gradient's matrix.
+
+    targets: [C] int64 or INVALID. dtype: of the matrix; where it is z's, the matrix is z.
+    entropy, matrix: what is wanted.
+    """
+    out = None
+    if matrix:
+        out = z if dtype == z.dtype else z.new_empty(z.shape[0], chunking.padded(z.shape[1]), dtype=dtype)[:, : z.shape[1]]
+    compiled = _compiled() if z.is_cuda and not torch.cuda.is_current_stream_capturing() else None
+    if compiled is not None:
+        try:
+            vectors: Vectors = compiled(z, targets, out, _SCALE.get(dtype, 1.0), entropy)
+            return SoftmaxChunk(*vectors, out)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, OSError, ImportError) as error:  # of the compiler: no C compiler, an unknown GPU, a bug
+            _log_plain(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+            _compiled.cache_clear()
+    return SoftmaxChunk(*plain_softmax(z, targets, out, _SCALE.get(dtype, 1.0), entropy), out)
+
+
+Vectors = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def plain_softmax(z: Tensor, targets: Tensor, out: Tensor | None, scale: float, entropy: bool) -> Vectors:
+    """(row_max, log_sum, logp, entropy); z is overwritten, and ``out``, if given, is filled.
+
+    Bytes a logit: maximum 4, softmax in place 8, matrix 6 (4 in fp32), entropy in place 12.
+    """
+    index = targets.clamp(0, z.shape[1] - 1).unsqueeze(1)
+    top = z.max(1, keepdim=True)
+    x_target = torch.where(targets.unsqueeze(1) == INVALID, torch.nan, z.gather(1, index)) - top.values
+    torch.softmax(z, 1, out=z)
+    log_sum = -z.gather(1, top.indices).log()
+    logp = x_target - log_sum
+    if out is not None and out is not z:
+        torch.mul(z, scale, out=out)
+    H = None
+    if entropy:
+        # In fp32 the matrix is z itself, so that its terms need memory of their own.
+        H = torch.special.entr(z, out=z if out is not z else torch.empty_like(z)).sum(1)
+    if out is not None:
+        out.scatter_(1, index, (torch.expm1(logp) * scale).to(out.dtype))
+    return top.values.squeeze(1), log_sum.squeeze(1), logp.squeeze(1), H
+
+
+def fused_softmax(z: Tensor, targets: Tensor, out: Tensor | None, scale: float, entropy: bool) -> Vectors:
+    """As ``plain_softmax`` for the compiler, which reads z twice and writes ``out``; z stays.
+
+    The sums leave out the target, so that the log-prob of a confident token is precise.
+    """
+    is_target = torch.arange(z.shape[1], device=z.device).unsqueeze(0) == targets.unsqueeze(1)
+    row_max = z.amax(1, keepdim=True)
+    x = z - row_max
+    e = torch.where(is_target, 0.0, x.exp())
+    others = e.sum(1, keepdim=True)
+    x_target = torch.where(is_target, x, 0.0).sum(1, keepdim=True)
+    x_target = torch.where(targets.unsqueeze(1) == INVALID, torch.nan, x_target)
+    e_target = x_target.exp()
+    total = others + e_target
+    log_sum = torch.where(x_target == 0, others.log1p(), total.log())
+    logp = torch.where(x_target == 0, -log_sum, x_target - log_sum)
+    H = None
+    if entropy:
+        weighted = torch.where(e > 0, x * e, 0.0).sum(1, keepdim=True) + torch.where(e_target > 0, x_target * e_target, 0.0)
+        H = (log_sum - weighted / total).clamp_min(0.0).squeeze(1)
+    if out is not None:
+        out.copy_(torch.where(is_target, -others / total, e / total) * scale)
+    return row_max.squeeze(1), log_sum.squeeze(1), logp.squeeze(1), H
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any] | None:
+    """``fused_softmax`` as one compiled function for all N and V; None if it did not compile."""
+    if _log_plain.cache_info().currsize:
+        return None
+    logger.info("compiling the torch backend's softmax (first use, about 10 s)")
+    return torch.compile(fused_softmax, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def _log_plain(reason: str) -> None:
+    logger.warning("the torch backend runs without torch.compile, in more passes over memory: %s", reason)
+
+
+def _statistics_of_rows(projection: Projection, targets: Tensor, entropy: bool, budget: int) -> RowStatistics:
+    """``statistics`` by chunks of whole rows."""
+    rows = chunking.row_chunk(projection.n_rows, 4 * projection.vocab, budget)
+    parts = []
+    for start in range(0, projection.n_rows, rows):
+        part = projection.rows(slice(start, start + rows))
+        z = part.transform_logits_(_raw_logits(part, slice(0, projection.vocab)), slice(0, projection.vocab))
+        chunk = softmax_chunk(z, targets[start : start + rows], z.dtype, entropy=entropy, matrix=False)
+        parts.append(chunk.statistics())
+        del z
+    if len(parts) == 1:
+        return parts[0]
+    return RowStatistics._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+
+
+class _SoftmaxChunk:
+    """See ``Chunk``: on CUDA, where the gradient is that of logp alone."""
+
+    def __init__(self, projection: Projection, targets: Tensor, entropy: bool) -> None:
+        columns, self._projection = slice(0, projection.vocab), projection
+        z = projection.transform_logits_(_raw_logits(projection, columns), columns)
+        dtype = projection.operand_dtype
+        self._scale = _SCALE.get(dtype, 1.0)
+        self._chunk = softmax_chunk(z, targets, dtype, entropy=entropy, matrix=True)
+        self._matrix = self._chunk.matrix
+
+    def statistics(self) -> RowStatistics:
+        return self._chunk.statistics()
+
+    def surrogate(self, terms: SurrogateTerms) -> None:
+        """None: there is no fused launch."""
+
+    def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
+        """The matrix is p - 1 at the target; minus the cotangent is its row scale (E6)."""
+        assert cotangents.logp is not None
+        assert cotangents.entropy is None
+        assert self._matrix is not None
+        matrix, self._matrix, self._chunk = self._matrix, None, self._chunk._replace(matrix=None)
+        return LogitGradient(matrix, cotangents.logp * self._projection.row_scale() / -self._scale)
+
+
 class _TorchChunk:
     """See ``Chunk``. Without ``keep_logits`` the forward's exponentials are the gradient's matrix.
 
@@ -289,14 +451,21 @@ class _TorchChunk:
 
 def open_chunk(
     projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, logp_guess: Tensor | None = None
-) -> _TorchChunk:
+) -> Chunk:
     """See ``Backend.open_chunk``. ``logp_guess`` is not read, because the row's maximum is known.
 
     With fp16 operands logits are kept: the target's entry of the exponentials can be -V, which
     overflows.
     """
+    if softmax_fits(projection, entropy_gradient):
+        return _SoftmaxChunk(projection, targets, entropy)
     keep_logits = entropy_gradient or projection.softcap is not None or projection.operand_dtype == torch.float16
     return _TorchChunk(projection, targets, entropy, keep_logits)
+
+
+def softmax_fits(projection: Projection, entropy_gradient: bool) -> bool:
+    """Whether ``softmax_chunk`` computes the gradient of a chunk."""
+    return projection.hidden.is_cuda and projection.shard is None and projection.softcap is None and not entropy_gradient
 
 
 def chunk_bytes(projection: Projection) -> int:
@@ -309,6 +478,15 @@ def chunk_bytes(projection: Projection) -> int:
     return 3 * size + projection.operand_dtype.itemsize if projection.hidden.is_cuda else size + size // 2
 
 
+def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
+    """Workspace per row of a chunk. ``softmax_chunk``: the logits, then the matrix beside them or in
+    fp32 the terms of the entropy."""
+    if softmax_fits(projection, entropy_gradient):
+        size, operand = projection.statistics_dtype.itemsize, projection.operand_dtype.itemsize
+        return chunking.padded(projection.vocab) * (size + operand)
+    return projection.max_shard_vocab * chunk_bytes(projection)
+
+
 BACKEND = Backend(
     name="torch",
     supports=lambda projection: None,
@@ -316,5 +494,5 @@ BACKEND = Backend(
     logit_gradient=logit_gradient,
     slab_bytes=chunk_bytes,
     open_chunk=open_chunk,
-    chunk_row_bytes=lambda projection, entropy_gradient: projection.max_shard_vocab * chunk_bytes(projection),
+    chunk_row_bytes=chunk_row_bytes,
 )

@@ -40,7 +40,7 @@ def test_even_chunks() -> None:
 
 @pytest.mark.parametrize(
     ("device", "budget"),
-    [(None, 2**29), (4 * 2**30, 2**28), (24 * 2**30, 2**29), (80 * 2**30, 2**30), (141 * 10**9, 2**30)],
+    [(None, 2**29), (4 * 2**30, 2**28), (24 * 2**30, 2**29), (80 * 2**30, 2**31), (141 * 10**9, 2**31)],
 )
 def test_the_default_budget_follows_the_device(device: int | None, budget: int) -> None:
     assert chunking.default_budget(device) == budget
@@ -55,12 +55,21 @@ def test_devices_of_nearly_one_size_have_one_default_budget() -> None:
         assert len(budgets) == 1
 
 
-@pytest.mark.parametrize(("n", "vocab", "rows"), [(8192, 128256, 4096), (8192, 151936, 2752), (8192, 262144, 1664)])
-def test_large_devices_get_long_chunks(n: int, vocab: int, rows: int) -> None:
-    """Of the scaled-exponential form: bf16, and 8 bytes of sums a tile."""
-    row_bytes = chunking.padded(vocab) * 2 + 8 * -(-vocab // 256)
+@pytest.mark.parametrize(
+    ("n", "vocab", "size", "name", "rows"),
+    [
+        (8192, 128256, 2, "one_chunk", 8192),
+        (8192, 151936, 2, "chunks", 4096),
+        (8192, 262144, 2, "chunks", 2752),
+        (8192, 128256, 6, "chunks", 2752),
+        (8192, 151936, 6, "chunks", 2048),
+    ],
+)
+def test_large_devices_get_long_chunks(n: int, vocab: int, size: int, name: str, rows: int) -> None:
+    """bf16. size: bytes a logit, of the scaled-exponential form (and 8 of sums a tile) or of the torch backend on CUDA."""
+    row_bytes = chunking.padded(vocab) * size + 8 * -(-vocab // 256) * (size == 2)
     plan = chunking.one_pass(n, row_bytes, chunking.default_budget(141 * 10**9))
-    assert plan == chunking.Plan("chunks", rows, 3)
+    assert plan == chunking.Plan(name, rows, 3)
 
 
 @pytest.mark.parametrize("slab_bytes", [2, 14], ids=["triton", "torch"])
