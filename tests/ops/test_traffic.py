@@ -42,7 +42,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.logits = self.passes = self.weight_read = self.weight_written = self.products = 0
+        self.logits = self.passes = self.weight_read = self.weight_written = self.products = self.rows = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,6 +82,8 @@ def mode(monkeypatch: pytest.MonkeyPatch) -> Traffic:
 
     def product(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) -> Tensor:
         counted.products += 1
+        if out.shape[1] == V:
+            counted.rows = len(out)
         if out.shape == (V, D):
             counted.weight_written += size(out, D)
             counted.weight_read += 0 if overwrite else size(out, D)
@@ -115,7 +117,8 @@ def test_bytes_a_logit_without_the_compiler(dtype: torch.dtype, metrics: bool, e
     """Maximum 4, softmax in place 8, matrix 6 (none in fp32), entropy 12 (if there are metrics). 86 at 22c18e3."""
     one_pass(mode, dtype, metrics=metrics)
     assert mode.products == 3
-    assert mode.logits == expected * N * V
+    assert mode.logits == expected * mode.rows * V
+    assert mode.rows == N if metrics else 0 < mode.rows < N, "without metrics idle tokens are left out"
 
 
 def test_launches_over_a_chunk(mode: Traffic) -> None:
