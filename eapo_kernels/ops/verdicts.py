@@ -187,7 +187,7 @@ def find_or_check(question: Question, device: torch.device) -> Verdict:
     if found is not None:
         return found
     try:
-        folder = _own_temporary_folder()
+        folder = temporary_folder()
         with FileLock(folder / f"{_file_name(key)}.lock", timeout=2 * TIME_LIMIT):
             found = read(key)
             return found if found is not None else keep(key, _check(question, device))
@@ -240,12 +240,12 @@ def sources(backend: str) -> str:
 
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/eapo_kernels`` or ``~/.cache/eapo_kernels``. A relative XDG_CACHE_HOME is
-    ignored, as its specification says."""
+    ignored, as its specification says. The folder may be missing, or not be writable."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (named if named.is_absolute() else Path.home() / ".cache") / "eapo_kernels"
+    return (named if named.is_absolute() else Path(os.path.expanduser("~")) / ".cache") / "eapo_kernels"  # noqa: PTH111, raises nothing without a home
 
 
-def _own_temporary_folder() -> Path:
+def temporary_folder() -> Path:
     """A folder in the node's temporary one that only this user can write. Raises OSError."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"eapo_kernels-{user}"
@@ -261,7 +261,7 @@ def _file_name(key: dict[str, str]) -> str:
 
 def read(key: dict[str, str]) -> Verdict | None:
     """The kept verdict; None if there is none or the file is not one of ours."""
-    for folder in (cache_folder, _own_temporary_folder):
+    for folder in (cache_folder, temporary_folder):
         try:
             path = folder() / _file_name(key)
             content = json.loads(path.read_text())
@@ -277,7 +277,7 @@ def keep(key: dict[str, str], verdict: Verdict) -> Verdict:
     if verdict.outcome not in KEPT:
         return verdict
     content = {"key": key, "verdict": asdict(verdict), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    for folder in (cache_folder, _own_temporary_folder):
+    for folder in (cache_folder, temporary_folder):
         try:
             path = folder() / _file_name(key)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,12 +295,21 @@ def _check(question: Question, device: torch.device) -> Verdict:
     gpu = describe_gpu(device)["gpu"]
     logger.info("checking the %s kernels on %s once, about 20 s (docs/gpu.md): %s", question.backend, gpu, question)
     try:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CHILD_BYTES
+        free = _free_bytes(device)
         if free < CHILD_BYTES:
             return Verdict("unknown", f"{free / 2**20:.0f} MiB of GPU memory are free, the check needs {CHILD_BYTES // 2**20}")
         return run_child(command(question, device), environment(device))
     except (OSError, RuntimeError) as error:
         return Verdict("unknown", f"the check could not be started: {error}")
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Free memory of the device, after PyTorch has returned what it keeps unused."""
+    if device.type != "cuda":
+        return CHILD_BYTES
+    if torch.cuda.mem_get_info(device)[0] < CHILD_BYTES:
+        torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def command(question: Question, device: torch.device) -> list[str]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,6 +124,22 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="no space left"):
         build.cubin(ITEM, cache=tmp_path)
     assert files(tmp_path) == []
+
+
+def test_a_home_that_cannot_be_written_uses_the_temporary_folder_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    compiled: list[int] = []
+    monkeypatch.setattr(build, "compile_source", lambda *_: compiled.append(1) or b"code")
+    assert [build.cubin(ITEM), build.cubin(ITEM)] == [b"code"] * 2
+    assert len(compiled) == 1, "kept in the temporary folder"
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(blocked))
+    assert build.cubin(ITEM) == b"code"
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize(("value", "expected"), [("/somewhere", "/somewhere"), ("", "~/.cache"), ("relative", "~/.cache")])

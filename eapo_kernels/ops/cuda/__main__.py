@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from . import build, tiles
 
-        number = sum(1 for item in tiles.builds() if build.cubin(item))
+        number = sum(1 for item in tiles.builds() if build.cubin(item, cache=build.cache_folder()))
     except ImportError as error:
         print(f"expected the packages of eapo-kernels[cuda], got: {error}", file=sys.stderr)
     except OSError as error:

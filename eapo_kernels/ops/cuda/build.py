@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +21,7 @@ from cuda.core.utils import FileStreamProgramCache, make_program_cache_key
 from cuda.pathfinder import DynamicLibNotFoundError, LoadedDL, load_nvidia_dynamic_lib
 
 from ...errors import EapoError
+from ..verdicts import cache_folder, temporary_folder
 from .tiles import Build
 
 try:
@@ -55,14 +55,6 @@ def source_folder() -> Path:
     package = Path(__file__).parents[2]
     shipped = package / "_csrc"
     return shipped if shipped.is_dir() else package.parent / "csrc"
-
-
-def cache_folder() -> Path:
-    """The folder of compiled kernels. A relative ``XDG_CACHE_HOME`` is ignored, as its
-    specification says.
-    """
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (named if named.is_absolute() else Path.home() / ".cache") / "eapo_kernels"
 
 
 def compiler() -> LoadedDL:
@@ -105,7 +97,8 @@ def key(build: Build, form: Form, folder: Path) -> bytes:
 def cubin(build: Build, *, sources: Path | None = None, cache: Path | None = None) -> bytes:
     """The machine code of a build, read from the cache or compiled.
 
-    Raises BuildError when it does not compile, OSError when the cache folder cannot be written.
+    cache: None: the user's cache folder, or the node's temporary one, or none, as can be written.
+    Raises BuildError when it does not compile, OSError when ``cache`` cannot be written.
     """
     return _stored(build, "cubin", sources, cache)
 
@@ -119,7 +112,19 @@ def _stored(build: Build, form: Form, sources: Path | None, cache: Path | None) 
     folder = sources or source_folder()
     compiler()  # raises BuildError before ``cuda.core`` raises an error of its own
     name = key(build, form, folder)
-    with FileStreamProgramCache(cache or cache_folder()) as stored:
+    if cache is not None:
+        return _through(cache, name, build, folder, form)
+    for find in (cache_folder, temporary_folder):
+        try:
+            return _through(find(), name, build, folder, form)
+        except OSError:  # a folder that cannot be written
+            continue
+    return compile_source(build, folder, form)
+
+
+def _through(cache: Path, name: bytes, build: Build, folder: Path, form: Form) -> bytes:
+    """The code from the cache, or compiled into it."""
+    with FileStreamProgramCache(cache) as stored:
         code = stored.get(name)
         if code is None:
             code = stored[name] = compile_source(build, folder, form)
