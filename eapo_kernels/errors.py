@@ -52,8 +52,9 @@ def is_number(value: object) -> bool:
 def require_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
     """Raise unless ``value`` is a finite number in [low, high]."""
     ok = isinstance(value, (int, float)) and is_number(value) and low <= value <= high and math.isfinite(value)
-    bound = f" in [{low:g}, {high:g}]" if high < math.inf else f" >= {low:g}" if low > -math.inf else ""
-    require(ok, name, f"a finite number{bound}", repr(value))
+    if not ok:  # no text before: a compiler may trace the number
+        bound = f" in [{low:g}, {high:g}]" if high < math.inf else f" >= {low:g}" if low > -math.inf else ""
+        raise EapoError(f"{name}: expected a finite number{bound}, got {value!r}")
 
 
 def require_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -64,7 +65,8 @@ def require_choice(name: str, value: object, choices: Collection[str]) -> None:
 def require_scalar(name: str, value: object, expected: str) -> None:
     """Raise unless ``value`` is a number or a real 0-dim tensor. expected: for the message."""
     real = isinstance(value, Tensor) and value.dim() == 0 and value.dtype in (*FLOATS, torch.int32, torch.int64)
-    require(real or is_number(value), name, expected, describe(value))
+    if not (real or is_number(value)):
+        raise EapoError(f"{name}: expected {expected}, got {describe(value)}")
 
 
 def may_read(tensor: Tensor, debug: bool = False) -> bool:

@@ -24,7 +24,15 @@ from .objectives.policy import PolicyTerms, loss_and_sums, prepare, resolve_posi
 from .ops import collective_checks, dispatch, gradients
 from .ops.dispatch import Chunk, Coefficients, LogitCotangents, SurrogateTerms
 from .ops.gradients import MainGrad
-from .ops.lm_head import Projection, build_projection, check_values, resolve_compaction, scatter_rows, select_valid
+from .ops.lm_head import (
+    Projection,
+    build_projection,
+    check_values,
+    may_compact,
+    resolve_compaction,
+    scatter_rows,
+    select_valid,
+)
 from .ops.nucleus import project_nucleus_entropy
 from .ops.token_stats import project_stats
 from .ops.vocab_shard import VocabShard
@@ -185,14 +193,18 @@ class EAPOLoss(nn.Module):
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A loss whose gradients are known up to the factor that its backward receives."""
+    """A loss whose gradients are known up to the factor that its backward receives.
+
+    finish: (factor, hidden, weight) -> the gradients. reads: it multiplies hidden and weight, which
+    are then saved as any operand of a product is: for in-place checks, offload, sharded parameters.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, finish: Any, saves: bool
+        ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, finish: Any, reads: bool
     ) -> Tensor:
         ctx.finish = finish
-        if saves:  # so that autograd notices an operand that was changed in place
+        if reads:
             ctx.save_for_backward(hidden, weight)
         return loss.clone()
 
@@ -202,8 +214,7 @@ class _KnownGradients(torch.autograd.Function):
         if ctx.finish is None:
             raise EapoError("backward: expected one call per one_pass loss, got a second one; use schedule='autograd'")
         finish, ctx.finish = ctx.finish, None
-        _ = ctx.saved_tensors
-        return (None, *finish(grad_loss), None, None)
+        return (None, *finish(grad_loss, *ctx.saved_tensors), None, None)
 
 
 def _one_pass(
@@ -215,7 +226,7 @@ def _one_pass(
     enabled = torch.is_grad_enabled()
     d_hidden, d_weight, d_bias = (enabled and t is not None and t.requires_grad for t in inputs)
     needs = (d_hidden, d_weight or (enabled and main_grad is not None), d_bias)
-    backend = dispatch.load(backend_name)
+    backend, valid = dispatch.load(backend_name), terms.valid
     selected, index = select_valid(projection.detach(), terms.valid, options.compact)
     targets = torch.where(terms.valid, targets, 0)
     if index is not None:
@@ -243,8 +254,16 @@ def _one_pass(
         logp_guess=terms.old_logp, needs=needs, options=options, main_grad=main_grad,
     )  # fmt: skip
 
-    def all_rows(scale: Tensor) -> gradients.Gradients:
-        d_hidden, d_weight, d_bias = finish(scale)
+    def all_rows(factor: Tensor, *operands: Tensor) -> gradients.Gradients:
+        """The gradients of all rows. operands: hidden [N, D] and weight, or nothing."""
+        again = None
+        if operands:
+            again = replace(projection, hidden=operands[0], weight=operands[1])
+            if index is not None:
+                again = again.rows(index)
+            elif not may_compact(valid, options.compact):
+                again = again.zero_invalid_rows(valid)
+        d_hidden, d_weight, d_bias = finish(factor, again)
         return None if d_hidden is None else scatter_rows(d_hidden, index, projection.n_rows), d_weight, d_bias
 
     return _KnownGradients.apply(sums[0], *inputs, all_rows, reads_operands), sums

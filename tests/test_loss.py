@@ -17,7 +17,9 @@ from eapo_kernels import (
     EAPOLoss,
     EntropyRatio,
     Method,
+    Options,
     TokenBatch,
+    eapo_loss,
     reference,
 )
 from eapo_kernels.testing import assert_no_worse_than, make_inputs
@@ -305,3 +307,33 @@ def test_a_users_surrogate_may_look_across_tokens() -> None:
 def test_methods_are_listed() -> None:
     assert {"eapo", "grpo", "dr_grpo", "psr", "nsr", "w_reinforce"} <= set(METHODS)
     assert METHODS["eapo"].controller == "entropy_ratio"
+
+
+def test_an_operand_changed_before_the_backward_is_noticed() -> None:
+    """One chunk multiplies hidden and weight in the backward: an optimizer step in between must not change the gradient."""
+    inputs = make_inputs(N, D, V)
+    hidden, weight = inputs.leaves()
+    loss = eapo_loss(hidden, weight, make_batch(inputs), positive_weight=0.7, schedule="one_pass").loss
+    with torch.no_grad():
+        weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("plan", ["one_chunk", "chunks"])
+def test_the_incoming_gradient_scales_all_gradients(plan: str) -> None:
+    """In fp16 too, where a small loss is scaled up before the backward."""
+    inputs = make_inputs(N, D, V, dtype=torch.float16, bias=True)
+    batch = make_batch(inputs)
+
+    def gradients(factor: float) -> list[torch.Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias)]
+        out = eapo_loss(
+            *leaves[:2], batch, bias=leaves[2], positive_weight=0.7, schedule="one_pass", options=Options(plan=plan)
+        )
+        (out.loss * factor).backward()
+        return [t.grad.double() for t in leaves]
+
+    for one, many in zip(gradients(1.0), gradients(1024.0), strict=True):
+        assert many.abs().max() > 0
+        torch.testing.assert_close(many / 1024, one, rtol=2e-3, atol=2**-24)

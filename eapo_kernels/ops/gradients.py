@@ -163,8 +163,9 @@ def _scaled(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
     return torch.mul(gradient, scale, out=gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype))
 
 
-Finish = Callable[[Tensor], Gradients]
-"""The gradients of a loss, times the gradient of a later value with respect to it (0-dim). To be called once."""
+Finish = Callable[[Tensor, Projection | None], Gradients]
+"""(factor, operands) -> the gradients of a loss times a factor (0-dim), the gradient of a later value with respect to the loss.
+operands: the projection of ``one_pass`` again, where it says so. To be called once."""
 
 CoefficientFunction = Callable[[Chunk, slice], Coefficients]
 """(chunk, its rows) -> cotangents of the chunk's statistics, and sums over its tokens."""
@@ -176,7 +177,7 @@ def one_pass(
     logp_guess: Tensor | None = None, main_grad: MainGrad | None = None,
 ) -> tuple[Tensor, Finish, bool]:  # fmt: skip
     """Run all chunks: (sums [len(SUMS)], the function that gives the gradients of the sum ``loss``,
-    whether it reads hidden and weight).
+    whether it needs the operands again).
 
     If all rows are one chunk, its gradient products are left to that function: with the incoming
     gradient in the row factors no pass over d_weight scales it. The chunk's matrix, at most the
@@ -220,13 +221,14 @@ def one_pass(
                 gradient = None
         del chunk  # before the next one is allocated
 
-    def finish(scale: Tensor) -> Gradients:
+    def finish(factor: Tensor, operands: Projection | None) -> Gradients:
         if total is not None:
-            return total.result(scale)
+            return total.result(factor)
         assert gradient is not None
         assert places is not None
-        now = GradientSum(projection, backend, needs, dtype=hidden.dtype, one_chunk=True)
-        now.add(gradient.scaled(scale), places, targets[places])
+        assert operands is not None
+        now = GradientSum(operands, backend, needs, dtype=operands.hidden.dtype, one_chunk=True)
+        now.add(gradient.scaled(factor), places, targets[places])
         return now.result()
 
     return sums, finish, later

@@ -157,7 +157,10 @@ def build_projection(
         row_inv_temperature = inv_temperature.to(hidden.device, dtype).expand(rows_shape).reshape(-1)
         inv_temperature = 1.0
     for name, value in (("inv_temperature", inv_temperature), ("softcap", softcap), ("logit_scale", logit_scale)):
-        require(value is None or (is_number(value) and 0 < value < math.inf), name, "a positive finite number", repr(value))
+        if not (
+            value is None or (is_number(value) and 0 < value < math.inf)
+        ):  # no text before: a compiler may trace the number
+            raise EapoError(f"{name}: expected a positive finite number, got {value!r}")
     logit_scale, softcap = 1.0 if logit_scale is None else float(logit_scale), None if softcap is None else float(softcap)
     hidden = hidden.reshape(-1, weight.shape[1])
     return Projection(hidden, weight, bias, float(inv_temperature), row_inv_temperature, logit_scale, softcap, shard)

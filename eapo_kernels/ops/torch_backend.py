@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import chunking, gemm
 from .dispatch import Backend, Chunk, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
@@ -280,7 +281,7 @@ def softmax_chunk(z: Tensor, targets: Tensor, dtype: torch.dtype, *, entropy: bo
     out = None
     if matrix:
         out = z if dtype == z.dtype else z.new_empty(z.shape[0], chunking.padded(z.shape[1]), dtype=dtype)[:, : z.shape[1]]
-    compiled = _compiled() if z.is_cuda and not torch.cuda.is_current_stream_capturing() else None
+    compiled = _compiled() if z.is_cuda and _may_compile() else None
     if compiled is not None:
         try:
             vectors: Vectors = compiled(z, targets, out, _SCALE.get(dtype, 1.0), entropy)
@@ -341,6 +342,12 @@ def fused_softmax(z: Tensor, targets: Tensor, out: Tensor | None, scale: float, 
     if out is not None:
         out.copy_(torch.where(is_target, -others / total, e / total) * scale)
     return row_max.squeeze(1), log_sum.squeeze(1), logp.squeeze(1), H
+
+
+def _may_compile() -> bool:
+    """Not in a graph capture, nor under a dispatch mode (selective checkpointing, FLOP counters), with
+    which the compiler would give the function up for good."""
+    return not (torch.cuda.is_current_stream_capturing() or _get_current_dispatch_mode())
 
 
 @functools.cache
