@@ -337,7 +337,7 @@ class Run:
 
 def _stream_statistics(o: Operands, tile: Tile | None) -> Run:
     launch, sums = stream_statistics(
-        o.projection, o.targets, entropy=True, second_moments=o.full, budget=o.budget, tile=tile
+        o.projection, o.targets, entropy=True, second_moments=o.full, tile=tile
     )  # fmt: skip
     return Run(launch, (sums.values,), lambda: _finalized(o, sums))
 
@@ -376,7 +376,7 @@ def _finalize(o: Operands, tile: Tile | None) -> Run:
     if o.meta:
         first, sums = _nothing, PartialSums.empty(o.projection, 8, True, o.full)
     else:
-        first, sums = stream_statistics(o.projection, o.targets, entropy=True, second_moments=o.full, budget=o.budget)
+        first, sums = stream_statistics(o.projection, o.targets, entropy=True, second_moments=o.full)
     launch, final = finalize(sums, o.terms, tile=tile)
     return Run(launch, (launch.arguments["out"],), lambda: o.compare(final), before=(first,))
 
@@ -500,7 +500,7 @@ def _cuda_stream_statistics(o: Operands, tile: Any) -> Run:
     from eapo_kernels.ops.cuda import launch as cuda_launch
 
     launch, sums = cuda_launch.stream_statistics(
-        o.projection, o.targets, entropy=True, second_moments=o.full, budget=o.budget, tile=tile
+        o.projection, o.targets, entropy=True, second_moments=o.full, tile=tile
     )  # fmt: skip
     return Run(launch, (sums.values,), lambda: _finalized(o, sums))
 

@@ -46,7 +46,7 @@ def test_sums_are_truncated(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = (torch.randn(N, dim, generator=g) * (4 / dim**0.5) + weight[targets] * (40 / dim)).bfloat16()
     (tile,) = (one for one in TILES if one.name == "shared_alone")
     one, sums = launch.stream_statistics(
-        Projection(hidden, weight), targets, entropy=False, second_moments=False, budget=0, tile=tile, splits=1
+        Projection(hidden, weight), targets, entropy=False, second_moments=False, tile=tile, splits=1
     )
     emulated_cuda.run(one)
     got = sums.values[1, 0].double()

@@ -19,7 +19,7 @@ from ..dispatch import Chunk, RowStatistics
 from ..lm_head import Projection
 from ..triton import backend as triton_backend
 from ..triton.common import capability, describable
-from ..triton.online_softmax import finalize
+from ..triton.online_softmax import streamed
 from ..triton.scaled_exp import ScaledExpChunk, ScaledExpKernels
 from . import launch
 from .build import BuildError, compiler
@@ -57,12 +57,10 @@ def supports(projection: Projection) -> str | None:
 
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
-    """See ``Backend.statistics``. Two launches: ``stream_statistics`` and Triton's ``finalize``."""
-    first, sums = stream_statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
-    first()
-    last, final = finalize(sums)
-    last()
-    return final.statistics
+    """See ``Backend.statistics``. A row's bits do not depend on the other rows."""
+    return streamed(
+        stream_statistics, projection, targets, entropy=entropy, second_moments=second_moments, budget=budget
+    )  # fmt: skip
 
 
 def open_chunk(

@@ -23,7 +23,7 @@ from ..lm_head import Projection
 from ..triton.online_softmax import PartialSums
 from ..triton.scaled_exp import ScaledExpSums
 from ..triton.tiles import Tile as TritonTile
-from ..triton.tiles import tiles_per_split
+from ..triton.tiles import live_row_tiles, range_tiles
 from . import build, tiles
 from .tiles import BLOCK_D, THREADS, Build, Operand, Tile
 
@@ -202,7 +202,8 @@ def product_launch(
         "row_inv_temperature": None if p.row_inv_temperature is None else p.row_inv_temperature.contiguous(),
         "offsets": offsets,
     }
-    walk = Walk(-(-p.n_rows // tile.cluster_rows), -(-p.vocab // tile.block_v), tiles_per_split, tile.group_n)
+    group = live_row_tiles(tile.group_n, tile.cluster_rows, p.dim, p.hidden.element_size())
+    walk = Walk(-(-p.n_rows // tile.cluster_rows), -(-p.vocab // tile.block_v), tiles_per_split, group)
     arguments = Arguments(
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
         bias_stride=0 if p.bias is None else p.bias.stride(0),
@@ -227,24 +228,18 @@ def stream_statistics(
     *,
     entropy: bool,
     second_moments: bool,
-    budget: int,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> tuple[Launch, PartialSums]:
-    """The launch that computes the partial sums of every row, and the sums: at most ``budget``
-    bytes, but at least one range.
+    """The launch that computes the partial sums of every row, and the sums; ranges as of Triton's.
 
-    targets: [N] int64. tile, splits: override the table's tile and the number of ranges that fills
-    the device. In ping-pong each warp group stores sums of its own, two per range.
+    targets: [N] int64. tile, splits: override the table's tile and the number of ranges. In
+    ping-pong each warp group stores sums of its own, two per range.
     """
     tile = tile or tiles.find("stream_statistics", projection.n_rows, projection.dim)
     per_range = 2 if tile.pingpong else 1
-    row_tiles, column_tiles = -(-projection.n_rows // tile.cluster_rows), -(-projection.vocab // tile.block_v)
-    if splits is None:
-        most = budget // (4 * PartialSums.fields(entropy, second_moments) * projection.n_rows * per_range)
-        length = tiles_per_split(row_tiles, column_tiles, slots(projection.hidden.device, tile), most)
-    else:
-        length = -(-column_tiles // splits)
+    column_tiles = -(-projection.vocab // tile.block_v)
+    length = range_tiles(tile.block_v) if splits is None else -(-column_tiles // splits)
     ranges = -(-column_tiles // length)
     sums = PartialSums.empty(projection, ranges * per_range, entropy, second_moments)
     item = Build(

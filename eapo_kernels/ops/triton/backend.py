@@ -15,7 +15,7 @@ from ..dispatch import Backend, Chunk, LogitCotangents, RowStatistics, TargetRow
 from ..lm_head import Projection
 from . import logit_grad, scaled_exp, tiles
 from .common import INTERPRETED, capability, family, product_tile
-from .online_softmax import finalize, stream_statistics
+from .online_softmax import stream_statistics, streamed
 
 _LEAST_BLOCK_V = 64  # columns of the narrowest tile of ``scaled_exp_gemm`` in the table
 
@@ -47,12 +47,10 @@ def uses_logits(projection: Projection, entropy_gradient: bool) -> bool:
 
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
-    """See ``Backend.statistics``. Two launches: ``stream_statistics`` and ``finalize``."""
-    launch, sums = stream_statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
-    launch()
-    launch, final = finalize(sums.all_gathered(projection.shard, targets))
-    launch()
-    return final.statistics
+    """See ``Backend.statistics``. A row's bits do not depend on the other rows."""
+    return streamed(
+        stream_statistics, projection, targets, entropy=entropy, second_moments=second_moments, budget=budget
+    )  # fmt: skip
 
 
 def logit_gradient(

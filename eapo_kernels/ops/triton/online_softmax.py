@@ -6,6 +6,7 @@ merges the ranges and computes the statistics, and with ``SurrogateTerms`` the l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,7 @@ from .tiles import Tile
 
 from .common import (  # isort: skip
     LN2, LOG2E, LOWEST, NEG_INF, Launch, family, group_order, log1p, options, product_arguments, product_tile, raw_logits,
-    row_scale, shape_logits, slots, split_columns, tile_has_target_or_tail, transform_arguments,
+    row_scale, shape_logits, split_columns, tile_has_target_or_tail, transform_arguments,
 )  # fmt: skip
 
 
@@ -225,30 +226,51 @@ def stream_statistics(
     *,
     entropy: bool,
     second_moments: bool,
-    budget: int,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> tuple[Launch, PartialSums]:
-    """The launch, and the sums that it fills: at most ``budget`` bytes, but at least one range.
+    """The launch, and the sums that it fills. One program a row tile and range.
 
-    targets: [N] int64 in [0, V). tile: instead of the table's. splits: number of ranges, instead of
-    the one that fills the device.
+    The ranges depend on V and the tile, and the tile on D, V and dtype, so a row's sums are the same
+    bits in any batch. targets: [N] int64 in [0, V). tile: instead of the table's. splits: number of
+    ranges, instead of those of ``tiles.RANGE_COLUMNS``.
     """
     tile = tile or product_tile("stream_statistics", projection)
     row_tiles, column_tiles = triton.cdiv(projection.n_rows, tile.block_n), triton.cdiv(projection.vocab, tile.block_v)
-    if splits is None:
-        most = budget // (4 * PartialSums.fields(entropy, second_moments) * projection.n_rows)
-        length = tiles.tiles_per_split(row_tiles, column_tiles, slots(projection.hidden.device, tile), most)
-    else:
-        length = triton.cdiv(column_tiles, splits)
+    length = tiles.range_tiles(tile.block_v) if splits is None else triton.cdiv(column_tiles, splits)
     splits = triton.cdiv(column_tiles, length)
     sums = PartialSums.empty(projection, splits, entropy, second_moments)
+    itemsize = projection.hidden.element_size()
     arguments = product_arguments(projection, tile) | transform_arguments(projection) | {
+        "GROUP_N": tiles.live_row_tiles(tile.group_n, tile.block_n, projection.dim, itemsize),
         "sums": sums.values, "targets": targets.contiguous(), "n_splits": splits, "tiles_per_split": length,
         "ENTROPY": entropy, "SECOND_MOMENTS": second_moments, "SLICES": tile.slices,
     }  # fmt: skip
     launch = Launch(stream_statistics_kernel, row_tiles * splits, arguments, options(tile), projection.hidden.device)
     return launch, sums
+
+
+def streamed(
+    launcher: Callable[..., tuple[Callable[[], None], PartialSums]], projection: Projection, targets: Tensor, *,
+    entropy: bool, second_moments: bool, budget: int,
+) -> RowStatistics:  # fmt: skip
+    """Statistics by two launches, ``launcher``'s and ``finalize``; more rows than the sums' budget
+    allows are computed some at a time, which changes no bit.
+
+    launcher: ``stream_statistics``, or another backend's with the same outputs.
+    """
+    rows = tiles.rows_within(budget, projection.n_rows, PartialSums.fields(entropy, second_moments), projection.max_shard_vocab)
+    parts = []
+    for start in range(0, projection.n_rows, rows):
+        part, here = projection.rows(slice(start, start + rows)), targets[start : start + rows]
+        launch, sums = launcher(part, here, entropy=entropy, second_moments=second_moments)
+        launch()
+        last, final = finalize(sums.all_gathered(projection.shard, here))
+        last()
+        parts.append(final.statistics)
+    if len(parts) == 1:
+        return parts[0]
+    return RowStatistics._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
 
 
 @triton.jit

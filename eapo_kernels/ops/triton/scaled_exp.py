@@ -494,46 +494,47 @@ def target_rows_kernel(
 ):  # fmt: skip
     """out[v - first] += sum of scale[i] hidden[i] over the rows i with target v, for v in the slab.
 
-    One program per place of the sorted targets. The program at the first place of a target adds
-    all rows of that target, BLOCK_N at a time and in a fixed order; the other programs return.
+    One program per place of the sorted targets and slice of BLOCK_D columns. The programs at the first
+    place of a target add all rows of that target, BLOCK_N at a time and in a fixed order; the others
+    return. Slices are narrow, so that a target that all rows share has several programs.
     out: [n_columns, dim] fp32, the slab. hidden: [n_rows, dim]. The others: see ``TargetRows``.
     """
-    place = tl.program_id(0)
+    slices = tl.cdiv(dim, BLOCK_D)
+    place = tl.program_id(0) // slices
     target = tl.load(targets + place)
     before = tl.load(targets + tl.maximum(place - 1, 0))
     inside = (target >= first) & (target < n_columns + first)
     if inside & ((place == 0) | (target != before)):
-        at = out + (target - first) * out_stride_v
-        for d in range(0, dim, BLOCK_D):
-            dims = (d + tl.arange(0, BLOCK_D)).to(tl.int64)
-            total = tl.zeros([BLOCK_D], tl.float32)
-            start = place
-            more = True
-            while more:
-                places = start + tl.arange(0, BLOCK_N)
-                mine = places < n_rows
-                mine = mine & (tl.load(targets + places, mask=mine, other=0) == target)
-                rows = tl.load(order + places, mask=mine, other=0)  # [BLOCK_N]
-                weight = tl.load(scale + rows, mask=mine, other=0.0)  # [BLOCK_N]
-                mask = mine[:, None] & (dims < dim)[None, :]
-                h = hidden + rows[:, None] * hidden_stride_n + dims[None, :] * hidden_stride_d
-                total += tl.sum(weight[:, None] * tl.load(h, mask=mask, other=0.0).to(tl.float32), 0)  # [BLOCK_N, BLOCK_D]
-                start += BLOCK_N
-                more = tl.sum(mine.to(tl.int32), 0) == BLOCK_N
-            here = at + dims * out_stride_d
-            tl.store(here, tl.load(here, mask=dims < dim, other=0.0) + total, mask=dims < dim)  # [BLOCK_D]
+        dims = (tl.program_id(0) % slices * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+        total = tl.zeros([BLOCK_D], tl.float32)
+        start = place
+        more = True
+        while more:
+            places = start + tl.arange(0, BLOCK_N)
+            mine = places < n_rows
+            mine = mine & (tl.load(targets + places, mask=mine, other=0) == target)
+            rows = tl.load(order + places, mask=mine, other=0)  # [BLOCK_N]
+            weight = tl.load(scale + rows, mask=mine, other=0.0)  # [BLOCK_N]
+            mask = mine[:, None] & (dims < dim)[None, :]
+            h = hidden + rows[:, None] * hidden_stride_n + dims[None, :] * hidden_stride_d
+            total += tl.sum(weight[:, None] * tl.load(h, mask=mask, other=0.0).to(tl.float32), 0)  # [BLOCK_N, BLOCK_D]
+            start += BLOCK_N
+            more = tl.sum(mine.to(tl.int32), 0) == BLOCK_N
+        here = out + (target - first) * out_stride_v + dims * out_stride_d
+        tl.store(here, tl.load(here, mask=dims < dim, other=0.0) + total, mask=dims < dim)  # [BLOCK_D]
 
 
 def add_target_rows(out: Tensor, first: int, rows: TargetRows, *, tile: Tile | None = None) -> Launch:
     """The launch that adds ``rows`` to ``out`` [V', D] fp32, whose first target is ``first``."""
-    tile = tile or tiles.find("target_rows", family(out.device), rows.hidden.element_size())
+    tile = tile or tiles.find("target_rows", family(out.device), rows.hidden.element_size(), out.shape[1])
     arguments = {
         "out": out, "hidden": rows.hidden, "targets": rows.targets, "order": rows.order, "scale": rows.scale.contiguous(),
         "first": first, "n_rows": rows.targets.shape[0], "n_columns": out.shape[0], "dim": out.shape[1],
         "out_stride_v": out.stride(0), "out_stride_d": out.stride(1), "hidden_stride_n": rows.hidden.stride(0),
         "hidden_stride_d": rows.hidden.stride(1), "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
-    return Launch(target_rows_kernel, rows.targets.shape[0], arguments, options(tile), out.device)
+    programs = rows.targets.shape[0] * triton.cdiv(out.shape[1], tile.block_d)
+    return Launch(target_rows_kernel, programs, arguments, options(tile), out.device)
 
 
 class ScaledExpKernels(NamedTuple):

@@ -131,6 +131,14 @@ TABLE = (
         for kernel, block in (("row_statistics", 8192), ("row_gradient", 4096))
     ),
     *(Entry("finalize", family, 4, 4096, 131072, Tile(256, 0)) for family in ("sm80", "sm90", "sm100")),
+    # 16 slices of D, so that a target of all rows takes 1.7 times the uniform case (counted_seconds in
+    # tests/ops/triton/test_triton_target_rows.py).
+    *(
+        Entry("target_rows", family, size, dim, 131072, Tile(rows, 0, dim // 16))
+        for family in ("sm80", "sm90", "sm100")
+        for size in (2, 4)
+        for dim, rows in ((1024, 32), (2048, 16), (4096, 8))
+    ),
     # Vectors of the scaled exponentials: a few rows per program, so that a chunk of 1024 rows has
     # many programs.
     *(
@@ -139,8 +147,6 @@ TABLE = (
         for kernel, size, tile in (
             ("row_offsets", 2, Tile(4, 0, 512)),
             ("row_offsets", 4, Tile(4, 0, 512)),
-            ("target_rows", 2, Tile(8, 0, 512)),
-            ("target_rows", 4, Tile(8, 0, 512)),
             ("collect_rescue_ids", 4, Tile(32, 64)),
             ("scaled_exp_finalize", 4, Tile(32, 64, warps=8)),
         )
@@ -219,19 +225,25 @@ def _log_choice(entry: Entry, is_measured: bool) -> None:
     )
 
 
-@functools.cache
-def tiles_per_split(row_tiles: int, column_tiles: int, slots: int, max_splits: int) -> int:
-    """Vocabulary tiles per program of ``stream_statistics``, so that the programs fill the device's
-    ``slots`` evenly.
+RANGE_COLUMNS = 2048
+"""Columns of a range of the vocabulary whose sums ``stream_statistics`` stores. Fixed, so that a row's
+statistics do not depend on the other rows; 63 ranges at V = 128256 give 128 rows work for a GPU."""
 
-    The cost of a split is its waves times the length of a program in tiles, plus one tile for its
-    start and end.
-    """
-    limit = max(1, min(column_tiles, max_splits, -(-4 * slots // row_tiles)))
+LIVE_BYTES = 2**24
+"""Bytes of ``hidden`` that the programs in flight may read, a third of an L2 cache of 50 MB."""
 
-    def cost(splits: int) -> tuple[int, int]:
-        length = -(-column_tiles // splits)
-        programs = row_tiles * -(-column_tiles // length)
-        return -(-programs // slots) * (length + 1), splits
 
-    return -(-column_tiles // min(range(1, limit + 1), key=cost))
+def range_tiles(block_v: int) -> int:
+    """Column tiles of a range."""
+    return max(1, RANGE_COLUMNS // block_v)
+
+
+def live_row_tiles(most: int, rows: int, dim: int, itemsize: int) -> int:
+    """Row tiles of ``rows`` that pass over the vocabulary together: at most ``most``, and as many as
+    keep their hidden states in L2, where each column tile reads them again."""
+    return max(1, min(most, LIVE_BYTES // (rows * dim * itemsize)))
+
+
+def rows_within(budget: int, n_rows: int, fields: int, vocab: int) -> int:
+    """Rows whose partial sums (two a range at most) fit the budget, but at least 128."""
+    return min(n_rows, max(128, budget // (8 * fields * -(-vocab // RANGE_COLUMNS))))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eapo_kernels.ops.triton import tiles
-from eapo_kernels.ops.triton.tiles import PRODUCTS, family, find, tiles_per_split
+from eapo_kernels.ops.triton.tiles import PRODUCTS, family, find
 
 FAMILIES = ("interpreter", "sm80", "sm90", "sm100")
 KERNELS = (
@@ -82,28 +82,21 @@ def test_families() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row_tiles", [1, 2, 32, 64, 65, 500])
-@pytest.mark.parametrize("column_tiles", [1, 3, 197, 594, 1187])
-def test_ranges_fill_the_machine(row_tiles: int, column_tiles: int) -> None:
-    """Never slower than one range, no empty range, and within a tenth of perfect balance for large
-    inputs."""
-    slots = 264
-
-    def waves(length: int) -> int:
-        return math.ceil(row_tiles * math.ceil(column_tiles / length) / slots) * (length + 1)
-
-    length = tiles_per_split(row_tiles, column_tiles, slots, 10**9)
-    assert 1 <= length <= column_tiles
-    assert waves(length) <= waves(column_tiles)
-    work = row_tiles * column_tiles
-    if work >= 64 * slots and row_tiles >= 32:
-        assert waves(length) <= 1.1 * work / slots
-
-
-def test_ranges_respect_their_limit() -> None:
-    assert tiles_per_split(1, 1000, 264, 0) == 1000
-    assert tiles_per_split(1, 1000, 264, 4) >= 250
-    assert tiles_per_split(64, 1000, 1, 10**9) == 1000
+@pytest.mark.parametrize("dim", [1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("n_rows", [128, 1024, 8192, 65536])
+def test_ranges_fill_the_machine_and_keep_hidden_in_l2(n_rows: int, dim: int) -> None:
+    """On 132 multiprocessors at V = 128256: the last wave is short, and the row tiles in flight are 16 MiB of hidden."""
+    tile = find("stream_statistics", "sm90", 2, dim, 128256, descriptors=True)
+    row_tiles, column_tiles = -(-n_rows // tile.block_n), -(-128256 // tile.block_v)
+    ranges = -(-column_tiles // tiles.range_tiles(tile.block_v))
+    assert ranges == 63
+    programs, slots = row_tiles * ranges, 132 * tile.resident
+    waves = programs / slots
+    if n_rows >= 8192:
+        assert math.ceil(waves) <= 1.05 * waves
+    group = tiles.live_row_tiles(tile.group_n, tile.block_n, dim, 2)
+    in_flight = min(row_tiles, group * math.ceil(slots / (group * ranges)))
+    assert in_flight * tile.block_n * dim * 2 <= tiles.LIVE_BYTES
 
 
 def test_no_line_appears_twice() -> None:
