@@ -57,30 +57,28 @@ class Case:
 
 @EVERY_TILE
 @pytest.mark.parametrize(
-    ("shape", "dtype", "bias", "entropy", "second_moments", "budget"),
+    ("shape", "dtype", "bias", "entropy", "second_moments", "splits"),
     [
-        ((1, 8, 257), FP16, False, False, False, 0),
-        ((63, 72, 1031), BF16, True, True, True, 2**30),
-        ((130, 136, 515), BF16, False, True, False, 2**30),
-        ((300, 64, 2050), FP16, True, True, True, 0),
+        ((1, 8, 257), FP16, False, False, False, 1),
+        ((63, 72, 1031), BF16, True, True, True, 3),
+        ((130, 136, 515), BF16, False, True, False, 2),
+        ((300, 64, 2050), FP16, True, True, True, None),
     ],
     ids=str,
 )
 def test_statistics(
-    shape: tuple[int, int, int], dtype: torch.dtype, bias: bool, entropy: bool, second_moments: bool, budget: int, tile: Tile,
-    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int], dtype: torch.dtype, bias: bool, entropy: bool, second_moments: bool, splits: int | None,
+    tile: Tile, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Launcher, order of tiles, epilogue, partial sums, finalize. Scratch memory is NaN, so
     unwritten sums would show.
 
-    budget: 0 for one range of the vocabulary, else as many as the device has room for.
+    splits: number of ranges of the vocabulary; None: those of a launch.
     """
     emulated_gpu.pretend(monkeypatch)
-    monkeypatch.setattr(backend, "stream_statistics", functools.partial(launch.stream_statistics, tile=tile))
+    monkeypatch.setattr(backend, "stream_statistics", functools.partial(launch.stream_statistics, tile=tile, splits=splits))
     case = Case(shape, dtype, bias=bias)
-    got = backend.statistics(
-        case.projection, case.inputs.targets, entropy=entropy, second_moments=second_moments, budget=budget
-    )
+    got = backend.statistics(case.projection, case.inputs.targets, entropy=entropy, second_moments=second_moments, budget=2**30)
     case.check(got, second_moments=second_moments)
 
 
