@@ -70,22 +70,56 @@ class Box:
     matrix: Tensor
     rows: int
 
-    def parameters(self) -> tuple[Any, ...]:
-        """Arguments of ``cuTensorMapEncodeTiled``; sizes count from the innermost dimension."""
-        matrix, big, small = self.matrix, driver.cuuint64_t, driver.cuuint32_t
-        return (
-            _TYPES[matrix.dtype],
-            2,
-            matrix.data_ptr(),
-            [big(matrix.shape[1]), big(matrix.shape[0])],
-            [big(matrix.stride(0) * matrix.element_size())],
-            [small(BLOCK_D), small(self.rows)],
-            [small(1), small(1)],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
+    def encode(self) -> TensorMap:
+        """The descriptor, for the addresses of this matrix."""
+        m = self.matrix
+        return _encoded(m.dtype, m.data_ptr(), m.shape[0], m.shape[1], m.stride(0) * m.element_size(), self.rows)
+
+
+class TensorMap:
+    """128 bytes of a descriptor at an address that is a multiple of 128, as CUDA 13 declares it. An
+    object of ``cuda.bindings`` keeps them at multiples of 16, which a driver may refuse."""
+
+    ALIGNMENT = 128
+
+    def __init__(self) -> None:
+        self._memory = ctypes.create_string_buffer(2 * self.ALIGNMENT)
+        self.address = -(-ctypes.addressof(self._memory) // self.ALIGNMENT) * self.ALIGNMENT
+
+
+_ENCODE = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, *[ctypes.c_void_p] * 4, *[ctypes.c_int] * 4
+)
+"""``cuTensorMapEncodeTiled``: map, type, rank, address, sizes, strides, box, steps, interleave,
+swizzle, L2 promotion, fill."""
+
+
+@functools.cache
+def _encoder() -> Any:
+    """The driver's function: the one of ``cuda.bindings`` chooses the map's address itself."""
+    flags = driver.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_DEFAULT
+    found = driver.cuGetProcAddress(b"cuTensorMapEncodeTiled", 12000, flags)
+    if found[0] != driver.CUresult.CUDA_SUCCESS or not int(found[1]):
+        raise RuntimeError(f"CUDA driver: expected cuTensorMapEncodeTiled, got {found[0].name}")
+    return _ENCODE(int(found[1]))
+
+
+@functools.lru_cache(256)
+def _encoded(dtype: torch.dtype, address: int, n_rows: int, n_columns: int, pitch: int, box_rows: int) -> TensorMap:
+    """A descriptor, encoded once: it depends on these numbers only. Sizes count from the innermost
+    dimension."""
+    result = TensorMap()
+    sizes, strides = (ctypes.c_uint64 * 2)(n_columns, n_rows), (ctypes.c_uint64 * 1)(pitch)
+    box, steps = (ctypes.c_uint32 * 2)(BLOCK_D, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    status = _encoder()(
+        result.address, int(_TYPES[dtype]), 2, address, *(ctypes.addressof(one) for one in (sizes, strides, box, steps)),
+        int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
+        int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
+        int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
+        int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+    )  # fmt: skip
+    _checked((driver.CUresult(status), result))
+    return result
 
 
 @dataclass(frozen=True)
@@ -114,8 +148,8 @@ class Launch:
             device = torch.cuda.current_device()
             ensure_context(device)
             function = driver.CUfunction(int(load(self.build, device).handle))
-            maps = [_checked(driver.cuTensorMapEncodeTiled(*box.parameters())) for box in self.boxes]
-            parameters = [*(int(one.getPtr()) for one in maps), ctypes.addressof(self.arguments)]
+            maps = [box.encode() for box in self.boxes]
+            parameters = [*(one.address for one in maps), ctypes.addressof(self.arguments)]
             pointers = (ctypes.c_void_p * len(parameters))(*parameters)
             _checked(
                 driver.cuLaunchKernel(

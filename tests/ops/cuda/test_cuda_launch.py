@@ -29,16 +29,35 @@ def test_arguments_match_the_kernels_field_by_field(host: ctypes.CDLL) -> None:
     assert [*offsets, ctypes.sizeof(Arguments)] == [host.arguments_layout(i) for i in range(len(offsets) + 1)]
 
 
-def test_a_descriptor_counts_from_the_innermost_dimension() -> None:
+def test_a_descriptor_counts_from_the_innermost_dimension(fake: FakeDriver) -> None:
     matrix = torch.zeros(40, 96, dtype=torch.float16)[3:, :72]
-    kind, rank, address, sizes, strides, box, steps, _, swizzle, *_ = Box(matrix, 128).parameters()
-    assert kind == driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-    assert (rank, address) == (2, matrix.data_ptr())
-    assert [int(n) for n in sizes] == [72, 37]
-    assert [int(n) for n in strides] == [192]
-    assert [int(n) for n in box] == [64, 128]
-    assert [int(n) for n in steps] == [1, 1]
-    assert swizzle == driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
+    Box(matrix, 128).encode()
+    (encoded,) = fake.encoded
+    assert encoded["type"] == int(driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16)
+    assert (encoded["rank"], encoded["address"]) == (2, matrix.data_ptr())
+    assert encoded["sizes"] == [72, 37]
+    assert encoded["strides"] == [192]
+    assert encoded["box"] == [64, 128]
+    assert encoded["steps"] == [1, 1]
+    assert encoded["swizzle"] == int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B)
+
+
+def test_descriptors_lie_at_multiples_of_128_bytes_and_are_encoded_once(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = example(monkeypatch)
+    for _ in range(3):
+        one()
+    assert len(fake.encoded) == len(one.boxes) == 3
+    assert [e["map"] % 128 for e in fake.encoded] == [0, 0, 0]
+    assert [p % 128 for call in fake.parameters for p in call[:3]] == [0] * 9
+    assert fake.parameters[0][:3] == [e["map"] for e in fake.encoded]
+
+
+def test_a_refused_descriptor_is_an_error(fake: FakeDriver) -> None:
+    fake.encode_status = int(driver.CUresult.CUDA_ERROR_INVALID_VALUE)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
+        Box(torch.zeros(8, 64, dtype=torch.bfloat16), 64).encode()
 
 
 def example(monkeypatch: pytest.MonkeyPatch, slots: int = 66) -> launch.Launch:
@@ -70,6 +89,20 @@ class FakeDriver:
         self.status = driver.CUresult.CUDA_SUCCESS
         self.context = driver.CUcontext(5)
         self.read: Arguments | None = None
+        self.parameters: list[list[int]] = []
+        self.encoded: list[dict[str, Any]] = []
+        self.encode_status = 0
+        self._encode = launch._ENCODE(self._record)
+
+    def _record(self, where: int, kind: int, rank: int, address: int, *more: int) -> int:
+        sizes, strides, box, steps, _, swizzle, _, _ = more
+        self.encoded.append({
+            "map": where, "type": kind, "rank": rank, "address": address, "swizzle": swizzle,
+            "sizes": list((ctypes.c_uint64 * 2).from_address(sizes)),
+            "strides": list((ctypes.c_uint64 * 1).from_address(strides)),
+            "box": list((ctypes.c_uint32 * 2).from_address(box)), "steps": list((ctypes.c_uint32 * 2).from_address(steps)),
+        })  # fmt: skip
+        return self.encode_status
 
     def from_cubin(self, code: bytes, *, name: str) -> FakeDriver:
         """``ObjectCode``'s; its kernels have a handle."""
@@ -86,8 +119,11 @@ class FakeDriver:
 
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls.setdefault(name, []).append(arguments)
+            if name == "cuGetProcAddress":
+                return self.status, ctypes.cast(self._encode, ctypes.c_void_p).value, 0
             if name == "cuLaunchKernel":
                 pointers = (ctypes.c_void_p * 4).from_address(arguments[9])
+                self.parameters.append(list(pointers))
                 self.read = Arguments.from_buffer_copy(ctypes.string_at(pointers[3], ctypes.sizeof(Arguments)))
             return self.status, self.context if name == "cuCtxGetCurrent" else driver.CUtensorMap()
 
@@ -103,7 +139,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(torch.cuda, "device", lambda device: __import__("contextlib").nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=99))
-    launch.load.cache_clear()
+    for cache in (launch.load, launch._encoder, launch._encoded):
+        cache.cache_clear()
     return made
 
 
