@@ -667,6 +667,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--softcap", action="store_true", help="with a soft-cap of the logits")
     one.add_argument("--strided", action="store_true", help="with operands that tensor descriptors cannot read")
     one.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    one.add_argument("--tune", action="store_true", help="race tiles and backends first, and remember the fastest")
+    one.add_argument("--seconds", type=float, default=120.0, help="of the race (default: %(default)s)")
     one.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -685,6 +687,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not quiet:
         where, v = "the CPU" if on_cpu else torch.cuda.get_device_name(device), checked_columns(question.vocab)
         print(f"checking {question.backend} on {where}: {dtype}, N={N_ROWS} D={dim} V={v}", flush=True)
+    races: list[Any] = []
+    if options.tune:
+        from .tune import tune  # needs triton
+
+        races, text = tune(question, device, options.seconds, toy=on_cpu)
+        print("" if quiet else text + "\n", flush=True, end="")
     start = time.monotonic()
     tell = (lambda row: None) if quiet else (lambda row: print(f"  {row.title}: {row.outcome}", flush=True))
     rows = check(question, device, tell, first_only=options.child)
@@ -699,8 +707,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         key = {} if on_cpu else verdicts.identity(question, device)
         verdict = verdict if on_cpu else verdicts.keep(key, verdict)
         if options.json:
-            report = {"key": key, "question": asdict(question), "verdict": asdict(verdict)}
-            print(json.dumps(report | {"rows": [r._asdict() for r in rows], "speeds": [s._asdict() for s in speeds]}, indent=1))
+            report: dict[str, Any] = {"key": key, "question": asdict(question), "verdict": asdict(verdict)}
+            tables: dict[str, Sequence[Any]] = {"rows": rows, "speeds": speeds, "races": races}
+            report |= {name: [line._asdict() for line in lines] for name, lines in tables.items()}
+            print(json.dumps(report, indent=1, default=asdict))
         else:
             print(table(rows, speeds))
             print(

@@ -22,6 +22,7 @@ LAYERS = {
     "eapo_kernels": 6,
     "eapo_kernels.testing": 6,
     "eapo_kernels.selftest": 7,
+    "eapo_kernels.tune": 7,
     "eapo_kernels.__main__": 8,
     "eapo_kernels.integrations": 7,
     "trainer": 8,

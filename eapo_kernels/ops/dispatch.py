@@ -190,9 +190,6 @@ _MODULES = MappingProxyType({
 })  # fmt: skip
 """name -> (module with a ``BACKEND``, imported at first use; the packages it imports)."""
 
-_CHECKED = ("triton",)
-"""Backends that "auto" takes on a GPU where they are right. "cuda" is taken by name only."""
-
 NAMES = ("auto", *_MODULES)
 
 VARIABLE = "EAPO_KERNELS_BACKEND"
@@ -246,7 +243,7 @@ def _choose(projection: Projection) -> str:
     """The name of the backend that "auto" takes."""
     if not on_gpu(projection.hidden):
         return "torch"
-    for name in _CHECKED:
+    for name in dict.fromkeys((verdicts.fastest(projection.hidden.device), "triton")):
         if _missing(name) is None and load(name).supports(projection) is None and verdicts.is_right(name, projection):
             return name
     return "torch"

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -243,6 +244,21 @@ def cache_folder() -> Path:
     ignored, as its specification says. The folder may be missing, or not be writable."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path(os.path.expanduser("~")) / ".cache") / "eapo_kernels"  # noqa: PTH111, raises nothing without a home
+
+
+def tuned_file(device: torch.device) -> Path:
+    """Where ``selftest --tune`` keeps the fastest tiles and the fastest backend of a GPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return cache_folder() / f"tiles-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+
+
+@functools.cache
+def fastest(device: torch.device) -> str:
+    """The backend that was the fastest when the device was tuned; without that "triton"."""
+    try:
+        return str(json.loads(tuned_file(device).read_text())["environment"].get("backend", "triton"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "triton"
 
 
 def temporary_folder() -> Path:

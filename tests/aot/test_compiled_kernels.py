@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs its own process: pytest tests/aot"),
 ]
 
-SHIPPED = [entry for entry in (*tiles.TABLE, *tiles.measured(tiles.MEASURED)) if entry.family != "interpreter"]
+SHIPPED = [entry for entry in (*tiles.TABLE, *tiles.RIVALS, *tiles.measured(tiles.MEASURED)) if entry.family != "interpreter"]
 BUILDS = [(entry, variant) for entry in SHIPPED for variant in ("plain", "full")]
 TENSOR_CORES = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA"}
 SHARED_LIMIT = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}

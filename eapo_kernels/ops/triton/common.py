@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import verdicts
 from ..chunking import padded
 from ..lm_head import Projection
 from . import tiles
@@ -205,7 +206,9 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def family(device: torch.device) -> str:
-    """The device's name in the table of tiles; the CPU's is the interpreter's."""
+    """The device's name in the table of tiles; the CPU's is the interpreter's. Tuned tiles of the
+    device come into use."""
+    tiles.use_tuned(verdicts.tuned_file(device))
     return tiles.family(capability(device) if device.type == "cuda" else None)
 
 

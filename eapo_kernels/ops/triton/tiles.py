@@ -7,13 +7,15 @@ measured on hardware yet. Tiles that ``python -m benchmarks.gpu --tune`` measure
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import require
+from ...errors import EapoError, require
 from .. import measured_tiles
 
 logger = logging.getLogger("eapo_kernels")
@@ -154,8 +156,70 @@ TABLE = (
 )
 
 
+RIVALS = (
+    # Hopper: an epilogue behind the next tile's loads, against two programs that overlap each other.
+    *_exponentials(
+        "sm90", 2, 2048, Tile(128, 256, 64, warps=8, stages=4, descriptors=True, slices=4, persistent=True, stores=True)
+    ),
+    *_products("sm90", 2, 2048, Tile(128, 256, 64, warps=8, descriptors=True, slices=4, group_n=8)),
+    *_products("sm90", 2, 4096, Tile(128, 256, 64, warps=8, stages=4, descriptors=True, slices=4)),
+    *_products("sm80", 2, 4096, Tile(128, 128, 32, warps=8, stages=4, slices=4)),
+    *_exponentials("sm80", 2, 4096, Tile(128, 128, 32, warps=8, stages=4, slices=4)),
+    *_products("sm80", 2, 4096, Tile(64, 128, 32, warps=4, slices=4)),
+    *_products("interpreter", 2, 4096, Tile(32, 2048, 128)),
+    *_exponentials("interpreter", 2, 4096, Tile(32, 2048, 128)),
+)
+"""More tiles for ``tune`` to race; each compiles without spills (tests/aot)."""
+
+
 MEASURED = Path(__file__).with_name("measured.json")
 """Measured tiles, in the format of ``ops.measured_tiles``."""
+
+
+_tuned: list[Path] = []
+"""Files of this machine's GPUs, which ``python -m eapo_kernels selftest --tune`` writes; before
+``MEASURED``."""
+
+_on_trial: dict[str, Tile] = {}
+"""Tiles that ``tune`` races, by kernel; before all others."""
+
+
+def use_tuned(path: Path) -> None:
+    """Prefer the tiles in a file, if it exists. One that cannot be read is left out, with a warning."""
+    if path in _tuned or not path.exists():
+        return
+    try:
+        measured(path)
+    except (EapoError, OSError) as error:
+        logger.warning("tuned tiles are not used: %s", error)
+        return
+    _tuned.append(path)
+    _find.cache_clear()
+
+
+def forget_tuned(path: Path) -> None:
+    """Read a file again at its next use."""
+    _tuned[:] = [one for one in _tuned if one != path]
+    measured.cache_clear()
+    _find.cache_clear()
+
+
+@contextlib.contextmanager
+def on_trial(kernel: str, tile: Tile) -> Iterator[None]:
+    """``find`` gives this tile for the kernel."""
+    _on_trial[kernel] = tile
+    try:
+        yield
+    finally:
+        del _on_trial[kernel]
+
+
+def candidates(kernel: str, family: str, itemsize: int, dim: int, vocab: int, *, descriptors: bool) -> list[Tile]:
+    """Tiles worth racing: the one in use, then all others of ``TABLE`` and ``RIVALS`` that the
+    operands allow."""
+    lines = [e.tile for e in (*TABLE, *RIVALS) if (e.kernel, e.family, e.itemsize) == (kernel, family, itemsize)]
+    found = [find(kernel, family, itemsize, dim, vocab, descriptors=descriptors)]
+    return list(dict.fromkeys([*found, *(t for t in lines if descriptors or not t.descriptors)]))
 
 
 @functools.cache
@@ -173,7 +237,8 @@ def _candidates(kernel: str, family: str, itemsize: int, *, descriptors: bool) -
     descriptors: as for ``find``. For operands that can be described, products measured on rows that
     cannot be are left out; for other operands, tiles with descriptors are.
     """
-    lines = [e for e in measured(MEASURED) if (e.kernel, e.family, e.itemsize) == (kernel, family, itemsize)]
+    known = [line for path in (*_tuned, MEASURED) for line in measured(path)]
+    lines = [e for e in known if (e.kernel, e.family, e.itemsize) == (kernel, family, itemsize)]
     if descriptors and kernel in PRODUCTS:
         return [e for e in lines if e.dim * e.itemsize % 16 == 0]
     return [e for e in lines if not e.tile.descriptors]
@@ -197,13 +262,19 @@ def family(capability: tuple[int, int] | None) -> str:
     return {9: "sm90", 10: "sm100"}.get(capability[0], "sm80")
 
 
-@functools.cache
 def find(kernel: str, family: str, itemsize: int, dim: int = 4096, vocab: int = 131072, *, descriptors: bool = False) -> Tile:
     """The tile of the line of this kernel, family and item size whose D and V are nearest by ratio.
 
     Measured lines are preferred to those of ``TABLE``. descriptors: whether the operands can be
     loaded by descriptor; lines with descriptors are preferred if so, and excluded otherwise.
     """
+    if kernel in _on_trial:
+        return _on_trial[kernel]
+    return _find(kernel, family, itemsize, dim, vocab, descriptors)
+
+
+@functools.cache
+def _find(kernel: str, family: str, itemsize: int, dim: int, vocab: int, descriptors: bool) -> Tile:
     known = _candidates(kernel, family, itemsize, descriptors=descriptors)
 
     def distance(entry: Entry) -> tuple[bool, float]:
