@@ -229,16 +229,17 @@ def selftest_cases(plan: Plan, group: str) -> Iterator[tuple[str, Callable[[], s
     file."""
     backend, dtype, dim = group.split()
     question = selftest.Question(backend, dtype, int(dim), 100 if plan.rehearse else 128256)
-    rows: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     for full in (False, True):
-        problem = selftest.make_problem(question, torch.device(plan.device), full=full)
+        rows = selftest.FEW_ROWS if plan.rehearse else selftest.N_ROWS
+        problem = selftest.make_problem(question, torch.device(plan.device), full=full, rows=rows)
         for case in selftest.CASES:
 
             def check(problem: Any = problem, case: Any = case, full: bool = full) -> str | None:
                 row = selftest.check_case(problem, case, backend, full=full)
-                rows.append(row._asdict())
+                lines.append(row._asdict())
                 file = plan.out / f"selftest-{backend}-{dtype}-{dim}.json"
-                file.write_text(json.dumps({"question": vars(question), "rows": rows}, indent=1) + "\n")
+                file.write_text(json.dumps({"question": vars(question), "rows": lines}, indent=1) + "\n")
                 return None if row.outcome == "right" else row.detail
 
             yield f"{group} {case.name}, {'with' if full else 'without'} bias", check

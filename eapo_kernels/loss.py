@@ -315,11 +315,11 @@ def _choose_schedule(schedule: str, config: EAPOConfig, plan: str, has_main: boo
 
 def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -> dict[str, Tensor]:
     """The metrics of the batch and, from sums over tokens, the means over the tokens that count."""
-    tokens, positive = terms.valid.sum().float(), terms.split.positive().float()
-    counts = terms.valid.float()
+    counts, positive = terms.valid.float(), terms.split.positive()
+    tokens = counts.sum()
     if not terms.token_split:  # count responses, not tokens
-        counts = (positive.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, counts) > 0).float()
-    fraction = (positive * counts).sum() / counts.sum().clamp_min(1)
+        counts = counts.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, counts).clamp_max(1)
+    fraction = counts.dot(positive.float()) / counts.sum().clamp_min(1)
     metrics = {"eapo/positive_weight": terms.positive_weight, "eapo/positive_fraction": fraction, "tokens": tokens}
     if sums is not None:
         names = {"entropy": "eapo/entropy", "clipped": "clip_fraction", "ratio": "ratio_mean"}

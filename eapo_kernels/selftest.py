@@ -42,7 +42,9 @@ from .ops.verdicts import Question, Verdict
 from .testing import eager_token_stats
 from .types import IGNORE_INDEX, Options, TokenBatch, TokenStats
 
-N_ROWS = 300
+N_ROWS, FEW_ROWS = 300, 120
+"""Rows on a GPU, and of interpreted kernels, whose programs run one after the other."""
+
 COLUMNS = 1100
 """Columns that are checked, at least: several tiles of every kernel. A class of vocabularies is known
 by what V is divisible by, and so are these."""
@@ -86,7 +88,8 @@ class Problem:
 
     @cached_property
     def sequence_ids(self) -> Tensor:
-        return torch.arange(N_ROWS, device=self.targets.device) * 6 // N_ROWS
+        n = len(self.targets)
+        return torch.arange(n, device=self.targets.device) * 6 // n
 
     @cached_property
     def rewards(self) -> Tensor:
@@ -99,17 +102,17 @@ class Problem:
     @cached_property
     def random(self) -> Tensor:
         """[3, N] fp32: cotangents, advantages."""
-        return torch.randn(3, N_ROWS, generator=torch.Generator().manual_seed(5)).to(self.targets.device)
+        return torch.randn(3, len(self.targets), generator=torch.Generator().manual_seed(5)).to(self.targets.device)
 
     @cached_property
     def old_logp(self) -> Tensor:
-        ratios = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.6], device=self.targets.device).repeat(N_ROWS // 5)
+        ratios = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.6], device=self.targets.device).repeat(len(self.targets) // 5)
         return (self.exact.logp - ratios.double().log()).float()
 
     @cached_property
     def far_logp(self) -> Tensor:
         """``old_logp``, far off in four of five rows."""
-        return self.old_logp + torch.tensor(_FAR, device=self.targets.device).repeat(N_ROWS // len(_FAR))
+        return self.old_logp + torch.tensor(_FAR, device=self.targets.device).repeat(len(self.targets) // len(_FAR))
 
     def batch(self, old_logp: Tensor, *, mask: bool = False, advantages: Tensor | None = None) -> TokenBatch:
         tokens = advantages is not None
@@ -156,10 +159,11 @@ def checked_columns(vocab: int) -> int:
     return step * (columns + (columns % 2 == 0 and vocab // step % 2 == 1))
 
 
-def make_problem(question: Question, device: torch.device, *, full: bool) -> Problem:
-    """The inputs of one form. full: with a bias, a temperature per row and masked rows."""
+def make_problem(question: Question, device: torch.device, *, full: bool, rows: int = N_ROWS) -> Problem:
+    """The inputs of one form. full: with a bias, a temperature per row and masked rows. rows: a
+    multiple of 30."""
     g = torch.Generator().manual_seed(17 + full)
-    n, d, v, dtype = N_ROWS, question.dim, checked_columns(question.vocab), DTYPES[question.dtype]
+    n, d, v, dtype = rows, question.dim, checked_columns(question.vocab), DTYPES[question.dtype]
     weight, hidden = torch.randn(v, d, generator=g) / math.sqrt(d), 3 * torch.randn(n, d, generator=g)
     row = torch.arange(n)
     edges = torch.tensor([v - 1, 0, *(c for k in range(64, v, 64) for c in (k, k - 1)), v - 2 if v > 1 else 0])
@@ -527,23 +531,24 @@ def _first_line(error: BaseException) -> str:
 
 
 def check(
-    question: Question, device: torch.device, tell: Callable[[Row], object] = lambda row: None, *, first_only: bool = False
-) -> list[Row]:
+    question: Question, device: torch.device, tell: Callable[[Row], object] = lambda row: None, *, first_only: bool = False,
+    rows: int = N_ROWS,
+) -> list[Row]:  # fmt: skip
     """Every case, without and with bias, temperatures and masked rows.
 
     Stops at a crash on a GPU, which is unusable then, and with ``first_only`` at anything that is
     not right.
     """
-    rows = []
+    found = []
     for full in (False, True):
-        problem = make_problem(question, device, full=full)
+        problem = make_problem(question, device, full=full, rows=rows)
         for case in CASES:
-            rows.append(check_case(problem, case, question.backend, full=full))
-            tell(rows[-1])
-            outcome = rows[-1].outcome
+            found.append(check_case(problem, case, question.backend, full=full))
+            tell(found[-1])
+            outcome = found[-1].outcome
             if outcome != "right" and (first_only or outcome == "unknown" or (outcome == "crashed" and device.type == "cuda")):
-                return rows
-    return rows
+                return found
+    return found
 
 
 def judge(rows: Sequence[Row], ratio: float | None, seconds: float) -> Verdict:
@@ -686,7 +691,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet = options.json or options.child
     if not quiet:
         where, v = "the CPU" if on_cpu else torch.cuda.get_device_name(device), checked_columns(question.vocab)
-        print(f"checking {question.backend} on {where}: {dtype}, N={N_ROWS} D={dim} V={v}", flush=True)
+        n = FEW_ROWS if on_cpu else N_ROWS
+        print(f"checking {question.backend} on {where}: {dtype}, N={n} D={dim} V={v}", flush=True)
     races: list[Any] = []
     if options.tune:
         from .tune import tune  # needs triton
@@ -695,7 +701,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("" if quiet else text + "\n", flush=True, end="")
     start = time.monotonic()
     tell = (lambda row: None) if quiet else (lambda row: print(f"  {row.title}: {row.outcome}", flush=True))
-    rows = check(question, device, tell, first_only=options.child)
+    rows = check(question, device, tell, first_only=options.child, rows=FEW_ROWS if on_cpu else N_ROWS)
     speeds, ratio = measure(question, device) if all(row.outcome == "right" for row in rows) else ([], None)
     verdict = judge(rows, ratio, round(time.monotonic() - start, 1))
     if options.child:

@@ -22,7 +22,7 @@ from .loss import eapo_loss
 from .ops import verdicts
 from .ops.token_stats import token_stats
 from .ops.verdicts import Question
-from .selftest import CASES, DTYPES, check, check_case, make_problem
+from .selftest import CASES, DTYPES, FEW_ROWS, N_ROWS, check, check_case, make_problem
 from .types import Options, TokenBatch
 
 RACED = {"scaled_exp_gemm": (2, 3, 4), "stream_statistics": (0, 1), "logit_gradient": (1,)}
@@ -118,7 +118,8 @@ def race(question: Question, device: torch.device, seconds: float, timed: Clock,
 
     name, size = family(device), DTYPES[question.dtype].itemsize
     run, found = calls(question, device, "triton", toy=toy), []
-    problems = [make_problem(question, device, full=full) for full in ((True,) if toy else (False, True))]
+    rows = FEW_ROWS if toy else N_ROWS
+    problems = [make_problem(question, device, full=full, rows=rows) for full in ((True,) if toy else (False, True))]
     for kernel, places in RACED.items():
         known = tiles.candidates(
             kernel, name, size, question.dim, question.vocab, descriptors=not question.strided and question.dim * size % 16 == 0
@@ -127,8 +128,8 @@ def race(question: Question, device: torch.device, seconds: float, timed: Clock,
         for tile in known:
             with tiles.on_trial(kernel, tile):
                 cases = [CASES[place] for place in (places[:1] if toy else places)]
-                rows = (check_case(p, case, "triton", full=p.bias is not None) for p in problems for case in cases)
-                bad = next((row for row in rows if row.outcome != "right"), None)
+                checked = (check_case(p, case, "triton", full=p.bias is not None) for p in problems for case in cases)
+                bad = next((row for row in checked if row.outcome != "right"), None)
             if bad is None:
                 good[tile] = _with_tile(tiles.on_trial, kernel, tile, run[kernel])
             else:

@@ -58,7 +58,7 @@ PROVIDERS = [
         "matrix products only",
         _prepare(),
         MODES,
-        settings="even chunks of logits in our memory budget: by default 512 MiB on a CPU, up to 1 GiB on a GPU",
+        settings="even chunks of logits in our memory budget: by default 512 MiB on a CPU, up to 2 GiB on a GPU",
     ),
     Provider(
         "bare_gemms_whole", "matrix products only", _prepare(whole=True), MODES, settings="all logits at once, up to 8 GiB"

@@ -16,19 +16,19 @@ Advantage = Callable[[Tensor, Tensor], Tensor]
 """(rewards [B], group_ids [B]) -> advantages [B] fp32: a name in ``ADVANTAGES``, or a function."""
 
 
-def group_norm(rewards: Tensor, group_ids: Tensor) -> Tensor:
+def group_norm(rewards: Tensor, group_ids: Tensor, groups: Groups | None = None) -> Tensor:
     """(r - mean) / (unbiased std + 1e-6) of the group; 0 if all are equal (GRPO, 2402.03300)."""
-    return Groups(rewards, group_ids).normalised().float()
+    return (groups or Groups(rewards, group_ids)).normalised().float()
 
 
-def group_mean(rewards: Tensor, group_ids: Tensor) -> Tensor:
+def group_mean(rewards: Tensor, group_ids: Tensor, groups: Groups | None = None) -> Tensor:
     """r - mean of the group (Dr. GRPO, arXiv 2503.20783)."""
-    return Groups(rewards, group_ids).deviations().float()
+    return (groups or Groups(rewards, group_ids)).deviations().float()
 
 
-def sign(rewards: Tensor, group_ids: Tensor) -> Tensor:
+def sign(rewards: Tensor, group_ids: Tensor, groups: Groups | None = None) -> Tensor:
     """+1 above the group's mean, -1 below, 0 at it."""
-    return Groups(rewards, group_ids).deviations().sign().float()
+    return (groups or Groups(rewards, group_ids)).deviations().sign().float()
 
 
 def batch_norm(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -51,6 +51,9 @@ ADVANTAGES: MappingProxyType[str, Advantage] = MappingProxyType(
     {f.__name__: f for f in (group_norm, group_mean, sign, batch_norm, binary)}
 )
 
+OF_GROUPS = (group_norm, group_mean, sign)
+"""Advantages that read statistics of the groups, and take them if the split has computed them."""
+
 SPLITS = ("group", "batch", "advantage")
 """A response is positive by its group's or the batch's reward mean, or by its advantage's sign."""
 
@@ -66,10 +69,9 @@ class Split(NamedTuple):
         return self.values > self.thresholds
 
 
-def split_responses(rewards: Tensor | None, group_ids: Tensor | None, advantages: Tensor, by: str) -> Split:
-    """The split by one of ``SPLITS``; the rewards are needed unless it is the advantage."""
-    if by == "advantage":
+def split_responses(rewards: Tensor | None, advantages: Tensor, groups: Groups | None) -> Split:
+    """The split by the mean of the groups, or without groups by the advantage's sign."""
+    if groups is None:
         return Split(advantages, torch.zeros_like(advantages))
     assert rewards is not None
-    groups = Groups(rewards, group_ids if by == "group" else None)
-    return Split(rewards.float(), (groups.means + groups.tie_width()).float())
+    return Split(rewards.float(), (groups.means + groups.tie_width).float())

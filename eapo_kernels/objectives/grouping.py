@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _EPS = 1e-6
 _TIE = torch.finfo(torch.float32).eps
@@ -18,24 +19,27 @@ class Partition:
     """Statistics within classes. Results are [N] fp64: each member holds the value of its class.
 
     Attributes:
-        valid: [N] bool, the members that count (None: all); results of the others are undefined.
         index: [N] int64 in [0, N), the number of the member's class, in the order of the keys.
         counts: [N] fp64, size of the member's class.
     """
 
     def __init__(self, keys: Tensor, valid: Tensor | None = None) -> None:
-        """keys: [N] int64 below int64's maximum; equal keys form a class."""
-        self.valid = torch.ones_like(keys, dtype=torch.bool) if valid is None else valid
-        ordered, order = torch.sort(torch.where(self.valid, keys, torch.iinfo(torch.int64).max))
-        first = torch.ones_like(ordered)
-        first[1:] = (ordered[1:] != ordered[:-1]).to(first.dtype)
-        self.index = torch.empty_like(ordered).scatter_(0, order, first.cumsum(0) - 1)
+        """keys: [N] int64 below int64's maximum; equal keys form a class. valid: [N] bool, or None: all."""
+        self._only = valid
+        ordered, order = torch.sort(keys if valid is None else torch.where(valid, keys, torch.iinfo(torch.int64).max))
+        number = functional.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))[: keys.numel()]
+        self.index = torch.empty_like(ordered).scatter_(0, order, number)
         self._size = max(keys.numel(), 1)
         self.counts = self.sum(torch.ones_like(keys, dtype=torch.float64))
 
+    @property
+    def valid(self) -> Tensor:
+        """[N] bool, the members that count; results of the others are undefined."""
+        return torch.ones_like(self.index, dtype=torch.bool) if self._only is None else self._only
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of ``values`` [N] over the class."""
-        chosen = torch.where(self.valid, values.double(), 0.0)
+        chosen = values.double() if self._only is None else torch.where(self._only, values.double(), 0.0)
         return chosen.new_zeros(self._size).index_add_(0, self.index, chosen)[self.index]
 
     def mean(self, values: Tensor) -> Tensor:
@@ -44,26 +48,26 @@ class Partition:
 
     def max(self, values: Tensor) -> Tensor:
         """The largest of ``values`` [N] in the class."""
-        chosen = torch.where(self.valid, values.double(), float("-inf"))
+        chosen = values.double() if self._only is None else torch.where(self._only, values.double(), float("-inf"))
         return chosen.new_zeros(self._size).scatter_reduce_(0, self.index, chosen, "amax", include_self=False)[self.index]
 
 
 class Groups:
-    """Statistics, [B] fp64, of rewards [B] in groups of equal ``group_ids`` (None: one group)."""
+    """Statistics, [B] fp64, of rewards [B] in groups of equal ``group_ids`` (None: one group).
+
+    tie_width: deviations from the mean up to this size are rounding.
+    """
 
     def __init__(self, rewards: Tensor, group_ids: Tensor | None) -> None:
         self.rewards = rewards.double()
         self.members = Partition(torch.zeros_like(rewards, dtype=torch.int64) if group_ids is None else group_ids)
         self.means = self.members.mean(self.rewards)
-
-    def tie_width(self) -> Tensor:
-        """[B] >= 0: deviations from the mean up to this size are rounding."""
-        return _TIE * self.members.max(self.rewards.abs())
+        self.tie_width = _TIE * self.members.max(self.rewards.abs())
 
     def deviations(self) -> Tensor:
         """[B] r - mean of the group; exactly 0 at a tie with the mean, and for a group of one."""
         margin = self.rewards - self.means
-        return torch.where(margin.abs() <= self.tie_width(), 0.0, margin)
+        return torch.where(margin.abs() <= self.tie_width, 0.0, margin)
 
     def normalised(self) -> Tensor:
         """[B] deviation / (std + 1e-6) with the unbiased std of the group."""

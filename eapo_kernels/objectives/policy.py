@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..errors import EapoError, may_read, require, require_scalar
 from ..types import SUMS, TokenBatch, valid_tokens
-from .advantages import ADVANTAGES, Split, split_responses
+from .advantages import ADVANTAGES, OF_GROUPS, Split, split_responses
 from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig
 from .controllers import EntropyRatio
+from .grouping import Groups
 from .reductions import token_scale
 from .surrogates import KL_ESTIMATORS, MAX_LOG_RATIO, SEQUENCE_RATIO, SURROGATES, kl_k3, log_ratio
 from .token_weights.step import Method
@@ -121,17 +122,20 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         return None if values is None else torch.where(valid, values.detach().float(), 0.0)
 
     token_advantages = has_token_advantages(batch)
+    groups = None
+    if batch.rewards is not None and config.split != "advantage":
+        groups = Groups(batch.rewards, batch.group_ids if config.split == "group" else None)
     if batch.advantages is None:
         assert batch.rewards is not None
         assert batch.group_ids is not None
         estimator = ADVANTAGES[config.advantage] if isinstance(config.advantage, str) else config.advantage
-        advantages = estimator(batch.rewards, batch.group_ids).float()
+        given = {"groups": groups} if estimator in OF_GROUPS and config.split == "group" else {}
+        advantages = estimator(batch.rewards, batch.group_ids, **given).float()
     else:
         advantages = batch.advantages.detach().float()
         advantages = torch.where(valid, advantages, 0.0) if token_advantages else advantages
-    by_reward = batch.rewards is not None and config.split != "advantage"
-    split = split_responses(batch.rewards, batch.group_ids, advantages, config.split if by_reward else "advantage")
-    token_split = token_advantages and not by_reward
+    split = split_responses(batch.rewards, advantages, groups)
+    token_split = token_advantages and groups is None
 
     old_logp, rollout_logp, importance = masked(batch.old_logp), masked(batch.rollout_logp), None
     if config.importance_cap is not None:

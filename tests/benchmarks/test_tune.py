@@ -42,7 +42,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 def forget() -> None:
     """Clear the package's cache of the files."""
-    for kept in (tiles.measured, cuda_tiles.measured, tiles._find):
+    for kept in (tiles.measured, cuda_tiles.measured, tiles.find):
         kept.cache_clear()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from eapo_kernels import EapoError, ShapeError
 from eapo_kernels.objectives.advantages import ADVANTAGES, split_responses
+from eapo_kernels.objectives.grouping import Groups
 from eapo_kernels.objectives.semantic import majority_rewards, semantic_rewards
 
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 0.5, 0.5])
@@ -61,8 +62,9 @@ def test_splits() -> None:
         "batch": [False, True, True, False, False],
         "advantage": [False, False, True, True, False],
     }
+    groups = {"group": Groups(REWARDS, GROUPS), "batch": Groups(REWARDS, None), "advantage": None}
     for name, positive in expected.items():
-        assert split_responses(REWARDS, GROUPS, advantages, name).positive().tolist() == positive
+        assert split_responses(REWARDS, advantages, groups[name]).positive().tolist() == positive
 
 
 def test_semantic_rewards() -> None:

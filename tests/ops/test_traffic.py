@@ -42,7 +42,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.logits = self.passes = self.weight_read = self.weight_written = self.products = self.rows = 0
+        self.logits = self.passes = self.weight_read = self.weight_written = self.products = self.rows = self.calls = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -52,6 +52,7 @@ class Traffic(TorchDispatchMode):
         if packet in FEW or views:
             return result
         before = self.logits
+        self.calls += 1
         overwritten = packet in (aten.copy_, aten.zero_, aten.fill_)
         read = [
             t
@@ -122,9 +123,10 @@ def test_bytes_a_logit_without_the_compiler(dtype: torch.dtype, metrics: bool, e
 
 
 def test_launches_over_a_chunk(mode: Traffic) -> None:
-    """Maximum, softmax, matrix, two for the entropy, and three products."""
+    """Maximum, softmax, matrix, two for the entropy, and three products; and all torch calls of the loss and its backward."""
     one_pass(mode, torch.bfloat16)
     assert (mode.passes, mode.products) == (5, 3)
+    assert mode.calls <= 180, "223 before statistics of groups were shared"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -194,24 +194,26 @@ def use_tuned(path: Path) -> None:
         logger.warning("tuned tiles are not used: %s", error)
         return
     _tuned.append(path)
-    _find.cache_clear()
+    find.cache_clear()
 
 
 def forget_tuned(path: Path) -> None:
     """Read a file again at its next use."""
     _tuned[:] = [one for one in _tuned if one != path]
     measured.cache_clear()
-    _find.cache_clear()
+    find.cache_clear()
 
 
 @contextlib.contextmanager
 def on_trial(kernel: str, tile: Tile) -> Iterator[None]:
     """``find`` gives this tile for the kernel."""
     _on_trial[kernel] = tile
+    find.cache_clear()
     try:
         yield
     finally:
         del _on_trial[kernel]
+        find.cache_clear()
 
 
 def candidates(kernel: str, family: str, itemsize: int, dim: int, vocab: int, *, descriptors: bool) -> list[Tile]:
@@ -262,6 +264,7 @@ def family(capability: tuple[int, int] | None) -> str:
     return {9: "sm90", 10: "sm100"}.get(capability[0], "sm80")
 
 
+@functools.cache
 def find(kernel: str, family: str, itemsize: int, dim: int = 4096, vocab: int = 131072, *, descriptors: bool = False) -> Tile:
     """The tile of the line of this kernel, family and item size whose D and V are nearest by ratio.
 
@@ -270,11 +273,6 @@ def find(kernel: str, family: str, itemsize: int, dim: int = 4096, vocab: int = 
     """
     if kernel in _on_trial:
         return _on_trial[kernel]
-    return _find(kernel, family, itemsize, dim, vocab, descriptors)
-
-
-@functools.cache
-def _find(kernel: str, family: str, itemsize: int, dim: int, vocab: int, descriptors: bool) -> Tile:
     known = _candidates(kernel, family, itemsize, descriptors=descriptors)
 
     def distance(entry: Entry) -> tuple[bool, float]:
@@ -304,17 +302,20 @@ LIVE_BYTES = 2**24
 """Bytes of ``hidden`` that the programs in flight may read, a third of an L2 cache of 50 MB."""
 
 
+@functools.cache
 def range_tiles(block_v: int) -> int:
     """Column tiles of a range."""
     return max(1, RANGE_COLUMNS // block_v)
 
 
+@functools.cache
 def live_row_tiles(most: int, rows: int, dim: int, itemsize: int) -> int:
     """Row tiles of ``rows`` that pass over the vocabulary together: at most ``most``, and as many as
     keep their hidden states in L2, where each column tile reads them again."""
     return max(1, min(most, LIVE_BYTES // (rows * dim * itemsize)))
 
 
+@functools.cache
 def rows_within(budget: int, n_rows: int, fields: int, vocab: int) -> int:
     """Rows whose partial sums (two a range at most) fit the budget, but at least 128."""
     return min(n_rows, max(128, budget // (8 * fields * -(-vocab // RANGE_COLUMNS))))

@@ -38,7 +38,7 @@ class Mistake(NamedTuple):
 
 
 EXP, SOFTMAX, GRAD = "ops/triton/scaled_exp.py", "ops/triton/online_softmax.py", "ops/triton/logit_grad.py"
-BACKEND, LAUNCH = "ops/triton/backend.py", "    launch()\n    launch, final"
+LAUNCH = "        launch()\n        last, final"
 MISTAKES = {
     "the statistics drop the last column": Mistake(
         SOFTMAX, "is_target | (columns >= n_columns - first_column)", "is_target | (columns >= n_columns - 1 - first_column)",
@@ -84,13 +84,13 @@ MISTAKES = {
     ),
     "the last rows of a target are lost": Mistake(EXP, "mine = places < n_rows", "mine = places < n_rows - 1", "d_weight"),
     "an error of the driver": Mistake(
-        BACKEND, LAUNCH, f'    raise RuntimeError("CUDA error: an illegal memory access")\n{LAUNCH}',
+        SOFTMAX, LAUNCH, f'        raise RuntimeError("CUDA error: an illegal memory access")\n{LAUNCH}',
         "an illegal memory access", "crashed",
     ),
     "a crash": Mistake(
-        BACKEND, LAUNCH, f"    import os, signal; os.kill(os.getpid(), signal.SIGSEGV)\n{LAUNCH}", "SIGSEGV", "crashed"
+        SOFTMAX, LAUNCH, f"        import os, signal; os.kill(os.getpid(), signal.SIGSEGV)\n{LAUNCH}", "SIGSEGV", "crashed"
     ),
-    "a hang": Mistake(BACKEND, LAUNCH, f"    while True: pass\n{LAUNCH}", "did not end within", "timed out"),
+    "a hang": Mistake(SOFTMAX, LAUNCH, f"        while True: pass\n{LAUNCH}", "did not end within", "timed out"),
 }  # fmt: skip
 
 

@@ -28,9 +28,9 @@ KERNELS = (
 def _nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Use the table alone, even if a tuner has written a file of measured tiles."""
     monkeypatch.setattr(tiles, "MEASURED", tmp_path / "measured.json")
-    tiles._find.cache_clear()
+    tiles.find.cache_clear()
     yield
-    tiles._find.cache_clear()
+    tiles.find.cache_clear()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -105,7 +105,7 @@ def test_no_line_appears_twice() -> None:
 
 def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """One log message per line of the table that is used, for any number of shapes."""
-    tiles._find.cache_clear()
+    tiles.find.cache_clear()
     tiles._log_choice.cache_clear()
     with caplog.at_level("INFO", logger="eapo_kernels"):
         for vocab in (128256, 131072, 151936, 131072):

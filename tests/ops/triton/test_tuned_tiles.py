@@ -31,7 +31,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache of this test alone, and nothing tuned."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tiles, "_tuned", [])
-    caches = (tiles.measured, tiles._find, verdicts.fastest, verdicts.sources, common.family)
+    caches = (tiles.measured, tiles.find, verdicts.fastest, verdicts.sources, common.family)
     for cache in caches:
         cache.cache_clear()
     yield tmp_path
@@ -45,9 +45,12 @@ def rigged(monkeypatch: pytest.MonkeyPatch, ms: dict[Tile, float], wrong: Tile |
     monkeypatch.setattr(tiles, "candidates", lambda *a, **k: list(ms))
     monkeypatch.setattr(tune, "calls", lambda *a, **k: dict.fromkeys(tune.RACED, lambda: now.append(tiles.find("x", "", 2))))
     find = tiles.find
-    monkeypatch.setattr(
-        tiles, "find", lambda kernel, *a, **k: next(iter(tiles._on_trial.values()), None) or find(kernel, *a, **k)
-    )
+
+    def chosen(kernel: str, *a: object, **k: object) -> Tile:
+        return next(iter(tiles._on_trial.values()), None) or find(kernel, *a, **k)
+
+    chosen.cache_clear = find.cache_clear
+    monkeypatch.setattr(tiles, "find", chosen)
 
     def case(problem: object, case: object, backend: str, *, full: bool) -> Row:
         bad = next(iter(tiles._on_trial.values())) == wrong
