@@ -56,9 +56,10 @@ test-kernels: $(VENV)/.peers
 	$(PYTEST) tests/csrc tests/ops/cuda
 	$(PYTEST) tests/aot tests/emulator
 
-# No test may depend on the processor's instructions: the libraries are held down to AVX2, then to SSE 4.
-AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
-SSE4 := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
+# No test may depend on the processor's instructions: the libraries are held down to AVX2, then to SSE 4. The compiler of PyTorch
+# keeps code for other instructions apart only by folder.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-avx2
+SSE4 := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-sse4
 NUMERICAL := tests/test_*.py tests/objectives tests/ops tests/integrations/test_hf.py tests/integrations/test_liger.py \
 	tests/trainer/test_ranks.py tests/trainer/test_learner.py tests/trainer/test_policy.py
 NUMERICAL_FEW := tests/test_loss.py tests/objectives/test_all_methods.py tests/ops/test_token_stats.py tests/ops/test_nucleus.py \

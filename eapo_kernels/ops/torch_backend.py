@@ -5,7 +5,7 @@ cache. If a gradient follows, one product computes all raw logits of a chunk, an
 operations process blocks of its rows.
 
 On CUDA every pass over a chunk is a pass over its memory, so ``softmax_chunk`` needs few: statistics
-and the gradient's matrix of whole rows, 14 bytes a logit where torch.compile works and 30 elsewhere,
+and the gradient's matrix of whole rows, 14 bytes a logit where torch.compile works and 34 elsewhere,
 in place. What it does not know (a split head, second moments, a gradient of the entropy or of a
 soft-cap) takes the CPU's way with the whole chunk as one block.
 """
@@ -286,9 +286,9 @@ def softmax_chunk(z: Tensor, targets: Tensor, dtype: torch.dtype, *, entropy: bo
         try:
             vectors: Vectors = compiled(z, targets, out, _SCALE.get(dtype, 1.0), entropy)
             return SoftmaxChunk(*vectors, out)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, OSError, ImportError) as error:  # of the compiler: no C compiler, an unknown GPU, a bug
+        except Exception as error:  # of the compiler: no C compiler, an unknown GPU, a bug
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             _log_plain(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
             _compiled.cache_clear()
     return SoftmaxChunk(*plain_softmax(z, targets, out, _SCALE.get(dtype, 1.0), entropy), out)
@@ -300,22 +300,27 @@ Vectors = tuple[Tensor, Tensor, Tensor, Tensor | None]
 def plain_softmax(z: Tensor, targets: Tensor, out: Tensor | None, scale: float, entropy: bool) -> Vectors:
     """(row_max, log_sum, logp, entropy); z is overwritten, and ``out``, if given, is filled.
 
-    Bytes a logit: maximum 4, softmax in place 8, matrix 6 (4 in fp32), entropy in place 12.
+    Bytes a logit: maximum 4, softmax in place 8, 1 - p of the target as a sum 4, matrix 6 (none in
+    fp32), entropy in place 12.
     """
     index = targets.clamp(0, z.shape[1] - 1).unsqueeze(1)
     top = z.max(1, keepdim=True)
     x_target = torch.where(targets.unsqueeze(1) == INVALID, torch.nan, z.gather(1, index)) - top.values
     torch.softmax(z, 1, out=z)
     log_sum = -z.gather(1, top.indices).log()
-    logp = x_target - log_sum
+    others = z.scatter_(1, index, 0.0).sum(1, keepdim=True)
+    confident = others < 0.5  # there 1 - p keeps the precision that p has lost
+    logp = torch.where(confident & (x_target == x_target), torch.log1p(-others), x_target - log_sum)
+    log_sum = torch.where(confident, x_target - logp, log_sum)
     if out is not None and out is not z:
         torch.mul(z, scale, out=out)
     H = None
     if entropy:
         # In fp32 the matrix is z itself, so that its terms need memory of their own.
         H = torch.special.entr(z, out=z if out is not z else torch.empty_like(z)).sum(1)
+        H = H - torch.where(logp > -torch.inf, logp.exp() * logp, 0.0).squeeze(1)
     if out is not None:
-        out.scatter_(1, index, (torch.expm1(logp) * scale).to(out.dtype))
+        out.scatter_(1, index, (others * -scale).to(out.dtype))
     return top.values.squeeze(1), log_sum.squeeze(1), logp.squeeze(1), H
 
 
@@ -366,7 +371,7 @@ def _log_plain(reason: str) -> None:
 
 def _statistics_of_rows(projection: Projection, targets: Tensor, entropy: bool, budget: int) -> RowStatistics:
     """``statistics`` by chunks of whole rows."""
-    rows = chunking.row_chunk(projection.n_rows, 4 * projection.vocab, budget)
+    rows = chunking.row_chunk(projection.n_rows, projection.statistics_dtype.itemsize * projection.vocab, budget)
     parts = []
     for start in range(0, projection.n_rows, rows):
         part = projection.rows(slice(start, start + rows))
