@@ -38,6 +38,7 @@ from .errors import BackendUnavailable, EapoError
 from .loss import eapo_loss
 from .objectives.config import EAPOConfig
 from .ops import verdicts
+from .ops.dispatch import available_backends
 from .ops.token_stats import token_stats
 from .ops.verdicts import Question, Verdict
 from .testing import eager_token_stats
@@ -657,6 +658,12 @@ def table(rows: Sequence[Row], speeds: Sequence[Speed]) -> str:
     return "\n".join(lines)
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eapo_kernels", description="Checks of eapo_kernels on this machine.")
     commands = parser.add_subparsers(required=True)
@@ -670,21 +677,24 @@ def _parser() -> argparse.ArgumentParser:
         "--device", default=None, help="cuda, cuda:1, ...; cpu with TRITON_INTERPRET=1 (default: cuda if there is one)"
     )
     one.add_argument("--dtype", default="bf16", choices=[*_SHORT, *DTYPES])
-    one.add_argument("--dim", type=int, default=None, help="hidden size D (default 4096; 192 on a CPU)")
-    one.add_argument("--vocab", type=int, default=None, help="vocabulary V; its class is checked (default 151936)")
+    one.add_argument("--dim", type=_positive, default=None, help="hidden size D (default 4096; 192 on a CPU)")
+    one.add_argument("--vocab", type=_positive, default=None, help="vocabulary V; its class is checked (default 151936)")
     one.add_argument("--softcap", action="store_true", help="with a soft-cap of the logits")
     one.add_argument("--strided", action="store_true", help="with operands that tensor descriptors cannot read")
     one.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     one.add_argument("--tune", action="store_true", help="race tiles and backends first, and remember the fastest")
-    one.add_argument("--seconds", type=float, default=120.0, help="of the race (default: %(default)s)")
+    one.add_argument("--seconds", type=_positive, default=120, help="of the race (default: %(default)s)")
     one.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; ends the process with its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        parser.error(f"--device: expected one of {torch.cuda.device_count()} GPUs or cpu, got {device}")
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
@@ -700,7 +710,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.tune:
         from .tune import tune  # needs triton
 
-        races, text = tune(question, device, options.seconds, toy=on_cpu)
+        reason = available_backends(device)["triton"]
+        if reason is not None:
+            parser.error(f"--tune: expected a device for the triton backend, got {reason}")
+        try:
+            races, text = tune(question, device, options.seconds, toy=on_cpu)
+        except EapoError as error:  # no right tile, or a file of another format
+            print(error, file=sys.stderr)
+            sys.exit(1)
         print("" if quiet else text + "\n", flush=True, end="")
     start = time.monotonic()
     tell = (lambda row: None) if quiet else (lambda row: print(f"  {row.title}: {row.outcome}", flush=True))

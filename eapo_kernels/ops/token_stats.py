@@ -409,7 +409,9 @@ def token_stats(
             the part. The first call with a group and a weight adds an all-gather.
             ``Options(debug=True)`` compares the arguments of the ranks; without it a difference can
             leave ranks waiting in a collective until its time-out.
-        backend: "auto", "torch", "triton" or "cuda".
+        backend: "auto", "torch", "triton" or "cuda". "auto" is torch on a CPU; on a GPU the Triton
+            kernels if they are right there (docs/gpu.md: the first use checks them, once), else torch.
+            Without gradients a row has the same bits in any batch on triton and cuda.
         options: memory budget, plan, compaction and checks.
 
     Returns:

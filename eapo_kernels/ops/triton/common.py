@@ -13,6 +13,7 @@ far below real logits: its e^x is exactly 0, and unlike with -inf no difference 
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from ..chunking import padded
 from ..lm_head import Projection
 from . import tiles
 from .tiles import Tile
+
+logger = logging.getLogger("eapo_kernels")
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # kernels run on the CPU (TRITON_INTERPRET=1 when triton was imported)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -209,6 +212,10 @@ def family(device: torch.device) -> str:
     """The device's name in the table of tiles; the CPU's is the interpreter's. Tuned tiles of the
     device come into use."""
     tiles.use_tuned(verdicts.tuned_file(device))
+    if device.type == "cuda":
+        logger.info(
+            "first use of the Triton kernels on %s: each is compiled once, seconds in all", torch.cuda.get_device_name(device)
+        )
     return tiles.family(capability(device) if device.type == "cuda" else None)
 
 

@@ -194,3 +194,24 @@ def test_a_result_that_is_all_zero_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
         row = check_case(problem, zeros, "torch", full=False)
         assert row.outcome == "wrong"
         assert "d_weight" in row.detail
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--dim", "0"], "--dim: expected a positive whole number, got '0'"),
+        (["--device", "cuda:7"], "--device: expected one of"),
+        (
+            ["--tune", "--device", "cpu"],
+            "--tune: expected a device for the triton backend, got CPU tensors without the interpreter",
+        ),
+    ],
+)
+def test_bad_arguments_of_the_command(flags: list[str], said: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = subprocess.run(
+        [sys.executable, "-m", "eapo_kernels", "selftest", *flags], capture_output=True, text=True, env=environment
+    )
+    assert out.returncode == 2
+    assert said in out.stderr
+    assert "Traceback" not in out.stderr
