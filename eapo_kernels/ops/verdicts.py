@@ -19,6 +19,7 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import warnings
@@ -339,7 +340,8 @@ def environment(device: torch.device) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if k not in _LAUNCHER and not k.startswith("TORCHELASTIC_")}
     clean.pop("EAPO_KERNELS_BACKEND", None)
     package = str(Path(__file__).parents[2])
-    clean["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [clean.get("PYTHONPATH")])])
+    if package not in sysconfig.get_paths().values():  # installed packages are found anyway, behind the standard library
+        clean["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [clean.get("PYTHONPATH")])])
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         visible = [name for name in clean.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
