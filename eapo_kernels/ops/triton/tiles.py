@@ -301,7 +301,8 @@ def _log_choice(entry: Entry, is_measured: bool) -> None:
 
 RANGE_COLUMNS = 2048
 """Columns of a range of the vocabulary whose sums ``stream_statistics`` stores. Fixed, so that a row's
-statistics do not depend on the other rows; 63 ranges at V = 128256 give 128 rows work for a GPU."""
+statistics do not depend on the other rows. At V = 128256 they are 63, so 128 rows fill half of an H100
+and each program of many rows starts once for 8 or 16 tiles."""
 
 LIVE_BYTES = 2**24
 """Bytes of ``hidden`` that the programs in flight may read, a third of an L2 cache of 50 MB."""
