@@ -257,7 +257,7 @@ def tuned_file(device: torch.device) -> Path:
 def fastest(device: torch.device) -> str:
     """The backend that was the fastest when the device was tuned; without that "triton"."""
     try:
-        return str(json.loads(tuned_file(device).read_text())["environment"].get("backend", "triton"))
+        return "cuda" if json.loads(tuned_file(device).read_text())["environment"]["backend"] == "cuda" else "triton"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "triton"
 

@@ -191,9 +191,11 @@ _on_trial: dict[str, Tile] = {}
 
 def use_tuned(path: Path) -> None:
     """Prefer the tiles in a file, if it exists. One that cannot be read is left out, with a warning."""
-    if path in _tuned or not path.exists():
+    if path in _tuned:
         return
     try:
+        if not path.exists():
+            return
         measured(path)
     except (EapoError, OSError) as error:
         logger.warning("tuned tiles are not used: %s", error)

@@ -125,6 +125,25 @@ def test_a_faster_backend_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked == ["triton", "cuda", "triton"]
 
 
+@pytest.mark.parametrize("name", ["nonsense", "torch", 3, None])
+def test_only_a_backend_with_kernels_of_its_own_is_tried_first(name: object, fresh: Path) -> None:
+    path = fresh / "eapo_kernels/tiles-cpu.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"environment": {"backend": name}, "lines": []}))
+    assert verdicts.fastest(CPU) == "triton"
+
+
+def test_a_folder_that_cannot_be_read_is_no_error(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(path: Path, **_: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refused)
+    tiles.use_tuned(fresh / "tiles-cpu.json")
+    assert "tuned tiles are not used: [Errno 13] Permission denied" in caplog.text
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"environment": {}, "lines": [{"kernel": 3}]}'])
 def test_a_file_that_is_not_ours_is_left_out_with_a_warning(
     content: str, fresh: Path, caplog: pytest.LogCaptureFixture
