@@ -91,9 +91,8 @@ class Question:
 
     @property
     def shape_class(self) -> str:
-        """Sizes rounded up to powers of two, and what they are divisible by."""
-        dim, vocab = (1 << max(size - 1, 0).bit_length() for size in (self.dim, self.vocab))
-        return f"D<={dim} D%{math.gcd(self.dim, 128)} V<={vocab} V%{math.gcd(self.vocab, 256)}"
+        """D, which decides the tiles; V rounded up to a power of two, and what V is divisible by."""
+        return f"D={self.dim} V<={1 << max(self.vocab - 1, 0).bit_length()} V%{math.gcd(self.vocab, 256)}"
 
     def arguments(self) -> list[str]:
         """Of ``python -m eapo_kernels selftest``."""
@@ -232,12 +231,18 @@ def sources(backend: str) -> str:
     package = Path(__file__).parents[1]
     files = [*(package / "ops").rglob("*.py"), *(package / "ops").rglob("*.json"), *cache_folder().glob("tiles-*.json")]
     if backend == "cuda":
-        shipped = package / "_csrc"
-        files += [f for f in (shipped if shipped.is_dir() else package.parent / "csrc").iterdir() if f.suffix in (".cu", ".h")]
+        files += [file for file in source_folder().iterdir() if file.suffix in (".cu", ".h")]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
+
+
+def source_folder() -> Path:
+    """The folder of the CUDA C++ sources: ``_csrc`` in a wheel's package, ``csrc`` in a checkout."""
+    package = Path(__file__).parents[1]
+    shipped = package / "_csrc"
+    return shipped if shipped.is_dir() else package.parent / "csrc"
 
 
 def cache_folder() -> Path:

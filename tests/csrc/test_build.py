@@ -18,6 +18,7 @@ import pytest
 from cuda.bindings import nvrtc
 from cuda.pathfinder import DynamicLibNotFoundError
 
+from eapo_kernels.ops import verdicts
 from eapo_kernels.ops.cuda import __main__ as command
 from eapo_kernels.ops.cuda import build, tiles
 from eapo_kernels.ops.cuda.tiles import TILES, Build
@@ -156,7 +157,7 @@ def test_packages_carry_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert build.source_folder() == ROOT / "csrc"
     shipped = tmp_path / "eapo_kernels" / "_csrc"
     shipped.mkdir(parents=True)
-    monkeypatch.setattr(build, "__file__", str(tmp_path / "eapo_kernels" / "ops" / "cuda" / "build.py"))
+    monkeypatch.setattr(verdicts, "__file__", str(tmp_path / "eapo_kernels" / "ops" / "verdicts.py"))
     assert build.source_folder() == shipped
 
 

@@ -21,7 +21,7 @@ from cuda.core.utils import FileStreamProgramCache, make_program_cache_key
 from cuda.pathfinder import DynamicLibNotFoundError, LoadedDL, load_nvidia_dynamic_lib
 
 from ...errors import EapoError
-from ..verdicts import cache_folder, temporary_folder
+from ..verdicts import cache_folder, source_folder, temporary_folder
 from .tiles import Build
 
 try:
@@ -48,13 +48,6 @@ class BuildError(EapoError):
     """A kernel did not compile, or wgmma was serialised; the message ends with the compiler's last
     lines.
     """
-
-
-def source_folder() -> Path:
-    """The folder of the sources: ``_csrc`` in a wheel's package, ``csrc`` in a checkout."""
-    package = Path(__file__).parents[2]
-    shipped = package / "_csrc"
-    return shipped if shipped.is_dir() else package.parent / "csrc"
 
 
 def compiler() -> LoadedDL:
