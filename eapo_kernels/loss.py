@@ -24,15 +24,7 @@ from .objectives.policy import PolicyTerms, loss_and_sums, prepare, resolve_posi
 from .ops import collective_checks, dispatch, gradients
 from .ops.dispatch import Chunk, Coefficients, LogitCotangents, SurrogateTerms
 from .ops.gradients import MainGrad
-from .ops.lm_head import (
-    Projection,
-    build_projection,
-    check_values,
-    may_compact,
-    resolve_compaction,
-    scatter_rows,
-    select_valid,
-)
+from .ops.lm_head import Projection, build_projection, check_values, resolve_compaction, scatter_rows, select_valid, take_rows
 from .ops.nucleus import project_nucleus_entropy
 from .ops.token_stats import project_stats
 from .ops.vocab_shard import VocabShard
@@ -258,11 +250,7 @@ def _one_pass(
         """The gradients of all rows. operands: hidden [N, D] and weight, or nothing."""
         again = None
         if operands:
-            again = replace(projection, hidden=operands[0], weight=operands[1])
-            if index is not None:
-                again = again.rows(index)
-            elif not may_compact(valid, options.compact):
-                again = again.zero_invalid_rows(valid)
+            again = take_rows(replace(projection, hidden=operands[0], weight=operands[1]), valid, index, options.compact)
         d_hidden, d_weight, d_bias = finish(factor, again)
         return None if d_hidden is None else scatter_rows(d_hidden, index, projection.n_rows), d_weight, d_bias
 

@@ -40,6 +40,13 @@ class RowStatistics(NamedTuple):
         """The statistics of some of the rows."""
         return self.map(lambda t: t[index])
 
+    @staticmethod
+    def cat(parts: list[RowStatistics]) -> RowStatistics:
+        """The statistics of the rows of all parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        return RowStatistics._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+
 
 class LogitCotangents(NamedTuple):
     """dL/dlogp, dL/dentropy, dL/dlse of E6, each [N] in the statistics dtype; None: zero."""

@@ -345,13 +345,11 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def project_stats(
     projection: Projection, targets: Tensor, *, entropy: str, second_moments: bool, backend: str, options: Options
 ) -> TokenStats:
-    """``token_stats`` of a checked projection, each [N]. targets: [N] int64, -100 masks a row."""
+    """``token_stats`` of a checked projection, each [N]. targets: [N] int64, -100 masks a row. backend:
+    resolved, but "auto" in a trace."""
     p = projection
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (p.hidden, p.weight, p.bias))
-    compiling = torch.compiler.is_compiling()
-    save = wanted and entropy != "grad" and not second_moments and not compiling
-    if not compiling:  # once: forward and backward take the same backend
-        backend = dispatch.resolve(backend, p).name
+    save = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
     assert isinstance(options.compact, bool)
     logp, entropies, lse, moments, *_ = _forward_op(
         p.hidden, p.weight, p.bias, targets, p.row_inv_temperature, p.inv_temperature, p.logit_scale, p.softcap,
@@ -440,7 +438,7 @@ def token_stats(
             targets = torch.where(mask, targets, IGNORE_INDEX)
         require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
         targets = targets.reshape(-1)
-        if shard is not None and options.debug:
+        if not torch.compiler.is_compiling():  # once: forward and backward take the same backend
             backend = dispatch.resolve(backend, projection).name
     except EapoError as error:
         if process_group is not None:

@@ -379,9 +379,7 @@ def _statistics_of_rows(projection: Projection, targets: Tensor, entropy: bool, 
         chunk = softmax_chunk(z, targets[start : start + rows], z.dtype, entropy=entropy, matrix=False)
         parts.append(chunk.statistics())
         del z
-    if len(parts) == 1:
-        return parts[0]
-    return RowStatistics._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+    return RowStatistics.cat(parts)
 
 
 class _SoftmaxChunk:

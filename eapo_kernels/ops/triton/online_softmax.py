@@ -268,9 +268,7 @@ def streamed(
         last, final = finalize(sums.all_gathered(projection.shard, here))
         last()
         parts.append(final.statistics)
-    if len(parts) == 1:
-        return parts[0]
-    return RowStatistics._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+    return RowStatistics.cat(parts)
 
 
 @triton.jit
