@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import json
 import math
-import statistics
 import sys
 import time
 import warnings
@@ -51,7 +50,7 @@ COLUMNS = 1100
 """Columns that are checked, at least: several tiles of every kernel. A class of vocabularies is known
 by what V is divisible by, and so are these."""
 
-POSITIVE_WEIGHT, ENTROPY_COEF = 0.7, 0.05
+POSITIVE_WEIGHT, ENTROPY_COEF, SOFTCAP = 0.7, 0.05, 30.0
 _FAR = (-100.0, -40.0, 0.0, 40.0, 100.0)
 """Nats by which guesses of the log-probs are wrong. Rows are rescued beyond 33 nats, and beyond 88
 nothing else can give right numbers."""
@@ -136,11 +135,19 @@ class Problem:
         """hidden @ weight.T in float64."""
         return self.hidden.double() @ self.weight.double().T
 
-    def statistics(self, raw: Tensor, dtype: torch.dtype = torch.float64) -> TokenStats:
-        """E2-E4 of raw logits [N, V] in their dtype, zero in masked rows; differentiable."""
-        wide: dict[str, Any] = {name: t.to(dtype) if isinstance(t, Tensor) else t for name, t in self.terms.items()}
-        identity = torch.eye(raw.shape[1], dtype=dtype, device=raw.device)
-        return reference.token_stats(raw, identity, self.targets, second_moments=True, **wide)
+    @cached_property
+    def _oracle(self) -> dict[str, Any]:
+        """``terms`` in float64, and the identity: the oracle then takes raw logits for hidden states."""
+        wide = {name: t.double() if isinstance(t, Tensor) else t for name, t in self.terms.items()}
+        return wide | {"weight": torch.eye(len(self.weight), dtype=torch.float64, device=self.weight.device)}
+
+    def logits(self, raw: Tensor) -> Tensor:
+        """E1 of raw logits [N, V] float64."""
+        return reference.logits(raw, **self._oracle)
+
+    def statistics(self, raw: Tensor) -> TokenStats:
+        """E2-E4 of raw logits [N, V] float64, zero in masked rows; differentiable."""
+        return reference.token_stats(raw, targets=self.targets, second_moments=True, **self._oracle)
 
     @cached_property
     def exact(self) -> TokenStats:
@@ -194,13 +201,12 @@ def make_problem(question: Question, device: torch.device, *, full: bool, rows: 
         wide[:, : matrix.shape[1]] = matrix
         return wide[:, : matrix.shape[1]]
 
-    softcap = 30.0 if question.softcap else None
+    softcap = SOFTCAP if question.softcap else None
     bias = None if bias is None else bias.to(device, dtype)
     return Problem(place(hidden), place(weight), targets.to(device), bias, inv_temperature, softcap)
 
 
 Values = dict[str, Tensor]
-Loss = Callable[[TokenStats], Tensor]
 
 
 class Case(NamedTuple):
@@ -370,7 +376,7 @@ def expect(p: Problem, case: Case) -> Expected:
     unit = torch.finfo(p.hidden.dtype).eps / 2
     relative = 2.5 * unit + 2**-20 + (4 if p.softcap is None else 8) * tolerance
     c_logp, c_entropy = (torch.zeros_like(tolerance) if v.grad is None else v.grad.abs() for v in leaves)
-    log_p = torch.log_softmax(_transform(p, p.raw), -1)
+    log_p = torch.log_softmax(p.logits(p.raw), -1)
     p_v, scale = (
         log_p.exp(),
         p.inv_temperature.double() if isinstance(p.inv_temperature, Tensor) else torch.ones_like(tolerance),
@@ -414,11 +420,6 @@ def _lengths(values: Values, exact: Values) -> Values:
             found[f"{name} by row"] = product.sum(1) / length.clamp_min(1e-300)
             found[f"{name} as a whole"] = product.sum() / exact[name].norm()
     return found
-
-
-def _transform(p: Problem, raw: Tensor) -> Tensor:
-    terms: dict[str, Any] = {name: t.double() if isinstance(t, Tensor) else t for name, t in p.terms.items()}
-    return reference.logits(raw, torch.eye(raw.shape[1], dtype=raw.dtype, device=raw.device), **terms)
 
 
 def _eager_gradients(p: Problem, case: Case) -> Values:
@@ -565,85 +566,7 @@ def judge(rows: Sequence[Row], ratio: float | None, seconds: float) -> Verdict:
     return Verdict("right", "", ratio, seconds)
 
 
-class Speed(NamedTuple):
-    """A timed call. beside: its rate over that of the same number of products by the library."""
-
-    what: str
-    milliseconds: float
-    teraflops: float
-    beside: float
-
-
-SPEED_ROWS, SPEED_COLUMNS, SPEED_BYTES = 4096, 8192, 2**31
-"""Rows and columns of the timed calls, and the free memory without which they are left out."""
-
-
-def measure(question: Question, device: torch.device) -> tuple[list[Speed], float | None]:
-    """Median times on a GPU, and the time of one pass over that of the torch backend; [] and None
-    where there is no GPU or too little memory."""
-    if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < SPEED_BYTES:
-        return [], None
-    n, d, v, dtype = SPEED_ROWS, question.dim, SPEED_COLUMNS, DTYPES[question.dtype]
-    g = torch.Generator(device).manual_seed(3)
-    hidden = torch.randn(n, d, generator=g, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(v, d, generator=g, device=device) / math.sqrt(d)).to(dtype).requires_grad_()
-    targets = torch.randint(v, (n,), generator=g, device=device)
-    softcap = 30.0 if question.softcap else None
-    with torch.no_grad():
-        old_logp = token_stats(hidden, weight, targets, softcap=softcap, backend="torch").logp
-        matrix = hidden @ weight.T
-    batch = TokenBatch(targets, torch.zeros_like(targets), old_logp=old_logp, advantages=torch.ones(1, device=device))
-
-    @torch.no_grad()
-    def product() -> None:
-        torch.mm(hidden, weight.T)
-
-    @torch.no_grad()
-    def products() -> None:
-        product()
-        torch.mm(matrix, weight)
-        torch.mm(matrix.T, hidden)
-
-    def one_pass(backend: str) -> Callable[[], None]:
-        def run() -> None:
-            loss = eapo_loss(
-                hidden, weight, batch, positive_weight=1.0, softcap=softcap, schedule="one_pass", backend=backend
-            ).loss  # fmt: skip
-            torch.autograd.grad(loss, (hidden, weight))
-
-        return run
-
-    @torch.no_grad()
-    def forward() -> None:
-        token_stats(hidden, weight, targets, softcap=softcap, backend=question.backend)
-
-    calls: dict[str, tuple[Callable[[], None], int, str]] = {
-        "bare product": (product, 1, "bare product"),
-        "three bare products": (products, 3, "three bare products"),
-        "statistics": (forward, 1, "bare product"),
-        "one pass": (one_pass(question.backend), 3, "three bare products"),
-        "one pass, torch backend": (one_pass("torch"), 3, "three bare products"),
-    }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(12):  # side by side, so that a change of clock meets all of them
-        for name, (call, _, _) in calls.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            if turn >= 2:
-                times[name].append(begin.elapsed_time(end))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    found = [
-        Speed(name, ms, 2e-9 * count * n * d * v / ms, median[bare] / ms)
-        for name, ms in median.items()
-        for _, count, bare in (calls[name],)
-    ]
-    return found, median["one pass"] / median["one pass, torch backend"]
-
-
-def table(rows: Sequence[Row], speeds: Sequence[Speed]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The results for a person."""
     lines = [f"{'case':<40} {'right?':<8} {'error/allowed':>13} {'error/eager':>11} {'seconds':>8}  kernels"]
     for row in rows:
@@ -652,9 +575,6 @@ def table(rows: Sequence[Row], speeds: Sequence[Speed]) -> str:
         )
         if row.detail:
             lines.append(f"    {row.detail}")
-    if speeds:
-        lines.append(f"\n{f'N={SPEED_ROWS} V={SPEED_COLUMNS}':<40} {'ms':>8} {'TFLOP/s':>9} {'of the library':>15}")
-        lines += [f"{s.what:<40} {s.milliseconds:>8.3f} {s.teraflops:>9.1f} {s.beside:>14.0%}" for s in speeds]
     return "\n".join(lines)
 
 
@@ -707,14 +627,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         n = FEW_ROWS if on_cpu else N_ROWS
         print(f"checking {question.backend} on {where}: {dtype}, N={n} D={dim} V={v}", flush=True)
     races: list[Any] = []
-    if options.tune:
-        from .tune import tune  # needs triton
+    from . import tune  # which reads this module
 
+    if options.tune:
         reason = available_backends(device)["triton"]
         if reason is not None:
             parser.error(f"--tune: expected a device for the triton backend, got {reason}")
+        if options.strided:
+            parser.error("--tune: expected operands that can be described, as the remembered tiles are for, got --strided")
         try:
-            races, text = tune(question, device, options.seconds, toy=on_cpu)
+            races, text = tune.tune(question, device, options.seconds, toy=on_cpu)
         except EapoError as error:  # no right tile, or a file of another format
             print(error, file=sys.stderr)
             sys.exit(1)
@@ -722,7 +644,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     tell = (lambda row: None) if quiet else (lambda row: print(f"  {row.title}: {row.outcome}", flush=True))
     rows = check(question, device, tell, first_only=options.child, rows=FEW_ROWS if on_cpu else N_ROWS)
-    speeds, ratio = measure(question, device) if all(row.outcome == "right" for row in rows) else ([], None)
+    speeds, ratio = tune.measure(question, device) if all(row.outcome == "right" for row in rows) else ([], None)
     verdict = judge(rows, ratio, round(time.monotonic() - start, 1))
     if options.child:
         print(
@@ -738,7 +660,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report |= {name: [line._asdict() for line in lines] for name, lines in tables.items()}
             print(json.dumps(report, indent=1, default=asdict))
         else:
-            print(table(rows, speeds))
+            print(table(rows) + tune.speed_table(speeds))
             print(
                 f"\n{question.backend}: {verdict.outcome} in {verdict.seconds:.0f} s {verdict.detail} {verdict.path}".rstrip()
             )

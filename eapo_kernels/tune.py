@@ -1,9 +1,10 @@
-"""``python -m eapo_kernels selftest --tune``: race tiles and backends on this GPU, and remember the
-fastest.
+"""The speed of a backend on this machine: beside the library's products, and raced.
 
-The candidates are few and shipped (``ops.triton.tiles``), so a race takes two minutes; the search of
-``python -m benchmarks.gpu --tune`` looks further and takes five. Each candidate must pass the
-self-check's cases before it is timed, through the public functions, side by side with the others.
+``python -m eapo_kernels selftest`` times public calls on a GPU beside bare products. With ``--tune`` it
+races tiles and backends first, and remembers the fastest. The candidates are few and shipped
+(``ops.triton.tiles``), so a race takes two minutes; the search of ``python -m benchmarks.gpu --tune``
+looks further and takes five. Each candidate must pass the self-check's cases before it is timed,
+through the public functions, side by side with the others.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .errors import EapoError
 from .loss import eapo_loss
 from .ops import verdicts
+from .ops.dispatch import available_backends
 from .ops.token_stats import token_stats
 from .ops.verdicts import Question
-from .selftest import CASES, DTYPES, FEW_ROWS, N_ROWS, check, check_case, make_problem
+from .selftest import CASES, DTYPES, FEW_ROWS, N_ROWS, SOFTCAP, check, check_case, make_problem
 from .types import Options, TokenBatch
 
 RACED = {"scaled_exp_gemm": (2, 3, 4), "stream_statistics": (0, 1), "logit_gradient": (1,)}
@@ -72,28 +75,43 @@ def clock(device: torch.device) -> Clock:
     return events
 
 
-def calls(question: Question, device: torch.device, backend: str, *, toy: bool = False) -> dict[str, Callable[[], object]]:
-    """Public calls at the user's D that a kernel dominates, by kernel."""
-    n, v = (40, 300) if toy else (ROWS, min(question.vocab, COLUMNS))
-    dtype, g = DTYPES[question.dtype], torch.Generator().manual_seed(3)
-    hidden = torch.randn(n, question.dim, generator=g).to(device, dtype).requires_grad_()
-    weight = (torch.randn(v, question.dim, generator=g) / question.dim**0.5).to(device, dtype).requires_grad_()
-    targets = torch.randint(v, (n,), generator=g).to(device)
+class Operands(NamedTuple):
+    """Random hidden [N, D], weight [V, D] (leaves), targets [N]; the soft-cap of a question."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    softcap: float | None
+
+
+def make_operands(question: Question, device: torch.device, n: int, v: int) -> Operands:
+    """Operands of the user's dtype and D."""
+    dtype, g = DTYPES[question.dtype], torch.Generator(device).manual_seed(3)
+    draw: dict[str, Any] = {"generator": g, "device": device}
+    hidden = torch.randn(n, question.dim, **draw).to(dtype).requires_grad_()
+    weight = (torch.randn(v, question.dim, **draw) / question.dim**0.5).to(dtype).requires_grad_()
+    return Operands(hidden, weight, torch.randint(v, (n,), **draw), SOFTCAP if question.softcap else None)
+
+
+def calls(o: Operands, backend: str) -> dict[str, Callable[[], object]]:
+    """Public calls, by the Triton kernel that dominates them."""
+    leaves = o.hidden, o.weight
+    terms: dict[str, Any] = {"softcap": o.softcap, "backend": backend}
     with torch.no_grad():
-        old_logp = token_stats(hidden, weight, targets, backend="torch").logp
-    batch = TokenBatch(targets, torch.zeros_like(targets), old_logp=old_logp, advantages=torch.ones(1, device=device))
+        old_logp = token_stats(*leaves, o.targets, softcap=o.softcap, backend="torch").logp
+    advantages = torch.ones(1, device=o.targets.device)
+    batch = TokenBatch(o.targets, torch.zeros_like(o.targets), old_logp=old_logp, advantages=advantages)
 
     def one_pass() -> None:
-        loss = eapo_loss(hidden, weight, batch, positive_weight=1.0, schedule="one_pass", backend=backend).loss
-        torch.autograd.grad(loss, (hidden, weight))
+        torch.autograd.grad(eapo_loss(*leaves, batch, positive_weight=1.0, schedule="one_pass", **terms).loss, leaves)
 
     @torch.no_grad()
     def forward() -> None:
-        token_stats(hidden, weight, targets, backend=backend)
+        token_stats(*leaves, o.targets, **terms)
 
     def recomputed() -> None:
-        s = token_stats(hidden, weight, targets, backend=backend, options=Options(plan="recompute"))
-        torch.autograd.grad(s.logp.sum(), (hidden, weight))
+        s = token_stats(*leaves, o.targets, options=Options(plan="recompute"), **terms)
+        torch.autograd.grad(s.logp.sum(), leaves)
 
     return {"scaled_exp_gemm": one_pass, "stream_statistics": forward, "logit_gradient": recomputed}
 
@@ -110,6 +128,61 @@ def medians(runs: dict[Any, Callable[[], object]], timed: Clock, seconds: float,
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+class Speed(NamedTuple):
+    """A timed call. beside: its rate over that of the same number of products by the library."""
+
+    what: str
+    milliseconds: float
+    teraflops: float
+    beside: float
+
+
+SPEED_ROWS, SPEED_COLUMNS, SPEED_BYTES = 4096, 8192, 2**31
+"""Rows and columns of the calls beside the library, and the free memory without which they are left
+out."""
+
+
+def measure(question: Question, device: torch.device) -> tuple[list[Speed], float | None]:
+    """Median times on a GPU, and the time of one pass over that of the torch backend; [] and None
+    where there is no GPU or too little memory."""
+    if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < SPEED_BYTES:
+        return [], None
+    o = make_operands(question, device, SPEED_ROWS, SPEED_COLUMNS)
+    hidden, weight = o.hidden.detach(), o.weight.detach()
+    matrix = hidden @ weight.T
+
+    def product() -> None:
+        torch.mm(hidden, weight.T)
+
+    def products() -> None:
+        product()
+        torch.mm(matrix, weight)
+        torch.mm(matrix.T, hidden)
+
+    ours, plain = calls(o, question.backend), calls(o, "torch")
+    timed: dict[str, tuple[Callable[[], object], int]] = {
+        "bare product": (product, 1),
+        "three bare products": (products, 3),
+        "statistics": (ours["stream_statistics"], 1),
+        "one pass": (ours["scaled_exp_gemm"], 3),
+        "one pass, torch backend": (plain["scaled_exp_gemm"], 3),
+    }
+    ms = medians({name: call for name, (call, _) in timed.items()}, clock(device), 0.0, least=10)
+    bare = {1: ms["bare product"], 3: ms["three bare products"]}
+    flops = 2e-9 * SPEED_ROWS * SPEED_COLUMNS * question.dim
+    found = [Speed(name, ms[name], flops * count / ms[name], bare[count] / ms[name]) for name, (_, count) in timed.items()]
+    return found, ms["one pass"] / ms["one pass, torch backend"]
+
+
+def speed_table(speeds: Sequence[Speed]) -> str:
+    """The results of ``measure`` for a person, or nothing."""
+    if not speeds:
+        return ""
+    head = f"\n\n{f'N={SPEED_ROWS} V={SPEED_COLUMNS}':<40} {'ms':>8} {'TFLOP/s':>9} {'of the library':>15}"
+    lines = [f"{s.what:<40} {s.milliseconds:>8.3f} {s.teraflops:>9.1f} {s.beside:>14.0%}" for s in speeds]
+    return "\n".join([head, *lines])
+
+
 def race(question: Question, device: torch.device, seconds: float, timed: Clock, *, toy: bool = False) -> list[Race]:
     """Race the Triton tiles of each kernel that multiplies; no file is written. toy: on a CPU, where one
     case is enough."""
@@ -117,10 +190,12 @@ def race(question: Question, device: torch.device, seconds: float, timed: Clock,
     from .ops.triton.common import family
 
     name, size = family(device), DTYPES[question.dtype].itemsize
-    run, found = calls(question, device, "triton", toy=toy), []
+    run, found = calls(make_operands(question, device, *_sizes(question, toy)), "triton"), []
     rows = FEW_ROWS if toy else N_ROWS
     problems = [make_problem(question, device, full=full, rows=rows) for full in ((True,) if toy else (False, True))]
     for kernel, places in RACED.items():
+        if kernel == "scaled_exp_gemm" and (question.softcap or question.dtype == "float32"):
+            continue  # these store logits
         known = tiles.candidates(
             kernel, name, size, question.dim, question.vocab, descriptors=not question.strided and question.dim * size % 16 == 0
         )
@@ -144,6 +219,11 @@ def race(question: Question, device: torch.device, seconds: float, timed: Clock,
     return found
 
 
+def _sizes(question: Question, toy: bool) -> tuple[int, int]:
+    """N and V of a race."""
+    return (40, 300) if toy else (ROWS, min(question.vocab, COLUMNS))
+
+
 def _with_tile(trial: Any, kernel: str, tile: Any, call: Callable[[], object]) -> Callable[[], object]:
     def run() -> None:
         with trial(kernel, tile):
@@ -154,15 +234,14 @@ def _with_tile(trial: Any, kernel: str, tile: Any, call: Callable[[], object]) -
 
 def fastest_backend(question: Question, device: torch.device, seconds: float, timed: Clock) -> tuple[str, str]:
     """("cuda" if it is right and faster here than "triton", else "triton"; why)."""
-    from .ops.dispatch import available_backends
-
     reason = available_backends(device)["cuda"]
     if reason is not None or question.softcap or question.strided or question.dtype == "float32":
         return "triton", reason or "cuda does not take these inputs"
     rows = check(Question("cuda", question.dtype, question.dim, question.vocab), device, first_only=True)
     if rows[-1].outcome != "right":
         return "triton", f"cuda is {rows[-1].outcome}: {rows[-1].title}: {rows[-1].detail}"
-    runs = {name: calls(question, device, name)["scaled_exp_gemm"] for name in ("triton", "cuda")}
+    o = make_operands(question, device, *_sizes(question, toy=False))
+    runs = {name: calls(o, name)["scaled_exp_gemm"] for name in ("triton", "cuda")}
     ms = medians(runs, timed, seconds)
     better = ms["cuda"] < (1 - TIE) * ms["triton"]
     return "cuda" if better else "triton", f"one pass: cuda {ms['cuda']:.3f} ms, triton {ms['triton']:.3f} ms"
@@ -201,6 +280,7 @@ def tune(question: Question, device: torch.device, seconds: float, *, toy: bool 
     """Race, write, and say it: (races, lines for a person)."""
     timed = clock(device)
     races = race(question, device, seconds * 0.8, timed, toy=toy)
+    write(question, device, races, "triton")  # the backends are raced with the tiles that were chosen
     backend, why = fastest_backend(question, device, seconds * 0.2, timed)
     path = write(question, device, races, backend)
     lines = [f"{'kernel':<20} {'ms before':>10} {'ms now':>8}  tile"]

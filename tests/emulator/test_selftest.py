@@ -32,7 +32,7 @@ def test_the_kernels_are_right(
     """Ragged tiles, several row tiles; and a depth at which the truncated sums of tensor cores show."""
     emulated_gpu.pretend(monkeypatch, family=family, dim=line, seed=3, lateness=0.7)
     found = selftest.check(Question(backend, dtype, dim=dim, vocab=515), torch.device("cpu"), rows=rows)
-    print(selftest.table(found, []))
+    print(selftest.table(found))
     assert [(row.title, row.detail) for row in found if row.outcome != "right"] == []
     assert len(found) == 2 * len(selftest.CASES)
     assert max(row.error for row in found) <= 0.6, "what a GPU may do worse than the emulator has room"

@@ -200,6 +200,7 @@ def test_a_result_that_is_all_zero_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     ("flags", "said"),
     [
         (["--dim", "0"], "--dim: expected a positive whole number, got '0'"),
+        (["--tune", "--strided", "--device", "cpu"], "--tune: expected operands that can be described"),
         (["--device", "cuda:7"], "--device: expected one of"),
         (
             ["--tune", "--device", "cpu"],
@@ -208,7 +209,9 @@ def test_a_result_that_is_all_zero_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_bad_arguments_of_the_command(flags: list[str], said: str) -> None:
+    interpreted = "--strided" in flags
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1"} if interpreted else {}
     out = subprocess.run(
         [sys.executable, "-m", "eapo_kernels", "selftest", *flags], capture_output=True, text=True, env=environment
     )

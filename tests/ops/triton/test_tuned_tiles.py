@@ -43,6 +43,7 @@ def rigged(monkeypatch: pytest.MonkeyPatch, ms: dict[Tile, float], wrong: Tile |
     """Three candidates a kernel, whose calls take the given time; one of them may be wrong."""
     now: list[Tile] = []
     monkeypatch.setattr(tiles, "candidates", lambda *a, **k: list(ms))
+    monkeypatch.setattr(tune, "make_operands", lambda *a: None)
     monkeypatch.setattr(tune, "calls", lambda *a, **k: dict.fromkeys(tune.RACED, lambda: now.append(tiles.find("x", "", 2))))
     find = tiles.find
 
@@ -85,6 +86,21 @@ def test_the_fastest_right_tile_wins(
         assert len(one.wrong) == (wrong is not None)
         assert wrong is None or "one pass, without bias: wrong d_weight: off" in one.wrong[0]
     assert tiles._on_trial == {}
+
+
+def test_cuda_is_raced_against_the_chosen_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles are in use before the backends are timed, and the file then names the faster one."""
+    seen: list[Tile] = []
+    monkeypatch.setattr(tune, "race", lambda *a, **k: [tune.Race("logit_gradient", CURRENT, RIVAL, 2.0, 1.0, ())])
+
+    def fastest(question: Question, *more: object) -> tuple[str, str]:
+        seen.append(tiles.find("logit_gradient", common.family(CPU), 2, question.dim, question.vocab))
+        return "cuda", "faster"
+
+    monkeypatch.setattr(tune, "fastest_backend", fastest)
+    tune.tune(QUESTION, CPU, 1.0)
+    assert seen == [RIVAL]
+    assert verdicts.fastest(CPU) == "cuda"
 
 
 def test_without_a_right_tile_nothing_is_written(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
