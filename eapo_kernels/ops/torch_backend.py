@@ -5,7 +5,7 @@ cache. If a gradient follows, one product computes all raw logits of a chunk, an
 operations process blocks of its rows.
 
 On CUDA every pass over a chunk is a pass over its memory, so ``softmax_chunk`` needs few: statistics
-and the gradient's matrix of whole rows, 14 bytes a logit where torch.compile works and 34 elsewhere,
+and the gradient's matrix of whole rows, 14 bytes a logit where torch.compile works and 30 elsewhere,
 in place. What it does not know (a split head, second moments, a gradient of the entropy or of a
 soft-cap) takes the CPU's way with the whole chunk as one block.
 """
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import chunking, gemm
@@ -254,18 +255,22 @@ def _put_target_(gradient: Tensor, targets: Tensor, columns: slice, value: Tenso
 
 
 class SoftmaxChunk(NamedTuple):
-    """``softmax_chunk`` of C rows, vectors [C] fp32."""
+    """``softmax_chunk`` of C rows, vectors [C] statistics dtype. q = softmax of the logits without the target's.
 
-    row_max: Tensor
-    log_sum: Tensor  # log sum e^(z - row_max)
+    From q follow exactly p_v = (1 - p_y) q_v and log p_y, however near p_y is to 0 or 1.
+    """
+
+    offset: Tensor  # the largest logit but the target's
+    log_sum: Tensor  # log sum e^(z - offset)
     logp: Tensor  # NaN for an invalid target
+    rest: Tensor  # 1 - p_y
     entropy: Tensor | None
-    matrix: Tensor | None  # [C, V] operand dtype: (p - 1 at the target) times ``_SCALE`` of the dtype
+    matrix: Tensor | None = None  # [C, V] operand dtype: (q, -1 at the target) times ``_SCALE`` of the dtype
 
     def statistics(self) -> RowStatistics:
         """The row statistics."""
         mean = None if self.entropy is None else self.log_sum - self.entropy
-        return RowStatistics(self.logp, self.entropy, self.row_max + self.log_sum, self.row_max, self.log_sum, mean)
+        return RowStatistics(self.logp, self.entropy, self.offset + self.log_sum, self.offset, self.log_sum, mean)
 
 
 _SCALE = {torch.float16: 1024.0}
@@ -294,59 +299,56 @@ def softmax_chunk(z: Tensor, targets: Tensor, dtype: torch.dtype, *, entropy: bo
     return SoftmaxChunk(*plain_softmax(z, targets, out, _SCALE.get(dtype, 1.0), entropy), out)
 
 
-Vectors = tuple[Tensor, Tensor, Tensor, Tensor | None]
+Vectors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 def plain_softmax(z: Tensor, targets: Tensor, out: Tensor | None, scale: float, entropy: bool) -> Vectors:
-    """(row_max, log_sum, logp, entropy); z is overwritten, and ``out``, if given, is filled.
+    """The vectors of a ``SoftmaxChunk``; z is overwritten, and ``out``, if given, is filled.
 
-    Bytes a logit: maximum 4, softmax in place 8, 1 - p of the target as a sum 4, matrix 6 (none in
-    fp32), entropy in place 12.
+    Bytes a logit: maximum 4, softmax in place 8, matrix 6 (none in fp32), entropy in place 12.
     """
     index = targets.clamp(0, z.shape[1] - 1).unsqueeze(1)
-    top = z.max(1, keepdim=True)
-    x_target = torch.where(targets.unsqueeze(1) == INVALID, torch.nan, z.gather(1, index)) - top.values
-    torch.softmax(z, 1, out=z)
-    log_sum = -z.gather(1, top.indices).log()
-    others = z.scatter_(1, index, 0.0).sum(1, keepdim=True)
-    confident = others < 0.5  # there 1 - p keeps the precision that p has lost
-    logp = torch.where(confident & (x_target == x_target), torch.log1p(-others), x_target - log_sum)
-    log_sum = torch.where(confident, x_target - logp, log_sum)
+    z_target = z.gather(1, index)
+    top = z.scatter_(1, index, torch.finfo(z.dtype).min).max(1, keepdim=True)  # finite: the target may be the only column
+    q = torch.softmax(z, 1, out=z)
+    log_others = -q.gather(1, top.indices).log()
     if out is not None and out is not z:
-        torch.mul(z, scale, out=out)
-    H = None
+        torch.mul(q, scale, out=out)
+    q_entropy = None
     if entropy:
         # In fp32 the matrix is z itself, so that its terms need memory of their own.
-        H = torch.special.entr(z, out=z if out is not z else torch.empty_like(z)).sum(1)
-        H = H - torch.where(logp > -torch.inf, logp.exp() * logp, 0.0).squeeze(1)
+        q_entropy = torch.special.entr(q, out=z if out is not z else torch.empty_like(z)).sum(1, keepdim=True)
     if out is not None:
-        out.scatter_(1, index, (others * -scale).to(out.dtype))
-    return top.values.squeeze(1), log_sum.squeeze(1), logp.squeeze(1), H
+        out.scatter_(1, index, -scale)
+    return _vectors(targets, z_target, top.values, log_others, q_entropy)
 
 
 def fused_softmax(z: Tensor, targets: Tensor, out: Tensor | None, scale: float, entropy: bool) -> Vectors:
-    """As ``plain_softmax`` for the compiler, which reads z twice and writes ``out``; z stays.
+    """As ``plain_softmax`` for the compiler, which reads z three times and writes ``out``; z stays."""
+    is_target = torch.arange(z.shape[1], device=z.device).unsqueeze(0) == targets.clamp(0, z.shape[1] - 1).unsqueeze(1)
+    z_target = torch.where(is_target, z, 0.0).sum(1, keepdim=True)
+    others = torch.where(is_target, torch.finfo(z.dtype).min, z)
+    top = others.amax(1, keepdim=True)
+    x = others - top
+    e = x.exp()
+    total = e.sum(1, keepdim=True)
+    log_others = total.log()
+    q_entropy = log_others - torch.where(e > 0, x * e, 0.0).sum(1, keepdim=True) / total if entropy else None
+    if out is not None:  # an exponential of its own, so that e is not kept in memory
+        out.copy_(torch.where(is_target, -scale, (x - log_others).exp() * scale))
+    return _vectors(targets, z_target, top, log_others, q_entropy)
 
-    The sums leave out the target, so that the log-prob of a confident token is precise.
-    """
-    is_target = torch.arange(z.shape[1], device=z.device).unsqueeze(0) == targets.unsqueeze(1)
-    row_max = z.amax(1, keepdim=True)
-    x = z - row_max
-    e = torch.where(is_target, 0.0, x.exp())
-    others = e.sum(1, keepdim=True)
-    x_target = torch.where(is_target, x, 0.0).sum(1, keepdim=True)
-    x_target = torch.where(targets.unsqueeze(1) == INVALID, torch.nan, x_target)
-    e_target = x_target.exp()
-    total = others + e_target
-    log_sum = torch.where(x_target == 0, others.log1p(), total.log())
-    logp = torch.where(x_target == 0, -log_sum, x_target - log_sum)
-    H = None
-    if entropy:
-        weighted = torch.where(e > 0, x * e, 0.0).sum(1, keepdim=True) + torch.where(e_target > 0, x_target * e_target, 0.0)
-        H = (log_sum - weighted / total).clamp_min(0.0).squeeze(1)
-    if out is not None:
-        out.copy_(torch.where(is_target, -others / total, e / total) * scale)
-    return row_max.squeeze(1), log_sum.squeeze(1), logp.squeeze(1), H
+
+def _vectors(targets: Tensor, z_target: Tensor, top: Tensor, log_others: Tensor, q_entropy: Tensor | None) -> Vectors:
+    """[C] each from columns [C, 1]: log_others is log sum e^(z - top) without the target, q_entropy is H(q)."""
+    margin = z_target - top - log_others  # log(p_y / (1 - p_y))
+    logp, log_rest = functional.logsigmoid(margin), functional.logsigmoid(-margin)
+    rest, entropy = log_rest.exp(), None
+    if q_entropy is not None:
+        own = torch.where(logp > -torch.inf, logp.exp() * logp, 0.0) + torch.where(rest > 0, rest * log_rest, 0.0)
+        entropy = (rest * q_entropy - own).squeeze(1)
+    logp = torch.where(targets == INVALID, torch.nan, logp.squeeze(1))
+    return top.squeeze(1), (log_others - log_rest).squeeze(1), logp, rest.squeeze(1), entropy
 
 
 def _may_compile() -> bool:
@@ -400,12 +402,12 @@ class _SoftmaxChunk:
         """None: there is no fused launch."""
 
     def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
-        """The matrix is p - 1 at the target; minus the cotangent is its row scale (E6)."""
+        """-(1 - p_y) of the matrix is the gradient of logp (E6)."""
         assert cotangents.logp is not None
         assert cotangents.entropy is None
         assert self._matrix is not None
         matrix, self._matrix, self._chunk = self._matrix, None, self._chunk._replace(matrix=None)
-        return LogitGradient(matrix, cotangents.logp * self._projection.row_scale() / -self._scale)
+        return LogitGradient(matrix, cotangents.logp * self._chunk.rest * self._projection.row_scale() / -self._scale)
 
 
 class _TorchChunk:
