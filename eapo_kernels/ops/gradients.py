@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..types import SUMS, Options
 from . import chunking, gemm
-from .dispatch import Backend, Chunk, Coefficients, LogitCotangents, LogitGradient, TargetRows
+from .dispatch import Backend, Chunk, Coefficients, Entries, LogitCotangents, LogitGradient, WeightedRows
 from .lm_head import Projection, fill_holes_, scatter_rows
 
 _WORTH_MOVING = 0.02  # share of rows with zero gradient above which moving the others to the front pays
@@ -31,13 +31,11 @@ class MainGrad(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The L rows of a chunk of C that are multiplied."""
+    """The L rows of a chunk that are multiplied."""
 
     matrix: Tensor  # [C, V], of LogitGradient
     live: Tensor | None  # [L], places of the rows in the matrix; None: all C rows
     row_scale: Tensor  # [L], of LogitGradient
-    target_grads: Tensor | None  # [L], of LogitGradient
-    targets: Tensor  # [L] int64
     hidden: Tensor  # [L, D]
 
     def columns(self, here: slice) -> Tensor:
@@ -64,7 +62,7 @@ class GradientSum:
         dtype: torch.dtype, one_chunk: bool, main_grad: MainGrad | None = None,
     ) -> None:  # fmt: skip
         p = projection
-        self._projection, self._add_target_rows, self._dtype = p, backend.add_target_rows, p.statistics_dtype
+        self._projection, self._add_rows, self._dtype = p, backend.add_rows, p.statistics_dtype
         self._returns_weight, self._scale = (True, 1.0) if main_grad is None else (False, main_grad.scale)
         self._is_fp16 = p.operand_dtype == torch.float16
         self._accumulates = main_grad is not None or not one_chunk or dtype == self._dtype
@@ -75,30 +73,33 @@ class GradientSum:
             self._d_weight = p.weight.new_empty(p.weight.shape, dtype=self._dtype if self._accumulates else dtype)
         self._d_bias = p.weight.new_zeros(p.vocab, dtype=self._dtype) if needs[2] else None
 
-    def add(self, gradient: LogitGradient, rows: slice | Tensor, targets: Tensor, live: Tensor | None = None) -> None:
-        """Add the gradients of C rows: ``rows`` of the projection, with ``targets`` [C] int64.
+    def add(self, gradient: LogitGradient, rows: slice | Tensor, live: Tensor | None = None) -> None:
+        """Add the gradients of R rows: ``rows`` of the projection.
 
-        live: [L] places in the chunk of the rows with a gradient that is not zero; only these are
-        multiplied. None: all rows.
+        live: [L] places in the matrix of the rows with a gradient that is not zero; only these are
+        multiplied. None: all of its rows.
         """
-        hidden, (matrix, row_scale, target_grads) = self._projection.hidden[rows], gradient
-        if live is not None:
-            hidden, targets, row_scale = hidden[live], targets[live], row_scale[live]
-            target_grads = None if target_grads is None else target_grads[live]
-        if row_scale.numel() == 0:
+        hidden, (matrix, row_scale, entries) = self._projection.hidden[rows], gradient
+        dense = None
+        if matrix is not None:
+            assert row_scale is not None
+            own = hidden[: len(matrix)] if live is None else hidden[live]
+            dense = _Rows(matrix, live, row_scale if live is None else row_scale[live], own)
+            dense = dense if len(own) else None
+        if dense is None and entries is None:
             return
-        part = _Rows(matrix, live, row_scale, target_grads, targets, hidden)
         if self.d_hidden is not None:
-            self.d_hidden[rows] = scatter_rows(self._hidden_product(part), live, len(matrix)).to(self.d_hidden.dtype)
+            self.d_hidden[rows] = self._hidden_product(dense, entries, len(hidden)).to(self.d_hidden.dtype)
         if self._d_weight is not None:
-            self._add_weight(self._d_weight, part)
+            self._add_weight(self._d_weight, dense, None if entries is None else entries.by_column(hidden))
             self._is_new = False
         if self._d_bias is not None:
-            for here in self._slabs(live is None):
-                gemm.add_weighted_rows_(self._d_bias[here], part.columns(here), row_scale)
-            if target_grads is not None:
-                ones = TargetRows.sort(targets, target_grads.new_ones(len(targets), 1), target_grads)
-                self._add_targets(self._d_bias.unsqueeze(1), 0, ones)
+            if dense is not None:
+                for here in self._slabs(live is None):
+                    gemm.add_weighted_rows_(self._d_bias[here], dense.columns(here), dense.row_scale)
+            if entries is not None:
+                ones = entries.values.new_ones(1, 1).expand(len(hidden), 1)
+                self._add_rows(self._d_bias.unsqueeze(1), 0, entries.by_column(ones))
 
     def result(self, scale: Tensor | None = None) -> Gradients:
         """The gradients times ``scale`` (0-dim; None: 1), rounded once where they are sums in fp32.
@@ -120,40 +121,48 @@ class GradientSum:
         step = vocab if whole else chunking.weight_slab(vocab, self._projection.dim)
         return [slice(start, min(start + step, vocab)) for start in range(0, vocab, step)]
 
-    def _hidden_product(self, part: _Rows) -> Tensor:
-        """d_hidden [L, D] of the rows of a chunk, summed over the ranks of a split head."""
+    def _hidden_product(self, dense: _Rows | None, entries: Entries | None, n_rows: int) -> Tensor:
+        """d_hidden [R, D] of the rows of a chunk, summed over the ranks of a split head."""
         weight, shard = self._projection.weight, self._projection.shard
-        product = weight.new_empty(part.hidden.shape, dtype=self._dtype)
-        for here in self._slabs(part.live is None):
-            gemm.add_product_(product, part.columns(here), weight[here], overwrite=here.start == 0)
-        product.mul_(part.row_scale.unsqueeze(1))
-        if part.target_grads is not None:
-            gemm.add_gathered_rows_(product, weight, part.targets, part.target_grads)
+        part = weight.new_zeros if dense is None else weight.new_empty
+        count = n_rows if dense is None else len(dense.hidden)
+        product = part((count, weight.shape[1]), dtype=self._dtype)
+        if dense is not None:
+            for here in self._slabs(dense.live is None):
+                gemm.add_product_(product, dense.columns(here), weight[here], overwrite=here.start == 0)
+            product.mul_(dense.row_scale.unsqueeze(1))
+            if dense.live is not None:
+                product = scatter_rows(product, dense.live, n_rows)
+            elif count < n_rows:
+                product = torch.cat([product, product.new_zeros(n_rows - count, product.shape[1])])
+        if entries is not None:
+            self._add_rows(product, 0, entries.by_row(weight))
         return product if shard is None else shard.all_reduce_(product)
 
-    def _add_weight(self, d_weight: Tensor, part: _Rows) -> None:
-        """d_weight += matrix.T @ (row_scale[:, None] * hidden), and the targets' rows."""
+    def _add_weight(self, d_weight: Tensor, dense: _Rows | None, entries: WeightedRows | None) -> None:
+        """d_weight += matrix.T @ (row_scale[:, None] * hidden), and the entries by column."""
         in_place = self._accumulates and not self._is_fp16
-        row_scale = part.row_scale if self._is_fp16 else part.row_scale * self._scale
-        operand, pow2_scale = gemm.scale_rows(part.hidden, row_scale, self._projection.operand_dtype)
-        target_rows = None
-        if part.target_grads is not None:
-            target_rows = TargetRows.sort(part.targets, part.hidden, part.target_grads * self._scale)
-        slabs = self._slabs(in_place and part.live is None)
-        buffer = None if in_place else operand.new_empty(slabs[0].stop, operand.shape[1], dtype=self._dtype)
+        operand = pow2_scale = None
+        if dense is not None:
+            row_scale = dense.row_scale if self._is_fp16 else dense.row_scale * self._scale
+            operand, pow2_scale = gemm.scale_rows(dense.hidden, row_scale, self._projection.operand_dtype)
+        if entries is not None and self._scale != 1:
+            entries = entries._replace(values=entries.values * self._scale)
+        slabs = self._slabs(in_place and (dense is None or dense.live is None))
+        buffer = None if in_place else d_weight.new_empty(slabs[0].stop, d_weight.shape[1], dtype=self._dtype)
         for here in slabs:
             out = d_weight[here] if buffer is None else buffer[: here.stop - here.start]
-            gemm.add_product_(out, part.columns(here).t(), operand, overwrite=not in_place or self._is_new)
+            overwrite = not in_place or self._is_new
+            if dense is not None and operand is not None:
+                gemm.add_product_(out, dense.columns(here).t(), operand, overwrite=overwrite)
+            elif overwrite:
+                out.zero_()
             if pow2_scale is not None:
                 out.mul_(pow2_scale * self._scale)
-            if target_rows is not None:
-                self._add_targets(out, here.start, target_rows)
+            if entries is not None:
+                self._add_rows(out, here.start, entries)
             if not in_place:
                 d_weight[here].add_(out) if self._accumulates and not self._is_new else d_weight[here].copy_(out)
-
-    def _add_targets(self, out: Tensor, first: int, rows: TargetRows) -> None:
-        assert self._add_target_rows is not None
-        self._add_target_rows(out, first, rows)
 
 
 def _scaled(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -217,7 +226,7 @@ def one_pass(
             gradient, live = _move_live_rows(chunk.gradient(cotangents), cotangents)
             places = rows if live is None else start + live
             if total is not None:
-                total.add(gradient, places, targets[places])
+                total.add(gradient, places)
                 gradient = None
         del chunk  # before the next one is allocated
 
@@ -228,7 +237,7 @@ def one_pass(
         assert places is not None
         assert operands is not None
         now = GradientSum(operands, backend, needs, dtype=operands.hidden.dtype, one_chunk=True)
-        now.add(gradient.scaled(factor), places, targets[places])
+        now.add(gradient.scaled(factor), places)
         return now.result()
 
     return sums, finish, later
@@ -241,10 +250,13 @@ def _move_live_rows(gradient: LogitGradient, cotangents: LogitCotangents) -> tup
     (clipped tokens, zero advantages) for this to pay, and on CUDA, where the host would wait for L
     in every chunk.
     """
-    matrix, row_scale, target_grads = gradient
-    live = None if matrix.is_cuda else cotangents.nonzero()
-    if live is None or len(live) - int(live.sum()) <= len(live) * _WORTH_MOVING:
+    matrix, row_scale, entries = gradient
+    if matrix is None or row_scale is None or matrix.is_cuda:
+        return gradient, None
+    live = cotangents.nonzero()
+    if len(live) - int(live.sum()) <= len(live) * _WORTH_MOVING:
         return gradient, None
     places = fill_holes_(matrix, live)
-    target_grads = None if target_grads is None else target_grads[places]
-    return LogitGradient(matrix[: len(places)], row_scale[places], target_grads), places
+    if entries is not None:  # one a row
+        entries = Entries.one_a_row(entries.ids[places], entries.values[places])
+    return LogitGradient(matrix[: len(places)], row_scale[places], entries), places

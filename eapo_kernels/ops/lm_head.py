@@ -5,6 +5,7 @@ the checks of its arguments, and the selection of valid rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,21 @@ class Projection:
     logit_scale: float = 1.0  # > 0
     softcap: float | None = None  # > 0, or None
     shard: VocabShard | None = None  # position of weight and bias in a split head; None: the head is whole
+
+    @staticmethod
+    def of(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, row_inv_temperature: Tensor | None, inv_temperature: float,
+        logit_scale: float, softcap: float | None, group: str, shard: Sequence[int],
+    ) -> Projection:  # fmt: skip
+        """From the arguments of a custom op, which takes the fields of a ``VocabShard`` (empty: none)."""
+        split = VocabShard(group, *shard) if shard else None
+        return Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, split)
+
+    def op_numbers(self) -> tuple[float, float, float | None, str, tuple[int, ...]]:
+        """The arguments of ``of`` behind the tensors."""
+        shard = self.shard
+        split = ("", ()) if shard is None else (shard.group, (shard.start, shard.total, shard.max_shard_vocab))
+        return self.inv_temperature, self.logit_scale, self.softcap, *split
 
     @property
     def n_rows(self) -> int:
@@ -99,8 +115,11 @@ class Projection:
         scale = self.logit_scale * self.inv_temperature
         return scale if self.row_inv_temperature is None else self.row_inv_temperature * scale
 
-    def transform_logits_(self, raw: Tensor, columns: slice) -> Tensor:
-        """Turn raw = hidden @ weight[columns].T, [N, columns] statistics dtype, into z in place."""
+    def transform_logits_(self, raw: Tensor, columns: slice | Tensor, rows: Tensor | None = None) -> Tensor:
+        """Turn raw = hidden @ weight[columns].T, [N, columns] statistics dtype, into z in place.
+
+        With rows and columns [E]: raw [E], the products of row rows[e] and column columns[e].
+        """
         if self.bias is not None:
             raw += self.bias[columns]
         scale = self.row_scale()
@@ -108,16 +127,17 @@ class Projection:
             raw.mul_(self.logit_scale / self.softcap).tanh_()
             scale = scale * (self.softcap / self.logit_scale)
         if isinstance(scale, Tensor):
-            raw.mul_(scale.unsqueeze(1))
+            raw.mul_(scale.unsqueeze(1) if rows is None else scale[rows])
         elif scale != 1.0:
             raw.mul_(scale)
         return raw
 
-    def softcap_slope(self, z: Tensor) -> Tensor:
-        """1 - tanh^2 of the soft-cap at the logits z [N, columns], newly allocated."""
+    def softcap_slope(self, z: Tensor, rows: Tensor | None = None) -> Tensor:
+        """1 - tanh^2 of the soft-cap at the logits z [N, columns], or [E] of ``rows`` [E]; newly allocated."""
         assert self.softcap is not None
-        inverse, rows = 1.0 / (self.softcap * self.inv_temperature), self.row_inv_temperature
-        tanh = z * (inverse if rows is None else (inverse / rows).unsqueeze(1))
+        inverse, temperature = 1.0 / (self.softcap * self.inv_temperature), self.row_inv_temperature
+        scale = None if temperature is None else inverse / temperature
+        tanh = z * (inverse if scale is None else scale.unsqueeze(1) if rows is None else scale[rows])
         return tanh.mul_(tanh).neg_().add_(1.0).clamp_(min=0.0)
 
 
