@@ -98,21 +98,22 @@ class LogitGradient(NamedTuple):
         return LogitGradient(self.matrix, self.row_scale * factor, target)
 
 
-class TargetRows(NamedTuple):
-    """Rows ``scale * hidden`` to add to the rows of d_weight that belong to their targets."""
+class WeightedRows(NamedTuple):
+    """Entries ``values[e] * source[rows[e]]`` to add to the rows ``keys[e]`` of an output."""
 
-    targets: Tensor  # [C] int64, sorted; INVALID where scale is zero
-    order: Tensor  # [C] int64, the row of hidden and scale at each place of targets
-    hidden: Tensor  # [C, D]
-    scale: Tensor  # [C] statistics dtype, by row
+    keys: Tensor  # [E] int64, sorted; INVALID ones are skipped
+    rows: Tensor  # [E] int64, row of source
+    values: Tensor  # [E] statistics dtype; with zero the row of source is not read
+    source: Tensor  # [M, D]
 
     @staticmethod
-    def sort(targets: Tensor, hidden: Tensor, scale: Tensor) -> TargetRows:
-        """Sort rows by their targets [C] int64 (stable); those with scale zero become INVALID.
+    def sort(keys: Tensor, rows: Tensor, values: Tensor, source: Tensor) -> WeightedRows:
+        """Sort entries by key (stable); those of value zero become INVALID.
 
-        Masked rows all have the same target, and one program would add them one after the other.
+        Masked rows all have the same target, which would be one key with many entries.
         """
-        return TargetRows(*torch.where(scale == 0, INVALID, targets).sort(stable=True), hidden, scale)
+        keys, order = torch.where(values == 0, INVALID, keys).sort(stable=True)
+        return WeightedRows(keys, rows[order], values[order], source)
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,12 @@ class Backend:
             first product of a chunk of rows and its sums. entropy_gradient: the entropy will have a
             cotangent. logp_guess: [C] fp32, an estimate of each log-prob (an older policy's), or
             None; a good one may save a pass, and the result is the same for any value.
-        add_target_rows: (out, first, rows). Adds ``TargetRows`` to ``out`` [V', D] fp32, the rows
-            of targets ``first`` and above; targets outside are skipped. None: the backend's logit
-            gradients have no ``target_grads``.
+        add_rows: (out, first, entries). Adds ``WeightedRows`` to ``out`` [S, D] fp32, the rows of
+            keys ``first`` and above; other keys are skipped. None: the backend's logit gradients
+            have no ``target_grads``.
+        logits_at: (projection, rows, ids) -> [E] fp32, hidden[rows[e]] . weight[ids[e]] without
+            bias, scale, soft-cap and temperature. rows: [E] int64, ascending. ids: [E] int64; one
+            outside of [0, V) gives NaN.
     """
 
     name: str  # the caller's ``backend=``
@@ -187,7 +191,8 @@ class Backend:
     slab_bytes: Callable[[Projection], int]  # bytes of workspace per logit of a slab of ``logit_gradient``
     open_chunk: Callable[..., Chunk]
     chunk_row_bytes: Callable[[Projection, bool], int]  # (projection, entropy_gradient) -> workspace bytes per row of a chunk
-    add_target_rows: Callable[[Tensor, int, TargetRows], None] | None = None
+    add_rows: Callable[[Tensor, int, WeightedRows], None] | None = None
+    logits_at: Callable[[Projection, Tensor, Tensor], Tensor] | None = None
 
 
 _MODULES = MappingProxyType({

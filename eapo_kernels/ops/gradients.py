@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..types import SUMS, Options
 from . import chunking, gemm
-from .dispatch import Backend, Chunk, Coefficients, LogitCotangents, LogitGradient, TargetRows
+from .dispatch import Backend, Chunk, Coefficients, LogitCotangents, LogitGradient, WeightedRows
 from .lm_head import Projection, fill_holes_, scatter_rows
 
 _WORTH_MOVING = 0.02  # share of rows with zero gradient above which moving the others to the front pays
@@ -44,6 +44,10 @@ class _Rows(NamedTuple):
         """[L, columns] of the matrix: a view, or a copy of the live rows."""
         return self.matrix[:, here] if self.live is None else self.matrix[self.live, here]
 
+    def at_targets(self, values: Tensor, source: Tensor) -> WeightedRows:
+        """values [L] times the rows of source [L, ...], each for the row of its target."""
+        return WeightedRows.sort(self.targets, torch.arange(len(values), device=values.device), values, source)
+
 
 class GradientSum:
     """d_hidden, d_weight and d_bias, summed over chunks of rows.
@@ -64,7 +68,7 @@ class GradientSum:
         dtype: torch.dtype, one_chunk: bool, main_grad: MainGrad | None = None,
     ) -> None:  # fmt: skip
         p = projection
-        self._projection, self._add_target_rows, self._dtype = p, backend.add_target_rows, p.statistics_dtype
+        self._projection, self._backend_add_rows, self._dtype = p, backend.add_rows, p.statistics_dtype
         self._returns_weight, self._scale = (True, 1.0) if main_grad is None else (False, main_grad.scale)
         self._is_fp16 = p.operand_dtype == torch.float16
         self._accumulates = main_grad is not None or not one_chunk or dtype == self._dtype
@@ -97,8 +101,8 @@ class GradientSum:
             for here in self._slabs(live is None):
                 gemm.add_weighted_rows_(self._d_bias[here], part.columns(here), row_scale)
             if target_grads is not None:
-                ones = TargetRows.sort(targets, target_grads.new_ones(len(targets), 1), target_grads)
-                self._add_targets(self._d_bias.unsqueeze(1), 0, ones)
+                ones = target_grads.new_ones(1, 1).expand(len(targets), 1)
+                self._add_rows(self._d_bias.unsqueeze(1), 0, part.at_targets(target_grads, ones))
 
     def result(self, scale: Tensor | None = None) -> Gradients:
         """The gradients times ``scale`` (0-dim; None: 1), rounded once where they are sums in fp32.
@@ -128,7 +132,8 @@ class GradientSum:
             gemm.add_product_(product, part.columns(here), weight[here], overwrite=here.start == 0)
         product.mul_(part.row_scale.unsqueeze(1))
         if part.target_grads is not None:
-            gemm.add_gathered_rows_(product, weight, part.targets, part.target_grads)
+            tokens = torch.arange(len(product), device=product.device)
+            self._add_rows(product, 0, WeightedRows(tokens, part.targets, part.target_grads, weight))
         return product if shard is None else shard.all_reduce_(product)
 
     def _add_weight(self, d_weight: Tensor, part: _Rows) -> None:
@@ -136,9 +141,9 @@ class GradientSum:
         in_place = self._accumulates and not self._is_fp16
         row_scale = part.row_scale if self._is_fp16 else part.row_scale * self._scale
         operand, pow2_scale = gemm.scale_rows(part.hidden, row_scale, self._projection.operand_dtype)
-        target_rows = None
+        entries = None
         if part.target_grads is not None:
-            target_rows = TargetRows.sort(part.targets, part.hidden, part.target_grads * self._scale)
+            entries = part.at_targets(part.target_grads * self._scale, part.hidden)
         slabs = self._slabs(in_place and part.live is None)
         buffer = None if in_place else operand.new_empty(slabs[0].stop, operand.shape[1], dtype=self._dtype)
         for here in slabs:
@@ -146,14 +151,14 @@ class GradientSum:
             gemm.add_product_(out, part.columns(here).t(), operand, overwrite=not in_place or self._is_new)
             if pow2_scale is not None:
                 out.mul_(pow2_scale * self._scale)
-            if target_rows is not None:
-                self._add_targets(out, here.start, target_rows)
+            if entries is not None:
+                self._add_rows(out, here.start, entries)
             if not in_place:
                 d_weight[here].add_(out) if self._accumulates and not self._is_new else d_weight[here].copy_(out)
 
-    def _add_targets(self, out: Tensor, first: int, rows: TargetRows) -> None:
-        assert self._add_target_rows is not None
-        self._add_target_rows(out, first, rows)
+    def _add_rows(self, out: Tensor, first: int, entries: WeightedRows) -> None:
+        assert self._backend_add_rows is not None
+        self._backend_add_rows(out, first, entries)
 
 
 def _scaled(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
