@@ -132,6 +132,14 @@ class TokenSupport:
         places += (starts - offsets[:-1]).repeat_interleave(counts, output_size=places.numel())
         return TokenSupport(self.ids[places], offsets, self.full_entropy)
 
+    def among(self, before: int, total: int) -> TokenSupport:
+        """The support of ``total`` positions of which these are those behind the first ``before``; the
+        others have no ids."""
+        behind = total - before - self.n_rows
+        ends = self.offsets.new_tensor([0, self.ids.numel()])
+        offsets = torch.cat([ends[:1].expand(before), self.offsets, ends[1:].expand(behind)])
+        return TokenSupport(self.ids, offsets, self.full_entropy)
+
     def to(self, device: str | torch.device) -> TokenSupport:
         """The same support on another device."""
         return TokenSupport(self.ids.to(device), self.offsets.to(device), self.full_entropy)
