@@ -181,9 +181,8 @@ CoefficientFunction = Callable[[Chunk, slice], Coefficients]
 
 
 def one_pass(
-    projection: Projection, targets: Tensor, coefficients: CoefficientFunction, backend: Backend, *,
-    entropy: bool, entropy_gradient: bool, needs: tuple[bool, bool, bool], options: Options,
-    logp_guess: Tensor | None = None, main_grad: MainGrad | None = None,
+    projection: Projection, backend: Backend, open_chunk: Callable[[slice], Chunk], coefficients: CoefficientFunction, *,
+    row_bytes: int, needs: tuple[bool, bool, bool], options: Options, main_grad: MainGrad | None = None,
 ) -> tuple[Tensor, Finish, bool]:  # fmt: skip
     """Run all chunks: (sums [len(SUMS)], the function that gives the gradients of the sum ``loss``,
     whether it needs the operands again).
@@ -194,17 +193,15 @@ def one_pass(
     here, and the function scales their sum where it rounds it.
 
     Args:
-        projection: the rows that count, M of them.
-        targets: [M] int64, valid tokens of the full vocabulary.
+        projection, backend, needs, main_grad: as in ``GradientSum``, the rows that count; without
+            needs only sums are computed.
+        open_chunk: makes the chunk of some of the rows.
         coefficients: turns a chunk's statistics into cotangents and sums.
-        entropy, entropy_gradient: ``coefficients`` reads entropies, returns cotangents of them.
-        backend, needs, main_grad: as in ``GradientSum``; without needs only sums are computed.
+        row_bytes: workspace of a chunk for each of its rows.
         options: memory budget and plan.
-        logp_guess: [M] fp32, see ``Backend.open_chunk``, or None.
     """
-    hidden, n_rows, targets = projection.hidden, projection.n_rows, projection.local_targets(targets)
-    budget = chunking.workspace_bytes(options, hidden.device)
-    plan = chunking.one_pass(n_rows, backend.chunk_row_bytes(projection, entropy_gradient), budget, options.plan)
+    hidden, n_rows = projection.hidden, projection.n_rows
+    plan = chunking.one_pass(n_rows, row_bytes, chunking.workspace_bytes(options, hidden.device), options.plan)
     one_chunk = plan.name == "one_chunk"
     later = one_chunk and n_rows > 0 and any(needs) and main_grad is None and projection.shard is None
     total = None
@@ -216,10 +213,7 @@ def one_pass(
     gradient = places = None
     for start in range(0, n_rows, plan.rows):
         rows = slice(start, min(start + plan.rows, n_rows))
-        chunk = backend.open_chunk(
-            projection.rows(rows), targets[rows], entropy=entropy, entropy_gradient=entropy_gradient,
-            logp_guess=None if logp_guess is None else logp_guess[rows],
-        )  # fmt: skip
+        chunk = open_chunk(rows)
         cotangents, chunk_sums = coefficients(chunk, rows)
         sums += chunk_sums
         if any(needs):

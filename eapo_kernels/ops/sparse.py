@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import may_read
 from ..types import IGNORE_INDEX, TokenStats, TokenSupport
 from . import dispatch, torch_backend
-from .dispatch import Backend, Entries, LogitCotangents, LogitGradient, RowStatistics
+from .dispatch import Backend, Entries, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
 from .gradients import GradientSum
 from .lm_head import Projection, check_values
 from .vocab_shard import INVALID
@@ -78,6 +78,37 @@ def support_statistics(
     z_target, count, *sums = segments(terms, "sum")
     z_target.masked_fill_((targets >= 0) & (count == 0), torch.nan)
     return torch_backend.finish(torch_backend.row_sums(torch.stack([row_max, z_target, *sums]), targets, projection.shard))
+
+
+def row_bytes(support: TokenSupport) -> int:
+    """Bytes for each row of a chunk: some eight numbers an entry."""
+    return -(-32 * support.ids.numel() // max(support.n_rows, 1))
+
+
+class SupportChunk:
+    """See ``Chunk``: its logits are those of a support, and its gradient has entries only."""
+
+    def __init__(
+        self, projection: Projection, targets: Tensor, support: TokenSupport, backend: Backend, *, entropy: bool
+    ) -> None:
+        """targets: [C] int64, of the full vocabulary; -100 masks a row."""
+        valid = targets != IGNORE_INDEX
+        local = projection.local_targets(torch.where(valid, targets, 0))
+        self._projection, self._logits = projection, support_logits(projection, local, support, backend)
+        found = support_statistics(
+            projection, local, support.offsets, self._logits, entropy=entropy, second_moments=False
+        )  # fmt: skip
+        self._statistics = found.map(lambda values: torch.where(valid, values, 0))
+
+    def statistics(self) -> RowStatistics:
+        return self._statistics
+
+    def surrogate(self, terms: SurrogateTerms) -> None:
+        """None: there is no fused launch."""
+
+    def gradient(self, cotangents: LogitCotangents) -> LogitGradient:
+        entries = support_gradient(self._projection, self._logits, self._statistics, cotangents)
+        return LogitGradient(None, None, entries)
 
 
 def support_gradient(
