@@ -505,10 +505,13 @@ _GATHERED_BYTES = 64 * 2**20
 
 
 def logits_at(projection: Projection, rows: Tensor, ids: Tensor) -> Tensor:
-    """See ``Backend.logits_at``. On a CPU by MKL's sampled product, else gathered."""
+    """See ``Backend.logits_at``. On a CPU by MKL's sampled product, else gathered. Synchronizes on CUDA."""
     hidden, weight, dtype = projection.hidden, projection.weight, projection.statistics_dtype
+    out = hidden.new_full(ids.shape, torch.nan, dtype=dtype)
     valid = (ids >= 0) & (ids < len(weight))
-    ids, out = torch.where(valid, ids, 0), hidden.new_empty(ids.shape, dtype=dtype)
+    if not bool(valid.all()):
+        kept = valid.nonzero().squeeze(1)
+        return out.index_copy_(0, kept, logits_at(projection, rows[kept], ids[kept]))
     sampled = not hidden.is_cuda and _has_sampled_product()
     for part in _parts(len(ids), projection.dim, dtype):
         here, columns = rows[part], ids[part]
@@ -521,7 +524,7 @@ def logits_at(projection: Projection, rows: Tensor, ids: Tensor) -> Tensor:
         shape, zeros = (last - first, len(operand)), hidden.new_zeros(len(here), dtype=dtype)
         pattern = torch.sparse_csr_tensor(starts, columns, zeros, shape, check_invariants=False)
         out[part] = torch.sparse.sampled_addmm(pattern, hidden[first:last].to(dtype), operand.t(), beta=0.0).values()
-    return torch.where(valid, out, torch.nan)
+    return out
 
 
 def add_rows(out: Tensor, first: int, entries: WeightedRows) -> None:
