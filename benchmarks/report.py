@@ -132,6 +132,7 @@ MODES = {
     "fwd_bwd": "loss and both gradients",
     "frozen_head": "loss and d_hidden",
     "half_zero_rows": "loss and both gradients, half of the tokens masked",
+    "sampling_mask": "loss and both gradients over the 50 likeliest ids of each row; the floor: the whole products",
 }
 
 

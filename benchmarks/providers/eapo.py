@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from eapo_kernels import EAPOConfig, available_backends, eapo_loss, token_stats
 
-from ..case import CLIP, POSITIVE_WEIGHT, Case, Results
-from . import Provider, around, gradients, leaves
+from ..case import CLIP, MODES, POSITIVE_WEIGHT, SPARSE_MODES, Case, Results
+from . import WITH_GRADIENTS, Provider, around, gradients, leaves
 
 _BACKENDS = ("torch", "triton", "cuda")
 
@@ -17,8 +17,9 @@ def _op(backend: str) -> Callable[[Case, str], Callable[[], Results]]:
     def prepare(case: Case, mode: str) -> Callable[[], Results]:
         def op(hidden, weight):
             stats = token_stats(
-                hidden, weight, case.targets, mask=case.batch.mask, entropy="nograd", backend=backend, options=case.options
-            )
+                hidden, weight, case.targets, mask=case.batch.mask, entropy="nograd", support=case.batch.support,
+                backend=backend, options=case.options,
+            )  # fmt: skip
             return stats.logp, stats.entropy
 
         return around(op, case, mode)
@@ -54,7 +55,7 @@ def _unavailable(backend: str) -> Callable[[str], str | None]:
 
 
 _LOSS = "EAPO loss with mean entropy; no per-token output"
-_BACKWARD = ("fwd_bwd", "frozen_head", "half_zero_rows")
+_BACKWARD = (*WITH_GRADIENTS, *SPARSE_MODES)
 
 PROVIDERS = [
     provider
@@ -64,6 +65,7 @@ PROVIDERS = [
                  unavailable=_unavailable(name)),
         Provider(f"eapo_{name}_autograd", _LOSS, _loss(name, "autograd"), _BACKWARD,
                  unavailable=_unavailable(name)),
-        Provider(f"eapo_{name}_op", "log-prob, entropy, policy loss", _op(name), unavailable=_unavailable(name)),
+        Provider(f"eapo_{name}_op", "log-prob, entropy, policy loss", _op(name), (*MODES, *SPARSE_MODES),
+                 unavailable=_unavailable(name)),
     )
 ]  # fmt: skip
