@@ -27,6 +27,7 @@ from .. import verdicts
 from ..chunking import padded
 from ..lm_head import Projection
 from . import tiles
+from .compiling import waiting
 from .tiles import Tile
 
 logger = logging.getLogger("eapo_kernels")
@@ -198,6 +199,10 @@ class Launch:
     def __call__(self) -> None:
         if INTERPRETED:
             self.kernel[(self.grid,)](**self.arguments)
+            return
+        launches = waiting.get()
+        if launches is not None:
+            launches.append(self)
             return
         with torch.cuda.device(self.device):
             self.kernel[(self.grid,)](**self.arguments, **self.options)
