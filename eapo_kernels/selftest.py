@@ -654,9 +654,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where, v = "the CPU" if on_cpu else torch.cuda.get_device_name(device), checked_columns(question.vocab)
         n = FEW_ROWS if on_cpu else N_ROWS
         print(f"checking {question.backend} on {where}: {dtype}, N={n} D={dim} V={v}", flush=True)
-    races: list[Any] = []
     from . import tune  # which reads this module
 
+    tuned: tune.Tuned | None = None
     if options.tune:
         reason = available_backends(device)["triton"]
         if reason is not None:
@@ -664,11 +664,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.strided:
             parser.error("--tune: expected operands that can be described, as the remembered tiles are for, got --strided")
         try:
-            races, text = tune.tune(question, device, options.seconds, toy=on_cpu)
-        except EapoError as error:  # no right tile, or a file of another format
+            tuned = tune.tune(question, device, options.seconds, toy=on_cpu)
+        except (EapoError, OSError) as error:  # no right tile, no memory, or a file of another format
             print(error, file=sys.stderr)
             sys.exit(1)
-        print("" if quiet else text + "\n", flush=True, end="")
+        if not quiet:
+            print(tune.race_table(tuned), flush=True)
     start = time.monotonic()
     tell = (lambda row: None) if quiet else (lambda row: print(f"  {row.title}: {row.outcome}", flush=True))
     rows = check(question, device, tell, first_only=options.child, rows=FEW_ROWS if on_cpu else N_ROWS)
@@ -684,8 +685,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         verdict = verdict if on_cpu else verdicts.keep(key, verdict)
         if options.json:
             report: dict[str, Any] = {"key": key, "question": asdict(question), "verdict": asdict(verdict)}
-            tables: dict[str, Sequence[Any]] = {"rows": rows, "speeds": speeds, "races": races}
+            tables: dict[str, Sequence[Any]] = {"rows": rows, "speeds": speeds, "races": tuned.races if tuned else []}
             report |= {name: [line._asdict() for line in lines] for name, lines in tables.items()}
+            if tuned:
+                report["tuned"] = {"backend": tuned.backend, "reason": tuned.reason, "path": tuned.path}
             print(json.dumps(report, indent=1, default=asdict))
         else:
             print(table(rows) + tune.speed_table(speeds))
