@@ -130,7 +130,7 @@ def compile_triton(launch: Any, architecture: int) -> Any:
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialize):
             signature[name], constants[(index,)] = "constexpr", value
             continue
-        aligned = True
+        aligned = specialize
         if isinstance(value, TensorDescriptor):
             signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
             aligned = False

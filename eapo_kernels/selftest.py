@@ -441,7 +441,7 @@ class Row(NamedTuple):
         error: the largest error, as a share of the allowed one.
         beside_eager: the largest ratio of an error to plain PyTorch's, over the results.
         detail: what is wrong.
-        seconds: of the two runs, compilation included.
+        seconds: of the three runs, and of compiling where ``compile_cases`` did not.
     """
 
     case: str
@@ -471,6 +471,33 @@ def _new_memory_is_nan() -> Iterator[None]:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """Errors of a run that make it a crash. Triton's are there once it is imported: a kernel may not
+    compile, or need more shared memory than the GPU has."""
+    known = (RuntimeError, EapoError, OSError, ValueError, TypeError, AssertionError, ImportError)
+    errors = sys.modules.get("triton.errors")
+    return known if errors is None else (*known, errors.TritonError)
+
+
+def compile_cases(problems: Sequence[Problem], cases: Sequence[Case], backend: str) -> None:
+    """Compile the Triton kernels of the cases side by side, by runs that launch nothing.
+
+    What fails here fails again in its case, whose row says it.
+    """
+    if backend != "triton" or not problems[0].hidden.is_cuda:
+        return
+    try:
+        from .ops.triton.compiling import compiled_together
+
+        # In this thread alone: a backward pass in another one would launch.
+        with torch.autograd.set_multithreading_enabled(False), compiled_together(launch=False):
+            for p in problems:
+                for case in cases:
+                    case.run(p, backend)
+    except _failures():
+        return
+
+
 def check_case(p: Problem, case: Case, backend: str, *, full: bool) -> Row:
     """Run a case three times: over NaN, and twice as users run it."""
     start = time.monotonic()
@@ -490,7 +517,7 @@ def check_case(p: Problem, case: Case, backend: str, *, full: bool) -> Row:
             torch.cuda.synchronize()
     except (BackendUnavailable, torch.OutOfMemoryError) as error:
         return row("unknown", _first_line(error))
-    except (RuntimeError, EapoError, OSError, ValueError, TypeError, AssertionError) as error:
+    except _failures() as error:
         return row("crashed", f"{type(error).__name__}: {_first_line(error)}")
     worst, detail, beside = 0.0, "", 0.0
     for number, values in enumerate((over_nan, once)):
@@ -545,10 +572,11 @@ def check(
     not right.
     """
     found = []
-    for full in (False, True):
-        problem = make_problem(question, device, full=full, rows=rows)
+    problems = [make_problem(question, device, full=full, rows=rows) for full in (False, True)]
+    compile_cases(problems, CASES, question.backend)
+    for full, problem in enumerate(problems):
         for case in CASES:
-            found.append(check_case(problem, case, question.backend, full=full))
+            found.append(check_case(problem, case, question.backend, full=bool(full)))
             tell(found[-1])
             outcome = found[-1].outcome
             if outcome != "right" and (first_only or outcome == "unknown" or (outcome == "crashed" and device.type == "cuda")):
@@ -626,9 +654,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where, v = "the CPU" if on_cpu else torch.cuda.get_device_name(device), checked_columns(question.vocab)
         n = FEW_ROWS if on_cpu else N_ROWS
         print(f"checking {question.backend} on {where}: {dtype}, N={n} D={dim} V={v}", flush=True)
-    races: list[Any] = []
     from . import tune  # which reads this module
 
+    tuned: tune.Tuned | None = None
     if options.tune:
         reason = available_backends(device)["triton"]
         if reason is not None:
@@ -636,11 +664,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.strided:
             parser.error("--tune: expected operands that can be described, as the remembered tiles are for, got --strided")
         try:
-            races, text = tune.tune(question, device, options.seconds, toy=on_cpu)
-        except EapoError as error:  # no right tile, or a file of another format
+            tuned = tune.tune(question, device, options.seconds, toy=on_cpu)
+        except (EapoError, OSError) as error:  # no right tile, no memory, or a file of another format
             print(error, file=sys.stderr)
             sys.exit(1)
-        print("" if quiet else text + "\n", flush=True, end="")
+        if not quiet:
+            print(tune.race_table(tuned), flush=True)
     start = time.monotonic()
     tell = (lambda row: None) if quiet else (lambda row: print(f"  {row.title}: {row.outcome}", flush=True))
     rows = check(question, device, tell, first_only=options.child, rows=FEW_ROWS if on_cpu else N_ROWS)
@@ -656,8 +685,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         verdict = verdict if on_cpu else verdicts.keep(key, verdict)
         if options.json:
             report: dict[str, Any] = {"key": key, "question": asdict(question), "verdict": asdict(verdict)}
-            tables: dict[str, Sequence[Any]] = {"rows": rows, "speeds": speeds, "races": races}
+            tables: dict[str, Sequence[Any]] = {"rows": rows, "speeds": speeds, "races": tuned.races if tuned else []}
             report |= {name: [line._asdict() for line in lines] for name, lines in tables.items()}
+            if tuned:
+                report["tuned"] = {"backend": tuned.backend, "reason": tuned.reason, "path": tuned.path}
             print(json.dumps(report, indent=1, default=asdict))
         else:
             print(table(rows) + tune.speed_table(speeds))

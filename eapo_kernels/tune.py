@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,17 +22,19 @@ from torch import Tensor
 
 from .errors import EapoError
 from .loss import eapo_loss
-from .ops import verdicts
+from .ops import chunking, measured_tiles, verdicts
 from .ops.dispatch import available_backends
 from .ops.token_stats import token_stats
 from .ops.verdicts import Question
-from .selftest import CASES, DTYPES, FEW_ROWS, N_ROWS, SOFTCAP, check, check_case, make_problem
+from .selftest import CASES, DTYPES, FEW_ROWS, N_ROWS, SOFTCAP, check, check_case, compile_cases, make_problem
 from .types import Options, TokenBatch
 
 RACED = {"scaled_exp_gemm": (2, 3, 4), "stream_statistics": (0, 1), "logit_gradient": (1,)}
 """Kernel -> places in ``CASES`` that a candidate must pass."""
 
-ROWS, COLUMNS = 4096, 32768
+SIZES = ((4096, 32768), (4096, 16384), (2048, 16384), (2048, 8192), (1024, 8192), (1024, 4096))
+"""N and V (or the user's, if smaller) of a race: the first that fits the free memory."""
+
 TIE = 0.02
 """Share by which a rival must be faster than what is in use."""
 
@@ -47,8 +50,20 @@ class Race(NamedTuple):
     wrong: tuple[str, ...]
 
 
+class Tuned(NamedTuple):
+    """The result of ``tune``: the races, the fastest backend and why, the file."""
+
+    races: list[Race]
+    backend: str
+    reason: str
+    path: str
+
+
 Clock = Callable[[Callable[[], object]], float]
 """Milliseconds of a call."""
+
+FLUSH_BYTES = 2**28
+"""Written before each timed call: several times an L2 cache."""
 
 
 def clock(device: torch.device) -> Clock:
@@ -61,7 +76,7 @@ def clock(device: torch.device) -> Clock:
             return 1e3 * (time.perf_counter() - start)
 
         return wall
-    flush = torch.empty(2**26, dtype=torch.int32, device=device)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def events(call: Callable[[], object]) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -145,7 +160,7 @@ out."""
 def measure(question: Question, device: torch.device) -> tuple[list[Speed], float | None]:
     """Median times on a GPU, and the time of one pass over that of the torch backend; [] and None
     where there is no GPU or too little memory."""
-    if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] < SPEED_BYTES:
+    if device.type != "cuda" or free_bytes(device) < SPEED_BYTES:
         return [], None
     o = make_operands(question, device, SPEED_ROWS, SPEED_COLUMNS)
     hidden, weight = o.hidden.detach(), o.weight.detach()
@@ -188,9 +203,10 @@ def race(question: Question, device: torch.device, seconds: float, timed: Clock,
     case is enough."""
     from .ops.triton import tiles
     from .ops.triton.common import family
+    from .ops.triton.compiling import compiled_together
 
     name, size = family(device), DTYPES[question.dtype].itemsize
-    run, found = calls(make_operands(question, device, *_sizes(question, toy)), "triton"), []
+    run, found = calls(make_operands(question, device, *sizes(question, device)), "triton"), []
     rows = FEW_ROWS if toy else N_ROWS
     problems = [make_problem(question, device, full=full, rows=rows) for full in ((True,) if toy else (False, True))]
     for kernel, places in RACED.items():
@@ -200,9 +216,13 @@ def race(question: Question, device: torch.device, seconds: float, timed: Clock,
             kernel, name, size, question.dim, question.vocab, descriptors=not question.strided and question.dim * size % 16 == 0
         )
         good, wrong = {}, []
+        cases = [CASES[place] for place in (places[:1] if toy else places)]
+        with compiled_together(launch=False):
+            for tile in known:
+                with tiles.on_trial(kernel, tile):
+                    compile_cases(problems, cases, "triton")
         for tile in known:
             with tiles.on_trial(kernel, tile):
-                cases = [CASES[place] for place in (places[:1] if toy else places)]
                 checked = (check_case(p, case, "triton", full=p.bias is not None) for p in problems for case in cases)
                 bad = next((row for row in checked if row.outcome != "right"), None)
             if bad is None:
@@ -219,9 +239,24 @@ def race(question: Question, device: torch.device, seconds: float, timed: Clock,
     return found
 
 
-def _sizes(question: Question, toy: bool) -> tuple[int, int]:
-    """N and V of a race."""
-    return (40, 300) if toy else (ROWS, min(question.vocab, COLUMNS))
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU, and what PyTorch keeps of it unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def sizes(question: Question, device: torch.device) -> tuple[int, int]:
+    """N and V of a race. Raises EapoError if a GPU has too little free memory for the smallest."""
+    if device.type != "cuda":
+        return 40, 300
+    free, budget = free_bytes(device), chunking.workspace_bytes(Options(), device)
+    for n, most in SIZES:
+        v = min(question.vocab, most)
+        operands = 12 * question.dim * (n + v)  # with their gradients, and sums of these in fp32
+        needed = operands + min(8 * n * v, budget) + 2 * FLUSH_BYTES  # as much again for what is small
+        if needed <= free:
+            return n, v
+    raise EapoError(f"tune: expected {needed / 2**20:.0f} MiB of free GPU memory, got {free / 2**20:.0f}")
 
 
 def _with_tile(trial: Any, kernel: str, tile: Any, call: Callable[[], object]) -> Callable[[], object]:
@@ -240,7 +275,7 @@ def fastest_backend(question: Question, device: torch.device, seconds: float, ti
     rows = check(Question("cuda", question.dtype, question.dim, question.vocab), device, first_only=True)
     if rows[-1].outcome != "right":
         return "triton", f"cuda is {rows[-1].outcome}: {rows[-1].title}: {rows[-1].detail}"
-    o = make_operands(question, device, *_sizes(question, toy=False))
+    o = make_operands(question, device, *sizes(question, device))
     runs = {name: calls(o, name)["scaled_exp_gemm"] for name in ("triton", "cuda")}
     ms = medians(runs, timed, seconds)
     better = ms["cuda"] < (1 - TIE) * ms["triton"]
@@ -253,10 +288,7 @@ def write(question: Question, device: torch.device, races: Sequence[Race], backe
     from .ops.triton.common import family
 
     path, size = verdicts.tuned_file(device), DTYPES[question.dtype].itemsize
-    lines = []
-    if path.exists():
-        tiles.measured(path)  # an error names a file of another format
-        lines = json.loads(path.read_text())["lines"]
+    lines = _kept_lines(path)
     defaults = {f.name: f.default for f in fields(tiles.Tile)}
     for one in races:
         key = {"kernel": one.kernel, "family": family(device), "itemsize": size, "dim": question.dim, "vocab": question.vocab}
@@ -276,16 +308,31 @@ def write(question: Question, device: torch.device, races: Sequence[Race], backe
     return str(path)
 
 
-def tune(question: Question, device: torch.device, seconds: float, *, toy: bool = False) -> tuple[list[Race], str]:
-    """Race, write, and say it: (races, lines for a person)."""
+def _kept_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of tuned tiles, if it exists. Raises EapoError if it has another format."""
+    from .ops.triton import tiles
+
+    if not path.exists():
+        return []
+    tiles.measured(path)
+    return list(measured_tiles.load(path)["lines"])
+
+
+def tune(question: Question, device: torch.device, seconds: float, *, toy: bool = False) -> Tuned:
+    """Race tiles and backends, and write the fastest. A file that cannot be added to is refused first."""
+    _kept_lines(verdicts.tuned_file(device))
     timed = clock(device)
     races = race(question, device, seconds * 0.8, timed, toy=toy)
     write(question, device, races, "triton")  # the backends are raced with the tiles that were chosen
-    backend, why = fastest_backend(question, device, seconds * 0.2, timed)
-    path = write(question, device, races, backend)
+    backend, reason = fastest_backend(question, device, seconds * 0.2, timed)
+    return Tuned(races, backend, reason, write(question, device, races, backend))
+
+
+def race_table(tuned: Tuned) -> str:
+    """The result of ``tune`` for a person."""
     lines = [f"{'kernel':<20} {'ms before':>10} {'ms now':>8}  tile"]
-    for one in races:
+    for one in tuned.races:
         kept = "" if one.chosen != one.before else " (as before)"
         lines.append(f"{one.kernel:<20} {one.milliseconds_before:>10.3f} {one.milliseconds:>8.3f}  {one.chosen}{kept}")
         lines += [f"    wrong: {sentence}" for sentence in one.wrong]
-    return races, "\n".join([*lines, f"backend: {backend} ({why})", f"written: {path}"])
+    return "\n".join([*lines, f"backend: {tuned.backend} ({tuned.reason})", f"written: {tuned.path}"])

@@ -233,12 +233,16 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard, backend,
     memory_budget, compact, plan, debug, entropy, second_moments, save,
 ):  # fmt: skip
-    n, rows = hidden.shape[0], 0
+    n, rows, scales = hidden.shape[0], 0, 2
     projection = Projection.of(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
     if save:  # else the backend is not asked, so that a symbolic N can be traced
-        row_bytes = dispatch.resolved(backend, projection).chunk_row_bytes(projection, False)
+        used = dispatch.resolved(backend, projection)
+        row_bytes = used.chunk_row_bytes(projection, False)
         budget = chunking.workspace_bytes(Options(memory_budget, compact, debug, plan), hidden.device)
         rows = chunking.autograd(n, row_bytes, budget, plan).rows  # without a mask
+        # Chunks that store logits have the targets' entries among them.
+        if rows and (used.name == "torch" or softcap is not None or hidden.dtype == torch.float32):
+            scales = 1
     dtype = projection.statistics_dtype
     row = hidden.new_empty(n, dtype=dtype)
     return (
@@ -248,7 +252,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
         hidden.new_empty(3, n if second_moments else 0, dtype=dtype),
         hidden.new_empty(3, n, dtype=dtype),
         hidden.new_empty(rows, weight.shape[0] if rows else 0, dtype=projection.operand_dtype),
-        hidden.new_empty(2, rows, dtype=dtype),
+        hidden.new_empty(scales, rows, dtype=dtype),
         targets.new_empty(0),
     )
 

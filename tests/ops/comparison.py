@@ -103,18 +103,25 @@ def compare_saved(inputs: Inputs, budget: int, *, backend: str = "auto", mask: T
 
 
 def check_custom_op(
-    backend: str, device: str, *, entropy: bool, second_moments: bool, dtype: torch.dtype = torch.float32
-) -> None:
-    """The forward op keeps the contract of ``torch.library``, also where a row is left out."""
-    inputs = make_inputs(9, 8, 33, dtype=dtype, device=device)
+    backend: str, device: str, *, entropy: bool, second_moments: bool, dtype: torch.dtype = torch.float32, save: bool = False,
+    softcap: float | None = None,
+) -> None:  # fmt: skip
+    """The forward op keeps the contract of ``torch.library``: with saved rows, or where a row is left out.
+
+    No trace saves rows. So their V is one that needs no padding, which the fake op leaves out, and their N is no symbol.
+    """
+    inputs = make_inputs(9, 8, 48 if save else 33, dtype=dtype, device=device)
     hidden, weight = inputs.leaves()
     targets, rows = inputs.targets.clone(), torch.ones(9, device=device)
-    targets[2] = -100
-    transform = (rows, 1.0, 1.0, None, "", ())
-    how = (backend, 2**20, True, "recompute", False)
+    if not save:
+        targets[2] = -100
+    transform = (rows, 1.0, 1.0, softcap, "", ())
+    how = (backend, 2**20, True, "one_chunk" if save else "recompute", False)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     torch.library.opcheck(
         torch.ops.eapo_kernels.token_stats.default,
-        (hidden, weight, None, targets, *transform, *how, entropy, second_moments, False),
+        (hidden, weight, None, targets, *transform, *how, entropy, second_moments, save),
+        test_utils=checks if save else [*checks, "test_aot_dispatch_dynamic"],
     )
 
 

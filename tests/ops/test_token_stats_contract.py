@@ -24,6 +24,12 @@ def test_custom_op_contract(second_moments: bool, entropy: bool) -> None:
     check_custom_op("torch", "cpu", entropy=entropy, second_moments=second_moments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("entropy", [True, False])
+def test_custom_op_contract_with_saved_rows(entropy: bool, dtype: torch.dtype) -> None:
+    check_custom_op("torch", "cpu", entropy=entropy, second_moments=False, dtype=dtype, save=True)
+
+
 def test_compiles_in_one_graph_without_recompiling_for_a_new_length() -> None:
     check_compiles_once("auto", "cpu")
 

@@ -6,6 +6,9 @@ takes them on a GPU where the self-check finds them right (``ops.verdicts``).
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -15,7 +18,11 @@ from ..dispatch import Backend, Chunk, LogitCotangents, RowStatistics, WeightedR
 from ..lm_head import Projection
 from . import logit_grad, scaled_exp, sparse, tiles
 from .common import INTERPRETED, capability, family, product_tile
+from .compiling import compiled_together
 from .online_softmax import stream_statistics, streamed
+
+_opened: set[tuple[Any, ...]] = set()
+"""Forms of scaled-exponential chunks of which one has been opened."""
 
 _LEAST_BLOCK_V = 64  # columns of the narrowest tile of ``scaled_exp_gemm`` in the table
 
@@ -63,10 +70,17 @@ def logit_gradient(
 def open_chunk(
     projection: Projection, targets: Tensor, *, entropy: bool, entropy_gradient: bool, logp_guess: Tensor | None = None
 ) -> Chunk:
-    """See ``Backend.open_chunk``."""
+    """See ``Backend.open_chunk``. The first chunk of a form compiles its five launches side by side."""
     if uses_logits(projection, entropy_gradient):
         return logit_grad.LogitChunk(projection, targets, entropy=entropy or entropy_gradient)
-    return scaled_exp.ScaledExpChunk(projection, targets, logp_guess, entropy=entropy)
+    p = projection
+    given = (p.bias is None, p.row_inv_temperature is None, logp_guess is None, entropy)
+    form = (p.hidden.device, p.hidden.dtype, p.dim, p.vocab, *given)
+    first = not INTERPRETED and form not in _opened and p.shard is None  # ranks exchange sums between the launches
+    with compiled_together(launch=True) if first else contextlib.nullcontext():
+        chunk = scaled_exp.ScaledExpChunk(projection, targets, logp_guess, entropy=entropy)
+    _opened.add(form)
+    return chunk
 
 
 def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:

@@ -27,6 +27,7 @@ from .. import verdicts
 from ..chunking import padded
 from ..lm_head import Projection
 from . import tiles
+from .compiling import waiting
 from .tiles import Tile
 
 logger = logging.getLogger("eapo_kernels")
@@ -36,6 +37,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e20)
 NEG_INF = tl.constexpr(float("-inf"))
+
+PER_CALL = (
+    "n_rows", "n_splits", "n_tiles", "tiles_per_split", "first_column",
+    "targets", "row_inv_temperature", "logp_guess", "over_ranks", "logp", "row_offset", "log_sum", "mean_shifted", "grad_logp",
+    "grad_entropy", "grad_lse", "valid", "sequence_ids", "old_logp", "scale", "advantages", "rewards", "thresholds",
+)  # fmt: skip
+"""Arguments on which no kernel is specialized: counts, and vectors of rows, whose alignment changes
+with N and the chunk. Their places are cut off at the last row, so alignment vectorizes no load."""
 
 
 @triton.jit
@@ -190,6 +199,10 @@ class Launch:
     def __call__(self) -> None:
         if INTERPRETED:
             self.kernel[(self.grid,)](**self.arguments)
+            return
+        launches = waiting.get()
+        if launches is not None:
+            launches.append(self)
             return
         with torch.cuda.device(self.device):
             self.kernel[(self.grid,)](**self.arguments, **self.options)

@@ -23,8 +23,8 @@ from .surrogate import Finalized
 from .tiles import Tile
 
 from .common import (  # isort: skip
-    LOG2E, Launch, expm1, family, group_order, options, product_arguments, product_tile, raw_logits, row_scale, shape_logits,
-    split_columns, tile_count, tile_has_target_or_tail, transform_arguments, workspace,
+    LOG2E, PER_CALL, Launch, expm1, family, group_order, options, product_arguments, product_tile, raw_logits, row_scale,
+    shape_logits, split_columns, tile_count, tile_has_target_or_tail, transform_arguments, workspace,
 )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def store_gradient(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_rows", "first_column"])
+@triton.jit(do_not_specialize=PER_CALL)
 def logit_gradient_kernel(
     out, hidden, weight, bias, targets, row_inv_temperature, scale, cap, n_rows, n_columns, dim,
     hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride, out_stride, first_column,
@@ -175,7 +175,7 @@ def logit_gradient(
     return Launch(logit_gradient_kernel, tile_count(slab, tile), arguments, options(tile), out.device)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=PER_CALL)
 def row_gradient_kernel(
     out, raw, bias, targets, row_inv_temperature, scale, cap, n_rows, n_columns, raw_stride, bias_stride, out_stride,
     logp, row_offset, log_sum, mean_shifted, grad_logp, grad_entropy, grad_lse, slope,

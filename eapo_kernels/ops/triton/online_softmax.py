@@ -22,8 +22,8 @@ from .surrogate import Finalized, store_surrogate, surrogate_arguments
 from .tiles import Tile
 
 from .common import (  # isort: skip
-    LN2, LOG2E, LOWEST, NEG_INF, Launch, family, group_order, log1p, options, product_arguments, product_tile, raw_logits,
-    row_scale, shape_logits, split_columns, tile_has_target_or_tail, transform_arguments,
+    LN2, LOG2E, LOWEST, NEG_INF, PER_CALL, Launch, family, group_order, log1p, options, product_arguments, product_tile,
+    raw_logits, row_scale, shape_logits, split_columns, tile_has_target_or_tail, transform_arguments,
 )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def store_sums(
         tl.store(at + 6 * field, tl.where(empty, 0.0, xx_exp * (LN2 * LN2)), mask=mask)  # [BLOCK_N]
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_splits", "tiles_per_split"])
+@triton.jit(do_not_specialize=PER_CALL)
 def stream_statistics_kernel(
     sums, hidden, weight, bias, targets, row_inv_temperature, scale, cap, n_rows, n_columns, dim,
     hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride, n_splits, tiles_per_split,
@@ -283,7 +283,7 @@ def load_tile(raw, raw_stride, safe_rows, first_column, BLOCK_V: tl.constexpr):
     return tl.load(at, mask=(columns < raw_stride)[None, :], other=0.0)  # [BLOCK_N, BLOCK_V]
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_splits"])
+@triton.jit(do_not_specialize=PER_CALL)
 def row_statistics_kernel(
     sums, raw, bias, targets, row_inv_temperature, scale, cap, n_rows, n_columns, raw_stride, bias_stride, n_splits,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, SECOND_MOMENTS: tl.constexpr,
@@ -366,7 +366,7 @@ def merge_sums(sums, rows, n_rows, n_splits, ENTROPY: tl.constexpr, SECOND_MOMEN
     return row_max, z_target, sum_exp, x_exp, exp2, x_exp2, xx_exp
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_splits"])
+@triton.jit(do_not_specialize=PER_CALL)
 def finalize_kernel(
     out, sums, n_rows, n_splits,
     coefficient, totals, sequence_ids, valid, old_logp, scale, advantages, rewards, thresholds, positive_weight,

@@ -26,9 +26,9 @@ from .surrogate import Finalized, store_surrogate, surrogate_arguments
 from .tiles import Tile
 
 from .common import (  # isort: skip
-    LN2, LOG2E, LOWEST, NEG_INF, Launch, bias_arguments, describable, family, group_order, log1p, operand_arguments, options,
-    product_arguments, product_tile, raw_logits, round_to, row_scale, row_scale_arguments, shape_logits, slots, split_columns,
-    tile_count, tile_has_target_or_tail, workspace,
+    LN2, LOG2E, LOWEST, NEG_INF, PER_CALL, Launch, bias_arguments, describable, family, group_order, log1p, operand_arguments,
+    options, product_arguments, product_tile, raw_logits, round_to, row_scale, row_scale_arguments, shape_logits, slots,
+    split_columns, tile_count, tile_has_target_or_tail, workspace,
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ class ScaledExpSums:
         return self.values.shape[0] == 2
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=PER_CALL)
 def row_offsets_kernel(
     offsets, n_rescue, logp_guess, with_guess, without_guess, hidden, weight, bias, targets, row_inv_temperature, scale,
     n_rows, n_columns, dim, hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride,
@@ -198,7 +198,7 @@ def store_exponentials(
     return sum_exp, x_exp
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=PER_CALL)
 def scaled_exp_gemm_kernel(
     matrix, sums, offsets, rescue_ids, n_rescue, hidden, weight, bias, targets, row_inv_temperature, scale,
     n_rows, n_columns, dim, hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride, matrix_stride,
@@ -292,7 +292,7 @@ def merge_tiles(
     return tl.max(total, 0) if LARGEST else tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=PER_CALL)
 def collect_rescue_ids_kernel(
     rescue_ids, n_rescue, offsets, sums, over_ranks, row_inv_temperature, scale, least, most, largest, n_rows, n_tiles,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -325,7 +325,7 @@ def collect_rescue_ids_kernel(
         tl.store(offsets + rows, NEG_INF, mask=rescued > 0)  # [BLOCK_N]
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=PER_CALL)
 def row_maxima_kernel(
     offsets, rescue_ids, n_rescue, peak, hidden, weight, bias, row_inv_temperature, scale, n_rows, n_columns, dim,
     hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, bias_stride,
@@ -393,7 +393,7 @@ def rescue(projection: Projection, targets: Tensor, sums: ScaledExpSums, matrix:
     scaled_exp_gemm(projection, targets, sums, matrix, rescue_ids=True)()
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=PER_CALL)
 def scaled_exp_finalize_kernel(
     out, sums, offsets, row_inv_temperature, slope, n_rows, n_tiles, coefficient, totals, sequence_ids, valid, old_logp, scale,
     advantages, rewards, thresholds, positive_weight, negative_weight, ratio_low, ratio_high, dual_clip,

@@ -73,6 +73,11 @@ def test_custom_op_contract(second_moments: bool, entropy: bool, device: str) ->
     check_custom_op("triton", device, entropy=entropy, second_moments=second_moments)
 
 
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 5.0)], ids=str)
+def test_custom_op_contract_with_saved_rows(dtype: torch.dtype, softcap: float | None, device: str) -> None:
+    check_custom_op("triton", device, entropy=True, second_moments=False, dtype=dtype, save=True, softcap=softcap)
+
+
 def test_compiles_in_one_graph_without_recompiling_for_a_new_length(device: str) -> None:
     check_compiles_once("triton", device)
 

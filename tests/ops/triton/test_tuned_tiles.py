@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_read_is_no_error(
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"environment": {}, "lines": [{"kernel": 3}]}'])
 def test_a_file_that_is_not_ours_is_left_out_with_a_warning(
-    content: str, fresh: Path, caplog: pytest.LogCaptureFixture
+    content: str, fresh: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = fresh / "eapo_kernels/tiles-cpu.json"
     path.parent.mkdir()
@@ -172,6 +172,10 @@ def test_a_file_that_is_not_ours_is_left_out_with_a_warning(
     assert verdicts.fastest(CPU) == "triton"
     with pytest.raises(EapoError, match=r"tiles-cpu\.json"):
         tune.write(QUESTION, CPU, [], "triton")
+    monkeypatch.setattr(tune, "race", lambda *a, **k: pytest.fail("raced, although the result cannot be written"))
+    with pytest.raises(EapoError, match=r"tiles-cpu\.json"):
+        tune.tune(QUESTION, CPU, 1.0)
+    assert path.read_text() == content
 
 
 def test_the_command_races_interpreted_kernels(tmp_path: Path) -> None:
@@ -182,8 +186,48 @@ def test_the_command_races_interpreted_kernels(tmp_path: Path) -> None:
     report = json.loads(out.stdout)
     assert [one["kernel"] for one in report["races"]] == list(tune.RACED)
     assert all(one["milliseconds"] <= one["milliseconds_before"] for one in report["races"])
-    lines = json.loads((tmp_path / "eapo_kernels/tiles-cpu.json").read_text())["lines"]
-    assert [line["kernel"] for line in lines] == list(tune.RACED)
+    path = tmp_path / "eapo_kernels/tiles-cpu.json"
+    assert [line["kernel"] for line in json.loads(path.read_text())["lines"]] == list(tune.RACED)
+    assert report["tuned"] == {
+        "backend": "triton", "reason": report["tuned"]["reason"], "path": str(path)
+    }  # fmt: skip
+    assert "NVIDIA GPU" in report["tuned"]["reason"]
+    assert report["verdict"]["path"] == "", "a verdict is kept for a GPU alone"
+
+
+@pytest.mark.parametrize(
+    ("free", "dim", "vocab", "expected"),
+    [
+        (80, 4096, 151936, (4096, 32768)),
+        (3.2, 4096, 151936, (4096, 32768)),
+        (2, 4096, 151936, (4096, 16384)),
+        (1.5, 4096, 151936, (2048, 8192)),
+        (0.8, 4096, 151936, (1024, 4096)),
+        (4, 16384, 151936, (2048, 8192)),
+        (1.5, 1024, 7000, (4096, 7000)),
+    ],
+)
+def test_a_race_takes_the_largest_sizes_that_fit(
+    free: float, dim: int, vocab: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free GiB of a GPU whose budget of logits is 2 GiB."""
+    monkeypatch.setattr(tune, "free_bytes", lambda device: int(free * 2**30))
+    monkeypatch.setattr(tune.chunking, "workspace_bytes", lambda options, device: 2**31)
+    question = Question("triton", dim=dim, vocab=vocab)
+    assert tune.sizes(question, torch.device("cuda")) == expected
+
+
+def test_a_gpu_without_memory_for_a_race_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "free_bytes", lambda device: 2**29)
+    monkeypatch.setattr(tune.chunking, "workspace_bytes", lambda options, device: 2**28)
+    with pytest.raises(EapoError, match="tune: expected 515 MiB of free GPU memory, got 512"):
+        tune.sizes(QUESTION, torch.device("cuda"))
+
+
+def test_memory_that_pytorch_keeps_unused_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"memory_reserved": 7, "memory_allocated": 3, "mem_get_info": (100, 200)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert tune.free_bytes(torch.device("cuda")) == 104
 
 
 @pytest.mark.parametrize("family", ["sm80", "sm90", "sm100"])
