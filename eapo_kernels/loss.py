@@ -303,11 +303,9 @@ def _choose_schedule(schedule: str, config: EAPOConfig, plan: str, has_main: boo
 
 def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -> dict[str, Tensor]:
     """The metrics of the batch and, from sums over tokens, the means over the tokens that count."""
-    counts, positive = terms.valid.float(), terms.split.positive()
-    tokens = counts.sum()
-    if not terms.token_split:  # count responses, not tokens
-        counts = counts.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, counts).clamp_max(1)
-    fraction = counts.dot(positive.float()) / counts.sum().clamp_min(1)
+    tokens = terms.lengths.sum()
+    counts = terms.valid.float() if terms.token_split else terms.lengths.clamp_max(1)
+    fraction = counts.dot(terms.split.positive().float()) / counts.sum().clamp_min(1)
     metrics = {"eapo/positive_weight": terms.positive_weight, "eapo/positive_fraction": fraction, "tokens": tokens}
     if sums is not None:
         names = {"entropy": "eapo/entropy", "clipped": "clip_fraction", "ratio": "ratio_mean"}

@@ -17,7 +17,7 @@ from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig
 from .controllers import EntropyRatio
 from .grouping import Groups
-from .reductions import token_scale
+from .reductions import lengths_here, token_scale
 from .surrogates import KL_ESTIMATORS, MAX_LOG_RATIO, SEQUENCE_RATIO, SURROGATES, kl_k3, log_ratio
 from .token_weights.step import Method
 
@@ -33,7 +33,8 @@ class PolicyTerms:
     Attributes:
         config: the loss.
         valid: [N] bool, the tokens that count (without responses that ``drop_zero_weight`` drops).
-        sequence_ids: [N] int64 in [0, ``n_sequences``), 0 for tokens that do not count.
+        sequence_ids: [N] int64 in [0, B), 0 for tokens that do not count.
+        lengths: [B] fp32, the tokens of each response that count.
         scale: [N] fp32, the reduction's weight of a token.
         importance: [N] fp32, truncated importance weight of the policy term, or None.
         advantages: [B] fp32, or [N] with ``token_advantages``; without the sign weights.
@@ -45,6 +46,7 @@ class PolicyTerms:
     config: EAPOConfig
     valid: Tensor
     sequence_ids: Tensor
+    lengths: Tensor
     scale: Tensor
     importance: Tensor | None
     advantages: Tensor
@@ -54,7 +56,6 @@ class PolicyTerms:
     ref_logp: Tensor | None
     entropy_coef: Tensor | None
     ratio_penalty: Tensor | None
-    n_sequences: int
     token_advantages: bool
     token_split: bool
 
@@ -116,7 +117,7 @@ def resolve_positive_weight(
 
 def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> PolicyTerms:
     """The coefficients of a (checked) batch: advantages, split, denominators. No gradient."""
-    size, valid = n_sequences(batch), valid_tokens(batch.targets, batch.mask)
+    valid = valid_tokens(batch.targets, batch.mask)
 
     def masked(values: Tensor | None) -> Tensor | None:
         return None if values is None else torch.where(valid, values.detach().float(), 0.0)
@@ -148,13 +149,14 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         kept = torch.where(split.positive(), positive_weight, config.negative_weight) != 0
         valid = valid & (kept if token_split else kept[sequence_ids])
     entropy_coef, ratio_penalty = masked(batch.entropy_coef), masked(batch.ratio_penalty)
+    lengths = lengths_here(valid, sequence_ids, n_sequences(batch))
     scale = token_scale(
-        config.reduction, valid, sequence_ids, size, fixed_length=config.fixed_length, lengths=batch.sequence_lengths,
+        config.reduction, valid, sequence_ids, lengths, fixed_length=config.fixed_length, lengths=batch.sequence_lengths,
         denominator=batch.denominator,
     )  # fmt: skip
     return PolicyTerms(
-        config, valid, sequence_ids, scale, importance, advantages, split, positive_weight,
-        old_logp, ref_logp, entropy_coef, ratio_penalty, size, token_advantages, token_split,
+        config, valid, sequence_ids, lengths, scale, importance, advantages, split, positive_weight,
+        old_logp, ref_logp, entropy_coef, ratio_penalty, token_advantages, token_split,
     )  # fmt: skip
 
 
@@ -195,7 +197,6 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
 
 def _sequence_mean(values: Tensor, terms: PolicyTerms) -> Tensor:
     """[N]: the mean over the valid tokens of the token's response (fp64 sums: see ``grouping``)."""
-    valid = terms.valid.double()
-    zeros = valid.new_zeros(max(terms.n_sequences, 1))
-    total, count = (zeros.index_add(0, terms.sequence_ids, v) for v in (values.double() * valid, valid))
-    return (total / count.clamp_min(1))[terms.sequence_ids].to(values.dtype)
+    total = values.new_zeros(len(terms.lengths), dtype=torch.float64)
+    total = total.index_add(0, terms.sequence_ids, values.double() * terms.valid)
+    return (total / terms.lengths.clamp_min(1))[terms.sequence_ids].to(values.dtype)

@@ -19,7 +19,7 @@ from ...errors import FLOATS, require, require_choice, require_number, require_t
 from ...types import TokenBatch, TokenStats, valid_tokens
 from ..advantages import ADVANTAGES
 from ..config import EAPOConfig
-from ..reductions import token_scale
+from ..reductions import lengths_here, token_scale
 from .partition import OrderedPartition
 
 STATISTICS = ("second_moments", "tempered_logp", "nucleus_entropy", "teacher_logp", "answer")
@@ -402,6 +402,7 @@ def _step_stats(
     config, valid = method.config, valid_tokens(batch.targets, batch.mask)
     estimator = ADVANTAGES[config.advantage] if isinstance(config.advantage, str) else config.advantage
     ids = torch.where(valid, batch.sequence_ids, 0)
+    lengths = lengths_here(valid, ids, batch.rewards.numel())
     columns = {"logp": stats.logp, "entropy": stats.entropy, "p2": stats.p2, "p2_logp": stats.p2_logp, **extras}
     return StepStats(
         valid=valid,
@@ -410,7 +411,7 @@ def _step_stats(
         group_ids=group_ids,
         estimator=lambda rewards: estimator(rewards, group_ids),
         given=None if batch.advantages is None else batch.advantages.float(),
-        scale=token_scale(config.reduction, valid, ids, batch.rewards.numel(), fixed_length=config.fixed_length),
+        scale=token_scale(config.reduction, valid, ids, lengths, fixed_length=config.fixed_length),
         state=dict(state or {}),
         progress=progress,
         seed=seed,
