@@ -126,8 +126,9 @@ def policy_loss(
         all_terms = prepare(batch, config, lam)
         terms = all_terms if metrics else all_terms.without_idle()
         projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape, shard)
-        targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
-        options = resolve_compaction(options, targets, batch.mask is not None or config.drop_zero_weight or not metrics)
+        announced = batch.mask is not None or config.drop_zero_weight or not metrics
+        targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX) if announced else batch.targets
+        options = resolve_compaction(options, targets, announced)
         main = None
         if main_grad is not None:
             require_tensor("main_grad", main_grad, tuple(weight.shape), (projection.statistics_dtype,), projection.hidden)
@@ -219,14 +220,10 @@ def _one_pass(
     d_hidden, d_weight, d_bias = (enabled and t is not None and t.requires_grad for t in inputs)
     needs = (d_hidden, d_weight or (enabled and main_grad is not None), d_bias)
     backend, valid = dispatch.load(backend_name), terms.valid
-    selected, index = select_valid(projection.detach(), terms.valid, options.compact)
-    targets = torch.where(terms.valid, targets, 0)
-    if index is not None:
-        targets, terms = targets[index], terms.rows(index)
     has_bonus = terms.has_entropy_bonus
 
     def coefficients(chunk: Chunk, rows: slice) -> Coefficients:
-        part = terms.rows(rows)
+        part = chosen.rows(rows)
         surrogate = _surrogate_terms(part)
         fused = None if surrogate is None else chunk.surrogate(surrogate)
         if fused is not None:
@@ -241,10 +238,15 @@ def _one_pass(
             leaves = [logp, entropy] if entropy is not None and has_bonus else [logp]
             return Coefficients(LogitCotangents(*torch.autograd.grad(loss, leaves)), sums)
 
-    sums, finish, reads_operands = gradients.one_pass(
-        selected, targets, coefficients, backend, entropy=metrics or has_bonus, entropy_gradient=has_bonus,
-        logp_guess=terms.old_logp, needs=needs, options=options, main_grad=main_grad,
-    )  # fmt: skip
+    with torch.no_grad():
+        selected, index = select_valid(projection, valid, options.compact)
+        targets, chosen = projection.local_targets(targets, valid), terms
+        if index is not None:
+            targets, chosen = targets[index], terms.rows(index)
+        sums, finish, reads_operands = gradients.one_pass(
+            selected, targets, coefficients, backend, entropy=metrics or has_bonus, entropy_gradient=has_bonus,
+            logp_guess=chosen.old_logp, needs=needs, options=options, main_grad=main_grad,
+        )  # fmt: skip
 
     def all_rows(factor: Tensor, *operands: Tensor) -> gradients.Gradients:
         """The gradients of all rows. operands: hidden [N, D] and weight, or nothing."""

@@ -89,13 +89,12 @@ class LogitGradient(NamedTuple):
     """
 
     matrix: Tensor  # [C, V] operand dtype
-    row_scale: Tensor  # [C] statistics dtype
-    target_grads: Tensor | None = None  # [C] statistics dtype
+    scales: Tensor  # [1 or 2, C] statistics dtype: row_scale, and target_grads if the backend has them
 
-    def scaled(self, factor: Tensor) -> LogitGradient:
-        """``factor`` (0-dim) times this gradient."""
-        target = None if self.target_grads is None else self.target_grads * factor
-        return LogitGradient(self.matrix, self.row_scale * factor, target)
+    def factors(self) -> tuple[Tensor, Tensor | None]:
+        """row_scale and target_grads, [C] each."""
+        row_scale, *target_grads = self.scales.unbind()
+        return row_scale, target_grads[0] if target_grads else None
 
 
 class TargetRows(NamedTuple):
@@ -112,7 +111,7 @@ class TargetRows(NamedTuple):
 
         Masked rows all have the same target, and one program would add them one after the other.
         """
-        return TargetRows(*torch.where(scale == 0, INVALID, targets).sort(stable=True), hidden, scale)
+        return TargetRows(*targets.masked_fill(scale == 0, INVALID).sort(stable=True), hidden, scale)
 
 
 @dataclass(frozen=True)

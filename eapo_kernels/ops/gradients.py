@@ -8,12 +8,12 @@ of a chunk into cotangents. So a token's cotangents can depend on its own statis
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..types import SUMS, Options
+from ..types import SUMS, Options, rows_of
 from . import chunking, gemm
 from .dispatch import Backend, Chunk, Coefficients, LogitCotangents, LogitGradient, TargetRows
 from .lm_head import Projection, fill_holes_, scatter_rows
@@ -41,8 +41,10 @@ class _Rows(NamedTuple):
     hidden: Tensor  # [L, D]
 
     def columns(self, here: slice) -> Tensor:
-        """[L, columns] of the matrix: a view, or a copy of the live rows."""
-        return self.matrix[:, here] if self.live is None else self.matrix[self.live, here]
+        """[L, columns] of the matrix: all, a view, or a copy of the live rows."""
+        if self.live is not None:
+            return self.matrix[self.live, here]
+        return self.matrix if here == slice(0, self.matrix.shape[1]) else self.matrix[:, here]
 
 
 class GradientSum:
@@ -64,11 +66,13 @@ class GradientSum:
         dtype: torch.dtype, one_chunk: bool, main_grad: MainGrad | None = None,
     ) -> None:  # fmt: skip
         p = projection
-        self._projection, self._add_target_rows, self._dtype = p, backend.add_target_rows, p.statistics_dtype
+        self._projection, self._dtype = p, p.statistics_dtype
+        self._add_targets: Any = backend.add_target_rows  # None if its gradients have no target_grads
         self._returns_weight, self._scale = (True, 1.0) if main_grad is None else (False, main_grad.scale)
         self._is_fp16 = p.operand_dtype == torch.float16
         self._accumulates = main_grad is not None or not one_chunk or dtype == self._dtype
-        self.d_hidden = p.hidden.new_zeros(p.hidden.shape, dtype=dtype) if needs[0] else None
+        self._hidden_dtype = dtype if needs[0] else None
+        self._d_hidden: Tensor | None = None  # zeros before the first part, unless that has all rows
         self._d_weight = None if main_grad is None or not needs[1] else main_grad.tensor
         self._is_new = needs[1] and main_grad is None  # d_weight is not initialized
         if self._is_new:
@@ -81,21 +85,26 @@ class GradientSum:
         live: [L] places in the chunk of the rows with a gradient that is not zero; only these are
         multiplied. None: all rows.
         """
-        hidden, (matrix, row_scale, target_grads) = self._projection.hidden[rows], gradient
+        hidden, matrix = rows_of(self._projection.hidden, rows), gradient.matrix
+        has_all_rows = hidden is self._projection.hidden
         if live is not None:
-            hidden, targets, row_scale = hidden[live], targets[live], row_scale[live]
-            target_grads = None if target_grads is None else target_grads[live]
-        if row_scale.numel() == 0:
+            hidden, targets, gradient = hidden[live], targets[live], LogitGradient(matrix, gradient.scales[:, live])
+        if len(hidden) == 0:
             return
+        row_scale, target_grads = gradient.factors()
         part = _Rows(matrix, live, row_scale, target_grads, targets, hidden)
-        if self.d_hidden is not None:
-            self.d_hidden[rows] = scatter_rows(self._hidden_product(part), live, len(matrix)).to(self.d_hidden.dtype)
+        if self._hidden_dtype is not None:
+            d_hidden = scatter_rows(self._hidden_product(part), live, len(matrix)).to(self._hidden_dtype)
+            if has_all_rows:
+                self._d_hidden = d_hidden
+            else:
+                self._hidden_sum()[rows] = d_hidden
         if self._d_weight is not None:
             self._add_weight(self._d_weight, part)
             self._is_new = False
         if self._d_bias is not None:
             for here in self._slabs(live is None):
-                gemm.add_weighted_rows_(self._d_bias[here], part.columns(here), row_scale)
+                gemm.add_weighted_rows_(rows_of(self._d_bias, here), part.columns(here), row_scale)
             if target_grads is not None:
                 ones = TargetRows.sort(targets, target_grads.new_ones(len(targets), 1), target_grads)
                 self._add_targets(self._d_bias.unsqueeze(1), 0, ones)
@@ -107,12 +116,16 @@ class GradientSum:
         """
         if self._d_weight is not None and self._is_new:
             self._d_weight.zero_()
-        p = self._projection
+        d_hidden = None if self._hidden_dtype is None else self._hidden_sum()
         d_weight = self._d_weight if self._returns_weight else None
-        pairs = ((self.d_hidden, p.hidden), (d_weight, p.weight), (self._d_bias, p.bias))
-        scaled = (None if g is None or like is None else _scaled(g, scale, like.dtype) for g, like in pairs)
-        d_hidden, d_weight, d_bias = scaled
-        return d_hidden, d_weight, d_bias
+        dtype = self._projection.hidden.dtype
+        return _scaled(d_hidden, scale, dtype), _scaled(d_weight, scale, dtype), _scaled(self._d_bias, scale, dtype)
+
+    def _hidden_sum(self) -> Tensor:
+        """d_hidden [N, D] of the parts so far."""
+        if self._d_hidden is None:
+            self._d_hidden = self._projection.hidden.new_zeros(self._projection.hidden.shape, dtype=self._hidden_dtype)
+        return self._d_hidden
 
     def _slabs(self, whole: bool) -> list[slice]:
         """All columns at once, or slabs of them."""
@@ -125,7 +138,7 @@ class GradientSum:
         weight, shard = self._projection.weight, self._projection.shard
         product = weight.new_empty(part.hidden.shape, dtype=self._dtype)
         for here in self._slabs(part.live is None):
-            gemm.add_product_(product, part.columns(here), weight[here], overwrite=here.start == 0)
+            gemm.add_product_(product, part.columns(here), rows_of(weight, here), overwrite=here.start == 0)
         product.mul_(part.row_scale.unsqueeze(1))
         if part.target_grads is not None:
             gemm.add_gathered_rows_(product, weight, part.targets, part.target_grads)
@@ -134,32 +147,29 @@ class GradientSum:
     def _add_weight(self, d_weight: Tensor, part: _Rows) -> None:
         """d_weight += matrix.T @ (row_scale[:, None] * hidden), and the targets' rows."""
         in_place = self._accumulates and not self._is_fp16
-        row_scale = part.row_scale if self._is_fp16 else part.row_scale * self._scale
+        row_scale, target_grads = part.row_scale, part.target_grads
+        if self._scale != 1.0:
+            row_scale, target_grads = row_scale * self._scale, None if target_grads is None else target_grads * self._scale
         operand, pow2_scale = gemm.scale_rows(part.hidden, row_scale, self._projection.operand_dtype)
-        target_rows = None
-        if part.target_grads is not None:
-            target_rows = TargetRows.sort(part.targets, part.hidden, part.target_grads * self._scale)
+        target_rows = None if target_grads is None else TargetRows.sort(part.targets, part.hidden, target_grads)
         slabs = self._slabs(in_place and part.live is None)
         buffer = None if in_place else operand.new_empty(slabs[0].stop, operand.shape[1], dtype=self._dtype)
         for here in slabs:
-            out = d_weight[here] if buffer is None else buffer[: here.stop - here.start]
+            place = rows_of(d_weight, here)
+            out = place if buffer is None else rows_of(buffer, slice(0, here.stop - here.start))
             gemm.add_product_(out, part.columns(here).t(), operand, overwrite=not in_place or self._is_new)
             if pow2_scale is not None:
-                out.mul_(pow2_scale * self._scale)
+                out.mul_(pow2_scale)
             if target_rows is not None:
                 self._add_targets(out, here.start, target_rows)
             if not in_place:
-                d_weight[here].add_(out) if self._accumulates and not self._is_new else d_weight[here].copy_(out)
-
-    def _add_targets(self, out: Tensor, first: int, rows: TargetRows) -> None:
-        assert self._add_target_rows is not None
-        self._add_target_rows(out, first, rows)
+                place.add_(out) if self._accumulates and not self._is_new else place.copy_(out)
 
 
-def _scaled(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scaled(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """scale * gradient in ``dtype``, in place where it has it; one pass. A CPU reads the scale."""
-    if scale is None or (not scale.is_cuda and scale == 1):
-        return gradient.to(dtype)
+    if gradient is None or scale is None or (not scale.is_cuda and scale == 1):
+        return None if gradient is None else gradient.to(dtype)
     return torch.mul(gradient, scale, out=gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype))
 
 
@@ -186,14 +196,14 @@ def one_pass(
 
     Args:
         projection: the rows that count, M of them.
-        targets: [M] int64, valid tokens of the full vocabulary.
+        targets: [M] int64, of ``Projection.local_targets``.
         coefficients: turns a chunk's statistics into cotangents and sums.
         entropy, entropy_gradient: ``coefficients`` reads entropies, returns cotangents of them.
         backend, needs, main_grad: as in ``GradientSum``; without needs only sums are computed.
         options: memory budget and plan.
         logp_guess: [M] fp32, see ``Backend.open_chunk``, or None.
     """
-    hidden, n_rows, targets = projection.hidden, projection.n_rows, projection.local_targets(targets)
+    hidden, n_rows = projection.hidden, projection.n_rows
     budget = chunking.workspace_bytes(options, hidden.device)
     plan = chunking.one_pass(n_rows, backend.chunk_row_bytes(projection, entropy_gradient), budget, options.plan)
     one_chunk = plan.name == "one_chunk"
@@ -203,21 +213,20 @@ def one_pass(
         # The loss has not been scaled up yet, and fp16 would lose small gradients.
         dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         total = GradientSum(projection, backend, needs, dtype=dtype, one_chunk=one_chunk, main_grad=main_grad)
-    sums = hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype)
-    gradient = places = None
+    sums = gradient = places = None
     for start in range(0, n_rows, plan.rows):
         rows = slice(start, min(start + plan.rows, n_rows))
         chunk = backend.open_chunk(
-            projection.rows(rows), targets[rows], entropy=entropy, entropy_gradient=entropy_gradient,
-            logp_guess=None if logp_guess is None else logp_guess[rows],
+            projection.rows(rows), rows_of(targets, rows), entropy=entropy, entropy_gradient=entropy_gradient,
+            logp_guess=None if logp_guess is None else rows_of(logp_guess, rows),
         )  # fmt: skip
         cotangents, chunk_sums = coefficients(chunk, rows)
-        sums += chunk_sums
+        sums = chunk_sums if sums is None else sums + chunk_sums
         if any(needs):
             gradient, live = _move_live_rows(chunk.gradient(cotangents), cotangents)
             places = rows if live is None else start + live
             if total is not None:
-                total.add(gradient, places, targets[places])
+                total.add(gradient, places, rows_of(targets, places))
                 gradient = None
         del chunk  # before the next one is allocated
 
@@ -228,10 +237,10 @@ def one_pass(
         assert places is not None
         assert operands is not None
         now = GradientSum(operands, backend, needs, dtype=operands.hidden.dtype, one_chunk=True)
-        now.add(gradient.scaled(factor), places, targets[places])
+        now.add(LogitGradient(gradient.matrix, gradient.scales * factor), places, rows_of(targets, places))
         return now.result()
 
-    return sums, finish, later
+    return hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype) if sums is None else sums, finish, later
 
 
 def _move_live_rows(gradient: LogitGradient, cotangents: LogitCotangents) -> tuple[LogitGradient, Tensor | None]:
@@ -241,10 +250,8 @@ def _move_live_rows(gradient: LogitGradient, cotangents: LogitCotangents) -> tup
     (clipped tokens, zero advantages) for this to pay, and on CUDA, where the host would wait for L
     in every chunk.
     """
-    matrix, row_scale, target_grads = gradient
-    live = None if matrix.is_cuda else cotangents.nonzero()
+    live = None if gradient.matrix.is_cuda else cotangents.nonzero()
     if live is None or len(live) - int(live.sum()) <= len(live) * _WORTH_MOVING:
         return gradient, None
-    places = fill_holes_(matrix, live)
-    target_grads = None if target_grads is None else target_grads[places]
-    return LogitGradient(matrix[: len(places)], row_scale[places], target_grads), places
+    places = fill_holes_(gradient.matrix, live)
+    return LogitGradient(gradient.matrix[: len(places)], gradient.scales[:, places]), places

@@ -43,7 +43,7 @@ class SavedRows(NamedTuple):
 
     Attributes:
         matrix: [M, V] operand dtype.
-        scales: [1 or 2, M] statistics dtype: row_scale, and target_grads if the backend has them.
+        scales: [1 or 2, M] statistics dtype.
         rows: [M] int64, their places; empty if all rows are valid.
     """
 
@@ -53,15 +53,9 @@ class SavedRows(NamedTuple):
 
 
 def compute_statistics(
-    projection: Projection,
-    targets: Tensor,
-    backend: Backend,
-    *,
-    entropy: bool,
-    second_moments: bool,
-    options: Options,
+    projection: Projection, targets: Tensor, backend: Backend, *, entropy: bool, second_moments: bool, options: Options,
     save: bool = False,
-) -> tuple[RowStatistics, SavedRows | None]:
+) -> tuple[RowStatistics, SavedRows | None]:  # fmt: skip
     """Statistics of every row, zeros where the target is -100; and the rows saved for the backward.
 
     save: save the rows if the plan is "one_chunk" (``chunking.autograd``); not with second moments.
@@ -75,7 +69,7 @@ def compute_statistics(
         moment = zeros if second_moments else None
         mean = zeros if entropy else None
         return RowStatistics(zeros, mean, zeros, zeros, zeros, mean, moment, moment, moment), None
-    targets = projection.local_targets(torch.where(valid, targets, 0))
+    targets = projection.local_targets(targets, valid)
     budget, saved = chunking.workspace_bytes(options, targets.device), None
     if save:
         row_bytes = backend.chunk_row_bytes(projection, False)
@@ -83,8 +77,8 @@ def compute_statistics(
     if save:
         chunk = backend.open_chunk(projection, targets, entropy=entropy, entropy_gradient=False)
         statistics = chunk.statistics()
-        matrix, *scales = (t for t in chunk.gradient(LogitCotangents(torch.ones_like(statistics.logp))) if t is not None)
-        saved = SavedRows(matrix, torch.stack(scales), targets.new_empty(0) if index is None else index)
+        gradient = chunk.gradient(LogitCotangents(torch.ones_like(statistics.logp)))
+        saved = SavedRows(*gradient, targets.new_empty(0) if index is None else index)
     else:
         statistics = backend.statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
     return statistics.map(lambda values: scatter_rows(torch.where(valid, values, 0), index, n_rows)), saved
@@ -101,8 +95,8 @@ def gradients_of_saved(
         projection = projection.zero_invalid_rows(valid)
     rows = slice(0, projection.n_rows) if index is None else index
     grad = torch.where(valid, grad_logp.to(projection.statistics_dtype), 0)[rows]
-    gradient = LogitGradient(saved.matrix, *(grad * saved.scales))
-    local = projection.local_targets(torch.where(valid, targets, 0))[rows]
+    gradient = LogitGradient(saved.matrix, grad * saved.scales)
+    local = projection.local_targets(targets, valid)[rows]
     total = GradientSum(projection, backend, needs, dtype=projection.hidden.dtype, one_chunk=True)
     total.add(gradient, rows, local, valid_index(grad != 0) if may_compact(grad, options.compact) else None)
     return total.result()
@@ -126,7 +120,7 @@ def gradients_by_recomputing(
     if index is not None:
         targets, live, statistics, cotangents = targets[index], live[index], statistics.rows(index), cotangents.rows(index)
     cotangents = cotangents.map(lambda c: torch.where(live, c.to(dtype), 0))
-    targets = projection.local_targets(torch.where(live, targets, 0))
+    targets = projection.local_targets(targets, live)
 
     hidden, weight, count, vocab = projection.hidden, projection.weight, projection.n_rows, projection.vocab
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs[0] else None
@@ -228,16 +222,9 @@ def _resolved(backend: str, projection: Projection) -> Backend:
 
 
 def _projection(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_inv_temperature: Tensor | None,
-    inv_temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    group: str,
-    shard: Sequence[int],
-) -> Projection:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, row_inv_temperature: Tensor | None, inv_temperature: float,
+    logit_scale: float, softcap: float | None, group: str, shard: Sequence[int],
+) -> Projection:  # fmt: skip
     """The projection from the arguments of a custom op."""
     split = VocabShard(group, *shard) if shard else None
     return Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, split)

@@ -405,7 +405,7 @@ class _SoftmaxChunk:
         assert cotangents.entropy is None
         assert self._matrix is not None
         matrix, self._matrix, self._chunk = self._matrix, None, self._chunk._replace(matrix=None)
-        return LogitGradient(matrix, cotangents.logp * self._projection.row_scale() / -self._scale)
+        return LogitGradient(matrix, (cotangents.logp * self._projection.row_scale() / -self._scale).unsqueeze(0))
 
 
 class _TorchChunk:
@@ -449,14 +449,14 @@ class _TorchChunk:
         if not self._keep_logits:
             assert cotangents.logp is not None
             assert cotangents.entropy is None
-            return LogitGradient(z.to(dtype), cotangents.logp * self._projection.row_scale() / -self._s0)
+            return LogitGradient(z.to(dtype), (cotangents.logp * self._projection.row_scale() / -self._s0).unsqueeze(0))
         cotangents, row_scale = cotangents.split_pow2(dtype)
         columns = slice(0, self._projection.vocab)
         for block in _blocks(z):
             part, s = self._projection.rows(block), self._statistics.rows(block)
             coefficients = _row_coefficients(s, cotangents.rows(block), part)
             _gradient_from_logits_(z[block], part, self._targets[block], columns, s, coefficients)
-        return LogitGradient(z.to(dtype), row_scale)
+        return LogitGradient(z.to(dtype), row_scale.unsqueeze(0))
 
 
 def open_chunk(

@@ -66,10 +66,9 @@ def compare(
 
 def dense(gradient: LogitGradient, targets: Tensor) -> Tensor:
     """[C, V] float64, a chunk's gradient written out."""
-    full = gradient.matrix.double() * gradient.row_scale.double().unsqueeze(1)
-    if gradient.target_grads is None:
-        return full
-    return full.scatter_add_(1, targets.unsqueeze(1), gradient.target_grads.double().unsqueeze(1))
+    row_scale, target_grads = gradient.factors()
+    full = gradient.matrix.double() * row_scale.double().unsqueeze(1)
+    return full if target_grads is None else full.scatter_add_(1, targets.unsqueeze(1), target_grads.double().unsqueeze(1))
 
 
 def projection(inputs: Inputs, **transform: Any) -> Projection:

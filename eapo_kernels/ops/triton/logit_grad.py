@@ -250,4 +250,4 @@ class LogitChunk:
         matrix = raw if dtype == raw.dtype else workspace(self._projection, dtype)
         cotangents, row_scale = cotangents.split_pow2(dtype)
         row_gradient(matrix, raw, self._projection, self._targets, self.statistics(), cotangents)()
-        return LogitGradient(matrix, row_scale)
+        return LogitGradient(matrix, row_scale.unsqueeze(0))

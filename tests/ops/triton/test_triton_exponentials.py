@@ -233,7 +233,7 @@ def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dty
     torch.testing.assert_close(final.statistics.entropy.double(), ref64.entropy, rtol=1e-6, atol=1e-5)
     unit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     least = 2**-25 * slopes[0].double().abs()[:, None] if dtype == torch.float16 else 0.0
-    got = dense(LogitGradient(matrix, *slopes), targets)
+    got = dense(LogitGradient(matrix, slopes), targets)
     assert ((got - exact).abs() <= (unit * exact.abs() + least) * 1.02 + 1e-12).all(), "E is rounded to nearest, once"
 
 

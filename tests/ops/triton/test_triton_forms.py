@@ -206,7 +206,7 @@ def test_gradients_round_like_one_product_of_halves(
 
     def coefficients(chunk: Any, rows: slice) -> Coefficients:
         chunk.statistics()
-        matrix, factor, target = chunk.gradient(LogitCotangents(a[rows]))
+        matrix, (factor, target) = chunk.gradient(LogitCotangents(a[rows]))
         assert matrix.dtype == dtype
         scaled, unit = gemm.scale_rows(p.hidden[rows], factor, dtype)
         scaled = scaled.double() * (1.0 if unit is None else unit.double())
