@@ -15,12 +15,12 @@ if they differ by at most this share of the group's largest magnitude."""
 
 
 class Partition:
-    """Statistics within classes. Results are [N] fp64: each member holds the value of its class.
+    """Statistics within classes. Those of values are [N] fp64: each member holds the value of its class.
 
     Attributes:
         index: [N] int64 in [0, N), the number of members whose key is smaller; one per class, in
             the order of the keys.
-        counts: [N] fp64, size of the member's class.
+        counts: [N] int64, size of the member's class.
     """
 
     def __init__(self, keys: Tensor, valid: Tensor | None = None) -> None:
@@ -29,7 +29,7 @@ class Partition:
         keys = (keys if valid is None else torch.where(valid, keys, torch.iinfo(torch.int64).max)).contiguous()
         ordered = keys.sort().values
         self.index = torch.searchsorted(ordered, keys)
-        self.counts = (torch.searchsorted(ordered, keys, right=True) - self.index).double()
+        self.counts = torch.searchsorted(ordered, keys, right=True) - self.index
 
     @property
     def valid(self) -> Tensor:

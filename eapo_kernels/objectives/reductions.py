@@ -10,12 +10,6 @@ from ..errors import EapoError
 REDUCTIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length")
 
 
-def lengths_here(valid: Tensor, sequence_ids: Tensor, size: int) -> Tensor:
-    """[size] fp32: valid [N] tokens of each response. sequence_ids: [N] int64 in [0, size)."""
-    ones = valid.float()
-    return ones.new_zeros(size).index_add_(0, sequence_ids, ones)
-
-
 def token_scale(
     reduction: str, valid: Tensor, sequence_ids: Tensor, here: Tensor, *, fixed_length: int | None,
     lengths: Tensor | None = None, denominator: float | Tensor | None = None,
@@ -30,7 +24,7 @@ def token_scale(
     Args:
         valid: [N] bool.
         sequence_ids: [N] int64 in [0, B); 0 at tokens that are not valid.
-        here: [B] fp32, of ``lengths_here``.
+        here: [B] fp32, valid tokens of each response in this batch.
         fixed_length: the constant of reduction ``fixed_length``, which raises EapoError without it.
         lengths: [B] valid tokens of each response everywhere; None: ``here``.
         denominator: the global number of tokens or responses, so that the losses of micro-batches

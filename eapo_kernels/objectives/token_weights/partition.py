@@ -24,13 +24,13 @@ class OrderedPartition(Partition):
     def quantile(self, values: Tensor, q: float) -> Tensor:
         """The ``q``-quantile of ``values`` [N] in the class, interpolated as ``torch.quantile``."""
         ordered = values.double()[self._order(values)]
-        place = q * (self.counts - 1)
+        place = q * (self.counts - 1).double()
         below = ordered[self.index + place.floor().long()]
         return below + (ordered[self.index + place.ceil().long()] - below) * (place - place.floor())
 
     def mean_of_classes(self, values: Tensor) -> Tensor:
         """0-dim: mean over the classes of ``values`` constant within a class; 0 without any."""
-        share = torch.where(self.valid, 1 / self.counts, 0.0)
+        share = torch.where(self.valid, 1 / self.counts.double(), 0.0)
         return (torch.where(self.valid, values.double(), 0.0) * share).sum() / share.sum().clamp_min(1)
 
     def following(self, values: Tensor, fill: float) -> Tensor:
@@ -38,7 +38,7 @@ class OrderedPartition(Partition):
         table = torch.full((self._size + 1,), fill, dtype=torch.float64, device=values.device)
         place = torch.where(self.valid, self.index, self._size)
         table.scatter_(0, place, torch.where(self.valid, values.double(), fill))
-        return table[self.index + self.counts.long()]
+        return table[self.index + self.counts]
 
     def _order(self, values: Tensor) -> Tensor:
         """The order by class, then by value; ``index`` is the place of the class's first member."""

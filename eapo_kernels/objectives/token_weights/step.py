@@ -19,7 +19,7 @@ from ...errors import FLOATS, require, require_choice, require_number, require_t
 from ...types import TokenBatch, TokenStats, valid_tokens
 from ..advantages import ADVANTAGES
 from ..config import EAPOConfig
-from ..reductions import lengths_here, token_scale
+from ..reductions import token_scale
 from .partition import OrderedPartition
 
 STATISTICS = ("second_moments", "tempered_logp", "nucleus_entropy", "teacher_logp", "answer")
@@ -402,7 +402,7 @@ def _step_stats(
     config, valid = method.config, valid_tokens(batch.targets, batch.mask)
     estimator = ADVANTAGES[config.advantage] if isinstance(config.advantage, str) else config.advantage
     ids = torch.where(valid, batch.sequence_ids, 0)
-    lengths = lengths_here(valid, ids, batch.rewards.numel())
+    lengths = torch.zeros(batch.rewards.shape, dtype=torch.float32, device=ids.device).index_add_(0, ids, valid.float())
     columns = {"logp": stats.logp, "entropy": stats.entropy, "p2": stats.p2, "p2_logp": stats.p2_logp, **extras}
     return StepStats(
         valid=valid,
