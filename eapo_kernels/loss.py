@@ -28,7 +28,7 @@ from .ops.lm_head import Projection, build_projection, check_values, resolve_com
 from .ops.nucleus import project_nucleus_entropy
 from .ops.token_stats import project_stats
 from .ops.vocab_shard import VocabShard
-from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch, TokenSupport
+from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch, TokenSupport, rows_of
 
 SCHEDULES = ("auto", "one_pass", "autograd")
 
@@ -127,8 +127,9 @@ def policy_loss(
         all_terms = prepare(batch, config, lam)
         terms = all_terms if metrics else all_terms.without_idle()
         projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape, shard)
-        targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
-        options = resolve_compaction(options, targets, batch.mask is not None or config.drop_zero_weight or not metrics)
+        announced = batch.mask is not None or config.drop_zero_weight or not metrics
+        targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX) if announced else batch.targets
+        options = resolve_compaction(options, targets, announced)
         main = None
         if main_grad is not None:
             require_tensor("main_grad", main_grad, tuple(weight.shape), (projection.statistics_dtype,), projection.hidden)
@@ -223,23 +224,19 @@ def _one_pass(
     d_hidden, d_weight, d_bias = (enabled and t is not None and t.requires_grad for t in inputs)
     needs = (d_hidden, d_weight or (enabled and main_grad is not None), d_bias)
     backend, valid = dispatch.load(backend_name), terms.valid
-    selected, index = select_valid(projection.detach(), terms.valid, options.compact)
-    if index is not None:
-        targets, terms = targets[index], terms.rows(index)
-        support = None if support is None else support.select(index)
     has_bonus = terms.has_entropy_bonus
     wants_entropy = metrics or has_bonus
-    local = selected.local_targets(torch.where(terms.valid, targets, 0))
 
     def open_chunk(rows: slice) -> Chunk:
-        part = selected.rows(rows)
-        if support is not None:
-            return sparse.SupportChunk(part, targets[rows], support.select(rows), backend, entropy=wants_entropy)
-        guess = None if terms.old_logp is None else terms.old_logp[rows]
-        return backend.open_chunk(part, local[rows], entropy=wants_entropy, entropy_gradient=has_bonus, logp_guess=guess)
+        part, here = selected.rows(rows), rows_of(local, rows)
+        if candidates is not None:
+            some = candidates.select(rows)
+            return sparse.SupportChunk(part, here, rows_of(chosen.valid, rows), some, backend, entropy=wants_entropy)
+        guess = None if chosen.old_logp is None else rows_of(chosen.old_logp, rows)
+        return backend.open_chunk(part, here, entropy=wants_entropy, entropy_gradient=has_bonus, logp_guess=guess)
 
     def coefficients(chunk: Chunk, rows: slice) -> Coefficients:
-        part = terms.rows(rows)
+        part = chosen.rows(rows)
         surrogate = _surrogate_terms(part)
         fused = None if surrogate is None else chunk.surrogate(surrogate)
         if fused is not None:
@@ -254,11 +251,16 @@ def _one_pass(
             leaves = [logp, entropy] if entropy is not None and has_bonus else [logp]
             return Coefficients(LogitCotangents(*torch.autograd.grad(loss, leaves)), sums)
 
-    sums, finish, reads_operands = gradients.one_pass(
-        selected, backend, open_chunk, coefficients,
-        row_bytes=backend.chunk_row_bytes(selected, has_bonus) if support is None else sparse.row_bytes(support),
-        needs=needs, options=options, main_grad=main_grad,
-    )  # fmt: skip
+    with torch.no_grad():
+        selected, index = select_valid(projection, valid, options.compact)
+        local, chosen, candidates = projection.local_targets(targets, valid), terms, support
+        if index is not None:
+            local, chosen = local[index], terms.rows(index)
+            candidates = None if support is None else support.select(index)
+        row_bytes = backend.chunk_row_bytes(selected, has_bonus) if candidates is None else sparse.row_bytes(candidates)
+        sums, finish, reads_operands = gradients.one_pass(
+            selected, backend, open_chunk, coefficients, row_bytes=row_bytes, needs=needs, options=options, main_grad=main_grad
+        )
 
     def all_rows(factor: Tensor, *operands: Tensor) -> gradients.Gradients:
         """The gradients of all rows. operands: hidden [N, D] and weight, or nothing."""
@@ -321,11 +323,9 @@ def _choose_schedule(schedule: str, config: EAPOConfig, plan: str, has_main: boo
 
 def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -> dict[str, Tensor]:
     """The metrics of the batch and, from sums over tokens, the means over the tokens that count."""
-    counts, positive = terms.valid.float(), terms.split.positive()
-    tokens = counts.sum()
-    if not terms.token_split:  # count responses, not tokens
-        counts = counts.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, counts).clamp_max(1)
-    fraction = counts.dot(positive.float()) / counts.sum().clamp_min(1)
+    tokens = terms.lengths.sum()
+    counts = terms.valid.float() if terms.token_split else terms.lengths.clamp_max(1)
+    fraction = counts.dot(terms.split.positive().float()) / counts.sum().clamp_min(1)
     metrics = {"eapo/positive_weight": terms.positive_weight, "eapo/positive_fraction": fraction, "tokens": tokens}
     if sums is not None:
         names = {"entropy": "eapo/entropy", "clipped": "clip_fraction", "ratio": "ratio_mean"}

@@ -22,6 +22,11 @@ def valid_tokens(targets: Tensor, mask: Tensor | None) -> Tensor:
     return valid if mask is None else valid & mask
 
 
+def rows_of(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    """``tensor[rows]``; the tensor itself, without a view, where ``rows`` is the slice of all of it."""
+    return tensor if isinstance(rows, slice) and rows == slice(0, len(tensor)) else tensor[rows]
+
+
 PLANS = ("auto", "one_chunk", "chunks", "recompute")
 
 SUMS = ("loss", "entropy", "ratio", "clipped", "old_kl", "kl")

@@ -133,7 +133,7 @@ class WeightedRows(NamedTuple):
 
         Masked rows all have the same target, which would be one key with many entries.
         """
-        keys, order = torch.where(values == 0, INVALID, keys).sort(stable=True)
+        keys, order = keys.masked_fill(values == 0, INVALID).sort(stable=True)
         return WeightedRows(keys, rows[order], values[order], source)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import SUMS, Options
+from ..types import SUMS, Options, rows_of
 from . import chunking, gemm
 from .dispatch import Backend, Chunk, Coefficients, Entries, LogitCotangents, LogitGradient, WeightedRows
 from .lm_head import Projection, fill_holes_, scatter_rows
@@ -39,8 +39,10 @@ class _Rows(NamedTuple):
     hidden: Tensor  # [L, D]
 
     def columns(self, here: slice) -> Tensor:
-        """[L, columns] of the matrix: a view, or a copy of the live rows."""
-        return self.matrix[:, here] if self.live is None else self.matrix[self.live, here]
+        """[L, columns] of the matrix: all, a view, or a copy of the live rows."""
+        if self.live is not None:
+            return self.matrix[self.live, here]
+        return self.matrix if here == slice(0, self.matrix.shape[1]) else self.matrix[:, here]
 
 
 class GradientSum:
@@ -66,7 +68,8 @@ class GradientSum:
         self._returns_weight, self._scale = (True, 1.0) if main_grad is None else (False, main_grad.scale)
         self._is_fp16 = p.operand_dtype == torch.float16
         self._accumulates = main_grad is not None or not one_chunk or dtype == self._dtype
-        self.d_hidden = p.hidden.new_zeros(p.hidden.shape, dtype=dtype) if needs[0] else None
+        self._hidden_dtype = dtype if needs[0] else None
+        self._d_hidden: Tensor | None = None  # zeros before the first part, unless that has all rows
         self._d_weight = None if main_grad is None or not needs[1] else main_grad.tensor
         self._is_new = needs[1] and main_grad is None  # d_weight is not initialized
         if self._is_new:
@@ -79,24 +82,28 @@ class GradientSum:
         live: [L] places in the matrix of the rows with a gradient that is not zero; only these are
         multiplied. None: all of its rows.
         """
-        hidden, (matrix, row_scale, entries) = self._projection.hidden[rows], gradient
+        hidden, (matrix, row_scale, entries) = rows_of(self._projection.hidden, rows), gradient
         dense = None
         if matrix is not None:
             assert row_scale is not None
-            own = hidden[: len(matrix)] if live is None else hidden[live]
+            own = rows_of(hidden, slice(0, len(matrix))) if live is None else hidden[live]
             dense = _Rows(matrix, live, row_scale if live is None else row_scale[live], own)
             dense = dense if len(own) else None
         if dense is None and entries is None:
             return
-        if self.d_hidden is not None:
-            self.d_hidden[rows] = self._hidden_product(dense, entries, len(hidden)).to(self.d_hidden.dtype)
+        if self._hidden_dtype is not None:
+            d_hidden = self._hidden_product(dense, entries, len(hidden)).to(self._hidden_dtype)
+            if hidden is self._projection.hidden:
+                self._d_hidden = d_hidden
+            else:
+                self._hidden_sum()[rows] = d_hidden
         if self._d_weight is not None:
             self._add_weight(self._d_weight, dense, None if entries is None else entries.by_column(hidden))
             self._is_new = False
         if self._d_bias is not None:
             if dense is not None:
                 for here in self._slabs(live is None):
-                    gemm.add_weighted_rows_(self._d_bias[here], dense.columns(here), dense.row_scale)
+                    gemm.add_weighted_rows_(rows_of(self._d_bias, here), dense.columns(here), dense.row_scale)
             if entries is not None:
                 ones = entries.values.new_ones(1, 1).expand(len(hidden), 1)
                 self._add_rows(self._d_bias.unsqueeze(1), 0, entries.by_column(ones))
@@ -108,12 +115,16 @@ class GradientSum:
         """
         if self._d_weight is not None and self._is_new:
             self._d_weight.zero_()
-        p = self._projection
+        d_hidden = None if self._hidden_dtype is None else self._hidden_sum()
         d_weight = self._d_weight if self._returns_weight else None
-        pairs = ((self.d_hidden, p.hidden), (d_weight, p.weight), (self._d_bias, p.bias))
-        scaled = (None if g is None or like is None else _scaled(g, scale, like.dtype) for g, like in pairs)
-        d_hidden, d_weight, d_bias = scaled
-        return d_hidden, d_weight, d_bias
+        dtype = self._projection.hidden.dtype
+        return _scaled(d_hidden, scale, dtype), _scaled(d_weight, scale, dtype), _scaled(self._d_bias, scale, dtype)
+
+    def _hidden_sum(self) -> Tensor:
+        """d_hidden [N, D] of the parts so far."""
+        if self._d_hidden is None:
+            self._d_hidden = self._projection.hidden.new_zeros(self._projection.hidden.shape, dtype=self._hidden_dtype)
+        return self._d_hidden
 
     def _slabs(self, whole: bool) -> list[slice]:
         """All columns at once, or slabs of them."""
@@ -129,7 +140,7 @@ class GradientSum:
         product = part((count, weight.shape[1]), dtype=self._dtype)
         if dense is not None:
             for here in self._slabs(dense.live is None):
-                gemm.add_product_(product, dense.columns(here), weight[here], overwrite=here.start == 0)
+                gemm.add_product_(product, dense.columns(here), rows_of(weight, here), overwrite=here.start == 0)
             product.mul_(dense.row_scale.unsqueeze(1))
             if dense.live is not None:
                 product = scatter_rows(product, dense.live, n_rows)
@@ -144,31 +155,32 @@ class GradientSum:
         in_place = self._accumulates and not self._is_fp16
         operand = pow2_scale = None
         if dense is not None:
-            row_scale = dense.row_scale if self._is_fp16 else dense.row_scale * self._scale
+            row_scale = dense.row_scale if self._scale == 1 else dense.row_scale * self._scale
             operand, pow2_scale = gemm.scale_rows(dense.hidden, row_scale, self._projection.operand_dtype)
         if entries is not None and self._scale != 1:
             entries = entries._replace(values=entries.values * self._scale)
         slabs = self._slabs(in_place and (dense is None or dense.live is None))
         buffer = None if in_place else d_weight.new_empty(slabs[0].stop, d_weight.shape[1], dtype=self._dtype)
         for here in slabs:
-            out = d_weight[here] if buffer is None else buffer[: here.stop - here.start]
+            place = rows_of(d_weight, here)
+            out = place if buffer is None else rows_of(buffer, slice(0, here.stop - here.start))
             overwrite = not in_place or self._is_new
             if dense is not None and operand is not None:
                 gemm.add_product_(out, dense.columns(here).t(), operand, overwrite=overwrite)
             elif overwrite:
                 out.zero_()
             if pow2_scale is not None:
-                out.mul_(pow2_scale * self._scale)
+                out.mul_(pow2_scale)
             if entries is not None:
                 self._add_rows(out, here.start, entries)
             if not in_place:
-                d_weight[here].add_(out) if self._accumulates and not self._is_new else d_weight[here].copy_(out)
+                place.add_(out) if self._accumulates and not self._is_new else place.copy_(out)
 
 
-def _scaled(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scaled(gradient: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """scale * gradient in ``dtype``, in place where it has it; one pass. A CPU reads the scale."""
-    if scale is None or (not scale.is_cuda and scale == 1):
-        return gradient.to(dtype)
+    if gradient is None or scale is None or (not scale.is_cuda and scale == 1):
+        return None if gradient is None else gradient.to(dtype)
     return torch.mul(gradient, scale, out=gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype))
 
 
@@ -209,13 +221,12 @@ def one_pass(
         # The loss has not been scaled up yet, and fp16 would lose small gradients.
         dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         total = GradientSum(projection, backend, needs, dtype=dtype, one_chunk=one_chunk, main_grad=main_grad)
-    sums = hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype)
-    gradient = places = None
+    sums = gradient = places = None
     for start in range(0, n_rows, plan.rows):
         rows = slice(start, min(start + plan.rows, n_rows))
         chunk = open_chunk(rows)
         cotangents, chunk_sums = coefficients(chunk, rows)
-        sums += chunk_sums
+        sums = chunk_sums if sums is None else sums + chunk_sums
         if any(needs):
             gradient, live = _move_live_rows(chunk.gradient(cotangents), cotangents)
             places = rows if live is None else start + live
@@ -234,7 +245,7 @@ def one_pass(
         now.add(gradient.scaled(factor), places)
         return now.result()
 
-    return sums, finish, later
+    return hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype) if sums is None else sums, finish, later
 
 
 def _move_live_rows(gradient: LogitGradient, cotangents: LogitCotangents) -> tuple[LogitGradient, Tensor | None]:

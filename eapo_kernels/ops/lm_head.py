@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import FLOATS, EapoError, ShapeError, describe, is_number, require, require_tensor
-from ..types import IGNORE_INDEX, Options
+from ..types import IGNORE_INDEX, Options, rows_of
 from .vocab_shard import INVALID, VocabShard
 
 _MOVED_AT_ONCE = 16  # rows that ``fill_holes_`` moves at once
@@ -86,21 +86,19 @@ class Projection:
         """
         return self.hidden.dtype if self.hidden.is_cuda else self.statistics_dtype
 
-    def detach(self) -> Projection:
-        """The same projection without gradients."""
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
-
     def rows(self, index: slice | Tensor) -> Projection:
         """The same projection for some of the rows."""
-        rows = self.row_inv_temperature
-        return replace(self, hidden=self.hidden[index], row_inv_temperature=None if rows is None else rows[index])
+        hidden, rows = rows_of(self.hidden, index), self.row_inv_temperature
+        if hidden is self.hidden:
+            return self
+        return replace(self, hidden=hidden, row_inv_temperature=None if rows is None else rows[index])
 
-    def local_targets(self, targets: Tensor) -> Tensor:
-        """Targets [N] as columns of ``weight``; others are ``ELSEWHERE`` or ``INVALID``."""
+    def local_targets(self, targets: Tensor, valid: Tensor) -> Tensor:
+        """Targets [N], 0 where not ``valid`` [N], as columns of ``weight``; others are ``ELSEWHERE`` or ``INVALID``."""
+        targets = torch.where(valid, targets, 0)
         if self.shard is not None:
             return self.shard.local_targets(targets, self.vocab)
-        return torch.where((targets >= 0) & (targets < self.vocab), targets, INVALID)
+        return targets.masked_fill(targets != targets.clamp(0, self.vocab - 1), INVALID)
 
     def zero_invalid_rows(self, valid: Tensor) -> Projection:
         """The same projection with hidden 0 and temperature 1 in rows that are not ``valid`` [N].
@@ -182,7 +180,7 @@ def build_projection(
         ):  # no text before: a compiler may trace the number
             raise EapoError(f"{name}: expected a positive finite number, got {value!r}")
     logit_scale, softcap = 1.0 if logit_scale is None else float(logit_scale), None if softcap is None else float(softcap)
-    hidden = hidden.reshape(-1, weight.shape[1])
+    hidden = hidden if hidden.dim() == 2 else hidden.reshape(-1, weight.shape[1])
     return Projection(hidden, weight, bias, float(inv_temperature), row_inv_temperature, logit_scale, softcap, shard)
 
 

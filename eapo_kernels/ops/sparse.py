@@ -89,14 +89,12 @@ class SupportChunk:
     """See ``Chunk``: its logits are those of a support, and its gradient has entries only."""
 
     def __init__(
-        self, projection: Projection, targets: Tensor, support: TokenSupport, backend: Backend, *, entropy: bool
+        self, projection: Projection, targets: Tensor, valid: Tensor, support: TokenSupport, backend: Backend, *, entropy: bool
     ) -> None:
-        """targets: [C] int64, of the full vocabulary; -100 masks a row."""
-        valid = targets != IGNORE_INDEX
-        local = projection.local_targets(torch.where(valid, targets, 0))
-        self._projection, self._logits = projection, support_logits(projection, local, support, backend)
+        """targets: as in ``support_logits``. valid: [C] bool, the rows that count."""
+        self._projection, self._logits = projection, support_logits(projection, targets, support, backend)
         found = support_statistics(
-            projection, local, support.offsets, self._logits, entropy=entropy, second_moments=False
+            projection, targets, support.offsets, self._logits, entropy=entropy, second_moments=False
         )  # fmt: skip
         self._statistics = found.map(lambda values: torch.where(valid, values, 0))
 
@@ -154,7 +152,7 @@ def _forward_op(
     check_values(projection, targets, debug)
     if may_read(targets, debug):
         support.check(targets, projection.full_vocab)
-    local = projection.local_targets(torch.where(valid, targets, 0))
+    local = projection.local_targets(targets, valid)
     logits = support_logits(projection, local, support, dispatch.resolved(backend, projection))
     s = support_statistics(projection, local, offsets, logits, entropy=entropy, second_moments=second_moments)
     s = s.map(lambda values: torch.where(valid, values, 0))
@@ -205,7 +203,7 @@ def _backward_op(
     """(d_hidden, d_weight, d_bias); a gradient that is not needed is empty."""
     projection = Projection.of(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
     valid, (row_offset, log_sum, mean) = targets != IGNORE_INDEX, state.unbind(0)
-    local = projection.local_targets(torch.where(valid, targets, 0))
+    local = projection.local_targets(targets, valid)
     logits = support_logits(projection, local, TokenSupport(ids, offsets), z=z)
     cotangents = LogitCotangents(grad_logp, grad_entropy, grad_lse)
     cotangents = cotangents.map(lambda c: torch.where(valid, c.to(projection.statistics_dtype), 0))

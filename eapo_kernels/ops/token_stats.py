@@ -53,15 +53,9 @@ class SavedRows(NamedTuple):
 
 
 def compute_statistics(
-    projection: Projection,
-    targets: Tensor,
-    backend: Backend,
-    *,
-    entropy: bool,
-    second_moments: bool,
-    options: Options,
+    projection: Projection, targets: Tensor, backend: Backend, *, entropy: bool, second_moments: bool, options: Options,
     save: bool = False,
-) -> tuple[RowStatistics, SavedRows | None]:
+) -> tuple[RowStatistics, SavedRows | None]:  # fmt: skip
     """Statistics of every row, zeros where the target is -100; and the rows saved for the backward.
 
     save: save the rows if the plan is "one_chunk" (``chunking.autograd``); not with second moments.
@@ -75,7 +69,7 @@ def compute_statistics(
         moment = zeros if second_moments else None
         mean = zeros if entropy else None
         return RowStatistics(zeros, mean, zeros, zeros, zeros, mean, moment, moment, moment), None
-    targets = projection.local_targets(torch.where(valid, targets, 0))
+    targets = projection.local_targets(targets, valid)
     budget, saved = chunking.workspace_bytes(options, targets.device), None
     if save:
         row_bytes = backend.chunk_row_bytes(projection, False)
@@ -107,7 +101,7 @@ def gradients_of_saved(
     row_scale, *target_grads = grad * saved.scales
     entries = None
     if target_grads:
-        entries = Entries.one_a_row(projection.local_targets(torch.where(valid, targets, 0))[rows], *target_grads)
+        entries = Entries.one_a_row(projection.local_targets(targets, valid)[rows], *target_grads)
     total = GradientSum(projection, backend, needs, dtype=projection.hidden.dtype, one_chunk=True)
     live = valid_index(grad != 0) if may_compact(grad, options.compact) else None
     total.add(LogitGradient(saved.matrix, row_scale, entries), rows, live)
@@ -132,7 +126,7 @@ def gradients_by_recomputing(
     if index is not None:
         targets, live, statistics, cotangents = targets[index], live[index], statistics.rows(index), cotangents.rows(index)
     cotangents = cotangents.map(lambda c: torch.where(live, c.to(dtype), 0))
-    targets = projection.local_targets(torch.where(live, targets, 0))
+    targets = projection.local_targets(targets, live)
 
     hidden, weight, count, vocab = projection.hidden, projection.weight, projection.n_rows, projection.vocab
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs[0] else None

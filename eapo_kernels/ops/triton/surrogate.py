@@ -75,15 +75,19 @@ def store_surrogate(
     tl.store(totals + 5, 0.0)
 
 
+_ARGUMENTS = [f.name for f in fields(SurrogateTerms) if f.name not in ("clip_low", "clip_high")]
+_ARGUMENTS += ["coefficient", "totals", "ratio_low", "ratio_high"]
+
+
 def surrogate_arguments(terms: SurrogateTerms | None, like: Tensor, programs: int, n_rows: int) -> dict[str, Any]:
     """The arguments of ``store_surrogate`` with its outputs allocated; all None without terms."""
-    names = [f.name for f in fields(SurrogateTerms) if f.name not in ("clip_low", "clip_high")]
     if terms is None:
-        return dict.fromkeys([*names, "coefficient", "totals", "ratio_low", "ratio_high"]) | {"SURROGATE": False}
-    given = {name: getattr(terms, name) for name in names}
-    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in given.items()} | {
+        return dict.fromkeys(_ARGUMENTS) | {"SURROGATE": False}
+    given = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in vars(terms).items()}
+    low, high = 1.0 - given.pop("clip_low"), 1.0 + given.pop("clip_high")
+    return given | {
         "coefficient": like.new_empty(n_rows), "totals": like.new_empty(programs, len(SUMS)),
-        "ratio_low": 1.0 - terms.clip_low, "ratio_high": 1.0 + terms.clip_high, "SURROGATE": True,
+        "ratio_low": low, "ratio_high": high, "SURROGATE": True,
     }  # fmt: skip
 
 
