@@ -241,7 +241,7 @@ def _one_pass(
             leaves = [logp, entropy] if entropy is not None and has_bonus else [logp]
             return Coefficients(LogitCotangents(*torch.autograd.grad(loss, leaves)), sums)
 
-    sums, finish, reads_operands = gradients.one_pass(
+    sums, finish, reads_operands, _ = gradients.one_pass(
         selected, targets, coefficients, backend, entropy=metrics or has_bonus, entropy_gradient=has_bonus,
         logp_guess=terms.old_logp, needs=needs, options=options, main_grad=main_grad,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from ..types import SUMS, Options
 from . import chunking, gemm
 from .dispatch import Backend, Chunk, Coefficients, Entries, LogitCotangents, LogitGradient, WeightedRows
 from .lm_head import Projection, fill_holes_, scatter_rows
+from .sparsify import Sparsity, applies, sparsify
 
 _WORTH_MOVING = 0.02  # share of rows with zero gradient above which moving the others to the front pays
 
@@ -184,9 +185,10 @@ def one_pass(
     projection: Projection, targets: Tensor, coefficients: CoefficientFunction, backend: Backend, *,
     entropy: bool, entropy_gradient: bool, needs: tuple[bool, bool, bool], options: Options,
     logp_guess: Tensor | None = None, main_grad: MainGrad | None = None,
-) -> tuple[Tensor, Finish, bool]:  # fmt: skip
+) -> tuple[Tensor, Finish, bool, Sparsity | None]:  # fmt: skip
     """Run all chunks: (sums [len(SUMS)], the function that gives the gradients of the sum ``loss``,
-    whether it needs the operands again).
+    whether it needs the operands again, what became of the rows under ``Options.gradient_tolerance``,
+    None where gradients are exact).
 
     If all rows are one chunk, its gradient products are left to that function: with the incoming
     gradient in the row factors no pass over d_weight scales it. The chunk's matrix, at most the
@@ -199,7 +201,7 @@ def one_pass(
         coefficients: turns a chunk's statistics into cotangents and sums.
         entropy, entropy_gradient: ``coefficients`` reads entropies, returns cotangents of them.
         backend, needs, main_grad: as in ``GradientSum``; without needs only sums are computed.
-        options: memory budget and plan.
+        options: memory budget, plan, tolerance of the gradient.
         logp_guess: [M] fp32, see ``Backend.open_chunk``, or None.
     """
     hidden, n_rows, targets = projection.hidden, projection.n_rows, projection.local_targets(targets)
@@ -213,6 +215,7 @@ def one_pass(
         dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         total = GradientSum(projection, backend, needs, dtype=dtype, one_chunk=one_chunk, main_grad=main_grad)
     sums = hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype)
+    tallies: list[Tensor] = []
     gradient = places = None
     for start in range(0, n_rows, plan.rows):
         rows = slice(start, min(start + plan.rows, n_rows))
@@ -225,6 +228,11 @@ def one_pass(
         if any(needs):
             gradient, live = _move_live_rows(chunk.gradient(cotangents), cotangents)
             places = rows if live is None else start + live
+            if options.gradient_tolerance is not None and applies(projection, gradient, cotangents):
+                gradient, order, tally = sparsify(gradient, targets[places], options.gradient_tolerance)
+                tallies.append(tally)
+                if order is not None:
+                    places = start + (order if live is None else live[order])
             if total is not None:
                 total.add(gradient, places)
                 gradient = None
@@ -240,7 +248,7 @@ def one_pass(
         now.add(gradient.scaled(factor), places)
         return now.result()
 
-    return sums, finish, later
+    return sums, finish, later, Sparsity.of(tallies) if tallies else None
 
 
 def _move_live_rows(gradient: LogitGradient, cotangents: LogitCotangents) -> tuple[LogitGradient, Tensor | None]:
