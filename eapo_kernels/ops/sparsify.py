@@ -26,8 +26,8 @@ from .dispatch import Entries, LogitCotangents, LogitGradient
 from .lm_head import Projection, fill_holes_, may_compact
 
 _FLOOR = 1 / 64
-_ROUNDING = 2.0**-20
-"""Share of a row's sum that is added to its dropped mass: sums in fp32 are nearer than that."""
+_ROUNDING = 2.0**-18
+"""Share of a row's sum that is added to its dropped mass: more than the rounding of 64 terms in fp32."""
 
 _GROUP, _LEAST_GROUPS = 64, 768  # columns of a group; groups of a small vocabulary, whose groups are smaller
 _STEPS = 8  # of the bisection of log2(theta), which is known within a factor V before
@@ -36,10 +36,12 @@ _LOOKED_AT = 32  # rows that decide whether the others are worth looking at
 _LEAST_SPARSE = 0.15
 """Share of rows that must be sparse: below it the search costs more than it saves (docs/log.md)."""
 
-_BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
-_MOST_KEPT = {"cpu": 1 / 32, "cuda": 1 / 256}
-"""Share of the columns that a sparse row keeps at most. Entries cost as much as the row's part of two
-dense products at about a 15th (measured on a CPU); on CUDA, predicted from the memory's rate, at a 128th."""
+_BLOCK_BYTES = (4 * 2**20, 128 * 2**20)
+"""Bytes of the rows that are processed together, on a CPU and elsewhere: in its cache; so that masks stay small."""
+
+_MOST_KEPT = (1 / 32, 1 / 256)
+"""Share of the columns that a sparse row keeps at most. Entries cost as much as the row's part of two dense
+products at about a 15th on a CPU (measured, D = 576) and a 128th on CUDA (predicted from memory rates)."""
 
 
 class Sparsity(NamedTuple):
@@ -91,7 +93,7 @@ def sparsify(gradient: LogitGradient, targets: Tensor, tolerance: float) -> tupl
     own = matrix.gather(1, index)
     at_target = row_scale * own.squeeze(1) if entries is None else entries.values
     bound = _bounds(row_scale, at_target, tolerance).masked_fill_((targets < 0) | (targets >= columns), torch.nan)
-    most = int(columns * _MOST_KEPT[matrix.device.type])
+    most = int(columns * _MOST_KEPT[matrix.device.type != "cpu"])
     matrix.scatter_(1, index, 0.0)
 
     some = slice(None, None, max(1, n_rows // _LOOKED_AT))
@@ -198,8 +200,8 @@ def _select(matrix: Tensor, threshold: Tensor, index: Tensor) -> tuple[Tensor, T
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows that are processed together: on a CPU in its cache, on CUDA so that masks stay small."""
+    """Slices of rows that are processed together."""
     n_rows, columns = matrix.shape
-    step = max(1, _BLOCK_BYTES[matrix.device.type] // (columns * matrix.element_size()))
+    step = max(1, _BLOCK_BYTES[matrix.device.type != "cpu"] // (columns * matrix.element_size()))
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))

@@ -211,7 +211,7 @@ def test_kept_entries_are_about_the_fewest_possible() -> None:
     assert kept.sum() < 1.25 * fewest[outcome.sparse].sum()
     assert torch.isclose(outcome.report.kept_per_row, kept.float().mean() + 1)
     shares = (outcome.found - outcome.exact).abs().sum(1) / outcome.exact.abs().sum(1) * 2
-    assert torch.isclose(outcome.report.dropped_mass_mean.double(), shares.mean(), rtol=1e-3)
+    assert torch.isclose(outcome.report.dropped_mass_mean.double(), shares.mean(), rtol=3e-3)
 
 
 def test_the_floor_frees_certain_rows() -> None:
