@@ -26,6 +26,7 @@ from .ops.dispatch import Chunk, Coefficients, LogitCotangents, SurrogateTerms
 from .ops.gradients import MainGrad
 from .ops.lm_head import Projection, build_projection, check_values, resolve_compaction, scatter_rows, select_valid, take_rows
 from .ops.nucleus import project_nucleus_entropy
+from .ops.sparsify import Sparsity
 from .ops.token_stats import project_stats
 from .ops.vocab_shard import VocabShard
 from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch, TokenSupport, rows_of
@@ -103,8 +104,10 @@ def policy_loss(
         (nats), ``eapo/positive_weight``, ``eapo/positive_fraction`` (of the responses with such
         tokens), ``clip_fraction``, ``ratio_mean``, ``old_kl`` (k3 to the old policy, nats), ``kl``
         (to the reference, nats; 0 without one), ``tokens``; and ``eapo/entropy_ratio``,
-        ``eapo/entropy_init`` if ``positive_weight`` is an EntropyRatio. With ``metrics=False``
-        entropy, clip fraction, ratio and KLs are left out.
+        ``eapo/entropy_init`` if ``positive_weight`` is an EntropyRatio; with
+        ``Options(gradient_tolerance=...)`` in the one-pass schedule ``sparse/dropped_mass_max``,
+        ``sparse/dropped_mass_mean``, ``sparse/kept_per_row`` and ``sparse/dense_share``. With
+        ``metrics=False`` entropy, clip fraction, ratio and KLs are left out.
     """
     try:
         shard = None if process_group is None else VocabShard.resolve(process_group, weight)
@@ -153,10 +156,12 @@ def policy_loss(
         check_values(projection, targets, options.debug)
         if batch.support is not None and may_read(targets, options.debug):
             batch.support.check(targets, projection.full_vocab)
-        loss, sums = _one_pass(projection, targets, terms, batch.support, backend, options, main, metrics)
+        loss, sums, sparsity = _one_pass(projection, targets, terms, batch.support, backend, options, main, metrics)
     else:
         loss, sums = _autograd(projection, targets, terms, batch.support, backend, options, metrics)
-    return LossOutput(loss, _metrics(all_terms, sums if metrics else None, positive_weight))
+        sparsity = None
+    found = _metrics(all_terms, sums if metrics else None, positive_weight)
+    return LossOutput(loss, found | ({} if sparsity is None else sparsity.metrics()))
 
 
 class EAPOLoss(nn.Module):
@@ -217,8 +222,8 @@ class _KnownGradients(torch.autograd.Function):
 def _one_pass(
     projection: Projection, targets: Tensor, terms: PolicyTerms, support: TokenSupport | None, backend_name: str,
     options: Options, main_grad: MainGrad | None, metrics: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(loss, sums) with all gradients computed. targets: -100 where ``terms.valid`` is False."""
+) -> tuple[Tensor, Tensor, Sparsity | None]:  # fmt: skip
+    """(loss, sums, sparsity) with all gradients computed. targets: -100 where ``terms.valid`` is False."""
     inputs = (projection.hidden, projection.weight, projection.bias)
     enabled = torch.is_grad_enabled()
     d_hidden, d_weight, d_bias = (enabled and t is not None and t.requires_grad for t in inputs)
@@ -258,9 +263,10 @@ def _one_pass(
             local, chosen = local[index], terms.rows(index)
             candidates = None if support is None else support.select(index)
         row_bytes = backend.chunk_row_bytes(selected, has_bonus) if candidates is None else sparse.row_bytes(candidates)
-        sums, finish, reads_operands = gradients.one_pass(
-            selected, backend, open_chunk, coefficients, row_bytes=row_bytes, needs=needs, options=options, main_grad=main_grad
-        )
+        sums, finish, reads_operands, sparsity = gradients.one_pass(
+            selected, local, backend, open_chunk, coefficients, row_bytes=row_bytes, needs=needs, options=options,
+            main_grad=main_grad,
+        )  # fmt: skip
 
     def all_rows(factor: Tensor, *operands: Tensor) -> gradients.Gradients:
         """The gradients of all rows. operands: hidden [N, D] and weight, or nothing."""
@@ -270,7 +276,7 @@ def _one_pass(
         d_hidden, d_weight, d_bias = finish(factor, again)
         return None if d_hidden is None else scatter_rows(d_hidden, index, projection.n_rows), d_weight, d_bias
 
-    return _KnownGradients.apply(sums[0], *inputs, all_rows, reads_operands), sums
+    return _KnownGradients.apply(sums[0], *inputs, all_rows, reads_operands), sums, sparsity
 
 
 def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .errors import EapoError, ShapeError, describe, require
+from .errors import EapoError, ShapeError, describe, is_number, require
 
 IGNORE_INDEX = -100
 """Target value of a masked token (the Hugging Face convention)."""
@@ -262,7 +262,7 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the computation that do not change its result beyond rounding.
+    """Settings of the computation that do not change its result beyond rounding, but for ``gradient_tolerance``.
 
     Attributes:
         memory_budget: bytes of logit-sized workspace for any N, tensors saved by ``token_stats``
@@ -280,12 +280,21 @@ class Options:
             backward (autograd schedule only).
         debug: on CUDA, also check values (targets in range, finite rewards), which synchronizes; on
             a split head, compare the arguments of the ranks. CPU values are always checked.
+        gradient_tolerance: in (0, 0.5], or None: exact gradients. With a tolerance the gradient of a
+            token's logits may leave out its smallest probabilities: each token's error in the L1
+            norm is measured, and at most the tolerance times the norm of its own gradient or, if
+            that is larger, times a 64th of the chunk's mean norm. Losses and metrics stay exact.
+            Where the distributions are concentrated this replaces most of the two gradient products.
+            Only the one-pass schedule does it, where log-probs alone carry the gradient, without a
+            soft-cap and on a whole head; elsewhere gradients stay exact. On CUDA the host then waits
+            for counts in every chunk.
     """
 
     memory_budget: int | None = None
     compact: bool | str = "auto"
     debug: bool = False
     plan: str = "auto"
+    gradient_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         budget = self.memory_budget
@@ -294,3 +303,6 @@ class Options:
         known = self.compact == "auto" or isinstance(self.compact, bool)
         require(known, "Options.compact", "'auto', True or False", repr(self.compact))
         require(self.plan in PLANS, "Options.plan", f"one of {', '.join(PLANS)}", repr(self.plan))
+        tol = self.gradient_tolerance
+        small = tol is None or (is_number(tol) and 0 < tol <= 0.5)
+        require(small, "Options.gradient_tolerance", "a number in (0, 0.5] or None", repr(tol))

@@ -148,9 +148,9 @@ def test_micro_batches_add_up() -> None:
     for part in (slice(0, 50), slice(50, N)):
         some = Inputs(inputs.hidden[part], inputs.weight, inputs.targets[part])
         out, (d_hidden, d_weight) = run(some, batch.select(part), positive_weight=WEIGHT)
-        loss += float(out.loss)
+        loss += float(out.loss.detach())
         total = [torch.cat([total[0], d_hidden]) if part.start else d_hidden, total[1] + d_weight]
-    assert loss == pytest.approx(float(whole.loss), rel=1e-5)
+    assert loss == pytest.approx(float(whole.loss.detach()), rel=1e-5)
     for found, right in zip(total, expected, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
 

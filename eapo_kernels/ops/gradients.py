@@ -17,6 +17,7 @@ from ..types import SUMS, Options, rows_of
 from . import chunking, gemm
 from .dispatch import Backend, Chunk, Coefficients, Entries, LogitCotangents, LogitGradient, WeightedRows
 from .lm_head import Projection, fill_holes_, scatter_rows
+from .sparsify import Sparsity, applies, sparsify
 
 _WORTH_MOVING = 0.02  # share of rows with zero gradient above which moving the others to the front pays
 
@@ -193,11 +194,13 @@ CoefficientFunction = Callable[[Chunk, slice], Coefficients]
 
 
 def one_pass(
-    projection: Projection, backend: Backend, open_chunk: Callable[[slice], Chunk], coefficients: CoefficientFunction, *,
-    row_bytes: int, needs: tuple[bool, bool, bool], options: Options, main_grad: MainGrad | None = None,
-) -> tuple[Tensor, Finish, bool]:  # fmt: skip
+    projection: Projection, targets: Tensor, backend: Backend, open_chunk: Callable[[slice], Chunk],
+    coefficients: CoefficientFunction, *, row_bytes: int, needs: tuple[bool, bool, bool], options: Options,
+    main_grad: MainGrad | None = None,
+) -> tuple[Tensor, Finish, bool, Sparsity | None]:  # fmt: skip
     """Run all chunks: (sums [len(SUMS)], the function that gives the gradients of the sum ``loss``,
-    whether it needs the operands again).
+    whether it needs the operands again, what became of the rows under ``Options.gradient_tolerance``,
+    None where gradients are exact).
 
     If all rows are one chunk, its gradient products are left to that function: with the incoming
     gradient in the row factors no pass over d_weight scales it. The chunk's matrix, at most the
@@ -207,10 +210,11 @@ def one_pass(
     Args:
         projection, backend, needs, main_grad: as in ``GradientSum``, the rows that count; without
             needs only sums are computed.
+        targets: [M] int64, their columns.
         open_chunk: makes the chunk of some of the rows.
         coefficients: turns a chunk's statistics into cotangents and sums.
         row_bytes: workspace of a chunk for each of its rows.
-        options: memory budget and plan.
+        options: memory budget, plan, tolerance of the gradient.
     """
     hidden, n_rows = projection.hidden, projection.n_rows
     plan = chunking.one_pass(n_rows, row_bytes, chunking.workspace_bytes(options, hidden.device), options.plan)
@@ -221,6 +225,7 @@ def one_pass(
         # The loss has not been scaled up yet, and fp16 would lose small gradients.
         dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         total = GradientSum(projection, backend, needs, dtype=dtype, one_chunk=one_chunk, main_grad=main_grad)
+    tallies: list[Tensor] = []
     sums = gradient = places = None
     for start in range(0, n_rows, plan.rows):
         rows = slice(start, min(start + plan.rows, n_rows))
@@ -230,6 +235,11 @@ def one_pass(
         if any(needs):
             gradient, live = _move_live_rows(chunk.gradient(cotangents), cotangents)
             places = rows if live is None else start + live
+            if options.gradient_tolerance is not None and applies(projection, gradient, cotangents):
+                gradient, order, tally = sparsify(gradient, targets[places], options.gradient_tolerance)
+                tallies.append(tally)
+                if order is not None:
+                    places = start + (order if live is None else live[order])
             if total is not None:
                 total.add(gradient, places)
                 gradient = None
@@ -245,7 +255,9 @@ def one_pass(
         now.add(gradient.scaled(factor), places)
         return now.result()
 
-    return hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype) if sums is None else sums, finish, later
+    if sums is None:
+        sums = hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype)
+    return sums, finish, later, Sparsity.of(tallies) if tallies else None
 
 
 def _move_live_rows(gradient: LogitGradient, cotangents: LogitCotangents) -> tuple[LogitGradient, Tensor | None]:
