@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer, no_tick
 
-from eapo_kernels import METHODS, get_method, make_controller
+from eapo_kernels import METHODS, TokenSupport, get_method, make_controller
 from trainer.config import OptimConfig
 from trainer.errors import DivergenceError, Interrupted
 from trainer.learning.batching import Completions, collate, plan, select
@@ -29,6 +29,13 @@ TEMPERATURE = 0.8
 def rollouts(policy: Policy) -> Rollouts:
     prompts = [[5, 6, 7, 12, 8], [9], [10, 11, 12]]
     return TransformersEngine(policy, 64).generate(prompts, Sampling(4, 9, TEMPERATURE, 1.0, seed=2), no_tick)
+
+
+@pytest.fixture
+def cut(policy: Policy) -> Rollouts:
+    """With a support: some 5 to 20 of the 49 tokens."""
+    sampling = Sampling(4, 9, TEMPERATURE, 0.7, seed=2, top_k=20)
+    return TransformersEngine(policy, 64).generate([[5, 6, 7, 12, 8], [9], [10, 11, 12]], sampling, no_tick)
 
 
 def weighed(policy: Policy, rollouts: Rollouts, method: str) -> Experience:
@@ -94,6 +101,43 @@ def test_measurement_equals_dense_logits(policy: Policy, rollouts: Rollouts, bud
     torch.testing.assert_close(found.logp, completions.rollout_logp, atol=2e-5, rtol=0)
 
 
+def test_batches_hold_the_support_of_their_tokens(cut: Rollouts) -> None:
+    completions = select(cut, [7, 0, 3, 11, 5])
+    assert completions.support is not None
+    by_token = [kept for own in completions.support for kept in own.ids.split(own.counts.tolist())]
+    for group in plan(completions, range(5), budget=30):
+        batch = collate(completions, group, torch.device("cpu"))
+        assert batch.support is not None
+        batch.support.check(batch.targets, 49)
+        expected = TokenSupport.from_lists([by_token[token] for token in batch.tokens])
+        assert torch.equal(batch.support.ids, expected.ids)
+        assert torch.equal(batch.support.offsets, expected.offsets)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 1000])
+def test_measurement_over_a_support_equals_dense_logits(policy: Policy, cut: Rollouts, budget: int) -> None:
+    completions = select(cut, range(12))
+    wanted = Wanted(second_moments=True, tempered=1.5)
+    found = measure(policy, completions, temperature=TEMPERATURE, budget=budget, tick=no_tick, wanted=wanted)
+    assert completions.support is not None
+    expected: list[list[float]] = []
+    rows = zip(completions.prompt_ids, completions.completion_ids, completions.support, strict=True)
+    for prompt, completion, support in rows:
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
+        for token, kept, z in zip(completion, support.ids.split(support.counts.tolist()), logits, strict=True):
+            place, z = kept.tolist().index(token), z[kept.long()]
+            log_p = (z / TEMPERATURE).log_softmax(0)
+            tempered = (z / TEMPERATURE / 1.5).log_softmax(0)
+            entropy, p2 = -(log_p.exp() * log_p).sum(), log_p.exp().square().sum()
+            expected.append([log_p[place].item(), entropy.item(), p2.item(), tempered[place].item()])
+    assert found.p2 is not None
+    assert found.tempered_logp is not None
+    got = torch.stack([found.logp, found.entropy, found.p2, found.tempered_logp], 1)
+    torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), atol=2e-5, rtol=0)
+    torch.testing.assert_close((found.logp - completions.rollout_logp).exp(), torch.ones(completions.tokens), atol=1e-5, rtol=0)
+
+
 def gradients(policy: Policy, experience: Experience, budget: int, method: str, **changes: Any) -> tuple[list, dict]:
     """Gradients that the optimizer would see in one update (the norm is far below the clip)."""
     own = learner(policy, method, changes, micro_batch_tokens=budget, max_grad_norm=1e9)
@@ -113,6 +157,26 @@ def test_the_cut_into_micro_batches_changes_nothing(policy: Policy, rollouts: Ro
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
         for name in ("loss", "grad_norm", "clip_fraction", "ratio_mean", "eapo/entropy"):
             assert cut_metrics[name] == pytest.approx(metrics[name], abs=1e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["eapo", "dapo", "gspo", "clip_v"])
+def test_the_cut_into_micro_batches_changes_nothing_over_a_support(policy: Policy, cut: Rollouts, method: str) -> None:
+    """And with the unchanged policy every ratio is 1, though the policy gives the tokens that were
+    removed a fifth of the probability.
+    """
+    experience = weighed(policy, cut, method)
+    uncut, metrics = gradients(policy, experience, 10_000, method)
+    assert sum(g.abs().sum() for g in uncut) > 0
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert metrics["eapo/entropy"] == pytest.approx(experience.old.entropy.mean().item(), rel=1e-5)
+    whole = measure(policy, replace(experience.completions, support=None), temperature=TEMPERATURE, budget=99, tick=no_tick)
+    assert (whole.logp - experience.completions.rollout_logp).exp().mean() < 0.9
+    for budget in (1, 45):
+        split, split_metrics = gradients(policy, experience, budget, method)
+        for a, b in zip(uncut, split, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        for name in ("loss", "grad_norm", "clip_fraction", "ratio_mean", "eapo/entropy"):
+            assert split_metrics[name] == pytest.approx(metrics[name], abs=1e-6, rel=1e-4)
 
 
 def test_gradient_is_that_of_the_equation(policy: Policy, experience: Experience) -> None:

@@ -132,7 +132,7 @@ class Learner:
 
     def _loss(self, experience: Experience, batch: MicroBatch, denominator: Tensor) -> LossOutput:
         """What one micro-batch adds to the loss of its minibatch."""
-        token_batch = replace(experience.batch.select(batch.tokens), denominator=denominator)
+        token_batch = replace(experience.batch.select(batch.tokens), denominator=denominator, support=batch.support)
 
         def head(hidden: Tensor, weight: Tensor, **options: Any) -> LossOutput:
             return policy_loss(
