@@ -23,10 +23,11 @@ MODES = ("fwd", "fwd_bwd", "frozen_head", "half_zero_rows")
 d_hidden only. half_zero_rows: fwd_bwd where the second half of every response is masked, as padding
 is."""
 
-SPARSE_MODES = ("sampling_mask",)
-"""sampling_mask: fwd_bwd where each token was drawn from the ``MASK_SIZE`` likeliest, and all is over these alone."""
+SPARSE_MODES = ("sampling_mask", "sparse_gradient")
+"""sampling_mask: fwd_bwd where each token was drawn from the ``MASK_SIZE`` likeliest, and all is over these alone.
+sparse_gradient: fwd_bwd with ``Options(gradient_tolerance=TOLERANCE)`` where a provider has it, else exact."""
 
-MASK_SIZE = 50
+MASK_SIZE, TOLERANCE = 50, 2e-3
 
 INPUTS = ("peaked", "uniform", "steep", *TEMPERATURES)
 """peaked, uniform: see ``make_inputs``. steep: peaked with all logits doubled, where rounding
@@ -61,6 +62,7 @@ class Case:
         largest_logit: max |z| over the matrix.
         memory_budget: bytes for this package's logit-sized workspace; None: its default.
         support: [N, K] int64, the ids that could be drawn, where they are not all.
+        gradient_tolerance: of this package's one-pass schedule, or None.
     """
 
     inputs_name: str
@@ -76,6 +78,7 @@ class Case:
     largest_logit: float
     memory_budget: int | None = None
     support: Tensor | None = None
+    gradient_tolerance: float | None = None
 
     @property
     def n(self) -> int:
@@ -101,7 +104,7 @@ class Case:
 
     @property
     def options(self) -> Options:
-        return Options(memory_budget=self.memory_budget)
+        return Options(memory_budget=self.memory_budget, gradient_tolerance=self.gradient_tolerance)
 
     @property
     def n_valid(self) -> int:
@@ -124,9 +127,11 @@ class Case:
         return {"N": self.n, "D": self.d, "V": self.v, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def for_mode(self, mode: str) -> Case:
-        """This case, the one with half of its rows masked, or the one with a sampling mask."""
+        """This case, the one with half of its rows masked, with a sampling mask, or with a tolerance."""
         if mode == "sampling_mask":
             return _with_sampling_mask(self)
+        if mode == "sparse_gradient":
+            return replace(self, gradient_tolerance=TOLERANCE)
         if mode != "half_zero_rows":
             return self
         length = self.n // N_RESPONSES

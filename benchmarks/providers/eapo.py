@@ -4,6 +4,7 @@ every backend."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from eapo_kernels import EAPOConfig, available_backends, eapo_loss, token_stats
 
@@ -27,8 +28,9 @@ def _op(backend: str) -> Callable[[Case, str], Callable[[], Results]]:
     return prepare
 
 
-def _loss(backend: str, schedule: str) -> Callable[[Case, str], Callable[[], Results]]:
+def _loss(backend: str, schedule: str, *, exact: bool = False) -> Callable[[Case, str], Callable[[], Results]]:
     def prepare(case: Case, mode: str) -> Callable[[], Results]:
+        options = replace(case.options, gradient_tolerance=None) if exact else case.options
         hidden, weight = leaves(case, mode)
         config = EAPOConfig(clip_low=CLIP, clip_high=CLIP)
 
@@ -41,7 +43,7 @@ def _loss(backend: str, schedule: str) -> Callable[[Case, str], Callable[[], Res
                 config=config,
                 schedule=schedule,
                 backend=backend,
-                options=case.options,
+                options=options,
             )
             return gradients(out.loss, hidden, weight)
 
@@ -55,17 +57,18 @@ def _unavailable(backend: str) -> Callable[[str], str | None]:
 
 
 _LOSS = "EAPO loss with mean entropy; no per-token output"
-_BACKWARD = (*WITH_GRADIENTS, *SPARSE_MODES)
+_MASKED = (*WITH_GRADIENTS, "sampling_mask")
 
 PROVIDERS = [
     provider
     for name in _BACKENDS
     for provider in (
-        Provider(f"eapo_{name}_one_pass", _LOSS, _loss(name, "one_pass"), _BACKWARD,
+        Provider(f"eapo_{name}_one_pass", _LOSS, _loss(name, "one_pass"), (*WITH_GRADIENTS, *SPARSE_MODES),
                  unavailable=_unavailable(name)),
-        Provider(f"eapo_{name}_autograd", _LOSS, _loss(name, "autograd"), _BACKWARD,
-                 unavailable=_unavailable(name)),
-        Provider(f"eapo_{name}_op", "log-prob, entropy, policy loss", _op(name), (*MODES, *SPARSE_MODES),
+        Provider(f"eapo_{name}_exact", _LOSS, _loss(name, "one_pass", exact=True), ("sparse_gradient",),
+                 unavailable=_unavailable(name), settings="without gradient_tolerance"),
+        Provider(f"eapo_{name}_autograd", _LOSS, _loss(name, "autograd"), _MASKED, unavailable=_unavailable(name)),
+        Provider(f"eapo_{name}_op", "log-prob, entropy, policy loss", _op(name), (*MODES, "sampling_mask"),
                  unavailable=_unavailable(name)),
     )
 ]  # fmt: skip
