@@ -126,7 +126,10 @@ def _train(config: Config, console: Console) -> bool:
     method, hook = config.method(), config.loss.hook()
     if method.config.advantage == "binary":
         ranks.run_on_main(lambda: rewards.check_binary(method.name, train_set.rows[:4], policy.tokenizer))
-    learner = Learner(policy, method, config.optim, temperature=rollout.temperature, steps=config.steps)
+    learner = Learner(
+        policy, method, config.optim, temperature=rollout.temperature, steps=config.steps,
+        gradient_tolerance=config.loss.gradient_tolerance,
+    )  # fmt: skip
     controller = make_controller(method)
     reference = Reference(policy, config.loss.reference_share()) if method.config.kl_coef else None
 

@@ -200,7 +200,7 @@ def one_pass(
 ) -> tuple[Tensor, Finish, bool, Sparsity | None]:  # fmt: skip
     """Run all chunks: (sums [len(SUMS)], the function that gives the gradients of the sum ``loss``,
     whether it needs the operands again, what became of the rows under ``Options.gradient_tolerance``,
-    None where gradients are exact).
+    or None without one).
 
     If all rows are one chunk, its gradient products are left to that function: with the incoming
     gradient in the row factors no pass over d_weight scales it. The chunk's matrix, at most the
@@ -257,7 +257,8 @@ def one_pass(
 
     if sums is None:
         sums = hidden.new_zeros(len(SUMS), dtype=projection.statistics_dtype)
-    return sums, finish, later, Sparsity.of(tallies) if tallies else None
+    sparsity = None if options.gradient_tolerance is None else Sparsity.of(tallies or [sums.new_zeros(5)])
+    return sums, finish, later, sparsity
 
 
 def _move_live_rows(gradient: LogitGradient, cotangents: LogitCotangents) -> tuple[LogitGradient, Tensor | None]:

@@ -58,7 +58,7 @@ class Sparsity(NamedTuple):
 
     @staticmethod
     def of(tallies: list[Tensor]) -> Sparsity:
-        """From the tallies of ``sparsify`` for all chunks."""
+        """From the tallies of ``sparsify`` for all chunks; without any row: zeros, and all dense."""
         tally = torch.stack(tallies)
         dropped, kept, n_sparse, n_rows = tally[:, 1:].sum(0)
         n_rows = n_rows.clamp_min(1)

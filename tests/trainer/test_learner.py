@@ -60,9 +60,22 @@ def experience(policy: Policy, rollouts: Rollouts) -> Experience:
     return replace(weighed(policy, rollouts, "eapo"), positive_weight=torch.tensor(0.7))
 
 
-def learner(policy: Policy, method: str = "eapo", changes: dict[str, Any] | None = None, **optim: Any) -> Learner:
-    built = get_method(method, fixed_length=9, **(changes or {}))
-    return Learner(policy, built, OptimConfig(**{"lr": 1e-2, **optim}), temperature=TEMPERATURE, steps=10)
+def learner(
+    policy: Policy, method: str = "eapo", changes: dict[str, Any] | None = None, tolerance: float | None = None, **optim: Any
+) -> Learner:  # fmt: skip
+    built, settings = get_method(method, fixed_length=9, **(changes or {})), OptimConfig(**{"lr": 1e-2, **optim})
+    return Learner(policy, built, settings, temperature=TEMPERATURE, steps=10, gradient_tolerance=tolerance)
+
+
+def test_a_tolerance_of_the_gradient_is_used_and_reported(policy: Policy, experience: Experience) -> None:
+    before = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
+    exact = learner(policy).update(experience, step=0, seed=0, tick=no_tick)
+    after = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
+    policy.model.load_state_dict(before, strict=False)
+    found = learner(policy, tolerance=1e-6).update(experience, step=0, seed=0, tick=no_tick)
+    assert found["sparse/dense_share"] == 1, "49 columns are not worth leaving any out"
+    assert {n: v for n, v in found.items() if not n.startswith("sparse/")} == exact
+    assert all(torch.equal(weight, after[name]) for name, weight in policy.model.named_parameters())
 
 
 def test_batches_hold_every_response_token_once(rollouts: Rollouts) -> None:
