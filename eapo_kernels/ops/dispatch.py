@@ -87,19 +87,20 @@ class Entries(NamedTuple):
     rows: Tensor  # [E] int64 in [0, R), ascending
     ids: Tensor  # [E] int64, columns; INVALID ones are skipped
     values: Tensor  # [E] statistics dtype
+    distinct: bool = False  # every row has one entry
 
     @staticmethod
     def one_a_row(ids: Tensor, values: Tensor) -> Entries:
         """The entry of column ids[i] in row i, [R]."""
-        return Entries(torch.arange(len(ids), device=ids.device), ids, values)
+        return Entries(torch.arange(len(ids), device=ids.device), ids, values, True)
 
     def by_row(self, source: Tensor) -> WeightedRows:
         """values times the rows of source [V, D] that belong to the columns, to be added to the rows."""
-        return WeightedRows(self.rows, self.ids, self.values, source)
+        return WeightedRows(self.rows, self.ids, self.values, source, self.distinct)
 
     def by_column(self, source: Tensor) -> WeightedRows:
         """values times the rows of source [R, D], to be added to the columns."""
-        return WeightedRows.sort(self.ids, self.rows, self.values, source)
+        return WeightedRows.sort(self.ids, None if self.distinct else self.rows, self.values, source)
 
 
 class LogitGradient(NamedTuple):
@@ -126,15 +127,16 @@ class WeightedRows(NamedTuple):
     rows: Tensor  # [E] int64, row of source; INVALID ones are skipped
     values: Tensor  # [E] statistics dtype; with zero the row of source is not read
     source: Tensor  # [M, D]
+    distinct: bool = False  # no key has two entries
 
     @staticmethod
-    def sort(keys: Tensor, rows: Tensor, values: Tensor, source: Tensor) -> WeightedRows:
-        """Sort entries by key (stable); those of value zero become INVALID.
+    def sort(keys: Tensor, rows: Tensor | None, values: Tensor, source: Tensor) -> WeightedRows:
+        """Sort entries by key (stable); those of value zero become INVALID. rows: None: 0, 1, 2, ...
 
         Masked rows all have the same target, which would be one key with many entries.
         """
         keys, order = keys.masked_fill(values == 0, INVALID).sort(stable=True)
-        return WeightedRows(keys, rows[order], values[order], source)
+        return WeightedRows(keys, order if rows is None else rows[order], values[order], source)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Projection:
 
     def local_targets(self, targets: Tensor, valid: Tensor) -> Tensor:
         """Targets [N], 0 where not ``valid`` [N], as columns of ``weight``; others are ``ELSEWHERE`` or ``INVALID``."""
-        targets = torch.where(valid, targets, 0)
+        targets = targets * valid
         if self.shard is not None:
             return self.shard.local_targets(targets, self.vocab)
         return targets.masked_fill(targets != targets.clamp(0, self.vocab - 1), INVALID)

@@ -529,7 +529,7 @@ def logits_at(projection: Projection, rows: Tensor, ids: Tensor) -> Tensor:
 
 def add_rows(out: Tensor, first: int, entries: WeightedRows) -> None:
     """See ``Backend.add_rows``. Sums of segments by embedding_bag, one segment a key. Synchronizes on CUDA."""
-    keys, rows, values, source = entries
+    keys, rows, values, source, _ = entries
     kept = ((keys >= first) & (keys < first + len(out)) & (values != 0)).nonzero().squeeze(1)
     keys, rows, values = keys[kept], rows[kept].clamp(0, len(source) - 1), values[kept].to(out.dtype)
     for part in _parts(len(keys), out.shape[1], out.dtype):

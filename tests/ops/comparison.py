@@ -70,7 +70,7 @@ def dense(gradient: LogitGradient) -> Tensor:
     assert gradient.row_scale is not None
     full = gradient.matrix.double() * gradient.row_scale.double().unsqueeze(1)
     if gradient.entries is not None:
-        rows, ids, values = gradient.entries
+        rows, ids, values, _ = gradient.entries
         full.index_put_((rows, ids), values.double(), accumulate=True)
     return full
 

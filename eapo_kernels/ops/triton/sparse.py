@@ -174,7 +174,7 @@ def add_rows(
 ) -> tuple[Launch, ...]:
     """The launches, in order, that add ``entries`` to ``out`` [S, D] fp32, the rows of keys ``first`` and above.
 
-    The second one adds the carries of all blocks but the first. Tiles: instead of the table's.
+    The second one adds the carries of all blocks but the first; distinct keys have none. Tiles: instead of the table's.
     """
     n_entries, source, dim = entries.keys.numel(), entries.source, out.shape[1]
     tile = tile or tiles.find("add_rows", family(out.device), source.element_size(), dim)
@@ -192,7 +192,7 @@ def add_rows(
         "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
     first_launch = Launch(add_rows_kernel, blocks * triton.cdiv(dim, tile.block_d), arguments, options(tile), out.device)
-    if blocks == 1:
+    if blocks == 1 or entries.distinct:
         return (first_launch,)
     arguments = both | {"BLOCK_N": carries_tile.block_n, "BLOCK_D": carries_tile.block_d}
     grid = (blocks - 1) * triton.cdiv(dim, carries_tile.block_d)
