@@ -329,7 +329,7 @@ def _choose_schedule(schedule: str, config: EAPOConfig, plan: str, has_main: boo
 
 def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -> dict[str, Tensor]:
     """The metrics of the batch and, from sums over tokens, the means over the tokens that count."""
-    tokens = terms.lengths.sum()
+    tokens = terms.tokens
     counts = terms.valid.float() if terms.token_split else terms.lengths.clamp_max(1)
     fraction = counts.dot(terms.split.positive().float()) / counts.sum().clamp_min(1)
     metrics = {"eapo/positive_weight": terms.positive_weight, "eapo/positive_fraction": fraction, "tokens": tokens}

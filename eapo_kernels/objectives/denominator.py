@@ -28,5 +28,6 @@ def loss_denominator(
     method = get_method(method)
     check_batch(batch, method.config, debug=False)
     lam = resolve_positive_weight(method, positive_weight, batch.targets.device, False)
-    lengths = prepare(batch, method.config, lam).lengths
-    return (lengths if method.config.reduction == "token_mean" else (lengths > 0).float()).sum().clamp_min(1)
+    terms = prepare(batch, method.config, lam)
+    count = terms.tokens if method.config.reduction == "token_mean" else (terms.lengths > 0).sum().float()
+    return count.clamp_min(1)

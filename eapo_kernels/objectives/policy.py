@@ -34,7 +34,7 @@ class PolicyTerms:
         config: the loss.
         valid: [N] bool, the tokens that count (without responses that ``drop_zero_weight`` drops).
         sequence_ids: [N] int64 in [0, B), 0 for tokens that do not count.
-        lengths: [B] fp32, the tokens of each response that count.
+        lengths, tokens: [B] and 0-dim fp32, the tokens of each response that count, and of all.
         scale: [N] fp32, the reduction's weight of a token.
         importance: [N] fp32, truncated importance weight of the policy term, or None.
         advantages: [B] fp32, or [N] with ``token_advantages``; without the sign weights.
@@ -47,6 +47,7 @@ class PolicyTerms:
     valid: Tensor
     sequence_ids: Tensor
     lengths: Tensor
+    tokens: Tensor
     scale: Tensor
     importance: Tensor | None
     advantages: Tensor
@@ -154,12 +155,13 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         valid = valid & (kept if token_split else kept[sequence_ids])
     entropy_coef, ratio_penalty = masked(batch.entropy_coef), masked(batch.ratio_penalty)
     lengths = advantages.new_zeros(n_sequences(batch)).index_add_(0, sequence_ids, valid.float())
+    tokens = lengths.sum()
     scale = token_scale(
-        config.reduction, valid, sequence_ids, lengths, fixed_length=config.fixed_length, lengths=batch.sequence_lengths,
-        denominator=batch.denominator,
+        config.reduction, valid, sequence_ids, lengths, tokens, fixed_length=config.fixed_length,
+        lengths=batch.sequence_lengths, denominator=batch.denominator,
     )  # fmt: skip
     return PolicyTerms(
-        config, valid, sequence_ids, lengths, scale, importance, advantages, split, positive_weight,
+        config, valid, sequence_ids, lengths, tokens, scale, importance, advantages, split, positive_weight,
         old_logp, ref_logp, entropy_coef, ratio_penalty, token_advantages, token_split,
     )  # fmt: skip
 

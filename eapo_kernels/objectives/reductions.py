@@ -11,7 +11,7 @@ REDUCTIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_
 
 
 def token_scale(
-    reduction: str, valid: Tensor, sequence_ids: Tensor, here: Tensor, *, fixed_length: int | None,
+    reduction: str, valid: Tensor, sequence_ids: Tensor, here: Tensor, tokens: Tensor, *, fixed_length: int | None,
     lengths: Tensor | None = None, denominator: float | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """[N] fp32, the weight of each valid token; 0 for the others. reduction: one of ``REDUCTIONS``.
@@ -24,7 +24,7 @@ def token_scale(
     Args:
         valid: [N] bool.
         sequence_ids: [N] int64 in [0, B); 0 at tokens that are not valid.
-        here: [B] fp32, valid tokens of each response in this batch.
+        here, tokens: [B] and 0-dim fp32, valid tokens of each response in this batch, and of all.
         fixed_length: the constant of reduction ``fixed_length``, which raises EapoError without it.
         lengths: [B] valid tokens of each response everywhere; None: ``here``.
         denominator: the global number of tokens or responses, so that the losses of micro-batches
@@ -35,7 +35,7 @@ def token_scale(
     elif denominator is not None:
         count = here.new_full((), float(denominator))
     else:
-        count = (here.sum() if reduction == "token_mean" else (here > 0).sum().float()).clamp_min(1)
+        count = (tokens if reduction == "token_mean" else (here > 0).sum().float()).clamp_min(1)
     if reduction == "seq_mean_token_mean":
         count = (here if lengths is None else lengths.float()).clamp_min(1)[sequence_ids] * count
     elif reduction == "fixed_length":

@@ -411,7 +411,7 @@ def _step_stats(
         group_ids=group_ids,
         estimator=lambda rewards: estimator(rewards, group_ids),
         given=None if batch.advantages is None else batch.advantages.float(),
-        scale=token_scale(config.reduction, valid, ids, lengths, fixed_length=config.fixed_length),
+        scale=token_scale(config.reduction, valid, ids, lengths, lengths.sum(), fixed_length=config.fixed_length),
         state=dict(state or {}),
         progress=progress,
         seed=seed,

@@ -473,9 +473,13 @@ def scaled_exp_finalize(
         "row_inv_temperature": scale["row_inv_temperature"], "slope": scale["scale"],
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "ENTROPY": sums.entropy,
     }  # fmt: skip
-    logp, lse, offset, log_sum, _, _, *moments = out
-    entropy, mean = moments or (None, None)
-    final = Finalized(RowStatistics(logp, entropy, lse, offset, log_sum, mean), arguments["coefficient"], arguments["totals"])
+
+    def statistics() -> RowStatistics:
+        logp, lse, offset, log_sum, _, _, *moments = out
+        entropy, mean = moments or (None, None)
+        return RowStatistics(logp, entropy, lse, offset, log_sum, mean)
+
+    final = Finalized(statistics, arguments["coefficient"], arguments["totals"])
     return Launch(scaled_exp_finalize_kernel, programs, arguments, options(tile), device), final, out[4:6]
 
 

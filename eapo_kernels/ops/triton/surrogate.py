@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -94,9 +95,13 @@ def surrogate_arguments(terms: SurrogateTerms | None, like: Tensor, programs: in
 class Finalized(NamedTuple):
     """Outputs of a finalize launch; with terms coefficient [N] and totals [programs, len(SUMS)]."""
 
-    statistics: RowStatistics
+    read: Callable[[], RowStatistics]  # views of the launch's output; a fused loss needs none
     coefficient: Tensor | None
     totals: Tensor | None
+
+    @property
+    def statistics(self) -> RowStatistics:
+        return self.read()
 
     def coefficients(self) -> Coefficients:
         """The coefficients, and the programs' totals added up in a fixed order."""
