@@ -87,7 +87,7 @@ def sparsify(gradient: LogitGradient, targets: Tensor, tolerance: float) -> tupl
 
     Returns (gradient with the dense rows first, [C] the places that its rows had, tally), or (the same
     gradient, None, tally) where too few rows would be sparse, which costs the search in 32 rows.
-    tally: [4], the largest and the sum of the dropped shares, kept entries, dense rows (``Sparsity``).
+    tally: [5], the largest and the sum of the dropped shares, kept entries, sparse rows, C (``Sparsity``).
     """
     matrix, row_scale, entries = gradient
     assert matrix is not None

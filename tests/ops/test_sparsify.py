@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eapo_kernels import EapoError, Options
+from eapo_kernels import EapoError, Options, TokenBatch, eapo_loss
 from eapo_kernels.ops import dispatch, gradients, sparsify
 from eapo_kernels.ops.dispatch import Coefficients, Entries, LogitCotangents, LogitGradient
 from eapo_kernels.ops.gradients import MainGrad
 from eapo_kernels.ops.lm_head import Projection
+from eapo_kernels.ops.vocab_shard import VocabShard
 from eapo_kernels.types import SUMS
 
 FLOOR = 1 / 64
@@ -377,20 +379,47 @@ def test_a_tolerance_of_nothing_gains_nothing() -> None:
     assert all(a is None or torch.equal(a, b) for a, b in zip(found, exact, strict=True))
 
 
-@pytest.mark.parametrize("case", ["entropy", "lse", "softcap"])
+@pytest.mark.parametrize("case", ["entropy", "softcap"])
 def test_other_gradients_stay_exact(case: str) -> None:
     """Their rows have another form: all dense, the same bits."""
     projection, targets, cotangents = head(**({"softcap": 20.0} if case == "softcap" else {}))
     more = {"entropy": cotangents} if case == "entropy" else {}
-    if case == "lse":
-        gradient = LogitGradient(torch.ones(N, V), torch.ones(N))
-        assert not sparsify.applies(projection, gradient, LogitCotangents(cotangents, None, cotangents))
-        assert sparsify.applies(projection, gradient, LogitCotangents(cotangents))
-        return
     exact, _ = one_pass(projection, targets, cotangents, Options(), **more)
     found, report = one_pass(projection, targets, cotangents, Options(gradient_tolerance=0.1), **more)
     assert report == (0, 0, 0, 1)
     assert all(a is None or torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+
+
+def test_where_it_applies() -> None:
+    """Not with a cotangent of lse, on a split head, or to entries alone."""
+    projection, _, c = head()
+    gradient = LogitGradient(torch.ones(N, V), torch.ones(N))
+    assert sparsify.applies(projection, gradient, LogitCotangents(c))
+    assert not sparsify.applies(projection, gradient, LogitCotangents(c, None, c))
+    assert not sparsify.applies(replace(projection, shard=VocabShard("", 0, 2 * V, V)), gradient, LogitCotangents(c))
+    assert not sparsify.applies(projection, LogitGradient(None, None), LogitCotangents(c))
+
+
+@pytest.mark.parametrize("schedule", ["one_pass", "autograd"])
+def test_the_loss_is_exact_and_its_gradient_within_the_tolerance(schedule: str) -> None:
+    """The autograd schedule stays exact."""
+    projection, targets, _ = head()
+    draw = torch.Generator().manual_seed(1)
+    rewards = torch.rand(8, generator=draw)
+    groups = torch.arange(8) // 4
+    batch = TokenBatch(targets, torch.arange(N) // 12, rewards, groups, mask=torch.rand(N, generator=draw) < 0.9)
+
+    def run(tolerance: float | None) -> tuple[Tensor, list[Tensor]]:
+        leaves = [t.clone().requires_grad_() for t in (projection.hidden, projection.weight)]
+        out = eapo_loss(*leaves, batch, positive_weight=0.7, schedule=schedule, options=Options(gradient_tolerance=tolerance))
+        out.loss.backward()
+        return out.loss.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    (loss, exact), (same, found) = run(None), run(0.02)
+    assert torch.equal(loss, same)
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+    assert len(errors) == 2
+    assert max(errors) == 0 if schedule == "autograd" else 0 < max(errors) < 0.02
 
 
 def test_no_rows_and_only_dead_rows() -> None:
