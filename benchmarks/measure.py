@@ -146,13 +146,14 @@ def measure(
     able = [p for p in providers if mode in p.modes]
     runs: dict[str, Callable[[], Results]] = {}
     errors: dict[str, Errors] = {}
+    metrics: dict[str, dict[str, float]] = {}
     memory: dict[str, int] = {}
     reasons: dict[str, str] = {}
     broken: list[str] = []
     for provider in able:
         reason = provider.unavailable(device)
         if reason is None:
-            reason = _try(provider, case, reference, mode, runs, errors, memory)
+            reason = _try(provider, case, reference, mode, runs, errors, metrics, memory)
             if reason is not None and provider.name.startswith("eapo"):
                 broken.append(f"{provider.name}: {reason}")
         if reason is not None:
@@ -167,6 +168,7 @@ def measure(
     rows = [
         _row(provider, case, mode, reference)
         | {"errors": errors.get(provider.name, {}), "peak_bytes": memory.get(provider.name)}
+        | ({"metrics": metrics[provider.name]} if metrics.get(provider.name) else {})
         | _timing(provider.name, times, case.useful_flops(mode))
         | {"clocks": state, "error": reasons.get(provider.name) or (None if verdict["green"] else "not timed: the gate is red")}
         for provider in able
@@ -181,13 +183,17 @@ def _try(
     mode: str,
     runs: dict[str, Callable[[], Results]],
     errors: dict[str, Errors],
+    metrics: dict[str, dict[str, float]],
     memory: dict[str, int],
 ) -> str | None:
     """Prepare and run once for the errors and once for the memory; why it failed, or None."""
     cuda = case.hidden.is_cuda
     try:
         run = provider.prepare(case, mode)
-        errors[provider.name] = reference.errors(run(), provider.objective)
+        results = run()
+        errors[provider.name] = reference.errors(results, provider.objective)
+        metrics[provider.name] = {name: float(value) for name, value in results.items() if "/" in name}
+        del results  # before the memory is measured
         memory[provider.name] = peak_memory(run, case.hidden.device)
         runs[provider.name] = run
     except Exception as error:  # a peer's own code: whatever it raises is its result

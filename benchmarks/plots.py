@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .case import SPARSE_MODES
 from .report import FLOOR, Group, Result, Row, family, groups, is_floor, is_ours, over
 
 _COLORS = {
@@ -142,3 +143,57 @@ def _lines(plot: Plot, members: list[Group]) -> Lines:
         if len(points[name]) >= 2:
             best.setdefault(family(name), name)
     return {name: sorted(points[name].items()) for name in best.values()}
+
+
+def draw_sparse(result: Result, path: Path) -> None:
+    """Time over three whole products, and what is kept, along the mean entropy, of the modes of ``SPARSE_MODES``.
+
+    Nothing where the result has none of them. Raises ImportError without matplotlib.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    kept: list[tuple[float, float, float]] = []
+    for group in groups(result):
+        for row in group.timed if group.mode in SPARSE_MODES else ():
+            x, time, metrics = row["mean_entropy_nats"], over(row, FLOOR), row.get("metrics")
+            what = (
+                row["provider"]
+                .removeprefix("eapo_torch_")
+                .replace("one_pass", "eapo_loss")
+                .replace("exact", "eapo_loss, exact")
+            )
+            if (
+                time is not None
+                and not is_floor(row["provider"])
+                and what in ("eapo_loss", "eapo_loss, exact", "unfused_eager")
+            ):
+                lines.setdefault(f"{what}, {group.mode.replace('_', ' ')}", []).append((x, time))
+            if metrics:
+                kept.append((x, metrics["sparse/kept_per_row"], metrics["sparse/dense_share"]))
+    if not lines:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots: expected matplotlib, got none; pip install '.[train]'") from error
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, points in lines.items():
+        ours = name.startswith("eapo")
+        left.plot(
+            *zip(*sorted(points), strict=True),
+            label=name,
+            marker="o",
+            linestyle="-" if ours else "--",
+            color=None if ours else "#7A7A7A",
+        )
+    left.set(xlabel="mean entropy, nats", ylabel="time / three whole products", ylim=(0, None))
+    left.legend(fontsize=8)
+    entropy, entries, dense = zip(*sorted(kept), strict=True)
+    right.plot(entropy, entries, marker="o", label="entries of a sparse row")
+    right.set(xlabel="mean entropy, nats", ylabel="entries a row", ylim=(0, None))
+    share = right.twinx()
+    share.plot(entropy, [100 * value for value in dense], marker="s", linestyle="--", color="#D55E00")
+    share.set(ylabel="whole rows, % (dashed)", ylim=(0, 100))
+    for axes in (left, right):
+        axes.grid(True, color="#E2E2E2")
+    figure.savefig(path, dpi=110)

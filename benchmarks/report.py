@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .case import MASK_SIZE, SPARSE_MODES
 from .results import FOLDER, ROOT, ResultFile, load, newest
 
 Row = dict[str, Any]
@@ -307,7 +308,54 @@ def readme_part(result: Result) -> str:
     small = next((g for g in timed[1:] if g.memory_budget is not None), None)
     if small is not None:
         lines += ["", f"The same at {small.case}:", "", *_readme_table(small, found, is_gpu(result))]
+    table = sparse_table(found)
+    if table:
+        lines += [
+            "",
+            "With a sampling mask or a gradient tolerance ([docs/sparse.md](docs/sparse.md)), on rows of SmolLM2-135M:",
+            "",
+            *table,
+        ]
     return "\n".join(lines)
+
+
+def sparse_table(found: list[Group]) -> list[str]:
+    """The loss with both gradients over a sampling mask and with a gradient tolerance, beside the exact one."""
+    body = []
+    for group in found:
+        ours = {row["provider"].rsplit("_", 1)[-1]: row for row in group.timed if is_ours(row["provider"])}
+        row = ours.get("pass")
+        if group.mode not in SPARSE_MODES or row is None:
+            continue
+        metrics, exact = row.get("metrics", {}), ours.get("exact")
+        errors = [error(row["errors"].get(name)) for name in ("d_hidden", "d_weight")]
+        kept = f"{metrics['sparse/kept_per_row']:.0f}" if metrics else str(MASK_SIZE)
+        dense = f"{100 * metrics['sparse/dense_share']:.1f} %" if metrics else "-"
+        cells = [ratio(over(row, FLOOR)), "-" if exact is None else ratio(over(exact, FLOOR)), *errors]
+        body.append([f"`{group.mode}`", f"{row['mean_entropy_nats']:.2f}", kept, dense, *cells, mebibytes(row["peak_bytes"])])
+    head = [
+        "mode",
+        "mean entropy, nats",
+        "entries a row",
+        "whole rows",
+        "time / three whole products",
+        "exact",
+        "d_hidden error",
+        "d_weight error",
+        "peak MiB",
+    ]
+    return markdown_table(head, body) if body else []
+
+
+def sparse_part(result: Result) -> str:
+    """The table of a result, and its picture."""
+    env, table = result["environment"], sparse_table(groups(result))
+    if not table:
+        return "No result has these modes."
+    shape = next(g.shape for g in groups(result) if g.mode in SPARSE_MODES)
+    where = f"{env['gpu']}, torch {env['torch']}, {env['date'][:10]}, commit {env['commit']}"
+    picture = "![Time over three products and entries a row, over the mean entropy](sparse.png)"
+    return "\n".join([f"{where}; {shape}, rows of SmolLM2-135M at three temperatures.", "", *table, "", picture])
 
 
 def _readme_table(main: Group, found: list[Group], gpu: bool) -> list[str]:
@@ -391,6 +439,7 @@ def methods_part(result: Result) -> str:
 
 README = Target(ROOT / "README.md", "benchmark", readme_part)
 DOCS = Target(ROOT / "docs" / "benchmarks.md", "results", docs_part)
+SPARSE = Target(ROOT / "docs" / "sparse.md", "sparse", sparse_part)
 OVERHEAD = Target(ROOT / "docs" / "benchmarks.md", "methods", methods_part)
 
 
@@ -411,9 +460,15 @@ def main(arguments: list[str] | None = None) -> int:
         results = [load(path) for path in options.result] if options.result else newest_results(FOLDER)
         overheads = newest_results(FOLDER / "methods")
         if options.check:
-            return _check([(README, results), (DOCS, results), (OVERHEAD, overheads)])
+            return _check([(README, results), (DOCS, results), (SPARSE, results), (OVERHEAD, overheads)])
+        if options.docs:
+            from .plots import draw_sparse
+
+            for result in results:
+                draw_sparse(result, SPARSE.path.with_suffix(".png"))
         for target, wanted, shown in (
             (DOCS, options.docs, results),
+            (SPARSE, options.docs, results),
             (OVERHEAD, options.docs, overheads),
             (README, options.readme, results),
         ):

@@ -45,7 +45,8 @@ def _loss(backend: str, schedule: str, *, exact: bool = False) -> Callable[[Case
                 backend=backend,
                 options=options,
             )
-            return gradients(out.loss, hidden, weight)
+            sparse = {name: value for name, value in out.metrics.items() if name.startswith("sparse/")}
+            return gradients(out.loss, hidden, weight) | sparse
 
         return run
 

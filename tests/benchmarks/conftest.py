@@ -47,5 +47,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     methods = tmp_path / "docs" / "methods.md"
     methods.write_text("<!-- methods -->\nNo result is committed yet.\n<!-- /methods -->\n")
     monkeypatch.setattr(report, "OVERHEAD", replace(report.OVERHEAD, path=methods))
+    sparse = tmp_path / "docs" / "sparse.md"
+    sparse.write_text("# Sparse\n\n<!-- sparse -->\n<!-- /sparse -->\n")
+    monkeypatch.setattr(report, "SPARSE", replace(report.SPARSE, path=sparse))
     monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
     return tmp_path

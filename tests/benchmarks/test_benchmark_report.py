@@ -12,6 +12,7 @@ import pytest
 from invented_results import FACTORS, Result, failed_row, save, tables
 
 from benchmarks import plots, report
+from benchmarks.case import SPARSE_MODES
 from benchmarks.report import absent, environment_line, groups, result_section, settings
 
 
@@ -140,7 +141,7 @@ def test_blocks_are_renewed_and_checked(
         save({"gpu": gpu_result, "cpu": cpu_result}[kind], project / "results")
     assert report.main(["--check"]) == 1
     assert capsys.readouterr().err == (
-        "README.md, benchmarks.md: not what benchmarks/results says; run python -m benchmarks.report --docs --readme\n"
+        "README.md, benchmarks.md, sparse.md: not what benchmarks/results says; run python -m benchmarks.report --docs --readme\n"
     )
     assert report.main(["--docs"]) == 0
     assert report.main(["--check"]) == 1
@@ -179,6 +180,29 @@ def test_marks_must_be_there_and_the_newest_cannot_be_chosen(tmp_path: Path) -> 
     with pytest.raises(SystemExit) as stopped:
         report.main(["--result", "x.json", "--readme"])
     assert stopped.value.code == 2
+
+
+def test_sparse_modes_have_a_table_and_a_picture(project: Path, cpu_result: Result) -> None:
+    like = cpu_result["rows"][0]
+    times = {"bare_gemms": 1.0, "unfused_eager": 1.6, "eapo_torch_one_pass": 0.6, "eapo_torch_exact": 1.1}
+    kept = {"sparse/kept_per_row": 37.2, "sparse/dense_share": 0.052}
+    for entropy in (0.5, 1.5):
+        for mode in SPARSE_MODES:
+            for provider, time in times.items():
+                sparse = mode == "sparse_gradient" and provider == "eapo_torch_one_pass"
+                errors = {} if provider == "bare_gemms" else {"d_hidden": 1.5e-3, "d_weight": 4e-4}
+                row = {"provider": provider, "mode": mode, "inputs": f"real_{entropy}", "mean_entropy_nats": entropy,
+                       "errors": errors, "time_over": {"bare_gemms": time}}  # fmt: skip
+                cpu_result["rows"].append(like | row | ({"metrics": kept} if sparse else {}))
+    save(cpu_result, project / "results")
+    assert report.main(["--docs", "--readme"]) == 0
+    assert report.main(["--check"]) == 0
+    text = (project / "docs" / "sparse.md").read_text()
+    assert "| `sparse_gradient` | 0.50 | 37 | 5.2 % | 0.60 | 1.10 | 1.5e-03 | 4.0e-04 |" in text
+    assert "| `sampling_mask` | 1.50 | 50 | - | 0.60 | 1.10 |" in text
+    assert "![Time over three products and entries a row, over the mean entropy](sparse.png)" in text
+    assert (project / "docs" / "sparse.png").stat().st_size > 10_000
+    assert "With a sampling mask or a gradient tolerance" in (project / "README.md").read_text()
 
 
 def test_committed_blocks_are_current() -> None:
