@@ -78,6 +78,7 @@ def check(gradient: LogitGradient, targets: Tensor, tolerance: float) -> Outcome
     found[order] = written_out(result, *shape)
     sparse[order[0 if result.matrix is None else len(result.matrix) :]] = True
     assert torch.equal(found[~sparse].nan_to_num(7.0), exact[~sparse].nan_to_num(7.0)), "dense rows are exact"
+    assert (found != 0).sum(1)[sparse].amax() <= shape[1] // 32
     norm = 2 * exact.gather(1, targets[:, None]).squeeze(1).abs()
     floor = torch.where(norm.isfinite(), norm, 0).mean() * FLOOR
     error = (found - exact).abs().sum(1)[sparse]
@@ -86,7 +87,7 @@ def check(gradient: LogitGradient, targets: Tensor, tolerance: float) -> Outcome
     assert bool((error <= allowed * (1 + 1e-5) + 1e-30).all()), "(S1)"
     own = exact.gather(1, targets[:, None])
     assert torch.allclose(found.gather(1, targets[:, None]).float()[sparse], own.float()[sparse], rtol=1e-6, atol=0)
-    shares = error / torch.maximum(norm[sparse], floor) * 2  # of R, which is half the norm
+    shares = (error / torch.maximum(norm[sparse], floor) * 2).nan_to_num(0)  # of R, half the norm; 0 / 0 without cotangents
     assert float(report.dropped_mass_max) <= 2 * tolerance * (1 + 1e-6)
     assert float(shares.max()) <= float(report.dropped_mass_max) * (1 + 1e-4) + 1e-6
     assert math.isclose(float(report.dense_share), 1 - float(sparse.float().mean()), abs_tol=1e-6)
@@ -183,6 +184,8 @@ def test_rows_without_a_cotangent_have_no_entries_but_a_nan_shows(form: str) -> 
     assert not outcome.sparse[:2].any()
     assert not outcome.found[2::2].any()
     assert outcome.found[:2].isnan().any(1).all()
+    nothing = check(chunk_gradient(z[2:], targets[2:], cotangents[2:] * 0, form), targets[2:], 2e-3)
+    assert nothing.sparse.all()
 
 
 def test_infinite_rows_and_invalid_targets_stay_dense() -> None:
@@ -190,10 +193,20 @@ def test_infinite_rows_and_invalid_targets_stay_dense() -> None:
     gradient = chunk_gradient(z, targets, cotangents, "exponentials")
     assert gradient.matrix is not None
     gradient.matrix[0, 9], gradient.matrix[1, 9] = torch.inf, -torch.inf
+    gradient.matrix[2] = 0
     result, order, _ = sparsify.sparsify(gradient, targets.index_fill(0, torch.tensor([2, 3]), -1), 0.1)
     assert order is not None
     assert result.matrix is not None
     assert {0, 1, 2, 3} <= set(order[: len(result.matrix)].tolist())
+
+
+def test_rows_of_the_other_sign_stay_dense() -> None:
+    """The gradient itself as the matrix: where the cotangent is positive, its other entries are negative."""
+    z, targets, cotangents = random_logits(64, 1031, 3)
+    matrix = written_out(chunk_gradient(z, targets, cotangents, "exponentials"), 64, 1031).float()
+    outcome = check(LogitGradient(matrix, torch.ones(64)), targets, 0.1)
+    assert not outcome.sparse[cotangents > 0].any()
+    assert outcome.sparse[cotangents < 0].any()
 
 
 def test_kept_entries_are_about_the_fewest_possible() -> None:
