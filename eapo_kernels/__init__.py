@@ -14,7 +14,8 @@ from .ops.dispatch import available_backends
 from .ops.nucleus import nucleus_entropy
 from .ops.token_stats import token_stats
 from .ops.vocab_shard import VocabShard
-from .types import LossOutput, Options, TokenBatch, TokenStats, TokenSupport
+from .support import TokenSupport
+from .types import LossOutput, Options, TokenBatch, TokenStats
 
 __version__ = "0.1.0"
 

@@ -29,7 +29,8 @@ from .ops.nucleus import project_nucleus_entropy
 from .ops.sparsify import Sparsity
 from .ops.token_stats import project_stats
 from .ops.vocab_shard import VocabShard
-from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch, TokenSupport, rows_of
+from .support import TokenSupport
+from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch, rows_of
 
 SCHEDULES = ("auto", "one_pass", "autograd")
 

@@ -40,8 +40,9 @@ from .ops import verdicts
 from .ops.dispatch import available_backends
 from .ops.token_stats import token_stats
 from .ops.verdicts import Question, Verdict
+from .support import TokenSupport
 from .testing import eager_token_stats
-from .types import IGNORE_INDEX, Options, TokenBatch, TokenStats, TokenSupport
+from .types import IGNORE_INDEX, Options, TokenBatch, TokenStats
 
 N_ROWS, FEW_ROWS = 300, 120
 """Rows on a GPU, and of interpreted kernels, whose programs run one after the other."""

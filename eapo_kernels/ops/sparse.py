@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import may_read
-from ..types import IGNORE_INDEX, TokenStats, TokenSupport
+from ..support import TokenSupport
+from ..types import IGNORE_INDEX, TokenStats
 from . import dispatch, torch_backend
 from .dispatch import Backend, Entries, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
 from .gradients import GradientSum

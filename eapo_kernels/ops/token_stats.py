@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import EapoError, ShapeError, describe, require, require_tensor
-from ..types import IGNORE_INDEX, Options, TokenStats, TokenSupport, require_support
+from ..support import TokenSupport, require_support
+from ..types import IGNORE_INDEX, Options, TokenStats
 from . import chunking, collective_checks, dispatch, gemm, sparse
 from .dispatch import Backend, Entries, LogitCotangents, LogitGradient, RowStatistics
 from .gradients import Gradients, GradientSum
@@ -435,7 +436,8 @@ def token_stats(
             targets = torch.where(mask, targets, IGNORE_INDEX)
         require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
         targets = targets.reshape(-1)
-        require_support(support, targets, "support")
+        if support is not None:
+            require_support(support, targets, "support")
         if not torch.compiler.is_compiling():  # once: forward and backward take the same backend
             backend = dispatch.resolve(backend, projection).name
     except EapoError as error:

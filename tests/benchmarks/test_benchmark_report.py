@@ -141,7 +141,8 @@ def test_blocks_are_renewed_and_checked(
         save({"gpu": gpu_result, "cpu": cpu_result}[kind], project / "results")
     assert report.main(["--check"]) == 1
     assert capsys.readouterr().err == (
-        "README.md, benchmarks.md, sparse.md: not what benchmarks/results says; run python -m benchmarks.report --docs --readme\n"
+        "README.md, benchmarks.md, sparse.md: not what benchmarks/results says; "
+        "run python -m benchmarks.report --docs --readme\n"
     )
     assert report.main(["--docs"]) == 0
     assert report.main(["--check"]) == 1
