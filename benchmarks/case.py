@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from eapo_kernels import Options, TokenBatch
+from eapo_kernels import Options, TokenBatch, TokenSupport
 from eapo_kernels.objectives.advantages import group_norm
 from eapo_kernels.testing import make_inputs
 from eapo_kernels.types import IGNORE_INDEX
+
+from .real_rows import TEMPERATURES, real_inputs
 
 POSITIVE_WEIGHT, CLIP = 0.7, 0.2
 N_RESPONSES, GROUP_SIZE = 16, 4
@@ -21,9 +23,15 @@ MODES = ("fwd", "fwd_bwd", "frozen_head", "half_zero_rows")
 d_hidden only. half_zero_rows: fwd_bwd where the second half of every response is masked, as padding
 is."""
 
-INPUTS = ("peaked", "uniform", "steep")
+SPARSE_MODES = ("sampling_mask", "sparse_gradient")
+"""sampling_mask: fwd_bwd where each token was drawn from the ``MASK_SIZE`` likeliest, and all is over these alone.
+sparse_gradient: fwd_bwd with ``Options(gradient_tolerance=TOLERANCE)`` where a provider has it, else exact."""
+
+MASK_SIZE, TOLERANCE = 50, 2e-3
+
+INPUTS = ("peaked", "uniform", "steep", *TEMPERATURES)
 """peaked, uniform: see ``make_inputs``. steep: peaked with all logits doubled, where rounding
-logits hurts most."""
+logits hurts most. real_*: of a language model, see ``real_rows``."""
 
 OBJECTIVES = ("policy", "cross_entropy")
 """policy: ``policy_loss``. cross_entropy: the mean of -logp, all that some peers can compute."""
@@ -53,6 +61,8 @@ class Case:
         lse, logp, entropy: [N] in float64, of every row, masked ones too.
         largest_logit: max |z| over the matrix.
         memory_budget: bytes for this package's logit-sized workspace; None: its default.
+        support: [N, K] int64, the ids that could be drawn, where they are not all.
+        gradient_tolerance: of this package's one-pass schedule, or None.
     """
 
     inputs_name: str
@@ -67,6 +77,8 @@ class Case:
     entropy: Tensor
     largest_logit: float
     memory_budget: int | None = None
+    support: Tensor | None = None
+    gradient_tolerance: float | None = None
 
     @property
     def n(self) -> int:
@@ -92,7 +104,7 @@ class Case:
 
     @property
     def options(self) -> Options:
-        return Options(memory_budget=self.memory_budget)
+        return Options(memory_budget=self.memory_budget, gradient_tolerance=self.gradient_tolerance)
 
     @property
     def n_valid(self) -> int:
@@ -100,6 +112,8 @@ class Case:
 
     def useful_flops(self, mode: str) -> int:
         """Operations of the matrix products that the job needs."""
+        if self.support is not None:
+            return 6 * self.support.numel() * self.d
         return 2 * _PRODUCTS[mode] * self.n_valid * self.d * self.v
 
     def least_bytes(self, mode: str) -> int:
@@ -113,7 +127,11 @@ class Case:
         return {"N": self.n, "D": self.d, "V": self.v, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def for_mode(self, mode: str) -> Case:
-        """This case, or the one with half of its rows masked."""
+        """This case, the one with half of its rows masked, with a sampling mask, or with a tolerance."""
+        if mode == "sampling_mask":
+            return _with_sampling_mask(self)
+        if mode == "sparse_gradient":
+            return replace(self, gradient_tolerance=TOLERANCE)
         if mode != "half_zero_rows":
             return self
         length = self.n // N_RESPONSES
@@ -150,7 +168,11 @@ def make_case(
         raise ValueError(f"n: expected a multiple of {N_RESPONSES}, got {n}")
     if inputs not in INPUTS:
         raise ValueError(f"inputs: expected one of {', '.join(INPUTS)}, got {inputs!r}")
-    made = make_inputs(n, d, v, dtype=dtype, peaked=inputs != "uniform", device=device, seed=seed)
+    if inputs in TEMPERATURES:
+        made = real_inputs(n, d, v, inputs, N_RESPONSES, dtype)
+        made = replace(made, hidden=made.hidden.to(device), weight=made.weight.to(device), targets=made.targets.to(device))
+    else:
+        made = make_inputs(n, d, v, dtype=dtype, peaked=inputs != "uniform", device=device, seed=seed)
     if inputs == "steep":
         made.hidden.mul_(2)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -165,6 +187,25 @@ def make_case(
     valid = torch.ones(n, dtype=torch.bool, device=device)
     statistics = (lse, logp, entropy, largest)
     return Case(inputs, made.hidden, made.weight, made.targets, valid, batch, weighted, *statistics, memory_budget)
+
+
+def _with_sampling_mask(case: Case) -> Case:
+    """The case over the likeliest ``MASK_SIZE`` ids of each row, the target in the last's place if it is not one of them."""
+    parts = []
+    for start in range(0, case.n, _EXACT_ROWS):
+        rows = slice(start, start + _EXACT_ROWS)
+        ids = (case.hidden[rows].float() @ case.weight.float().T).topk(min(MASK_SIZE, case.v)).indices
+        target = case.targets[rows, None]
+        ids[:, -1:] = torch.where((ids == target).any(1, keepdim=True), ids[:, -1:], target)
+        z = (case.hidden[rows, None].double() * case.weight[ids].double()).sum(-1)
+        lse = z.logsumexp(1)
+        log_p = z - lse[:, None]
+        logp = torch.where(ids == target, log_p, 0.0).sum(1)
+        parts.append((ids, lse, logp, -(log_p.exp() * log_p).sum(1)))
+    support, lse, logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    old_logp = (case.old_logp - case.logp + logp).float()
+    batch = replace(case.batch, old_logp=old_logp, support=TokenSupport.from_padded(support))
+    return replace(case, batch=batch, lse=lse, logp=logp, entropy=entropy, support=support)
 
 
 def _exact_statistics(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -247,6 +288,9 @@ def _logit_gradient(case: Case, coefficient: Tensor, rows: Tensor, columns: Tens
     """a_t (1[v = y_t] - p_v), [rows, columns] float64; ``weight`` holds the columns' rows in
     float64."""
     p = (case.hidden[rows].double() @ weight.T).sub_(case.lse[rows, None]).exp_()
+    if case.support is not None:
+        allowed = torch.zeros(len(rows), case.v, dtype=torch.bool, device=rows.device).scatter_(1, case.support[rows], True)
+        p *= allowed[:, columns]
     is_target = case.targets[rows, None] == columns[None, :]
     return (is_target.double() - p).mul_(coefficient[rows, None])
 

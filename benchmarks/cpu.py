@@ -14,16 +14,21 @@ from pathlib import Path
 
 import torch
 
-from .case import INPUTS, MODES
+from .case import INPUTS, MODES, SPARSE_MODES
 from .measure import Job, Limits, print_missing, sweep
 from .providers import chosen
+from .real_rows import TEMPERATURES
 from .results import ResultFile, environment
+
+EVERY = (*MODES, *SPARSE_MODES)
 
 CASES = (
     Job(512, 576, 49152, torch.float32),
     Job(1536, 576, 49152, torch.float32, modes=("fwd_bwd",), memory_budget=32 * 2**20),
+    *(Job(1024, 576, 49152, torch.float32, inputs, modes=SPARSE_MODES) for inputs in TEMPERATURES),
 )
-"""SmolLM2-135M's head. 512 tokens: a small step. 1536 tokens: 288 MiB of fp32 logits."""
+"""SmolLM2-135M's head. 512 tokens: a small step. 1536 tokens: 288 MiB of fp32 logits. 1024 of its own rows, at three
+temperatures."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each provider that count (default: %(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, default=None, metavar=("N", "D", "V"), help="instead of the two cases")
     parser.add_argument("--budget", type=float, default=None, metavar="MIB", help="memory budget of --shape, default: 512 MiB")
-    parser.add_argument("--inputs", choices=INPUTS, nargs="+", default=["peaked"], help="default: peaked")
-    parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES), help="default: all that the case has")
+    parser.add_argument("--inputs", choices=INPUTS, nargs="+", default=None, help="default: those of the case")
+    parser.add_argument("--modes", choices=EVERY, nargs="+", default=list(EVERY), help="default: all that the case has")
     parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="providers whose names begin so")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="leave out providers whose names begin so")
     options = parser.parse_args(arguments)
@@ -47,11 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     cases = CASES
     if options.shape is not None:
         budget = None if options.budget is None else int(options.budget * 2**20)
-        cases = (Job(*options.shape, torch.float32, memory_budget=budget),)
+        cases = (Job(*options.shape, torch.float32, modes=EVERY, memory_budget=budget),)
     jobs = [
         Job(one.n, one.d, one.v, one.dtype, inputs, tuple(m for m in one.modes if m in options.modes), one.memory_budget)
         for one in cases
-        for inputs in options.inputs
+        for inputs in options.inputs or [one.inputs]
     ]
     sweep([job for job in jobs if job.modes], providers, result, options.out, "cpu", Limits(options.rounds))
     if options.out is not None:

@@ -20,16 +20,15 @@ from triton.errors import TritonError
 from eapo_kernels import EapoError, Options, reference
 from eapo_kernels.ops import chunking
 from eapo_kernels.ops.chunking import workspace_bytes
-from eapo_kernels.ops.dispatch import LogitCotangents, RowStatistics, SurrogateTerms, TargetRows
+from eapo_kernels.ops.dispatch import LogitCotangents, RowStatistics, SurrogateTerms, WeightedRows
 from eapo_kernels.ops.gemm import project_
 from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.ops.triton import tiles
-from eapo_kernels.ops.triton.common import INTERPRETED, workspace
+from eapo_kernels.ops.triton.common import INTERPRETED, Launch, workspace
 from eapo_kernels.ops.triton.logit_grad import logit_gradient, row_gradient
 from eapo_kernels.ops.triton.online_softmax import PartialSums, finalize, row_statistics, stream_statistics
 from eapo_kernels.ops.triton.scaled_exp import (
     ScaledExpSums,
-    add_target_rows,
     collect_rescue_ids,
     row_maxima,
     row_offsets,
@@ -37,6 +36,7 @@ from eapo_kernels.ops.triton.scaled_exp import (
     scaled_exp_gemm,
     window,
 )
+from eapo_kernels.ops.triton.sparse import add_rows, logits_at
 from eapo_kernels.ops.triton.surrogate import Finalized
 from eapo_kernels.ops.triton.tiles import PRODUCTS, TABLE, Entry, Tile, family, find
 from eapo_kernels.testing import make_inputs
@@ -153,6 +153,21 @@ class Operands:
             for name, value in _statistics(z, self.targets[rows]).items():
                 parts.setdefault(name, []).append(value)
         return {name: torch.cat(values) for name, values in parts.items()}
+
+    @cached_property
+    def support(self) -> Tensor:
+        """[N, 8] int64 ids: the target, others at random, and in half of the places id 0."""
+        if self.meta:
+            return self._meta(self.n, 8, dtype=torch.int64)
+        g, vocab = torch.Generator().manual_seed(7), self.projection.vocab
+        others = torch.where(torch.rand(self.n, 7, generator=g) < 0.5, 0, torch.randint(vocab, (self.n, 7), generator=g))
+        return torch.cat([self.targets.unsqueeze(1), others.to(self.targets.device)], 1)
+
+    @property
+    def rows_of_support(self) -> Tensor:
+        """[8 N] int64, the row of each id."""
+        rows = torch.arange(self.n, device=self.targets.device)
+        return rows.unsqueeze(1).expand(-1, 8).flatten()
 
     @cached_property
     def statistics(self) -> RowStatistics:
@@ -483,17 +498,52 @@ def _scaled_exp_finalize(o: Operands, tile: Tile | None) -> Run:
     return Run(launch, (launch.arguments["out"],), lambda: o.compare(final), before=before)
 
 
-def _target_rows(o: Operands, tile: Tile | None) -> Run:
-    factor, hidden = o.cotangents.logp, o.projection.hidden
-    assert factor is not None
+def _logits_at(o: Operands, tile: Tile | None) -> Run:
+    p, ids = o.projection, o.support
+    launch, out = logits_at(p, o.rows_of_support, ids.flatten(), tile=tile)
+
+    def results() -> Results:
+        for got, column in zip(out.view(ids.shape).unbind(1), ids.unbind(1), strict=True):
+            yield "logits", got, (p.hidden.double() * p.weight[column].double()).sum(1)
+
+    return Run(launch, (out,), results)
+
+
+def _entries(o: Operands, **tile: Tile | None) -> tuple[Tensor, tuple[Launch, ...], Callable[[], Results]]:
+    """(d_weight [V, D], the two launches that add a support's entries to it, results after both)."""
+    values, hidden, ids = o.cotangents.logp, o.projection.hidden, o.support
+    assert values is not None
     out = torch.empty_like(o.projection.weight, dtype=torch.float32)
-    rows = TargetRows(o.targets, o.targets, hidden, factor) if o.meta else TargetRows.sort(o.targets, hidden, factor)
+    rows = o.rows_of_support
+    entries = WeightedRows.sort(ids.flatten(), rows, values[rows], hidden)
 
     def results() -> Results:
         expected = torch.zeros_like(out, dtype=torch.float64)
-        yield "rows", out, expected.index_add_(0, o.targets, hidden.double() * factor.double().unsqueeze(1))
+        for column in ids.unbind(1):
+            expected.index_add_(0, column, hidden.double() * values.double().unsqueeze(1))
+        yield "rows", out, expected
 
-    return Run(add_target_rows(out, 0, rows, tile=tile), (), results, reset=out.zero_, outputs=lambda: [out])
+    return out, add_rows(out, 0, entries, **tile), results
+
+
+def _add_rows(o: Operands, tile: Tile | None) -> Run:
+    out, (launch, carries), both = _entries(o, tile=tile)
+
+    def results() -> Results:
+        carries()
+        return both()
+
+    return Run(launch, (), results, reset=out.zero_, outputs=lambda: [out])
+
+
+def _add_carries(o: Operands, tile: Tile | None) -> Run:
+    out, (first, launch), results = _entries(o, carries_tile=tile)
+
+    def reset() -> None:
+        out.zero_()
+        first()
+
+    return Run(launch, (), results, reset=reset, outputs=lambda: [out])
 
 
 def _cuda_stream_statistics(o: Operands, tile: Any) -> Run:
@@ -580,7 +630,9 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("triton", "row_maxima"): Kernel(_row_maxima, scaled_exp=True, typed=True),
     ("triton", "scaled_exp_rescue"): Kernel(_scaled_exp_rescue, scaled_exp=True, typed=True),
     ("triton", "scaled_exp_finalize"): Kernel(_scaled_exp_finalize, _MERGE, scaled_exp=True),
-    ("triton", "target_rows"): Kernel(_target_rows, _VECTORS, scaled_exp=True, typed=True),
+    ("triton", "logits_at"): Kernel(_logits_at, _VECTORS, scaled_exp=True, typed=True),
+    ("triton", "add_rows"): Kernel(_add_rows, _VECTORS, scaled_exp=True, typed=True),
+    ("triton", "add_carries"): Kernel(_add_carries, _VECTORS, scaled_exp=True),
     ("cuda", "stream_statistics"): Kernel(_cuda_stream_statistics, _CUDA, chunked=False, typed=True),
     ("cuda", "scaled_exp_gemm"): Kernel(_cuda_scaled_exp_gemm, _CUDA, scaled_exp=True, typed=True),
 }

@@ -132,6 +132,8 @@ MODES = {
     "fwd_bwd": "loss and both gradients",
     "frozen_head": "loss and d_hidden",
     "half_zero_rows": "loss and both gradients, half of the tokens masked",
+    "sampling_mask": "loss and both gradients over the 50 likeliest ids of each row; the floor: the whole products",
+    "sparse_gradient": "loss and both gradients with gradient_tolerance 2e-3 where there is such a setting",
 }
 
 

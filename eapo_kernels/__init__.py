@@ -14,7 +14,7 @@ from .ops.dispatch import available_backends
 from .ops.nucleus import nucleus_entropy
 from .ops.token_stats import token_stats
 from .ops.vocab_shard import VocabShard
-from .types import LossOutput, Options, TokenBatch, TokenStats
+from .types import LossOutput, Options, TokenBatch, TokenStats, TokenSupport
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "ShapeError",
     "TokenBatch",
     "TokenStats",
+    "TokenSupport",
     "VocabShard",
     "available_backends",
     "diagnostics",

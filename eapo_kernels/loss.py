@@ -15,20 +15,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import EapoError, ShapeError, describe, require, require_number, require_tensor
+from .errors import EapoError, ShapeError, describe, may_read, require, require_number, require_tensor
 from .objectives.batch import check_batch
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
 from .objectives.methods import METHODS, Method, get_method
 from .objectives.policy import PolicyTerms, loss_and_sums, prepare, resolve_positive_weight
-from .ops import collective_checks, dispatch, gradients
+from .ops import collective_checks, dispatch, gradients, sparse
 from .ops.dispatch import Chunk, Coefficients, LogitCotangents, SurrogateTerms
 from .ops.gradients import MainGrad
 from .ops.lm_head import Projection, build_projection, check_values, resolve_compaction, scatter_rows, select_valid, take_rows
 from .ops.nucleus import project_nucleus_entropy
+from .ops.sparsify import Sparsity
 from .ops.token_stats import project_stats
 from .ops.vocab_shard import VocabShard
-from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch
+from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch, TokenSupport, rows_of
 
 SCHEDULES = ("auto", "one_pass", "autograd")
 
@@ -103,8 +104,10 @@ def policy_loss(
         (nats), ``eapo/positive_weight``, ``eapo/positive_fraction`` (of the responses with such
         tokens), ``clip_fraction``, ``ratio_mean``, ``old_kl`` (k3 to the old policy, nats), ``kl``
         (to the reference, nats; 0 without one), ``tokens``; and ``eapo/entropy_ratio``,
-        ``eapo/entropy_init`` if ``positive_weight`` is an EntropyRatio. With ``metrics=False``
-        entropy, clip fraction, ratio and KLs are left out.
+        ``eapo/entropy_init`` if ``positive_weight`` is an EntropyRatio; with
+        ``Options(gradient_tolerance=...)`` in the one-pass schedule ``sparse/dropped_mass_max``,
+        ``sparse/dropped_mass_mean``, ``sparse/kept_per_row`` and ``sparse/dense_share``. With
+        ``metrics=False`` entropy, clip fraction, ratio and KLs are left out.
     """
     try:
         shard = None if process_group is None else VocabShard.resolve(process_group, weight)
@@ -123,17 +126,20 @@ def policy_loss(
         lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
         expected = "None with entropy_top_p: a nucleus is chosen from all logits of a row"
         require(shard is None or config.entropy_top_p is None, "process_group", expected, process_group)
+        require(batch.support is None or config.entropy_top_p is None, "batch.support", expected, "a TokenSupport")
         all_terms = prepare(batch, config, lam)
         terms = all_terms if metrics else all_terms.without_idle()
         projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape, shard)
-        targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX)
-        options = resolve_compaction(options, targets, batch.mask is not None or config.drop_zero_weight or not metrics)
+        announced = batch.mask is not None or config.drop_zero_weight or not metrics
+        targets = torch.where(terms.valid, batch.targets, IGNORE_INDEX) if announced else batch.targets
+        options = resolve_compaction(options, targets, announced)
         main = None
         if main_grad is not None:
             require_tensor("main_grad", main_grad, tuple(weight.shape), (projection.statistics_dtype,), projection.hidden)
             require_number("main_grad_scale", main_grad_scale)
             main = MainGrad(main_grad.detach(), main_grad_scale)
-        schedule = _choose_schedule(schedule, config, options.plan, main is not None)
+        full_entropy = batch.support is not None and batch.support.full_entropy
+        schedule = _choose_schedule(schedule, config, options.plan, main is not None, full_entropy)
         if not torch.compiler.is_compiling():
             backend = dispatch.resolve(backend, projection).name
     except EapoError as error:
@@ -144,14 +150,18 @@ def policy_loss(
         collective_checks.compare(
             projection, targets, options, call="policy_loss", backend=backend, schedule=schedule, method=method.name,
             metrics=metrics, main_grad=main is not None, old_logp=batch.old_logp is not None,
-            entropy_bonus=terms.has_entropy_bonus,
+            entropy_bonus=terms.has_entropy_bonus, support=batch.support is not None,
         )  # fmt: skip
     if schedule == "one_pass":
         check_values(projection, targets, options.debug)
-        loss, sums = _one_pass(projection, targets, terms, backend, options, main, metrics)
+        if batch.support is not None and may_read(targets, options.debug):
+            batch.support.check(targets, projection.full_vocab)
+        loss, sums, sparsity = _one_pass(projection, targets, terms, batch.support, backend, options, main, metrics)
     else:
-        loss, sums = _autograd(projection, targets, terms, backend, options, metrics)
-    return LossOutput(loss, _metrics(all_terms, sums if metrics else None, positive_weight))
+        loss, sums = _autograd(projection, targets, terms, batch.support, backend, options, metrics)
+        sparsity = None
+    found = _metrics(all_terms, sums if metrics else None, positive_weight)
+    return LossOutput(loss, found | ({} if sparsity is None else sparsity.metrics()))
 
 
 class EAPOLoss(nn.Module):
@@ -210,23 +220,28 @@ class _KnownGradients(torch.autograd.Function):
 
 
 def _one_pass(
-    projection: Projection, targets: Tensor, terms: PolicyTerms, backend_name: str, options: Options,
-    main_grad: MainGrad | None, metrics: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(loss, sums) with all gradients computed. targets: -100 where ``terms.valid`` is False."""
+    projection: Projection, targets: Tensor, terms: PolicyTerms, support: TokenSupport | None, backend_name: str,
+    options: Options, main_grad: MainGrad | None, metrics: bool,
+) -> tuple[Tensor, Tensor, Sparsity | None]:  # fmt: skip
+    """(loss, sums, sparsity) with all gradients computed. targets: -100 where ``terms.valid`` is False."""
     inputs = (projection.hidden, projection.weight, projection.bias)
     enabled = torch.is_grad_enabled()
     d_hidden, d_weight, d_bias = (enabled and t is not None and t.requires_grad for t in inputs)
     needs = (d_hidden, d_weight or (enabled and main_grad is not None), d_bias)
     backend, valid = dispatch.load(backend_name), terms.valid
-    selected, index = select_valid(projection.detach(), terms.valid, options.compact)
-    targets = torch.where(terms.valid, targets, 0)
-    if index is not None:
-        targets, terms = targets[index], terms.rows(index)
     has_bonus = terms.has_entropy_bonus
+    wants_entropy = metrics or has_bonus
+
+    def open_chunk(rows: slice) -> Chunk:
+        part, here = selected.rows(rows), rows_of(local, rows)
+        if candidates is not None:
+            some = candidates.select(rows)
+            return sparse.SupportChunk(part, here, rows_of(chosen.valid, rows), some, backend, entropy=wants_entropy)
+        guess = None if chosen.old_logp is None else rows_of(chosen.old_logp, rows)
+        return backend.open_chunk(part, here, entropy=wants_entropy, entropy_gradient=has_bonus, logp_guess=guess)
 
     def coefficients(chunk: Chunk, rows: slice) -> Coefficients:
-        part = terms.rows(rows)
+        part = chosen.rows(rows)
         surrogate = _surrogate_terms(part)
         fused = None if surrogate is None else chunk.surrogate(surrogate)
         if fused is not None:
@@ -241,10 +256,17 @@ def _one_pass(
             leaves = [logp, entropy] if entropy is not None and has_bonus else [logp]
             return Coefficients(LogitCotangents(*torch.autograd.grad(loss, leaves)), sums)
 
-    sums, finish, reads_operands = gradients.one_pass(
-        selected, targets, coefficients, backend, entropy=metrics or has_bonus, entropy_gradient=has_bonus,
-        logp_guess=terms.old_logp, needs=needs, options=options, main_grad=main_grad,
-    )  # fmt: skip
+    with torch.no_grad():
+        selected, index = select_valid(projection, valid, options.compact)
+        local, chosen, candidates = projection.local_targets(targets, valid), terms, support
+        if index is not None:
+            local, chosen = local[index], terms.rows(index)
+            candidates = None if support is None else support.select(index)
+        row_bytes = backend.chunk_row_bytes(selected, has_bonus) if candidates is None else sparse.row_bytes(candidates)
+        sums, finish, reads_operands, sparsity = gradients.one_pass(
+            selected, local, backend, open_chunk, coefficients, row_bytes=row_bytes, needs=needs, options=options,
+            main_grad=main_grad,
+        )  # fmt: skip
 
     def all_rows(factor: Tensor, *operands: Tensor) -> gradients.Gradients:
         """The gradients of all rows. operands: hidden [N, D] and weight, or nothing."""
@@ -254,7 +276,7 @@ def _one_pass(
         d_hidden, d_weight, d_bias = finish(factor, again)
         return None if d_hidden is None else scatter_rows(d_hidden, index, projection.n_rows), d_weight, d_bias
 
-    return _KnownGradients.apply(sums[0], *inputs, all_rows, reads_operands), sums
+    return _KnownGradients.apply(sums[0], *inputs, all_rows, reads_operands), sums, sparsity
 
 
 def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms | None:
@@ -273,12 +295,15 @@ def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms | None:
 
 
 def _autograd(
-    projection: Projection, targets: Tensor, terms: PolicyTerms, backend: str, options: Options, metrics: bool
-) -> tuple[Tensor, Tensor]:
+    projection: Projection, targets: Tensor, terms: PolicyTerms, support: TokenSupport | None, backend: str,
+    options: Options, metrics: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(loss, sums) of the autograd schedule. ``entropy_top_p`` does not change the metric."""
     top_p = terms.config.entropy_top_p if terms.has_entropy_bonus else None
     mode = "grad" if terms.has_entropy_bonus and top_p is None else "nograd" if metrics else "none"
-    stats = project_stats(projection, targets, entropy=mode, second_moments=False, backend=backend, options=options)
+    stats = project_stats(
+        projection, targets, entropy=mode, second_moments=False, backend=backend, options=options, support=support
+    )
     entropy = stats.entropy if top_p is None else project_nucleus_entropy(projection, terms.valid, top_p, options)
     loss, sums = loss_and_sums(terms, stats.logp, entropy)
     if top_p is not None and stats.entropy is not None:
@@ -286,15 +311,16 @@ def _autograd(
     return loss, sums
 
 
-def _choose_schedule(schedule: str, config: EAPOConfig, plan: str, has_main: bool) -> str:
+def _choose_schedule(schedule: str, config: EAPOConfig, plan: str, has_main: bool, full_entropy: bool) -> str:
     """Resolve "auto": one pass wherever the loss, the plan and the trace allow it. Raise where the
     schedule, the plan and the loss exclude each other."""
     forced = "main_grad" if has_main else "Options(plan='chunks')" if plan == "chunks" else None
     require(not forced or schedule != "autograd", "schedule", f"'one_pass' or 'auto' with {forced}", "'autograd'")
     top_p = config.entropy_top_p
-    fits = config.scope == "token" and top_p is None
+    fits = config.scope == "token" and top_p is None and not full_entropy
     if (forced or schedule == "one_pass") and not fits:
         reason = f"a loss of {config.scope} scope ({config.surrogate})" if top_p is None else f"entropy_top_p={top_p}"
+        reason = "a support with full_entropy" if full_entropy else reason
         raise EapoError(f"schedule: expected 'autograd' for {reason}, got 'one_pass'")
     if forced or schedule != "auto":
         return "one_pass" if forced else schedule
@@ -303,11 +329,9 @@ def _choose_schedule(schedule: str, config: EAPOConfig, plan: str, has_main: boo
 
 def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -> dict[str, Tensor]:
     """The metrics of the batch and, from sums over tokens, the means over the tokens that count."""
-    counts, positive = terms.valid.float(), terms.split.positive()
-    tokens = counts.sum()
-    if not terms.token_split:  # count responses, not tokens
-        counts = counts.new_zeros(terms.n_sequences).index_add_(0, terms.sequence_ids, counts).clamp_max(1)
-    fraction = counts.dot(positive.float()) / counts.sum().clamp_min(1)
+    tokens = terms.tokens
+    counts = terms.valid.float() if terms.token_split else terms.lengths.clamp_max(1)
+    fraction = counts.dot(terms.split.positive().float()) / counts.sum().clamp_min(1)
     metrics = {"eapo/positive_weight": terms.positive_weight, "eapo/positive_fraction": fraction, "tokens": tokens}
     if sums is not None:
         names = {"entropy": "eapo/entropy", "clipped": "clip_fraction", "ratio": "ratio_mean"}

@@ -47,9 +47,15 @@ def token_stats(
     logit_scale: float | None = None,
     mask: Tensor | None = None,
     second_moments: bool = False,
+    allowed: Tensor | None = None,
 ) -> TokenStats:
-    """E2-E4 in the dtype of ``hidden``, with all logits [..., V] in memory; differentiable."""
+    """E2-E4 in the dtype of ``hidden``, with all logits [..., V] in memory; differentiable.
+
+    allowed: [..., V] bool or None; other logits are -inf (E15).
+    """
     z = logits(hidden, weight, bias=bias, inv_temperature=inv_temperature, softcap=softcap, logit_scale=logit_scale)
+    if allowed is not None:
+        z = z.masked_fill(~allowed, -math.inf)
     valid = targets != IGNORE_INDEX
     if mask is not None:
         valid = valid & mask

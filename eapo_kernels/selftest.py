@@ -25,7 +25,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ from .ops.dispatch import available_backends
 from .ops.token_stats import token_stats
 from .ops.verdicts import Question, Verdict
 from .testing import eager_token_stats
-from .types import IGNORE_INDEX, Options, TokenBatch, TokenStats
+from .types import IGNORE_INDEX, Options, TokenBatch, TokenStats, TokenSupport
 
 N_ROWS, FEW_ROWS = 300, 120
 """Rows on a GPU, and of interpreted kernels, whose programs run one after the other."""
@@ -69,6 +69,7 @@ class Problem:
         old_logp: [N] fp32, exact log-probs minus the log of a ratio that no clip bound is near.
         bias: [V] with some -inf, or None. inv_temperature: [N] fp32, or 1.0.
         softcap: or None.
+        allowed: [N, V] bool, the columns of a support, or None.
     """
 
     hidden: Tensor
@@ -77,6 +78,15 @@ class Problem:
     bias: Tensor | None
     inv_temperature: Tensor | float
     softcap: float | None
+    allowed: Tensor | None = None
+
+    def over_support(self) -> Problem:
+        """The same inputs over few columns of each row, and the target's; none in some masked rows."""
+        g = torch.Generator().manual_seed(23)
+        allowed = torch.rand(len(self.hidden), len(self.weight), generator=g) < 0.015
+        allowed &= (torch.arange(len(allowed)) % 20 != 19)[:, None]
+        allowed = allowed.to(self.targets.device).scatter_(1, torch.where(self.valid, self.targets, 0)[:, None], True)
+        return replace(self, allowed=allowed)
 
     @property
     def terms(self) -> dict[str, Any]:
@@ -143,11 +153,18 @@ class Problem:
 
     def logits(self, raw: Tensor) -> Tensor:
         """E1 of raw logits [N, V] float64."""
-        return reference.logits(raw, **self._oracle)
+        z = reference.logits(raw, **self._oracle)
+        return z if self.allowed is None else z.masked_fill(~self.allowed, -math.inf)
 
     def statistics(self, raw: Tensor) -> TokenStats:
         """E2-E4 of raw logits [N, V] float64, zero in masked rows; differentiable."""
-        return reference.token_stats(raw, targets=self.targets, second_moments=True, **self._oracle)
+        return reference.token_stats(raw, targets=self.targets, second_moments=True, allowed=self.allowed, **self._oracle)
+
+    def eager(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStats:
+        """The statistics by plain PyTorch in the inputs' dtype; differentiable."""
+        added = 0.0 if self.allowed is None else torch.where(self.allowed, 0.0, -1e4)
+        terms = self.terms | {"bias": bias, "added": added}
+        return eager_token_stats(hidden, weight, self.targets, second_moments=True, **terms)
 
     @cached_property
     def exact(self) -> TokenStats:
@@ -218,12 +235,14 @@ class Case(NamedTuple):
             inputs take ``_PLAIN`` instead.
         run: (problem, backend) -> results by name.
         loss: the same loss from the statistics of all rows; None: no gradient is taken.
+        over_support: it runs on ``Problem.over_support``.
     """
 
     name: str
     kernels: str
     run: Callable[[Problem, str], Values]
     loss: Callable[[Problem, TokenStats], Tensor] | None
+    over_support: bool = False
 
 
 def _run_statistics(p: Problem, backend: str) -> Values:
@@ -247,9 +266,11 @@ def _run_stats_loss(
 ) -> Callable[[Problem, str], Values]:  # fmt: skip
     def run(p: Problem, backend: str) -> Values:
         hidden, weight, bias = p.leaves()
+        support = None if p.allowed is None else TokenSupport.from_lists([row.nonzero()[:, 0].cpu() for row in p.allowed])
         stats = token_stats(
-            hidden, weight, p.targets, entropy=entropy, backend=backend, options=Options(plan=plan), **p.terms | {"bias": bias}
-        )
+            hidden, weight, p.targets, entropy=entropy, backend=backend, options=Options(plan=plan),
+            support=None if support is None else support.to(p.targets.device), **p.terms | {"bias": bias},
+        )  # fmt: skip
         loss(p, stats).backward()
         return _named(stats) | _gradients(hidden, weight, bias)
 
@@ -307,7 +328,7 @@ def _run_one_pass(
 
 
 _PLAIN = "row_statistics, row_gradient"
-_EXP = "row_offsets, scaled_exp_gemm, scaled_exp_finalize, target_rows"
+_EXP = "row_offsets, scaled_exp_gemm, scaled_exp_finalize, add_rows"
 CASES = (
     Case("statistics", "stream_statistics, finalize", _run_statistics, None),
     Case(
@@ -321,6 +342,7 @@ CASES = (
         _run_one_pass("one_chunk", EAPOConfig(surrogate="cispo"), far=True), _cispo_loss,
     ),
     Case("one pass, entropy bonus", _PLAIN, _run_one_pass("one_chunk", EAPOConfig(entropy_coef=ENTROPY_COEF)), _bonus_loss),
+    Case("support", "logits_at, add_rows, add_carries", _run_stats_loss("grad", "auto", _mixed_loss), _mixed_loss, True),
 )  # fmt: skip
 
 
@@ -348,7 +370,7 @@ def expect(p: Problem, case: Case) -> Expected:
         "p2_logp": 4 * tolerance * (s.p2 - s.p2_logp) + 2**-22,
         "varentropy": 8 * tolerance * (1 + s.varentropy),
     }
-    eager = _named(eager_token_stats(p.hidden, p.weight, p.targets, second_moments=True, **p.terms))
+    eager = _named(p.eager(p.hidden, p.weight, p.bias))
     if case.loss is None:
         for values in (exact, allowed, eager):
             values |= {f"{name} of a row alone": values[name][:1] for name in ("logp", "entropy", "lse")}
@@ -425,7 +447,7 @@ def _lengths(values: Values, exact: Values) -> Values:
 def _eager_gradients(p: Problem, case: Case) -> Values:
     assert case.loss is not None
     hidden, weight, bias = p.leaves()
-    stats = eager_token_stats(hidden, weight, p.targets, **p.terms | {"bias": bias})
+    stats = p.eager(hidden, weight, bias)
     loss = case.loss(p, stats)
     loss.backward()
     assert stats.entropy is not None
@@ -493,7 +515,7 @@ def compile_cases(problems: Sequence[Problem], cases: Sequence[Case], backend: s
         with torch.autograd.set_multithreading_enabled(False), compiled_together(launch=False):
             for p in problems:
                 for case in cases:
-                    case.run(p, backend)
+                    case.run(p.over_support() if case.over_support else p, backend)
     except _failures():
         return
 
@@ -501,6 +523,7 @@ def compile_cases(problems: Sequence[Problem], cases: Sequence[Case], backend: s
 def check_case(p: Problem, case: Case, backend: str, *, full: bool) -> Row:
     """Run a case three times: over NaN, and twice as users run it."""
     start = time.monotonic()
+    p = p.over_support() if case.over_support else p
 
     plain_form = case.kernels.startswith(_EXP) and (p.softcap is not None or p.hidden.dtype == torch.float32)
     kernels = _PLAIN if plain_form else case.kernels

@@ -82,8 +82,12 @@ def eager_token_stats(
     logit_scale: float | None = None,
     mask: Tensor | None = None,
     second_moments: bool = False,
+    added: Tensor | float = 0.0,
 ) -> TokenStats:
-    """Plain PyTorch: logits in the inputs' dtype, widened to fp32, log_softmax, autograd."""
+    """Plain PyTorch: logits in the inputs' dtype, widened to fp32, log_softmax, autograd.
+
+    added: to the logits at the end, such as -inf where a token may not count.
+    """
     z = F.linear(hidden, weight, bias)
     z = z.float() if z.dtype != torch.float64 else z
     if logit_scale is not None:
@@ -93,6 +97,7 @@ def eager_token_stats(
     z = z * (
         inv_temperature.unsqueeze(-1) if isinstance(inv_temperature, Tensor) and inv_temperature.dim() else inv_temperature
     )
+    z = z + added
     valid = targets != IGNORE_INDEX
     if mask is not None:
         valid = valid & mask

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .errors import require
+from .errors import EapoError, ShapeError, describe, is_number, require
 
 IGNORE_INDEX = -100
 """Target value of a masked token (the Hugging Face convention)."""
@@ -17,6 +20,11 @@ def valid_tokens(targets: Tensor, mask: Tensor | None) -> Tensor:
     """[...] bool: the target is not -100, and the mask, if there is one, is True."""
     valid = targets != IGNORE_INDEX
     return valid if mask is None else valid & mask
+
+
+def rows_of(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    """``tensor[rows]``; the tensor itself, without a view, where ``rows`` is the slice of all of it."""
+    return tensor if isinstance(rows, slice) and rows == slice(0, len(tensor)) else tensor[rows]
 
 
 PLANS = ("auto", "one_chunk", "chunks", "recompute")
@@ -43,6 +51,137 @@ class TokenStats(NamedTuple):
     p2: Tensor | None = None
     p2_logp: Tensor | None = None
     varentropy: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSupport:
+    """The tokens that a sampler could have drawn at each of N positions: the ids of top-p, top-k, min-p.
+
+    With a support softmax, log-prob, entropy and lse are those of the logits of these tokens alone
+    (docs/sparse.md). A position whose target counts has its target among them; one that does not
+    count may have none. Make it with ``from_lists``, ``from_padded`` or ``from_csr``, which sort.
+
+    Attributes:
+        ids: [E] int64, the tokens of position 0, of position 1, ...; ascending within a position.
+        offsets: [N + 1] int64, the tokens of position i are ids[offsets[i] : offsets[i + 1]].
+        full_entropy: entropies are those of the whole vocabulary instead (one product of hidden and
+            weight more); log-prob and lse stay those of the support.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    full_entropy: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("ids", self.ids), ("offsets", self.offsets)):
+            if not (isinstance(value, Tensor) and value.dim() == 1 and value.dtype == torch.int64):
+                raise ShapeError(f"support.{name}: expected int64 [{'E' if name == 'ids' else 'N + 1'}], got {describe(value)}")
+        if self.offsets.numel() == 0 or self.offsets.device != self.ids.device:
+            raise ShapeError(
+                f"support.offsets: expected int64 [N + 1] {self.ids.device} like the ids, got {describe(self.offsets)}"
+            )
+
+    @staticmethod
+    def from_lists(
+        lists: Sequence[Sequence[int] | Tensor], device: str | torch.device = "cpu", *, full_entropy: bool = False
+    ) -> TokenSupport:
+        """From the token ids of each position, in any order."""
+        parts = [torch.as_tensor(one, dtype=torch.int64).reshape(-1) for one in lists]
+        counts = torch.tensor([0, *(part.numel() for part in parts)])
+        ids = torch.cat(parts) if parts else counts[:0]
+        return TokenSupport.from_csr(ids.to(device), counts.cumsum(0).to(device), full_entropy=full_entropy)
+
+    @staticmethod
+    def from_padded(ids: Tensor, pad: int = -1, *, full_entropy: bool = False) -> TokenSupport:
+        """From [N, K] integers in any order, filled up with ``pad``."""
+        if not (isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()):
+            raise ShapeError(f"ids: expected integers [N, K], got {describe(ids)}")
+        given = ids != pad
+        offsets = functional.pad(given.sum(1).cumsum(0), (1, 0))
+        return TokenSupport.from_csr(ids[given].long(), offsets, full_entropy=full_entropy)
+
+    @staticmethod
+    def from_csr(ids: Tensor, offsets: Tensor, *, full_entropy: bool = False) -> TokenSupport:
+        """From ids [E] in any order within a position, and offsets [N + 1]; both int64 or int32.
+
+        vLLM's sampling masks have this form. The offsets of a part of a longer list may start above 0.
+        """
+        for name, value in (("ids [E]", ids), ("offsets [N + 1]", offsets)):
+            if not (isinstance(value, Tensor) and value.dim() == 1 and value.dtype in (torch.int64, torch.int32)):
+                raise ShapeError(f"{name}: expected int64/int32 of one dimension, got {describe(value)}")
+        support = TokenSupport(ids.long(), offsets.long(), full_entropy)
+        if offsets.numel() > 1:
+            first, last = (int(end) for end in offsets[[0, -1]])
+            inside = bool((offsets.diff() >= 0).all()) and first >= 0 and last <= len(ids)
+            require(inside, "offsets", f"rising numbers in [0, {len(ids)}]", offsets.tolist()[:8])
+            support = TokenSupport(support.ids[first:last], support.offsets - first, full_entropy)
+        by_id = support.ids.argsort(stable=True)
+        order = by_id[support.rows()[by_id].argsort(stable=True)]
+        return TokenSupport(support.ids[order], support.offsets, full_entropy)
+
+    @property
+    def n_rows(self) -> int:
+        """N."""
+        return self.offsets.numel() - 1
+
+    def rows(self) -> Tensor:
+        """[E] int64, the position of every id."""
+        numbers = torch.arange(self.n_rows, device=self.offsets.device)
+        return numbers.repeat_interleave(self.offsets.diff(), output_size=self.ids.numel())
+
+    def select(self, positions: Tensor | slice) -> TokenSupport:
+        """The support of some of the positions. Synchronizes on CUDA."""
+        counts, starts = self.offsets.diff()[positions], self.offsets[:-1][positions]
+        offsets = functional.pad(counts.cumsum(0), (1, 0))
+        places = torch.arange(int(offsets[-1]), device=self.ids.device)
+        places += (starts - offsets[:-1]).repeat_interleave(counts, output_size=places.numel())
+        return TokenSupport(self.ids[places], offsets, self.full_entropy)
+
+    def among(self, before: int, total: int) -> TokenSupport:
+        """The support of ``total`` positions of which these are those behind the first ``before``; the
+        others have no ids."""
+        behind = total - before - self.n_rows
+        ends = self.offsets.new_tensor([0, self.ids.numel()])
+        offsets = torch.cat([ends[:1].expand(before), self.offsets, ends[1:].expand(behind)])
+        return TokenSupport(self.ids, offsets, self.full_entropy)
+
+    def to(self, device: str | torch.device) -> TokenSupport:
+        """The same support on another device."""
+        return TokenSupport(self.ids.to(device), self.offsets.to(device), self.full_entropy)
+
+    def check(self, targets: Tensor, vocab: int) -> None:
+        """Raise EapoError unless the values make sense: offsets from 0 to E, ids ascending in [0, vocab),
+        and each target [N] that is not -100 among the ids of its position. Reads values.
+        """
+        offsets, ids, rows = self.offsets, self.ids, None
+        good = int(offsets[0]) == 0 and int(offsets[-1]) == ids.numel() and bool((offsets.diff() >= 0).all())
+        require(good, "support.offsets", f"rising numbers from 0 to {ids.numel()}, the number of ids", offsets.tolist()[:8])
+        rows = self.rows()
+        inside = (ids >= 0) & (ids < vocab)
+        if not bool(inside.all()):
+            place = int((~inside).nonzero()[0, 0])
+            raise EapoError(f"support.ids: expected values in [0, {vocab}), got {int(ids[place])} in row {int(rows[place])}")
+        wrong = (ids[1:] <= ids[:-1]) & (rows[1:] == rows[:-1])
+        if bool(wrong.any()):
+            place = int(wrong.nonzero()[0, 0])
+            pair = f"{int(ids[place])} before {int(ids[place + 1])} in row {int(rows[place])}"
+            raise EapoError(f"support.ids: expected ascending ids without duplicates (from_csr sorts), got {pair}")
+        found = torch.zeros_like(targets, dtype=torch.bool)
+        found[rows[ids == targets[rows]]] = True
+        lost = (targets != IGNORE_INDEX) & ~found
+        if bool(lost.any()):
+            row = int(lost.nonzero()[0, 0])
+            expected = f"the target {int(targets[row])} among the ids of row {row}"
+            raise EapoError(f"support.ids: expected {expected}, got {ids[rows == row].tolist()[:8]}")
+
+
+def require_support(support: TokenSupport | None, targets: Tensor, name: str) -> None:
+    """Raise unless it is None or has a row for each of the targets [N], on their device."""
+    if support is not None:
+        require(isinstance(support, TokenSupport), name, "a TokenSupport or None", support)
+        fits = support.n_rows == targets.numel() and support.ids.device == targets.device
+        got = f"{support.n_rows} positions on {support.ids.device}"
+        require(fits, name, f"{targets.numel()} positions on {targets.device}", got, ShapeError)
 
 
 @dataclass(frozen=True)
@@ -75,6 +214,8 @@ class TokenBatch:
         sequence_lengths: [B], *global* number of valid tokens of each response for
             ``seq_mean_token_mean``; needed if a response is split over micro-batches. None: counted
             in this batch.
+        support: of N positions, the tokens that the sampler could have drawn; ``old_logp`` and
+            ``ref_logp`` must be of the same support. None: the whole vocabulary.
     """
 
     targets: Tensor
@@ -91,6 +232,7 @@ class TokenBatch:
     ratio_penalty: Tensor | None = None
     denominator: float | Tensor | None = None
     sequence_lengths: Tensor | None = None
+    support: TokenSupport | None = None
 
     def select(self, tokens: Tensor | slice) -> TokenBatch:
         """The same batch with some of its tokens: fields [N] are indexed, fields [B] are kept.
@@ -104,7 +246,8 @@ class TokenBatch:
             by_shape = sized is None or len(sized) != len(self.targets)
             if by_shape if self.token_advantages is None else self.token_advantages:
                 chosen["advantages"] = self.advantages[tokens]
-        return replace(self, **chosen)
+        support = None if self.support is None else self.support.select(tokens)
+        return replace(self, **chosen, support=support)
 
 
 @dataclass(frozen=True)
@@ -119,7 +262,7 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the computation that do not change its result beyond rounding.
+    """Settings of the computation that do not change its result beyond rounding, but for ``gradient_tolerance``.
 
     Attributes:
         memory_budget: bytes of logit-sized workspace for any N, tensors saved by ``token_stats``
@@ -137,12 +280,21 @@ class Options:
             backward (autograd schedule only).
         debug: on CUDA, also check values (targets in range, finite rewards), which synchronizes; on
             a split head, compare the arguments of the ranks. CPU values are always checked.
+        gradient_tolerance: in (0, 0.5], or None: exact gradients. With a tolerance the gradient of a
+            token's logits may leave out its smallest probabilities: each token's error in the L1
+            norm is measured, and at most the tolerance times the norm of its own gradient or, if
+            that is larger, times a 64th of the chunk's mean norm. Losses and metrics stay exact.
+            Where the distributions are concentrated this replaces most of the two gradient products.
+            Only the one-pass schedule does it, where log-probs alone carry the gradient, without a
+            soft-cap and on a whole head; elsewhere gradients stay exact. On CUDA the host then waits
+            for counts in every chunk.
     """
 
     memory_budget: int | None = None
     compact: bool | str = "auto"
     debug: bool = False
     plan: str = "auto"
+    gradient_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         budget = self.memory_budget
@@ -151,3 +303,6 @@ class Options:
         known = self.compact == "auto" or isinstance(self.compact, bool)
         require(known, "Options.compact", "'auto', True or False", repr(self.compact))
         require(self.plan in PLANS, "Options.plan", f"one of {', '.join(PLANS)}", repr(self.plan))
+        tol = self.gradient_tolerance
+        small = tol is None or (is_number(tol) and 0 < tol <= 0.5)
+        require(small, "Options.gradient_tolerance", "a number in (0, 0.5] or None", repr(tol))

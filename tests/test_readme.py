@@ -1,4 +1,4 @@
-"""README's Python block runs as it stands."""
+"""The Python blocks of README and docs/sparse.md run as they stand."""
 
 from __future__ import annotations
 
@@ -15,3 +15,13 @@ def test_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(blocks) == 1
     exec(compile(blocks[0], str(README), "exec"), {"__name__": "pasted"})
     assert "eapo/entropy" in capsys.readouterr().out
+
+
+def test_the_blocks_of_sparse_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """A sampling mask whose unchanged policy has a ratio of 1, and a loss with a gradient tolerance."""
+    page = README.parent / "docs" / "sparse.md"
+    mask, tolerance = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(compile(mask, str(page), "exec"), {"__name__": "pasted"})
+    assert float(re.findall(r"tensor\(([\d.]+)\)", capsys.readouterr().out)[0]) == pytest.approx(1, abs=1e-5)
+    exec(compile(tolerance, str(page), "exec"), {"__name__": "pasted"})
+    assert "sparse/dense_share" in capsys.readouterr().out

@@ -218,6 +218,8 @@ class CutRollouts(RolloutHook):
             continued.truncated[number] = continued.truncated[number] or len(ids) > room
             continued.completion_ids[number] = prefixes[i] + ids[:room]
             continued.logp[number] = torch.cat([rollouts.logp[i][: cuts[i]], logp[:room]])
+            if rollouts.support is not None and continued.support is not None:
+                continued.support[number] = rollouts.support[i].first(cuts[i]).concat(continued.support[number].first(room))
         columns = {name: [column[i] for i in parents] for name, column in sampled.columns.items()}
         return sampled.concat(source.score(continued, columns, [sampled.group_ids[i] for i in parents]))
 

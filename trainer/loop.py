@@ -3,8 +3,9 @@
 - One step: sample completions, score them, measure the policy on them, update. A step samples from
   the weights it starts with, so with one minibatch and one epoch the ratio is exactly 1.
 - Log-probs, entropy and loss are those of the sampled distribution: at the sampling temperature,
-  over the whole vocabulary. The log-probs in the loss come from the trainer's own forward pass. The
-  engine's are kept, their mismatch is logged, and ``loss.importance_cap`` corrects for it.
+  over the tokens that top_p, top_k and min_p left (``rollout.record_support``), else over the whole
+  vocabulary. The log-probs in the loss come from the trainer's own forward pass. The engine's are
+  kept, their mismatch is logged, and ``loss.importance_cap`` corrects for it.
 - The end-of-sequence token belongs to the completion and is trained on. A truncated completion is
   used as it is.
 - Before the updates, one pass over all completions computes the old log-probs and the statistics
@@ -61,7 +62,7 @@ from .learning.learner import Learner
 from .learning.measure import NOTHING, Measurement, Wanted, measure, wanted_by
 from .models.policy import load_policy
 from .models.reference import Reference
-from .records import Sampling, Tick, derive_seed
+from .records import Tick, derive_seed
 from .rewards.scoring import Rewards
 from .rollouts.engines import make_engine
 from .rollouts.source import RolloutSource
@@ -125,7 +126,10 @@ def _train(config: Config, console: Console) -> bool:
     method, hook = config.method(), config.loss.hook()
     if method.config.advantage == "binary":
         ranks.run_on_main(lambda: rewards.check_binary(method.name, train_set.rows[:4], policy.tokenizer))
-    learner = Learner(policy, method, config.optim, temperature=rollout.temperature, steps=config.steps)
+    learner = Learner(
+        policy, method, config.optim, temperature=rollout.temperature, steps=config.steps,
+        gradient_tolerance=config.loss.gradient_tolerance,
+    )  # fmt: skip
     controller = make_controller(method)
     reference = Reference(policy, config.loss.reference_share()) if method.config.kl_coef else None
 
@@ -174,13 +178,7 @@ def _train(config: Config, console: Console) -> bool:
                 break
             console.seconds.clear()
             diagnosed = bool(config.diagnose_every) and step % config.diagnose_every == 0
-            sampling = Sampling(
-                responses=rollout.responses,
-                max_new_tokens=rollout.max_new_tokens,
-                temperature=rollout.temperature,
-                top_p=rollout.top_p,
-                seed=derive_seed(config.seed, ROLLOUT_SEED, step),
-            )
+            sampling = rollout.sampling(rollout.responses, derive_seed(config.seed, ROLLOUT_SEED, step))
             state = controller.values() if controller else {}
             drawn = source.draw(*next_prompts(), range(rollout.prompts), hook.before(sampling))
             sampled = scored = drawn.take(drawn.fully_scored())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from eapo_kernels.errors import require
 
 Tick = Callable[[int, int], None]
 """Called with (done, total) during a phase of work; may raise ``Interrupted``."""
@@ -32,6 +34,41 @@ class Sampling:
     temperature: float
     top_p: float
     seed: int
+    top_k: int = 0
+    min_p: float = 0.0
+    record_support: bool = True
+
+    @property
+    def filtered(self) -> bool:
+        """Whether tokens may be removed before one is drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
+    def support(self) -> bool:
+        """Whether the completions carry the tokens that were left."""
+        return self.record_support and self.filtered
+
+
+class Support(NamedTuple):
+    """The tokens that top_k, top_p and min_p left at each token of one completion; the drawn one is
+    among them.
+
+    Attributes:
+        ids: [E] int32 CPU, those of the first token, of the second, ...; ascending for each.
+        counts: [length] int32 CPU, their numbers.
+    """
+
+    ids: Tensor
+    counts: Tensor
+
+    def first(self, tokens: int) -> Support:
+        """The support of the first tokens, in memory of its own."""
+        counts = self.counts[:tokens].clone()
+        return Support(self.ids[: int(counts.sum())].clone(), counts)
+
+    def concat(self, other: Support) -> Support:
+        """The support of these tokens followed by those of ``other``."""
+        return Support(torch.cat([self.ids, other.ids]), torch.cat([self.counts, other.counts]))
 
 
 @dataclass(frozen=True)
@@ -44,14 +81,16 @@ class Rollouts:
         completion_ids: B non-empty token lists. A completion that ended has the end-of-sequence
             token as its last one.
         logp: B [length] fp32 CPU, log-prob of each token under the distribution it was drawn from
-            (temperature and top-p applied, nats), as the engine computed it.
+            (temperature, top-k, top-p and min-p applied, nats), as the engine computed it.
         truncated: B flags, True where max_new_tokens was reached before an end-of-sequence token.
+        support: B entries where ``Sampling.support`` asked for it, else None.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     logp: list[Tensor]
     truncated: list[bool]
+    support: list[Support] | None = None
 
     def take(self, indices: Sequence[int]) -> Rollouts:
         """The completions ``indices``, in that order."""
@@ -60,15 +99,19 @@ class Rollouts:
             [self.completion_ids[i] for i in indices],
             [self.logp[i] for i in indices],
             [self.truncated[i] for i in indices],
+            None if self.support is None else [self.support[i] for i in indices],
         )
 
     def concat(self, other: Rollouts) -> Rollouts:
-        """These completions followed by ``other``."""
+        """These completions followed by ``other``. Both have a support or none has."""
+        have = [rollouts.support for rollouts in (self, other) if rollouts.support is not None]
+        require(len(have) != 1, "support", "one of all completions or of none", "one of some")
         return Rollouts(
             self.prompt_ids + other.prompt_ids,
             self.completion_ids + other.completion_ids,
             self.logp + other.logp,
             self.truncated + other.truncated,
+            have[0] + have[1] if have else None,
         )
 
 

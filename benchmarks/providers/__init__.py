@@ -88,7 +88,7 @@ def leaves(case: Case, mode: str) -> tuple[Tensor, Tensor]:
     """hidden and weight of the case, requiring the gradients that the mode wants; the storage is
     shared."""
     hidden = case.hidden.detach().requires_grad_(mode != "fwd")
-    weight = case.weight.detach().requires_grad_(mode in ("fwd_bwd", "half_zero_rows"))
+    weight = case.weight.detach().requires_grad_(mode not in ("fwd", "frozen_head"))
     return hidden, weight
 
 

@@ -13,7 +13,7 @@ import torch
 from eapo_kernels import Options
 from eapo_kernels.ops.chunking import row_chunk, workspace_bytes
 
-from ..case import MODES, Case, Results
+from ..case import MODES, SPARSE_MODES, Case, Results
 from . import Provider
 
 _WHOLE_BYTES = 2**33
@@ -57,7 +57,7 @@ PROVIDERS = [
         "bare_gemms",
         "matrix products only",
         _prepare(),
-        MODES,
+        (*MODES, *SPARSE_MODES),
         settings="even chunks of logits in our memory budget: by default 512 MiB on a CPU, up to 2 GiB on a GPU",
     ),
     Provider(

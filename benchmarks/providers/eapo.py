@@ -4,11 +4,12 @@ every backend."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from eapo_kernels import EAPOConfig, available_backends, eapo_loss, token_stats
 
-from ..case import CLIP, POSITIVE_WEIGHT, Case, Results
-from . import Provider, around, gradients, leaves
+from ..case import CLIP, MODES, POSITIVE_WEIGHT, SPARSE_MODES, Case, Results
+from . import WITH_GRADIENTS, Provider, around, gradients, leaves
 
 _BACKENDS = ("torch", "triton", "cuda")
 
@@ -17,8 +18,9 @@ def _op(backend: str) -> Callable[[Case, str], Callable[[], Results]]:
     def prepare(case: Case, mode: str) -> Callable[[], Results]:
         def op(hidden, weight):
             stats = token_stats(
-                hidden, weight, case.targets, mask=case.batch.mask, entropy="nograd", backend=backend, options=case.options
-            )
+                hidden, weight, case.targets, mask=case.batch.mask, entropy="nograd", support=case.batch.support,
+                backend=backend, options=case.options,
+            )  # fmt: skip
             return stats.logp, stats.entropy
 
         return around(op, case, mode)
@@ -26,8 +28,9 @@ def _op(backend: str) -> Callable[[Case, str], Callable[[], Results]]:
     return prepare
 
 
-def _loss(backend: str, schedule: str) -> Callable[[Case, str], Callable[[], Results]]:
+def _loss(backend: str, schedule: str, *, exact: bool = False) -> Callable[[Case, str], Callable[[], Results]]:
     def prepare(case: Case, mode: str) -> Callable[[], Results]:
+        options = replace(case.options, gradient_tolerance=None) if exact else case.options
         hidden, weight = leaves(case, mode)
         config = EAPOConfig(clip_low=CLIP, clip_high=CLIP)
 
@@ -40,7 +43,7 @@ def _loss(backend: str, schedule: str) -> Callable[[Case, str], Callable[[], Res
                 config=config,
                 schedule=schedule,
                 backend=backend,
-                options=case.options,
+                options=options,
             )
             return gradients(out.loss, hidden, weight)
 
@@ -54,16 +57,18 @@ def _unavailable(backend: str) -> Callable[[str], str | None]:
 
 
 _LOSS = "EAPO loss with mean entropy; no per-token output"
-_BACKWARD = ("fwd_bwd", "frozen_head", "half_zero_rows")
+_MASKED = (*WITH_GRADIENTS, "sampling_mask")
 
 PROVIDERS = [
     provider
     for name in _BACKENDS
     for provider in (
-        Provider(f"eapo_{name}_one_pass", _LOSS, _loss(name, "one_pass"), _BACKWARD,
+        Provider(f"eapo_{name}_one_pass", _LOSS, _loss(name, "one_pass"), (*WITH_GRADIENTS, *SPARSE_MODES),
                  unavailable=_unavailable(name)),
-        Provider(f"eapo_{name}_autograd", _LOSS, _loss(name, "autograd"), _BACKWARD,
+        Provider(f"eapo_{name}_exact", _LOSS, _loss(name, "one_pass", exact=True), ("sparse_gradient",),
+                 unavailable=_unavailable(name), settings="without gradient_tolerance"),
+        Provider(f"eapo_{name}_autograd", _LOSS, _loss(name, "autograd"), _MASKED, unavailable=_unavailable(name)),
+        Provider(f"eapo_{name}_op", "log-prob, entropy, policy loss", _op(name), (*MODES, "sampling_mask"),
                  unavailable=_unavailable(name)),
-        Provider(f"eapo_{name}_op", "log-prob, entropy, policy loss", _op(name), unavailable=_unavailable(name)),
     )
 ]  # fmt: skip

@@ -7,6 +7,8 @@ TRL's losses, clipping, KL, vLLM corrections and logging stay as they are. Where
 computed the advantages of a generation batch, the positive ones are scaled once by the weight of
 that batch (docs/math.md E9, E10). For a trainer derived from GRPOTrainer:
 ``class Mine(EAPOMixin, TheirTrainer)``.
+
+TRL's batches carry no sampling mask: with top_p, top_k or min_p its losses are over the whole vocabulary.
 """
 
 from __future__ import annotations

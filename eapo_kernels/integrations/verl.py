@@ -10,6 +10,8 @@ nothing else. The trainers and the op are requested by name: verl_trainer.py, ve
 
 verl computes advantages in the trainer's process on the whole batch. The weight is therefore one
 number for all ranks and micro-batches of a step.
+
+verl's batches carry no sampling mask: with top_p or top_k its losses are over the whole vocabulary.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FLOATS, EapoError, ShapeError, describe, may_read, require, require_scalar, require_tensor
-from ..types import TokenBatch, valid_tokens
+from ..types import TokenBatch, require_support, valid_tokens
 from .config import EAPOConfig
 
 _TOKEN_FLOATS = ("old_logp", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty")  # optional, [N]
@@ -62,6 +62,7 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
     ):  # fmt: skip
         if getattr(batch, name) is not None:
             require_tensor(f"batch.{name}", getattr(batch, name), shape, dtypes, targets)
+    require_support(batch.support, targets, "batch.support")
     if may_read(targets, debug):
         _check_values(batch, config, *sequences)
 

@@ -29,7 +29,5 @@ def loss_denominator(
     check_batch(batch, method.config, debug=False)
     lam = resolve_positive_weight(method, positive_weight, batch.targets.device, False)
     terms = prepare(batch, method.config, lam)
-    valid = terms.valid.float()
-    if method.config.reduction != "token_mean":
-        valid = (valid.new_zeros(max(terms.n_sequences, 1)).index_add_(0, terms.sequence_ids, valid) > 0).float()
-    return valid.sum().clamp_min(1)
+    count = terms.tokens if method.config.reduction == "token_mean" else (terms.lengths > 0).sum().float()
+    return count.clamp_min(1)

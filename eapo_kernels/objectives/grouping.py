@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 _EPS = 1e-6
 _TIE = torch.finfo(torch.float32).eps
@@ -16,21 +15,21 @@ if they differ by at most this share of the group's largest magnitude."""
 
 
 class Partition:
-    """Statistics within classes. Results are [N] fp64: each member holds the value of its class.
+    """Statistics within classes. Those of values are [N] fp64: each member holds the value of its class.
 
     Attributes:
-        index: [N] int64 in [0, N), the number of the member's class, in the order of the keys.
-        counts: [N] fp64, size of the member's class.
+        index: [N] int64 in [0, N), the number of members whose key is smaller; one per class, in
+            the order of the keys.
+        counts: [N] int64, size of the member's class.
     """
 
     def __init__(self, keys: Tensor, valid: Tensor | None = None) -> None:
         """keys: [N] int64 below int64's maximum; equal keys form a class. valid: [N] bool, or None: all."""
-        self._only = valid
-        ordered, order = torch.sort(keys if valid is None else torch.where(valid, keys, torch.iinfo(torch.int64).max))
-        number = functional.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))[: keys.numel()]
-        self.index = torch.empty_like(ordered).scatter_(0, order, number)
-        self._size = max(keys.numel(), 1)
-        self.counts = self.sum(torch.ones_like(keys, dtype=torch.float64))
+        self._only, self._size = valid, max(keys.numel(), 1)
+        keys = (keys if valid is None else torch.where(valid, keys, torch.iinfo(torch.int64).max)).contiguous()
+        ordered = keys.sort().values
+        self.index = torch.searchsorted(ordered, keys)
+        self.counts = torch.searchsorted(ordered, keys, right=True) - self.index
 
     @property
     def valid(self) -> Tensor:
@@ -44,7 +43,7 @@ class Partition:
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of ``values`` [N] over the class."""
-        return self.sum(values) / self.counts.clamp_min(1)
+        return self.sum(values) / self.counts
 
     def max(self, values: Tensor) -> Tensor:
         """The largest of ``values`` [N] in the class."""
@@ -67,7 +66,7 @@ class Groups:
     def deviations(self) -> Tensor:
         """[B] r - mean of the group; exactly 0 at a tie with the mean, and for a group of one."""
         margin = self.rewards - self.means
-        return torch.where(margin.abs() <= self.tie_width, 0.0, margin)
+        return margin.masked_fill(margin.abs() <= self.tie_width, 0.0)
 
     def normalised(self) -> Tensor:
         """[B] deviation / (std + 1e-6) with the unbiased std of the group."""

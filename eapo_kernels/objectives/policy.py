@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EapoError, may_read, require, require_scalar
-from ..types import SUMS, TokenBatch, valid_tokens
+from ..types import TokenBatch, rows_of, valid_tokens
 from .advantages import ADVANTAGES, OF_GROUPS, Split, split_responses
 from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig
@@ -33,7 +33,8 @@ class PolicyTerms:
     Attributes:
         config: the loss.
         valid: [N] bool, the tokens that count (without responses that ``drop_zero_weight`` drops).
-        sequence_ids: [N] int64 in [0, ``n_sequences``), 0 for tokens that do not count.
+        sequence_ids: [N] int64 in [0, B), 0 for tokens that do not count.
+        lengths, tokens: [B] and 0-dim fp32, the tokens of each response that count, and of all.
         scale: [N] fp32, the reduction's weight of a token.
         importance: [N] fp32, truncated importance weight of the policy term, or None.
         advantages: [B] fp32, or [N] with ``token_advantages``; without the sign weights.
@@ -45,6 +46,8 @@ class PolicyTerms:
     config: EAPOConfig
     valid: Tensor
     sequence_ids: Tensor
+    lengths: Tensor
+    tokens: Tensor
     scale: Tensor
     importance: Tensor | None
     advantages: Tensor
@@ -54,7 +57,6 @@ class PolicyTerms:
     ref_logp: Tensor | None
     entropy_coef: Tensor | None
     ratio_penalty: Tensor | None
-    n_sequences: int
     token_advantages: bool
     token_split: bool
 
@@ -82,6 +84,8 @@ class PolicyTerms:
 
     def rows(self, index: slice | Tensor) -> PolicyTerms:
         """The same loss for some of the tokens."""
+        if rows_of(self.valid, index) is self.valid:
+            return self
         names = ["valid", "sequence_ids", "scale", "importance", "old_logp", "ref_logp", "entropy_coef", "ratio_penalty"]
         names += ["advantages"] if self.token_advantages else []
         parts = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
@@ -114,12 +118,14 @@ def resolve_positive_weight(
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
+@torch.no_grad()
 def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> PolicyTerms:
     """The coefficients of a (checked) batch: advantages, split, denominators. No gradient."""
-    size, valid = n_sequences(batch), valid_tokens(batch.targets, batch.mask)
+    valid = valid_tokens(batch.targets, batch.mask)
+    idle = ~valid
 
     def masked(values: Tensor | None) -> Tensor | None:
-        return None if values is None else torch.where(valid, values.detach().float(), 0.0)
+        return None if values is None else values.float().masked_fill(idle, 0.0)
 
     token_advantages = has_token_advantages(batch)
     groups = None
@@ -133,7 +139,7 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         advantages = estimator(batch.rewards, batch.group_ids, **given).float()
     else:
         advantages = batch.advantages.detach().float()
-        advantages = torch.where(valid, advantages, 0.0) if token_advantages else advantages
+        advantages = advantages.masked_fill(idle, 0.0) if token_advantages else advantages
     split = split_responses(batch.rewards, advantages, groups)
     token_split = token_advantages and groups is None
 
@@ -143,18 +149,20 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         assert rollout_logp is not None
         gap = (old_logp - rollout_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         importance = gap.exp().clamp_max(config.importance_cap)
-    sequence_ids, ref_logp = torch.where(valid, batch.sequence_ids, 0), masked(batch.ref_logp)
+    sequence_ids, ref_logp = batch.sequence_ids.masked_fill(idle, 0), masked(batch.ref_logp)
     if config.drop_zero_weight:
         kept = torch.where(split.positive(), positive_weight, config.negative_weight) != 0
         valid = valid & (kept if token_split else kept[sequence_ids])
     entropy_coef, ratio_penalty = masked(batch.entropy_coef), masked(batch.ratio_penalty)
+    lengths = advantages.new_zeros(n_sequences(batch)).index_add_(0, sequence_ids, valid.float())
+    tokens = lengths.sum()
     scale = token_scale(
-        config.reduction, valid, sequence_ids, size, fixed_length=config.fixed_length, lengths=batch.sequence_lengths,
-        denominator=batch.denominator,
+        config.reduction, valid, sequence_ids, lengths, tokens, fixed_length=config.fixed_length,
+        lengths=batch.sequence_lengths, denominator=batch.denominator,
     )  # fmt: skip
     return PolicyTerms(
-        config, valid, sequence_ids, scale, importance, advantages, split, positive_weight,
-        old_logp, ref_logp, entropy_coef, ratio_penalty, size, token_advantages, token_split,
+        config, valid, sequence_ids, lengths, tokens, scale, importance, advantages, split, positive_weight,
+        old_logp, ref_logp, entropy_coef, ratio_penalty, token_advantages, token_split,
     )  # fmt: skip
 
 
@@ -185,17 +193,13 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
         per_token = per_token - bonus * entropy
     loss = (terms.scale * torch.where(terms.valid, per_token, 0.0)).sum()
     with torch.no_grad():
-        values = {
-            "entropy": zeros if entropy is None else entropy, "ratio": ratio.exp(), "clipped": clipped.float(),
-            "old_kl": zeros if old is None else kl_k3(logp, old), "kl": kl,
-        }  # fmt: skip
-        sums = {name: (v.detach() * terms.valid.float()).sum() for name, v in values.items()} | {"loss": loss.detach()}
-    return loss, torch.stack([sums[name] for name in SUMS])
+        old_kl = zeros if old is None else kl_k3(logp, old)
+        values = torch.stack([zeros if entropy is None else entropy, ratio.exp(), clipped, old_kl, kl])  # SUMS after the loss
+        return loss, torch.cat([loss.unsqueeze(0), (values * terms.valid).sum(1)])
 
 
 def _sequence_mean(values: Tensor, terms: PolicyTerms) -> Tensor:
     """[N]: the mean over the valid tokens of the token's response (fp64 sums: see ``grouping``)."""
-    valid = terms.valid.double()
-    zeros = valid.new_zeros(max(terms.n_sequences, 1))
-    total, count = (zeros.index_add(0, terms.sequence_ids, v) for v in (values.double() * valid, valid))
-    return (total / count.clamp_min(1))[terms.sequence_ids].to(values.dtype)
+    total = values.new_zeros(len(terms.lengths), dtype=torch.float64)
+    total = total.index_add(0, terms.sequence_ids, values.double() * terms.valid)
+    return (total / terms.lengths.clamp_min(1))[terms.sequence_ids].to(values.dtype)

@@ -11,7 +11,7 @@ REDUCTIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_
 
 
 def token_scale(
-    reduction: str, valid: Tensor, sequence_ids: Tensor, size: int, *, fixed_length: int | None,
+    reduction: str, valid: Tensor, sequence_ids: Tensor, here: Tensor, tokens: Tensor, *, fixed_length: int | None,
     lengths: Tensor | None = None, denominator: float | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """[N] fp32, the weight of each valid token; 0 for the others. reduction: one of ``REDUCTIONS``.
@@ -23,24 +23,23 @@ def token_scale(
 
     Args:
         valid: [N] bool.
-        sequence_ids: [N] int64 in [0, size), size = B; 0 at tokens that are not valid.
+        sequence_ids: [N] int64 in [0, B); 0 at tokens that are not valid.
+        here, tokens: [B] and 0-dim fp32, valid tokens of each response in this batch, and of all.
         fixed_length: the constant of reduction ``fixed_length``, which raises EapoError without it.
-        lengths: [B] valid tokens of each response; None: those here.
+        lengths: [B] valid tokens of each response everywhere; None: ``here``.
         denominator: the global number of tokens or responses, so that the losses of micro-batches
             and ranks add up exactly; None: the valid tokens, or responses that have any, here.
     """
-    ones = valid.float()
-    here = ones.new_zeros(size).index_add_(0, sequence_ids, ones)
     if isinstance(denominator, Tensor):
-        count = denominator.to(ones.device, torch.float32)
+        count = denominator.to(here.device, torch.float32)
     elif denominator is not None:
-        count = torch.full((), float(denominator), device=ones.device)
+        count = here.new_full((), float(denominator))
     else:
-        count = (ones.sum() if reduction == "token_mean" else (here > 0).sum().float()).clamp_min(1)
+        count = (tokens if reduction == "token_mean" else (here > 0).sum().float()).clamp_min(1)
     if reduction == "seq_mean_token_mean":
         count = (here if lengths is None else lengths.float()).clamp_min(1)[sequence_ids] * count
     elif reduction == "fixed_length":
         if fixed_length is None:
             raise EapoError("fixed_length: expected a positive int with reduction 'fixed_length', got None")
         count = count * fixed_length
-    return ones / count
+    return valid / count

@@ -41,9 +41,9 @@ def majority_rewards(cluster_ids: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def _cluster_and_group_sizes(cluster_ids: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] fp64: size of the response's cluster (0 without an answer) and of its group."""
+    """[B] int64: size of the response's cluster (0 without an answer) and of its group."""
     require_tensor("cluster_ids", cluster_ids, tuple(group_ids.shape), (torch.int64,), group_ids)
     groups, ids = Partition(group_ids), cluster_ids.clamp_min(-1) + 1
     span = ids.amax() + 1 if ids.numel() else 1
     own = Partition(groups.index * span + ids).counts
-    return torch.where(ids > 0, own, 0.0), groups.counts
+    return torch.where(ids > 0, own, 0), groups.counts

@@ -81,38 +81,62 @@ class LogitCotangents(NamedTuple):
         return self.map(lambda c: c / scale), scale
 
 
-class LogitGradient(NamedTuple):
-    """dL/d(hidden @ weight.T + bias) of C rows: ``row_scale[:, None] * matrix``, ``target_grads``.
+class Entries(NamedTuple):
+    """Some entries of dL/d(hidden @ weight.T + bias) of R rows."""
 
-    target_grads: the entries at the targets, where the matrix is zero: a row's largest entry is
-    then not rounded to the operand dtype. None: the matrix has them.
+    rows: Tensor  # [E] int64 in [0, R), ascending
+    ids: Tensor  # [E] int64, columns; INVALID ones are skipped
+    values: Tensor  # [E] statistics dtype
+    distinct: bool = False  # every row has one entry
+
+    @staticmethod
+    def one_a_row(ids: Tensor, values: Tensor) -> Entries:
+        """The entry of column ids[i] in row i, [R]."""
+        return Entries(torch.arange(len(ids), device=ids.device), ids, values, True)
+
+    def by_row(self, source: Tensor) -> WeightedRows:
+        """values times the rows of source [V, D] that belong to the columns, to be added to the rows."""
+        return WeightedRows(self.rows, self.ids, self.values, source, self.distinct)
+
+    def by_column(self, source: Tensor) -> WeightedRows:
+        """values times the rows of source [R, D], to be added to the columns."""
+        return WeightedRows.sort(self.ids, None if self.distinct else self.rows, self.values, source)
+
+
+class LogitGradient(NamedTuple):
+    """dL/d(hidden @ weight.T + bias) of R rows: ``row_scale[:, None] * matrix`` plus ``entries``.
+
+    The matrix holds the first C of them; the others have entries only. Entries where the matrix is
+    zero are not rounded to its dtype: those at the targets, a row's largest.
     """
 
-    matrix: Tensor  # [C, V] operand dtype
-    row_scale: Tensor  # [C] statistics dtype
-    target_grads: Tensor | None = None  # [C] statistics dtype
+    matrix: Tensor | None  # [C, V] operand dtype
+    row_scale: Tensor | None  # [C] statistics dtype
+    entries: Entries | None = None
 
     def scaled(self, factor: Tensor) -> LogitGradient:
         """``factor`` (0-dim) times this gradient."""
-        target = None if self.target_grads is None else self.target_grads * factor
-        return LogitGradient(self.matrix, self.row_scale * factor, target)
+        entries = None if self.entries is None else self.entries._replace(values=self.entries.values * factor)
+        return LogitGradient(self.matrix, None if self.row_scale is None else self.row_scale * factor, entries)
 
 
-class TargetRows(NamedTuple):
-    """Rows ``scale * hidden`` to add to the rows of d_weight that belong to their targets."""
+class WeightedRows(NamedTuple):
+    """Entries ``values[e] * source[rows[e]]`` to add to the rows ``keys[e]`` of an output."""
 
-    targets: Tensor  # [C] int64, sorted; INVALID where scale is zero
-    order: Tensor  # [C] int64, the row of hidden and scale at each place of targets
-    hidden: Tensor  # [C, D]
-    scale: Tensor  # [C] statistics dtype, by row
+    keys: Tensor  # [E] int64, sorted; those outside of the output are skipped
+    rows: Tensor  # [E] int64, row of source; INVALID ones are skipped
+    values: Tensor  # [E] statistics dtype; with zero the row of source is not read
+    source: Tensor  # [M, D]
+    distinct: bool = False  # no key has two entries
 
     @staticmethod
-    def sort(targets: Tensor, hidden: Tensor, scale: Tensor) -> TargetRows:
-        """Sort rows by their targets [C] int64 (stable); those with scale zero become INVALID.
+    def sort(keys: Tensor, rows: Tensor | None, values: Tensor, source: Tensor) -> WeightedRows:
+        """Sort entries by key (stable); those of value zero become INVALID. rows: None: 0, 1, 2, ...
 
-        Masked rows all have the same target, and one program would add them one after the other.
+        Masked rows all have the same target, which would be one key with many entries.
         """
-        return TargetRows(*torch.where(scale == 0, INVALID, targets).sort(stable=True), hidden, scale)
+        keys, order = keys.masked_fill(values == 0, INVALID).sort(stable=True)
+        return WeightedRows(keys, order if rows is None else rows[order], values[order], source)
 
 
 @dataclass(frozen=True)
@@ -175,9 +199,11 @@ class Backend:
             first product of a chunk of rows and its sums. entropy_gradient: the entropy will have a
             cotangent. logp_guess: [C] fp32, an estimate of each log-prob (an older policy's), or
             None; a good one may save a pass, and the result is the same for any value.
-        add_target_rows: (out, first, rows). Adds ``TargetRows`` to ``out`` [V', D] fp32, the rows
-            of targets ``first`` and above; targets outside are skipped. None: the backend's logit
-            gradients have no ``target_grads``.
+        add_rows: (out, first, entries). Adds ``WeightedRows`` to ``out`` [S, D] fp32, the rows of
+            keys ``first`` and above; other keys are skipped.
+        logits_at: (projection, rows, ids) -> [E] fp32, hidden[rows[e]] . weight[ids[e]] without
+            bias, scale, soft-cap and temperature. rows: [E] int64, ascending. ids: [E] int64; one
+            outside of [0, V) gives NaN.
     """
 
     name: str  # the caller's ``backend=``
@@ -187,7 +213,8 @@ class Backend:
     slab_bytes: Callable[[Projection], int]  # bytes of workspace per logit of a slab of ``logit_gradient``
     open_chunk: Callable[..., Chunk]
     chunk_row_bytes: Callable[[Projection, bool], int]  # (projection, entropy_gradient) -> workspace bytes per row of a chunk
-    add_target_rows: Callable[[Tensor, int, TargetRows], None] | None = None
+    add_rows: Callable[[Tensor, int, WeightedRows], None]
+    logits_at: Callable[[Projection, Tensor, Tensor], Tensor]
 
 
 _MODULES = MappingProxyType({
@@ -239,6 +266,11 @@ def resolve(name: str, projection: Projection) -> Backend:
     if (reason := backend.supports(projection)) is not None:
         raise BackendUnavailable(f"{asked} {name!r}: {reason}")
     return backend
+
+
+def resolved(name: str, projection: Projection) -> Backend:
+    """The backend of a call of an op: "auto" only in compiled code, else already resolved."""
+    return resolve(name, projection) if name == "auto" else load(name)
 
 
 def on_gpu(tensor: Tensor) -> bool:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 _WIDEN_ROWS = 8192  # rows of a weight matrix (columns of logits) that are widened at once
-_GATHERED_ROWS = 1024  # rows that are gathered and widened at once: 16 MiB at D = 4096
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -52,17 +51,6 @@ def scale_rows(matrix: Tensor, row_scale: Tensor, dtype: torch.dtype) -> tuple[T
     largest = (torch.linalg.vector_norm(matrix, math.inf, dim=1).to(row_scale.dtype) * row_scale.abs()).amax()
     pow2_scale = torch.where(largest > 0, torch.exp2(largest.log2().floor() - 14), 1.0)
     return (matrix * (row_scale / pow2_scale).unsqueeze(1)).to(dtype), pow2_scale
-
-
-def add_gathered_rows_(out: Tensor, matrix: Tensor, index: Tensor, scale: Tensor) -> Tensor:
-    """out[i] += scale[i] * matrix[index[i]], in out's precision. An index out of range is clamped.
-
-    out: [N, D] fp32/fp64; matrix: [V, D]; index: [N] int64; scale: [N] dtype of out.
-    """
-    for start in range(0, len(out), _GATHERED_ROWS):
-        rows = slice(start, start + _GATHERED_ROWS)
-        out[rows].addcmul_(matrix[index[rows].clamp(0, len(matrix) - 1)].to(out.dtype), scale[rows].unsqueeze(1))
-    return out
 
 
 def add_weighted_rows_(out: Tensor, matrix: Tensor, row_scale: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ the checks of its arguments, and the selection of valid rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import FLOATS, EapoError, ShapeError, describe, is_number, require, require_tensor
-from ..types import IGNORE_INDEX, Options
+from ..types import IGNORE_INDEX, Options, rows_of
 from .vocab_shard import INVALID, VocabShard
 
 _MOVED_AT_ONCE = 16  # rows that ``fill_holes_`` moves at once
@@ -34,6 +35,21 @@ class Projection:
     logit_scale: float = 1.0  # > 0
     softcap: float | None = None  # > 0, or None
     shard: VocabShard | None = None  # position of weight and bias in a split head; None: the head is whole
+
+    @staticmethod
+    def of(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, row_inv_temperature: Tensor | None, inv_temperature: float,
+        logit_scale: float, softcap: float | None, group: str, shard: Sequence[int],
+    ) -> Projection:  # fmt: skip
+        """From the arguments of a custom op, which takes the fields of a ``VocabShard`` (empty: none)."""
+        split = VocabShard(group, *shard) if shard else None
+        return Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, split)
+
+    def op_numbers(self) -> tuple[float, float, float | None, str, tuple[int, ...]]:
+        """The arguments of ``of`` behind the tensors."""
+        shard = self.shard
+        split = ("", ()) if shard is None else (shard.group, (shard.start, shard.total, shard.max_shard_vocab))
+        return self.inv_temperature, self.logit_scale, self.softcap, *split
 
     @property
     def n_rows(self) -> int:
@@ -70,21 +86,19 @@ class Projection:
         """
         return self.hidden.dtype if self.hidden.is_cuda else self.statistics_dtype
 
-    def detach(self) -> Projection:
-        """The same projection without gradients."""
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
-
     def rows(self, index: slice | Tensor) -> Projection:
         """The same projection for some of the rows."""
-        rows = self.row_inv_temperature
-        return replace(self, hidden=self.hidden[index], row_inv_temperature=None if rows is None else rows[index])
+        hidden, rows = rows_of(self.hidden, index), self.row_inv_temperature
+        if hidden is self.hidden:
+            return self
+        return replace(self, hidden=hidden, row_inv_temperature=None if rows is None else rows[index])
 
-    def local_targets(self, targets: Tensor) -> Tensor:
-        """Targets [N] as columns of ``weight``; others are ``ELSEWHERE`` or ``INVALID``."""
+    def local_targets(self, targets: Tensor, valid: Tensor) -> Tensor:
+        """Targets [N], 0 where not ``valid`` [N], as columns of ``weight``; others are ``ELSEWHERE`` or ``INVALID``."""
+        targets = targets * valid
         if self.shard is not None:
             return self.shard.local_targets(targets, self.vocab)
-        return torch.where((targets >= 0) & (targets < self.vocab), targets, INVALID)
+        return targets.masked_fill(targets != targets.clamp(0, self.vocab - 1), INVALID)
 
     def zero_invalid_rows(self, valid: Tensor) -> Projection:
         """The same projection with hidden 0 and temperature 1 in rows that are not ``valid`` [N].
@@ -99,8 +113,11 @@ class Projection:
         scale = self.logit_scale * self.inv_temperature
         return scale if self.row_inv_temperature is None else self.row_inv_temperature * scale
 
-    def transform_logits_(self, raw: Tensor, columns: slice) -> Tensor:
-        """Turn raw = hidden @ weight[columns].T, [N, columns] statistics dtype, into z in place."""
+    def transform_logits_(self, raw: Tensor, columns: slice | Tensor, rows: Tensor | None = None) -> Tensor:
+        """Turn raw = hidden @ weight[columns].T, [N, columns] statistics dtype, into z in place.
+
+        With rows and columns [E]: raw [E], the products of row rows[e] and column columns[e].
+        """
         if self.bias is not None:
             raw += self.bias[columns]
         scale = self.row_scale()
@@ -108,16 +125,17 @@ class Projection:
             raw.mul_(self.logit_scale / self.softcap).tanh_()
             scale = scale * (self.softcap / self.logit_scale)
         if isinstance(scale, Tensor):
-            raw.mul_(scale.unsqueeze(1))
+            raw.mul_(scale.unsqueeze(1) if rows is None else scale[rows])
         elif scale != 1.0:
             raw.mul_(scale)
         return raw
 
-    def softcap_slope(self, z: Tensor) -> Tensor:
-        """1 - tanh^2 of the soft-cap at the logits z [N, columns], newly allocated."""
+    def softcap_slope(self, z: Tensor, rows: Tensor | None = None) -> Tensor:
+        """1 - tanh^2 of the soft-cap at the logits z [N, columns], or [E] of ``rows`` [E]; newly allocated."""
         assert self.softcap is not None
-        inverse, rows = 1.0 / (self.softcap * self.inv_temperature), self.row_inv_temperature
-        tanh = z * (inverse if rows is None else (inverse / rows).unsqueeze(1))
+        inverse, temperature = 1.0 / (self.softcap * self.inv_temperature), self.row_inv_temperature
+        scale = None if temperature is None else inverse / temperature
+        tanh = z * (inverse if scale is None else scale.unsqueeze(1) if rows is None else scale[rows])
         return tanh.mul_(tanh).neg_().add_(1.0).clamp_(min=0.0)
 
 
@@ -162,7 +180,7 @@ def build_projection(
         ):  # no text before: a compiler may trace the number
             raise EapoError(f"{name}: expected a positive finite number, got {value!r}")
     logit_scale, softcap = 1.0 if logit_scale is None else float(logit_scale), None if softcap is None else float(softcap)
-    hidden = hidden.reshape(-1, weight.shape[1])
+    hidden = hidden if hidden.dim() == 2 else hidden.reshape(-1, weight.shape[1])
     return Projection(hidden, weight, bias, float(inv_temperature), row_inv_temperature, logit_scale, softcap, shard)
 
 

@@ -124,10 +124,9 @@ class _NucleusEntropy(torch.autograd.Function):
             projection.operand_dtype
         )
         assert cotangents.entropy is not None
-        targets = cotangent.new_zeros(projection.n_rows, dtype=torch.int64)  # not read
         for rows in chunks:
             gradient = _gradient(projection.rows(rows), cotangents.entropy[rows], top_p)
-            total.add(LogitGradient(gradient.to(projection.operand_dtype), row_scale[rows]), rows, targets[rows])
+            total.add(LogitGradient(gradient.to(projection.operand_dtype), row_scale[rows]), rows)
         return (*total.result(), None, None, None)
 
 

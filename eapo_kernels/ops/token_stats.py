@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import EapoError, ShapeError, describe, require, require_tensor
-from ..types import IGNORE_INDEX, Options, TokenStats
-from . import chunking, collective_checks, dispatch, gemm
-from .dispatch import Backend, LogitCotangents, LogitGradient, RowStatistics
+from ..types import IGNORE_INDEX, Options, TokenStats, TokenSupport, require_support
+from . import chunking, collective_checks, dispatch, gemm, sparse
+from .dispatch import Backend, Entries, LogitCotangents, LogitGradient, RowStatistics
 from .gradients import Gradients, GradientSum
 from .lm_head import (
     Projection,
@@ -43,7 +43,7 @@ class SavedRows(NamedTuple):
 
     Attributes:
         matrix: [M, V] operand dtype.
-        scales: [1 or 2, M] statistics dtype: row_scale, and target_grads if the backend has them.
+        scales: [1 or 2, M] statistics dtype: row_scale, and the targets' entries if the backend has them.
         rows: [M] int64, their places; empty if all rows are valid.
     """
 
@@ -53,15 +53,9 @@ class SavedRows(NamedTuple):
 
 
 def compute_statistics(
-    projection: Projection,
-    targets: Tensor,
-    backend: Backend,
-    *,
-    entropy: bool,
-    second_moments: bool,
-    options: Options,
+    projection: Projection, targets: Tensor, backend: Backend, *, entropy: bool, second_moments: bool, options: Options,
     save: bool = False,
-) -> tuple[RowStatistics, SavedRows | None]:
+) -> tuple[RowStatistics, SavedRows | None]:  # fmt: skip
     """Statistics of every row, zeros where the target is -100; and the rows saved for the backward.
 
     save: save the rows if the plan is "one_chunk" (``chunking.autograd``); not with second moments.
@@ -75,7 +69,7 @@ def compute_statistics(
         moment = zeros if second_moments else None
         mean = zeros if entropy else None
         return RowStatistics(zeros, mean, zeros, zeros, zeros, mean, moment, moment, moment), None
-    targets = projection.local_targets(torch.where(valid, targets, 0))
+    targets = projection.local_targets(targets, valid)
     budget, saved = chunking.workspace_bytes(options, targets.device), None
     if save:
         row_bytes = backend.chunk_row_bytes(projection, False)
@@ -83,8 +77,11 @@ def compute_statistics(
     if save:
         chunk = backend.open_chunk(projection, targets, entropy=entropy, entropy_gradient=False)
         statistics = chunk.statistics()
-        matrix, *scales = (t for t in chunk.gradient(LogitCotangents(torch.ones_like(statistics.logp))) if t is not None)
-        saved = SavedRows(matrix, torch.stack(scales), targets.new_empty(0) if index is None else index)
+        matrix, row_scale, entries = chunk.gradient(LogitCotangents(torch.ones_like(statistics.logp)))
+        assert matrix is not None
+        assert row_scale is not None
+        scales = torch.stack([row_scale] if entries is None else [row_scale, entries.values])
+        saved = SavedRows(matrix, scales, targets.new_empty(0) if index is None else index)
     else:
         statistics = backend.statistics(projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
     return statistics.map(lambda values: scatter_rows(torch.where(valid, values, 0), index, n_rows)), saved
@@ -101,10 +98,13 @@ def gradients_of_saved(
         projection = projection.zero_invalid_rows(valid)
     rows = slice(0, projection.n_rows) if index is None else index
     grad = torch.where(valid, grad_logp.to(projection.statistics_dtype), 0)[rows]
-    gradient = LogitGradient(saved.matrix, *(grad * saved.scales))
-    local = projection.local_targets(torch.where(valid, targets, 0))[rows]
+    row_scale, *target_grads = grad * saved.scales
+    entries = None
+    if target_grads:
+        entries = Entries.one_a_row(projection.local_targets(targets, valid)[rows], *target_grads)
     total = GradientSum(projection, backend, needs, dtype=projection.hidden.dtype, one_chunk=True)
-    total.add(gradient, rows, local, valid_index(grad != 0) if may_compact(grad, options.compact) else None)
+    live = valid_index(grad != 0) if may_compact(grad, options.compact) else None
+    total.add(LogitGradient(saved.matrix, row_scale, entries), rows, live)
     return total.result()
 
 
@@ -126,7 +126,7 @@ def gradients_by_recomputing(
     if index is not None:
         targets, live, statistics, cotangents = targets[index], live[index], statistics.rows(index), cotangents.rows(index)
     cotangents = cotangents.map(lambda c: torch.where(live, c.to(dtype), 0))
-    targets = projection.local_targets(torch.where(live, targets, 0))
+    targets = projection.local_targets(targets, live)
 
     hidden, weight, count, vocab = projection.hidden, projection.weight, projection.n_rows, projection.vocab
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs[0] else None
@@ -201,12 +201,12 @@ def _forward_op(
     group, shard: the fields of a ``VocabShard``; empty if the weight is not split.
     A result that is not asked for is empty.
     """
-    projection = _projection(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
+    projection = Projection.of(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
     check_values(projection, targets, debug)
     s, saved = compute_statistics(
         projection,
         targets,
-        _resolved(backend, projection),
+        dispatch.resolved(backend, projection),
         entropy=entropy,
         second_moments=second_moments,
         options=Options(memory_budget, compact, debug, plan),
@@ -222,40 +222,19 @@ def _forward_op(
     return s.logp, entropies, s.lse.clone(), moments, state, *saved
 
 
-def _resolved(backend: str, projection: Projection) -> Backend:
-    """The backend of a call of an op: "auto" only in compiled code, else already resolved."""
-    return dispatch.resolve(backend, projection) if backend == "auto" else dispatch.load(backend)
-
-
-def _projection(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_inv_temperature: Tensor | None,
-    inv_temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    group: str,
-    shard: Sequence[int],
-) -> Projection:
-    """The projection from the arguments of a custom op."""
-    split = VocabShard(group, *shard) if shard else None
-    return Projection(hidden, weight, bias, inv_temperature, row_inv_temperature, logit_scale, softcap, split)
-
-
 @_forward_op.register_fake
 def _forward_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard, backend,
     memory_budget, compact, plan, debug, entropy, second_moments, save,
 ):  # fmt: skip
     n, rows, scales = hidden.shape[0], 0, 2
-    projection = _projection(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
+    projection = Projection.of(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
     if save:  # else the backend is not asked, so that a symbolic N can be traced
-        used = _resolved(backend, projection)
+        used = dispatch.resolved(backend, projection)
         row_bytes = used.chunk_row_bytes(projection, False)
         budget = chunking.workspace_bytes(Options(memory_budget, compact, debug, plan), hidden.device)
         rows = chunking.autograd(n, row_bytes, budget, plan).rows  # without a mask
-        # Chunks that store logits have no ``target_grads``.
+        # Chunks that store logits have the targets' entries among them.
         if rows and (used.name == "torch" or softcap is not None or hidden.dtype == torch.float32):
             scales = 1
     dtype = projection.statistics_dtype
@@ -299,8 +278,8 @@ def _backward_op(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias); a gradient that is not needed is empty."""
-    projection = _projection(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
-    resolved, options = _resolved(backend, projection), Options(memory_budget, compact, plan=plan)
+    projection = Projection.of(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
+    resolved, options = dispatch.resolved(backend, projection), Options(memory_budget, compact, plan=plan)
     wanted = (needs[0], needs[1], needs[2])
     if scales.numel() and grad_entropy is None and grad_lse is None and grad_logp is not None:
         saved = SavedRows(matrix, scales, index)
@@ -347,18 +326,28 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def project_stats(
-    projection: Projection, targets: Tensor, *, entropy: str, second_moments: bool, backend: str, options: Options
-) -> TokenStats:
+    projection: Projection, targets: Tensor, *, entropy: str, second_moments: bool, backend: str, options: Options,
+    support: TokenSupport | None = None,
+) -> TokenStats:  # fmt: skip
     """``token_stats`` of a checked projection, each [N]. targets: [N] int64, -100 masks a row. backend:
     resolved, but "auto" in a trace."""
     p = projection
+    if support is not None:
+        own = entropy != "none" and not support.full_entropy
+        stats = sparse.project_support_stats(
+            p, targets, support, entropy=own, second_moments=second_moments, backend=backend, debug=options.debug
+        )
+        entropies = stats.entropy
+        if entropy != "none" and support.full_entropy:
+            entropies = project_stats(
+                p, targets, entropy=entropy, second_moments=False, backend=backend, options=options
+            ).entropy
+        return stats._replace(entropy=entropies.detach() if entropies is not None and entropy == "nograd" else entropies)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (p.hidden, p.weight, p.bias))
     save = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
     assert isinstance(options.compact, bool)
     logp, entropies, lse, moments, *_ = _forward_op(
-        p.hidden, p.weight, p.bias, targets, p.row_inv_temperature, p.inv_temperature, p.logit_scale, p.softcap,
-        "" if p.shard is None else p.shard.group,
-        () if p.shard is None else (p.shard.start, p.shard.total, p.shard.max_shard_vocab),
+        p.hidden, p.weight, p.bias, targets, p.row_inv_temperature, *p.op_numbers(),
         backend, options.memory_budget, options.compact, options.plan, options.debug,
         entropy != "none", second_moments, save,
     )  # fmt: skip
@@ -382,6 +371,7 @@ def token_stats(
     mask: Tensor | None = None,
     entropy: str = "grad",
     second_moments: bool = False,
+    support: TokenSupport | None = None,
     process_group: dist.ProcessGroup | VocabShard | None = None,
     backend: str = "auto",
     options: Options | None = None,
@@ -403,6 +393,9 @@ def token_stats(
         entropy: "grad" (differentiable), "nograd" (value only) or "none" (``stats.entropy`` is
             None).
         second_moments: also return sum p^2, sum p^2 log p and the varentropy.
+        support: the tokens that a sampler could have drawn, one row of them for each of the N
+            positions (flattened); all statistics are then over these alone (docs/sparse.md), and no
+            other logit is computed. None: the whole vocabulary.
         process_group: None, or for a head whose rows (of ``weight`` and ``bias``) are split over
             ranks: the group or this rank's ``VocabShard``. ``weight`` is then this rank's part, in
             the order of the ranks, and ``targets`` are tokens of the full vocabulary. Every rank
@@ -422,7 +415,7 @@ def token_stats(
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.
-        EapoError: a value is out of range (targets and tensor temperatures: on CUDA only with
+        EapoError: a value is out of range (targets, supports and tensor temperatures: on CUDA only with
             ``Options(debug=True)``, else the row of such a target is NaN), an option is unknown, or
             the weights of the ranks do not fit together.
         BackendUnavailable: the backend named cannot run these inputs.
@@ -442,6 +435,7 @@ def token_stats(
             targets = torch.where(mask, targets, IGNORE_INDEX)
         require(options.plan != "chunks", "Options.plan", "auto, one_chunk or recompute with the autograd schedule", "'chunks'")
         targets = targets.reshape(-1)
+        require_support(support, targets, "support")
         if not torch.compiler.is_compiling():  # once: forward and backward take the same backend
             backend = dispatch.resolve(backend, projection).name
     except EapoError as error:
@@ -449,7 +443,9 @@ def token_stats(
             collective_checks.propagate(error, process_group, options)
         raise
     if shard is not None:
-        wanted = {"backend": backend, "entropy": entropy, "second_moments": second_moments}
+        wanted = {"backend": backend, "entropy": entropy, "second_moments": second_moments, "support": support is not None}
         collective_checks.compare(projection, targets, options, call="token_stats", **wanted)
-    flat = project_stats(projection, targets, entropy=entropy, second_moments=second_moments, backend=backend, options=options)
+    flat = project_stats(
+        projection, targets, entropy=entropy, second_moments=second_moments, backend=backend, options=options, support=support
+    )
     return TokenStats._make(None if values is None else values.reshape(shape) for values in flat)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import chunking, gemm
-from .dispatch import Backend, Chunk, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
+from .dispatch import Backend, Chunk, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms, WeightedRows
 from .lm_head import Projection
 from .vocab_shard import INVALID, VocabShard, merge_ranges
 
@@ -33,7 +34,7 @@ _CACHE_BYTES = 32 * 2**20
 """Bytes of logits in a block, about a server's last-level cache. Smaller blocks are not faster and
 add thread barriers (docs/log.md)."""
 
-_UNDERFLOWN = -1e4
+UNDERFLOWN = -1e4
 """Replaces -inf in removed columns: its exp is 0, and x * e^x is 0 instead of NaN."""
 
 _NEGLIGIBLE = 60.0
@@ -120,7 +121,7 @@ def _range_sums(z: Tensor, targets: Tensor, *, entropy: bool, second_moments: bo
     inside = (index >= 0) & (index < z.shape[1])
     z_target = torch.where(inside, z.gather(1, index.clamp(0, z.shape[1] - 1)), 0.0)
     x = torch.sub(z, row_max)
-    x.clamp_(min=_UNDERFLOWN)
+    x.clamp_(min=UNDERFLOWN)
     e = torch.exp(x, out=z)
     _put_target_(e, targets, slice(0, z.shape[1]), torch.zeros_like(z_target))
     fields = [row_max.squeeze(1), z_target.squeeze(1), e.sum(1)]
@@ -134,7 +135,7 @@ def _range_sums(z: Tensor, targets: Tensor, *, entropy: bool, second_moments: bo
     return fields
 
 
-def _row_sums(fields: Tensor, targets: Tensor, shard: VocabShard | None) -> RowSums:
+def row_sums(fields: Tensor, targets: Tensor, shard: VocabShard | None) -> RowSums:
     """The sums over all shards from those of this one [fields, N]; NaN for an invalid target."""
     fields[1].masked_fill_(targets == INVALID, torch.nan)
     if shard is not None:
@@ -154,7 +155,7 @@ def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second
         _streamed(projection.rows(slice(start, start + rows)), targets[start : start + rows], columns, entropy, second_moments)
         for start in range(0, projection.n_rows, rows)
     ]
-    return finish(_row_sums(torch.cat(parts, 1), targets, projection.shard))
+    return finish(row_sums(torch.cat(parts, 1), targets, projection.shard))
 
 
 def _streamed(projection: Projection, targets: Tensor, columns: int, entropy: bool, second_moments: bool) -> Tensor:
@@ -190,7 +191,7 @@ def logit_gradient(
     if z is out:
         gemm.project_(z, projection.hidden, projection.weight[columns])
     elif z.is_cuda and cotangents.entropy is None and projection.softcap is None:  # in place, 22 bytes a logit
-        alpha, _, target = _row_coefficients(statistics, cotangents, projection)
+        alpha, _, target = row_coefficients(statistics, cotangents, projection)
         projection.transform_logits_(z, columns).sub_((statistics.row_offset + statistics.log_sum).unsqueeze(1))
         torch.mul(z.exp_(), alpha.unsqueeze(1), out=out)
         _put_target_(out, targets, columns, target.unsqueeze(1).to(out.dtype))
@@ -199,13 +200,13 @@ def logit_gradient(
         part = projection.rows(block)
         logits = part.transform_logits_(z[block], columns)
         s = statistics.rows(block)
-        coefficients = _row_coefficients(s, cotangents.rows(block), part)
+        coefficients = row_coefficients(s, cotangents.rows(block), part)
         gradient = _gradient_from_logits_(logits, part, targets[block], columns, s, coefficients)
         if z is not out:
             out[block] = gradient
 
 
-def _row_coefficients(s: RowStatistics, c: LogitCotangents, projection: Projection) -> tuple[Tensor, Tensor | None, Tensor]:
+def row_coefficients(s: RowStatistics, c: LogitCotangents, projection: Projection) -> tuple[Tensor, Tensor | None, Tensor]:
     """(alpha, beta, target) [R]: dL/dz_v = p_v (alpha - beta x_v) for v != y, else target (E6)."""
     zero = torch.zeros_like(s.logp)
     a = zero if c.logp is None else c.logp
@@ -240,7 +241,7 @@ def _gradient_from_logits_(
     if beta is None:
         gradient = torch.mul(p, alpha, out=z)
     else:
-        x.clamp_(min=_UNDERFLOWN)
+        x.clamp_(min=UNDERFLOWN)
         gradient = x.mul_(-beta).add_(alpha).mul_(p)
     _put_target_(gradient, targets, columns, target)
     return gradient if slope is None else gradient.mul_(slope)
@@ -432,7 +433,7 @@ class _TorchChunk:
                 )
             )  # fmt: skip
         fields = torch.stack([torch.cat(field) for field in zip(*parts, strict=True)])
-        sums, row_max = _row_sums(fields, targets, projection.shard), fields[0]
+        sums, row_max = row_sums(fields, targets, projection.shard), fields[0]
         self._statistics = finish(sums)
         shard_scale = (sums.row_max - row_max).clamp_(max=_NEGLIGIBLE).exp_()  # 1 without a shard
         self._s0 = (sums.sum_exp_excl_target + sums.x_target.exp()) * shard_scale
@@ -456,7 +457,7 @@ class _TorchChunk:
         columns = slice(0, self._projection.vocab)
         for block in _blocks(z):
             part, s = self._projection.rows(block), self._statistics.rows(block)
-            coefficients = _row_coefficients(s, cotangents.rows(block), part)
+            coefficients = row_coefficients(s, cotangents.rows(block), part)
             _gradient_from_logits_(z[block], part, self._targets[block], columns, s, coefficients)
         return LogitGradient(z.to(dtype), row_scale)
 
@@ -499,6 +500,70 @@ def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
     return projection.max_shard_vocab * chunk_bytes(projection)
 
 
+_GATHERED_BYTES = 64 * 2**20
+"""Bytes of rows that are gathered or widened at once for entries."""
+
+
+def logits_at(projection: Projection, rows: Tensor, ids: Tensor) -> Tensor:
+    """See ``Backend.logits_at``. On a CPU by MKL's sampled product, else gathered. Synchronizes on CUDA."""
+    hidden, weight, dtype = projection.hidden, projection.weight, projection.statistics_dtype
+    out = hidden.new_full(ids.shape, torch.nan, dtype=dtype)
+    valid = (ids >= 0) & (ids < len(weight))
+    if not bool(valid.all()):
+        kept = valid.nonzero().squeeze(1)
+        return out.index_copy_(0, kept, logits_at(projection, rows[kept], ids[kept]))
+    sampled = not hidden.is_cuda and _has_sampled_product()
+    for part in _parts(len(ids), projection.dim, dtype):
+        here, columns = rows[part], ids[part]
+        if not sampled:
+            out[part] = (hidden[here].to(dtype) * weight[columns].to(dtype)).sum(1)
+            continue
+        first, last = int(here[0]), int(here[-1]) + 1
+        operand, columns = _widened(weight, columns, dtype)
+        starts = torch.searchsorted(here, torch.arange(first, last + 1))
+        shape, zeros = (last - first, len(operand)), hidden.new_zeros(len(here), dtype=dtype)
+        pattern = torch.sparse_csr_tensor(starts, columns, zeros, shape, check_invariants=False)
+        out[part] = torch.sparse.sampled_addmm(pattern, hidden[first:last].to(dtype), operand.t(), beta=0.0).values()
+    return out
+
+
+def add_rows(out: Tensor, first: int, entries: WeightedRows) -> None:
+    """See ``Backend.add_rows``. Sums of segments by embedding_bag, one segment a key. Synchronizes on CUDA."""
+    keys, rows, values, source, _ = entries
+    kept = ((keys >= first) & (keys < first + len(out)) & (values != 0)).nonzero().squeeze(1)
+    keys, rows, values = keys[kept], rows[kept].clamp(0, len(source) - 1), values[kept].to(out.dtype)
+    for part in _parts(len(keys), out.shape[1], out.dtype):
+        segments, counts = keys[part].unique_consecutive(return_counts=True)
+        operand, places = _widened(source, rows[part], out.dtype)
+        bags = counts.cumsum(0) - counts
+        sums = functional.embedding_bag(places, operand, bags, mode="sum", per_sample_weights=values[part])
+        out.index_add_(0, segments - first, sums)  # each row once: the order of sums is fixed
+
+
+@functools.cache
+def _has_sampled_product() -> bool:
+    """Whether PyTorch has MKL's sampled product. The first CSR tensor warns of its beta state."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()
+    return torch.backends.mkl.is_available()
+
+
+def _parts(count: int, dim: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of entries whose rows [dim] fit ``_GATHERED_BYTES``."""
+    step = max(1, _GATHERED_BYTES // (dim * dtype.itemsize))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def _widened(matrix: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(a matrix of this dtype, numbers of its rows) with the given rows of ``matrix``: itself, or a copy of these."""
+    if matrix.dtype == dtype and matrix.is_contiguous():
+        return matrix, rows
+    some, rows = rows.unique(return_inverse=True)
+    return matrix[some].to(dtype), rows
+
+
 BACKEND = Backend(
     name="torch",
     supports=lambda projection: None,
@@ -507,4 +572,6 @@ BACKEND = Backend(
     slab_bytes=chunk_bytes,
     open_chunk=open_chunk,
     chunk_row_bytes=chunk_row_bytes,
+    logits_at=logits_at,
+    add_rows=add_rows,
 )

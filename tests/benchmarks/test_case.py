@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 
 from benchmarks import case as case_module
-from benchmarks.case import CLIP, INPUTS, MODES, N_RESPONSES, OBJECTIVES, POSITIVE_WEIGHT, Case, make_case, reference_of
+from benchmarks.case import (
+    CLIP,
+    INPUTS,
+    MASK_SIZE,
+    MODES,
+    N_RESPONSES,
+    OBJECTIVES,
+    POSITIVE_WEIGHT,
+    Case,
+    make_case,
+    reference_of,
+)
 
 N, D, V = 80, 24, 300
 LENGTH = N // N_RESPONSES
@@ -24,7 +35,10 @@ def _dense(case: Case, objective: str) -> dict[str, Tensor]:
     kept = torch.arange(N)[case.valid]
     hidden = case.hidden.double().requires_grad_()
     weight = case.weight.double().requires_grad_()
-    p = torch.softmax(hidden[kept] @ weight.T, -1)
+    z = hidden[kept] @ weight.T
+    if case.support is not None:
+        z = z.masked_fill(torch.ones_like(z, dtype=torch.bool).scatter(1, case.support[kept], False), -1e4)
+    p = torch.softmax(z, -1)
     logp = p[torch.arange(len(kept)), case.targets[kept]].log()
     if objective == "cross_entropy":
         loss = -logp.mean()
@@ -37,13 +51,13 @@ def _dense(case: Case, objective: str) -> dict[str, Tensor]:
         ratio = (logp - case.old_logp[kept].double()).exp()
         loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages).mean()
     d_hidden, d_weight = torch.autograd.grad(loss, [hidden, weight])
-    entropy = -(p * p.log()).sum(-1)
+    entropy = torch.special.entr(p).sum(-1)
     results = {"logp": logp, "entropy": entropy, "loss": loss, "d_hidden": d_hidden, "d_weight": d_weight}
     return {name: value.detach() for name, value in results.items()}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("mode", ["fwd_bwd", "half_zero_rows"])
+@pytest.mark.parametrize("mode", ["fwd_bwd", "half_zero_rows", "sampling_mask"])
 def test_the_reference_equals_dense_autograd(case: Case, mode: str, objective: str) -> None:
     this = case.for_mode(mode)
     reference, dense = reference_of(this), _dense(this, objective)
@@ -68,7 +82,18 @@ def test_half_zero_rows_masks_the_second_half_of_every_response(case: Case) -> N
     assert case.n_valid == N
 
 
-@pytest.mark.parametrize("mode", ["fwd_bwd", "half_zero_rows"])
+def test_a_sampling_mask_has_the_likeliest_ids_and_the_target(case: Case) -> None:
+    masked = case.for_mode("sampling_mask")
+    assert masked.support is not None
+    assert masked.support.shape == (N, MASK_SIZE)
+    likeliest = (case.hidden @ case.weight.T).argsort(1, descending=True)
+    assert torch.equal(masked.support[:, : MASK_SIZE - 1].sort(1).values, likeliest[:, : MASK_SIZE - 1].sort(1).values)
+    assert (masked.support == case.targets[:, None]).any(1).all()
+    torch.testing.assert_close(masked.old_logp - masked.logp, case.old_logp - case.logp, rtol=0, atol=1e-5)
+    assert masked.useful_flops("sampling_mask") == 6 * N * MASK_SIZE * D
+
+
+@pytest.mark.parametrize("mode", ["fwd_bwd", "half_zero_rows", "sampling_mask"])
 def test_a_sample_is_rows_of_the_full_reference(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     this = case.for_mode(mode)
     full = reference_of(this)

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.case import MODES, OBJECTIVES, Case, Reference, Results, make_case, reference_of
+from benchmarks.case import MODES, OBJECTIVES, SPARSE_MODES, Case, Reference, Results, make_case, reference_of
 from benchmarks.providers import WITH_GRADIENTS, Provider, bare_gemms, import_alone, installed, load_providers, needs
 from benchmarks.providers.unfused import token_op
 
@@ -98,7 +98,7 @@ def test_results_and_masked_rows(name: str, mode: str, device: str) -> None:
 def test_declarations() -> None:
     assert len(PROVIDERS) == len(load_providers())
     for provider in PROVIDERS.values():
-        assert set(provider.modes) <= set(MODES)
+        assert set(provider.modes) <= {*MODES, *SPARSE_MODES}
         assert provider.objective in OBJECTIVES
         assert (provider.objective == "cross_entropy") == ("mean cross-entropy" in provider.job)
         assert provider.objective == "policy" or "fwd" not in provider.modes

@@ -16,6 +16,7 @@ from loss_cases import CONFIGS, V, make_batch, run
 
 from eapo_kernels import Options, token_stats
 from eapo_kernels.ops import token_stats as op
+from eapo_kernels.ops.dispatch import WeightedRows
 from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.testing import make_inputs
 
@@ -121,6 +122,44 @@ def test_the_loss_in_one_pass(
         error = (ours.double() - right).norm() / right.norm()
         bound = max(2 * (eager.double() - right).norm() / right.norm(), torch.finfo(dtype).eps)
         assert error <= bound, f"d_{name}: {error:.1e} beside {bound:.1e}"
+
+
+@pytest.mark.parametrize(("family", "dim"), [("sm80", WIDE), ("sm90", NARROW), ("sm90", WIDE), ("sm100", WIDE)])
+@pytest.mark.parametrize(("dtype", "d"), [(BF16, 136), (FP16, 37), (torch.float32, 72)])
+def test_entries_of_a_support(dtype: torch.dtype, d: int, dim: int, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 to 20 ids a row, one of them in most rows, some that do not exist; chosen logits, d_hidden, and d_weight by slabs.
+
+    To 1e-6 of the sum of all terms without their signs, and twice the same bits.
+    """
+    emulated_gpu.pretend(monkeypatch, family=family, dim=dim)
+    backend = importlib.import_module("eapo_kernels.ops.triton.backend").BACKEND
+    n, v, g = 90, 64, torch.Generator().manual_seed(4)
+    chosen = torch.rand(n, v, generator=g) < torch.arange(n).remainder(3)[:, None] / 10
+    chosen[10:, 5] = True
+    rows, ids = chosen.nonzero().unbind(1)
+    ids[7], ids[20] = -1, v
+    exists = (ids >= 0) & (ids < v)
+    hidden, weight = torch.randn(n, d, generator=g).to(dtype), torch.randn(v, d, generator=g).to(dtype)
+    values = torch.where(exists, torch.randn(len(ids), generator=g), 0.0)
+    values[::9] = 0.0
+    p = Projection(hidden, weight)
+    z = backend.logits_at(p, rows, ids)
+    terms = hidden.double()[rows[exists]] * weight.double()[ids[exists]]
+    assert torch.equal(z.isnan(), ~exists)
+    assert (z[exists].double() - terms.sum(1)).abs().le(1e-6 * terms.abs().sum(1)).all()
+    assert torch.equal(backend.logits_at(p, rows, ids)[exists], z[exists])
+    by_row = WeightedRows(rows, ids, values, weight)
+    by_id = WeightedRows.sort(ids, rows, values, hidden)
+    for size, entries in ((n, by_row), (v, by_id)):
+        first, second = (torch.ones(size, d) for _ in range(2))
+        for out in (first, second):
+            backend.add_rows(out[:40], 0, entries)
+            backend.add_rows(out[40:], 40, entries)
+        used = entries.values != 0
+        keys, terms = entries.keys[used], entries.source.double()[entries.rows[used]] * entries.values[used, None].double()
+        exact, bound = (torch.ones(size, d).double().index_add_(0, keys, t) for t in (terms, terms.abs()))
+        assert (first.double() - exact).abs().le(1e-6 * bound).all()
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(("backend", "more"), [("triton", True), ("cuda", False)])

@@ -64,3 +64,16 @@ def test_no_members_and_no_valid_members() -> None:
     none_valid = OrderedPartition(torch.tensor([1, 2]), torch.tensor([False, False]))
     assert float(none_valid.mean_of_classes(torch.tensor([5.0, 6.0]))) == 0
     assert none_valid.following(torch.tensor([5.0, 6.0]), -1.0).tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_index_is_the_number_of_smaller_keys() -> None:
+    """Also for strided keys; members that do not count come last."""
+    keys, _, valid = _case(3)
+    strided = torch.stack([keys, keys], 1)[:, 0]
+    smaller = (keys.unsqueeze(0) < keys.unsqueeze(1)).sum(1)
+    assert torch.equal(OrderedPartition(strided).index, smaller)
+    among = ((keys.unsqueeze(0) < keys.unsqueeze(1)) & valid).sum(1)
+    partition = OrderedPartition(strided, valid)
+    assert torch.equal(partition.index, torch.where(valid, among, valid.sum()))
+    assert partition.counts[valid].tolist() == [float((valid & (keys == key)).sum()) for key in keys[valid]]

@@ -64,12 +64,15 @@ def compare(
         assert_no_worse_than(got, plain, exact, floor=GRADIENT_FLOOR[dtype], name=f"d_{name}")
 
 
-def dense(gradient: LogitGradient, targets: Tensor) -> Tensor:
+def dense(gradient: LogitGradient) -> Tensor:
     """[C, V] float64, a chunk's gradient written out."""
+    assert gradient.matrix is not None
+    assert gradient.row_scale is not None
     full = gradient.matrix.double() * gradient.row_scale.double().unsqueeze(1)
-    if gradient.target_grads is None:
-        return full
-    return full.scatter_add_(1, targets.unsqueeze(1), gradient.target_grads.double().unsqueeze(1))
+    if gradient.entries is not None:
+        rows, ids, values, _ = gradient.entries
+        full.index_put_((rows, ids), values.double(), accumulate=True)
+    return full
 
 
 def projection(inputs: Inputs, **transform: Any) -> Projection:

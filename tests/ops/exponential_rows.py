@@ -43,7 +43,7 @@ def run(p: Projection, targets: Tensor, logp_guess: Tensor | None, **options: An
     gradient = chunk.gradient(LogitCotangents(torch.ones_like(stats.logp)))
     assert gradient.matrix.dtype == p.operand_dtype
     assert (gradient.matrix.gather(1, targets.unsqueeze(1)) == 0).all()
-    return stats, dense(gradient, targets), int(chunk.sums.n_rescue)
+    return stats, dense(gradient), int(chunk.sums.n_rescue)
 
 
 def floor(p: Projection) -> float:

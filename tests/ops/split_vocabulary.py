@@ -13,7 +13,7 @@ import torch.distributed as dist
 from comparison import cotangents, policy_batch
 from torch import Tensor
 
-from eapo_kernels import METHODS, EAPOConfig, Options, policy_loss, token_stats
+from eapo_kernels import METHODS, EAPOConfig, Options, TokenSupport, policy_loss, token_stats
 from eapo_kernels.testing import Inputs, make_inputs
 
 N, D, V = 200, 24, 211
@@ -76,6 +76,12 @@ _EVERYTHING = {"softcap": 9.0, "logit_scale": 1.3, "inv_temperature": _ROWS, "ma
 _BAD_GUESS = torch.linspace(-90, 90, N)
 _EAPO = {"positive_weight": 0.7, "schedule": "one_pass"}
 _BONUS = EAPOConfig(entropy_coef=0.05, dual_clip=3.0)
+_OTHERS = torch.rand(N, V, generator=torch.Generator().manual_seed(3)) < torch.linspace(0, 0.2, N)[:, None]
+_SUPPORT = TokenSupport.from_lists(
+    [torch.cat([row.nonzero()[:, 0], target[None]]).unique()
+     for row, target in zip(_OTHERS, make_inputs(N, D, V, seed=5, bias=True).targets, strict=True)]
+)  # fmt: skip
+_WITH_FULL_ENTROPY = TokenSupport(_SUPPORT.ids, _SUPPORT.offsets, full_entropy=True)
 
 CASES = {
     "exact_statistics": Case("stats", _EVERYTHING, torch.float64),
@@ -98,6 +104,13 @@ CASES = {
     "steep_statistics": Case("stats", change=_steep),
     "removed": Case("eapo", _EAPO, change=_removed),
     "removed_statistics": Case("stats", {"second_moments": True}, change=_removed),
+    "exact_support": Case("stats", _EVERYTHING | {"support": _SUPPORT}, torch.float64),
+    "support": Case("stats", _EVERYTHING | {"support": _SUPPORT}),
+    "support_full_entropy": Case("stats", {"support": _WITH_FULL_ENTROPY}, gathers=2, reductions=2),
+    "support_one_pass": Case("eapo", _EAPO | {"support": _SUPPORT}),
+    "support_autograd": Case("grpo", {"support": _SUPPORT, "config": _BONUS, "schedule": "autograd"}),
+    "support_main_grad": Case("eapo", _EAPO | {"support": _SUPPORT, "main": True}),
+    "bfloat16_support": Case("eapo", _EAPO | {"support": _SUPPORT}, torch.bfloat16),
     "nothing_counts": Case("stats", {"mask": torch.zeros(N, dtype=torch.bool)}, gathers=0, reductions=0),
     "bfloat16": Case("stats", {"inv_temperature": 0.8}, torch.bfloat16),
     "bfloat16_saved": Case("logp", {"entropy": "nograd"}, torch.bfloat16, exponentials=True),
@@ -132,7 +145,7 @@ def run(case: Case, inputs: Inputs, rows: slice, backend: str, group: Any) -> di
         method = replace(method, config=given.pop("config", method.config))
         wide = torch.float64 if case.dtype == torch.float64 else torch.float32
         main = torch.zeros_like(leaves["weight"], dtype=wide) if given.pop("main", False) else None
-        batch = policy_batch(inputs, "cpu")
+        batch = replace(policy_batch(inputs, "cpu"), support=given.pop("support", None))
         if "old" in given:
             batch = replace(batch, old_logp=batch.old_logp + given.pop("old"))
         out = policy_loss(leaves["hidden"], leaves["weight"], batch, method=method, main_grad=main, **given)

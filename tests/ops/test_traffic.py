@@ -129,7 +129,7 @@ def test_launches_over_a_chunk(mode: Traffic) -> None:
     """Maximum, softmax, matrix, two for the entropy, three products; and all torch calls of a loss and its backward."""
     one_pass(mode, torch.bfloat16)
     assert (mode.passes, mode.products) == (5, 3)
-    assert mode.calls <= 195, "223 before statistics of groups were shared"
+    assert mode.calls <= 165, "223 at first, 195 with shared statistics of groups"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

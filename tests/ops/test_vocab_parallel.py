@@ -19,7 +19,7 @@ from eapo_kernels.testing import assert_no_worse_than, make_inputs
 
 ALL_ROWS = slice(0, V)
 TRITON = {
-    2: ("slabs", "chunks", "bfloat16_one_pass", "float16_saved"),
+    2: ("slabs", "chunks", "bfloat16_one_pass", "float16_saved", "support"),
     3: (
         "statistics", "saved", "nothing_saved", "bonus_softcap", "steep_statistics", "removed_statistics", "nothing_counts",
         "bfloat16_steep", "bfloat16_bad_guess", "bfloat16_removed_bad_guess", "float16_one_pass",

@@ -15,7 +15,7 @@ from trainer.config.advice import advice, advice_on_rewards
 from trainer.loop import train
 
 LATE = {"loss": {"method": "kl_cov"}}
-CUT = {"rollout": {"top_p": 0.9}}
+CUT = {"rollout": {"top_p": 0.9, "record_support": False}}
 PAIRS = {"loss": {"method": "spear"}, "rollout": {"responses": 2}}
 ROUNDED = {"rollout": {"engine": "vllm", "vllm": VllmConfig(dtype="bfloat16")}}
 
@@ -30,7 +30,9 @@ ROUNDED = {"rollout": {"engine": "vllm", "vllm": VllmConfig(dtype="bfloat16")}}
         (PAIRS, "spear replays nothing: no advantage in a group of 2 exceeds 0.71, and loss.good_above is 1"),
         ({**PAIRS, "rollout": {"responses": 3}}, None),
         ({**PAIRS, "loss": {"method": "spear", "numbers": {"good_above": 0.5}}}, None),
-        (CUT, "rollout.top_p is 0.9"),
+        (CUT, "rollout.record_support is False"),
+        ({"rollout": {"top_p": 0.9, "top_k": 5}}, None),
+        ({"rollout": {"record_support": False}}, None),
         ({**CUT, "loss": {"importance_cap": 2.0}}, None),
         (ROUNDED, "rollout.vllm.dtype is bfloat16 and model.dtype float32"),
         ({**ROUNDED, "model": {"dtype": "bfloat16"}}, None),
@@ -58,8 +60,8 @@ def test_after_the_first_step(changed: Callable[..., Config], method: str) -> No
 
 
 def test_a_run_says_it_once(changed: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
-    config = changed(steps=2, loss={"method": "pear"}, rollout={"top_p": 0.9}, data={"eval": ""}, rewards={"weights": (0.01,)})
+    config = changed(steps=2, loss={"method": "pear"}, data={"eval": ""}, rewards={"weights": (0.01,)}, **CUT)
     assert train(config)
     output = capsys.readouterr().out
-    assert output.count("advice: rollout.top_p is 0.9") == 1
+    assert output.count("advice: rollout.record_support is False") == 1
     assert output.count("advice: pear counts completions with a reward above 0.5") == 1

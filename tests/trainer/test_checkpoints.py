@@ -51,8 +51,9 @@ def assert_same_run(one: Config, other: Config) -> None:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    # The replay buffer, a reference that follows, two updates a step, evaluations in between.
+    # The replay buffer with its supports, a reference that follows, two updates a step, evaluations in between.
     "full": {
+        "rollout": {"top_p": 0.9},
         "loss": {"method": "spear", "reference_ema": 0.9, "numbers": {"kl_coef": 0.01, "good_above": 0.2}},
         "optim": {"minibatches": 2, "schedule": "cosine", "lr": 1e-2},
         "eval": {"every": 3},

@@ -5,12 +5,13 @@ updates.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import no_tick
+from tiny import WORDS, no_tick
 
 from trainer.config import Config, RolloutConfig, VllmConfig
 from trainer.errors import ConfigError, ModelError
@@ -23,10 +24,13 @@ from trainer.rollouts.vllm_engine import VllmEngine
 
 
 class FakeLLM:
-    """Records calls; completes every request with one token at once."""
+    """Records calls; completes every request with the token 1 at once, drawn from the tokens ``left``."""
+
+    left: list[list[int]] | None = None
 
     def __init__(self, **options: Any) -> None:
         self.options, self.calls, self.waiting = options, list[str](), list[str]()
+        self.asked: Any = None
         self.llm_engine, self.model_config = self, SimpleNamespace(max_model_len=64)
 
     def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
@@ -49,6 +53,7 @@ class FakeLLM:
 
     def add_request(self, name: str, prompt: dict[str, list[int]], params: Any) -> None:
         self.waiting.append(name)
+        self.asked = params
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting)
@@ -56,7 +61,8 @@ class FakeLLM:
     def step(self) -> list[Any]:
         self.calls.append("step")
         done, self.waiting = self.waiting, []
-        answer = SimpleNamespace(token_ids=[1], logprobs=[{1: SimpleNamespace(logprob=-0.5)}])
+        mask = None if self.left is None else SimpleNamespace(token_ids=self.left)
+        answer = SimpleNamespace(token_ids=[1], logprobs=[{1: SimpleNamespace(logprob=-0.5)}], sampling_mask=mask)
         return [SimpleNamespace(request_id=name, finished=True, outputs=[answer]) for name in done]
 
     @property
@@ -71,8 +77,9 @@ def fake_vllm(**changes: Any) -> dict[str, Any]:
     platform = SimpleNamespace(is_cpu=lambda: True, is_cuda=lambda: False, device_name="cpu")
     kinds = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY="final"))
     own = {"LLM": FakeLLM, "SamplingParams": SimpleNamespace, "sampling_params": kinds}
-    vllm = SimpleNamespace(**own, **{"__version__": "0.32.0", "__version_tuple__": (0, 32, 0), **changes})
-    return {"vllm": vllm, "vllm.platforms": SimpleNamespace(current_platform=platform)}
+    vllm = SimpleNamespace(**{**own, "__version__": "0.32.0", "__version_tuple__": (0, 32, 0), **changes})
+    outputs = SimpleNamespace(SamplingMask=SimpleNamespace)
+    return {"vllm": vllm, "vllm.platforms": SimpleNamespace(current_platform=platform), "vllm.outputs": outputs}
 
 
 def install(monkeypatch: pytest.MonkeyPatch, modules: dict[str, Any]) -> None:
@@ -180,3 +187,61 @@ def test_weights_do_not_change_under_running_requests(policy: Policy, monkeypatc
     monkeypatch.setattr(llm, "reset_prefix_cache", lambda: False)
     with pytest.raises(ModelError, match="expected an idle engine at the change of weights"):
         engine.sync_weights(policy)
+
+
+def with_filter(
+    monkeypatch: pytest.MonkeyPatch, policy: Policy, modules: dict[str, Any], **rollout: Any
+) -> tuple[VllmEngine, Any]:
+    install(monkeypatch, modules)
+    monkeypatch.setattr(VllmEngine, "_check", lambda self: None)
+    engine = VllmEngine(policy, RolloutConfig(**rollout), 64)
+    return engine, engine.llm
+
+
+def test_vllm_returns_what_the_filters_left(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RolloutConfig(top_p=0.9, min_p=0.1)
+    engine, llm = with_filter(monkeypatch, policy, fake_vllm(), top_p=0.9, min_p=0.1)
+    assert llm.options["return_sampling_mask"]
+    assert llm.options["logprobs_mode"] == "processed_logprobs"
+    monkeypatch.setattr(FakeLLM, "left", [[1, 7, 4]])
+    rollouts = engine.generate([[5], [6]], config.sampling(1, seed=0), no_tick)
+    assert (llm.asked.top_p, llm.asked.min_p) == (0.9, 0.1)
+    assert llm.asked.top_k == len(WORDS), "masks need a limit, and this one removes nothing"
+    assert rollouts.support is not None
+    assert [(own.ids.tolist(), own.counts.tolist()) for own in rollouts.support] == [([1, 4, 7], [3])] * 2
+    engine.generate([[5]], replace(config.sampling(1, seed=0), top_k=3), no_tick)
+    assert llm.asked.top_k == 3
+    assert engine.generate([[5]], SAMPLING, no_tick).support is None, "nothing is removed"
+    for left in (None, [[1], [1]]):
+        monkeypatch.setattr(FakeLLM, "left", left)
+        with pytest.raises(ModelError, match=r"expected vLLM's sampling masks of 1 tokens, got [02]$"):
+            engine.generate([[5]], config.sampling(1, seed=0), no_tick)
+
+
+def test_a_vllm_without_sampling_masks_is_refused_unless_a_biased_loss_is_wanted(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = r"^rollout\.record_support: expected a vLLM that returns the tokens left by .*record_support False"
+    old = {**fake_vllm(__version__="0.30.0"), "vllm.outputs": SimpleNamespace()}
+    with pytest.raises(ConfigError, match=rf"{needed}.*, got vllm 0\.30\.0 without$") as error:
+        with_filter(monkeypatch, policy, old, top_k=5)
+    assert "\n" not in str(error.value)
+
+    class V1(FakeLLM):
+        def __init__(self, **options: Any) -> None:
+            if options.get("return_sampling_mask"):
+                said = "Value error, sampling distribution replay requires Model Runner V2 [type=value_error, input_type=Args]"
+                raise ValueError(f"1 validation error for VllmConfig\n  {said}\n    For further information visit https://x")
+            super().__init__(**options)
+
+    with pytest.raises(ConfigError, match=rf"{needed}.*, got: sampling distribution replay requires Model Runner V2$") as error:
+        with_filter(monkeypatch, policy, fake_vllm(LLM=V1), top_k=5)
+    assert "\n" not in str(error.value)
+    for modules in (old, fake_vllm(LLM=V1)):
+        engine, llm = with_filter(monkeypatch, policy, modules, top_k=5, record_support=False)
+        sampling = RolloutConfig(top_k=5, record_support=False).sampling(1, seed=0)
+        assert engine.generate([[5]], sampling, no_tick).support is None
+        assert llm.asked.top_k == 5
+        assert "return_sampling_mask" not in llm.options
+        with pytest.raises(ModelError, match="expected an engine that was started with a filter, got one without"):
+            engine.generate([[5]], replace(sampling, record_support=True), no_tick)

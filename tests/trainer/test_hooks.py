@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import no_tick
 
-from eapo_kernels import get_method
+from eapo_kernels import EapoError, get_method
 from trainer.config import Config
 from trainer.hooks import CutRollouts, OversampledRollouts, ReplayRollouts, RolloutHook, SpreadRollouts, TargetRollouts
+from trainer.learning.batching import select
+from trainer.learning.measure import measure
 from trainer.models.policy import Policy
 from trainer.records import Sampling, ScoredRollouts
 from trainer.rewards.scoring import Rewards
@@ -44,7 +47,11 @@ def check(sampled: ScoredRollouts) -> None:
     sizes = [len(c) for c in (rollouts.prompt_ids, rollouts.completion_ids, rollouts.logp, rollouts.truncated)]
     sizes += [len(sampled.group_ids), sampled.scores.total.numel()]
     assert {*sizes, *(len(flags) for flags in sampled.marks.values())} == {n}
-    for ids, logp, truncated in zip(rollouts.completion_ids, rollouts.logp, rollouts.truncated, strict=True):
+    supports = rollouts.support or [None] * n
+    for ids, logp, truncated, support in zip(rollouts.completion_ids, rollouts.logp, rollouts.truncated, supports, strict=True):
+        assert support is None or all(
+            t in kept for t, kept in zip(ids, support.ids.split(support.counts.tolist()), strict=True)
+        )
         assert len(ids) == len(logp) <= SAMPLING.max_new_tokens
         assert 1 not in ids[:-1]
         assert truncated is (ids[-1] != 1)
@@ -130,6 +137,29 @@ def test_cure_continues_from_an_uncertain_token(source: RolloutSource) -> None:
     ids, start = result.rollouts.completion_ids[4], len(result.rollouts.prompt_ids[4])
     logp = dense[0, start - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
     torch.testing.assert_close(result.rollouts.logp[4], logp.detach(), atol=2e-5, rtol=0)
+
+
+CUT = replace(SAMPLING, top_p=0.8)
+
+
+@pytest.mark.parametrize(
+    "hook", [CutRollouts(top=2), SpreadRollouts(), ReplayRollouts(good_above=0.5)], ids=lambda h: type(h).__name__
+)
+def test_completions_keep_their_support(source: RolloutSource, hook: RolloutHook) -> None:
+    """Cut, continued, replaced or replayed: the engine's log-probs are the policy's over it."""
+    for seed in (7, 8):
+        sampled = source.draw(PROMPTS, COLUMNS, range(4), hook.before(replace(CUT, seed=seed)))
+        sampled = hook.after(sampled, replace(CUT, seed=seed), source, {}, seed)
+    check(sampled)
+    assert sampled.rollouts.support is not None
+    completions = select(sampled.rollouts, range(len(sampled)))
+    found = measure(source.policy, completions, temperature=1.0, budget=200, tick=no_tick)
+    torch.testing.assert_close(found.logp, completions.rollout_logp, atol=2e-5, rtol=0)
+    if isinstance(hook, ReplayRollouts):
+        assert any(sampled.marks["replayed"])
+    plain = draw(source, RolloutHook()).rollouts
+    with pytest.raises(EapoError, match="support: expected one of all completions or of none, got one of some"):
+        sampled.rollouts.concat(plain)
 
 
 def test_t1_keeps_the_best_and_the_worst(source: RolloutSource) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer, no_tick
 
-from eapo_kernels import METHODS, get_method, make_controller
+from eapo_kernels import METHODS, TokenSupport, get_method, make_controller
 from trainer.config import OptimConfig
 from trainer.errors import DivergenceError, Interrupted
 from trainer.learning.batching import Completions, collate, plan, select
@@ -29,6 +29,13 @@ TEMPERATURE = 0.8
 def rollouts(policy: Policy) -> Rollouts:
     prompts = [[5, 6, 7, 12, 8], [9], [10, 11, 12]]
     return TransformersEngine(policy, 64).generate(prompts, Sampling(4, 9, TEMPERATURE, 1.0, seed=2), no_tick)
+
+
+@pytest.fixture
+def cut(policy: Policy) -> Rollouts:
+    """With a support: some 5 to 20 of the 49 tokens."""
+    sampling = Sampling(4, 9, TEMPERATURE, 0.7, seed=2, top_k=20)
+    return TransformersEngine(policy, 64).generate([[5, 6, 7, 12, 8], [9], [10, 11, 12]], sampling, no_tick)
 
 
 def weighed(policy: Policy, rollouts: Rollouts, method: str) -> Experience:
@@ -53,9 +60,22 @@ def experience(policy: Policy, rollouts: Rollouts) -> Experience:
     return replace(weighed(policy, rollouts, "eapo"), positive_weight=torch.tensor(0.7))
 
 
-def learner(policy: Policy, method: str = "eapo", changes: dict[str, Any] | None = None, **optim: Any) -> Learner:
-    built = get_method(method, fixed_length=9, **(changes or {}))
-    return Learner(policy, built, OptimConfig(**{"lr": 1e-2, **optim}), temperature=TEMPERATURE, steps=10)
+def learner(
+    policy: Policy, method: str = "eapo", changes: dict[str, Any] | None = None, tolerance: float | None = None, **optim: Any
+) -> Learner:  # fmt: skip
+    built, settings = get_method(method, fixed_length=9, **(changes or {})), OptimConfig(**{"lr": 1e-2, **optim})
+    return Learner(policy, built, settings, temperature=TEMPERATURE, steps=10, gradient_tolerance=tolerance)
+
+
+def test_a_tolerance_of_the_gradient_is_used_and_reported(policy: Policy, experience: Experience) -> None:
+    before = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
+    exact = learner(policy).update(experience, step=0, seed=0, tick=no_tick)
+    after = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
+    policy.model.load_state_dict(before, strict=False)
+    found = learner(policy, tolerance=1e-6).update(experience, step=0, seed=0, tick=no_tick)
+    assert found["sparse/dense_share"] == 1, "49 columns are not worth leaving any out"
+    assert {n: v for n, v in found.items() if not n.startswith("sparse/")} == exact
+    assert all(torch.equal(weight, after[name]) for name, weight in policy.model.named_parameters())
 
 
 def test_batches_hold_every_response_token_once(rollouts: Rollouts) -> None:
@@ -94,6 +114,43 @@ def test_measurement_equals_dense_logits(policy: Policy, rollouts: Rollouts, bud
     torch.testing.assert_close(found.logp, completions.rollout_logp, atol=2e-5, rtol=0)
 
 
+def test_batches_hold_the_support_of_their_tokens(cut: Rollouts) -> None:
+    completions = select(cut, [7, 0, 3, 11, 5])
+    assert completions.support is not None
+    by_token = [kept for own in completions.support for kept in own.ids.split(own.counts.tolist())]
+    for group in plan(completions, range(5), budget=30):
+        batch = collate(completions, group, torch.device("cpu"))
+        assert batch.support is not None
+        batch.support.check(batch.targets, 49)
+        expected = TokenSupport.from_lists([by_token[token] for token in batch.tokens])
+        assert torch.equal(batch.support.ids, expected.ids)
+        assert torch.equal(batch.support.offsets, expected.offsets)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 1000])
+def test_measurement_over_a_support_equals_dense_logits(policy: Policy, cut: Rollouts, budget: int) -> None:
+    completions = select(cut, range(12))
+    wanted = Wanted(second_moments=True, tempered=1.5)
+    found = measure(policy, completions, temperature=TEMPERATURE, budget=budget, tick=no_tick, wanted=wanted)
+    assert completions.support is not None
+    expected: list[list[float]] = []
+    rows = zip(completions.prompt_ids, completions.completion_ids, completions.support, strict=True)
+    for prompt, completion, support in rows:
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
+        for token, kept, z in zip(completion, support.ids.split(support.counts.tolist()), logits, strict=True):
+            place, z = kept.tolist().index(token), z[kept.long()]
+            log_p = (z / TEMPERATURE).log_softmax(0)
+            tempered = (z / TEMPERATURE / 1.5).log_softmax(0)
+            entropy, p2 = -(log_p.exp() * log_p).sum(), log_p.exp().square().sum()
+            expected.append([log_p[place].item(), entropy.item(), p2.item(), tempered[place].item()])
+    assert found.p2 is not None
+    assert found.tempered_logp is not None
+    got = torch.stack([found.logp, found.entropy, found.p2, found.tempered_logp], 1)
+    torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), atol=2e-5, rtol=0)
+    torch.testing.assert_close((found.logp - completions.rollout_logp).exp(), torch.ones(completions.tokens), atol=1e-5, rtol=0)
+
+
 def gradients(policy: Policy, experience: Experience, budget: int, method: str, **changes: Any) -> tuple[list, dict]:
     """Gradients that the optimizer would see in one update (the norm is far below the clip)."""
     own = learner(policy, method, changes, micro_batch_tokens=budget, max_grad_norm=1e9)
@@ -113,6 +170,26 @@ def test_the_cut_into_micro_batches_changes_nothing(policy: Policy, rollouts: Ro
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
         for name in ("loss", "grad_norm", "clip_fraction", "ratio_mean", "eapo/entropy"):
             assert cut_metrics[name] == pytest.approx(metrics[name], abs=1e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["eapo", "dapo", "gspo", "clip_v"])
+def test_the_cut_into_micro_batches_changes_nothing_over_a_support(policy: Policy, cut: Rollouts, method: str) -> None:
+    """And with the unchanged policy every ratio is 1, though the policy gives the tokens that were
+    removed a fifth of the probability.
+    """
+    experience = weighed(policy, cut, method)
+    uncut, metrics = gradients(policy, experience, 10_000, method)
+    assert sum(g.abs().sum() for g in uncut) > 0
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert metrics["eapo/entropy"] == pytest.approx(experience.old.entropy.mean().item(), rel=1e-5)
+    whole = measure(policy, replace(experience.completions, support=None), temperature=TEMPERATURE, budget=99, tick=no_tick)
+    assert (whole.logp - experience.completions.rollout_logp).exp().mean() < 0.9
+    for budget in (1, 45):
+        split, split_metrics = gradients(policy, experience, budget, method)
+        for a, b in zip(uncut, split, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        for name in ("loss", "grad_norm", "clip_fraction", "ratio_mean", "eapo/entropy"):
+            assert split_metrics[name] == pytest.approx(metrics[name], abs=1e-6, rel=1e-4)
 
 
 def test_gradient_is_that_of_the_equation(policy: Policy, experience: Experience) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_tokenizer
+from tiny import WORDS, make_tokenizer
 
 from trainer.__main__ import main
 from trainer.config import Config
@@ -107,6 +107,29 @@ def test_a_run_leaves_its_files_and_every_metric(config: Config, with_report: No
     assert "step 3/3  reward " in output
     assert "2 held-out prompts, 3 completions each" in output
     assert str(run / "curves.png") in output
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 12}, {"min_p": 0.2, "temperature": 1.5}], ids=str)
+def test_the_ratio_of_an_unchanged_policy_is_1_over_the_support(changed: Change, cut: dict[str, float]) -> None:
+    """And the probability that the filter left without it. A KL penalty reads the reference's
+    log-probs over the same support.
+    """
+    loss = {"method": "grpo", "numbers": {"kl_coef": 0.1}}
+    recorded = changed(rollout=cut, loss=loss)
+    whole = changed(name="whole", steps=1, rollout={**cut, "record_support": False}, data={"eval": ""})
+    assert train(recorded)
+    assert train(whole)
+    metrics = rows(recorded)
+    for row in metrics:
+        assert row["rollout/ratio_at_start"] == pytest.approx(1, abs=1e-5)
+        assert row["rollout/logp_gap_max"] < 1e-4
+        assert row["ratio_mean"] == pytest.approx(1, abs=1e-5)
+        assert 1 < row["rollout/support"] < len(WORDS)
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
+    (first,) = rows(whole)
+    assert 0.4 < first["rollout/ratio_at_start"] < 0.95
+    assert "rollout/support" not in first
+    assert first["eapo/entropy"] > metrics[0]["eapo/entropy"] + 0.1
 
 
 def test_a_seed_decides_the_run(changed: Change) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import make_model, make_tokenizer, no_tick
@@ -59,6 +61,56 @@ def test_nucleus_sampling_records_the_cut_distribution(policy: Policy) -> None:
             kept = ordered.indices[: int((ordered.values.cumsum(0) < 0.5).sum()) + 1]
             assert token in kept
             assert got == pytest.approx((row[token] - row[kept].logsumexp(0)).item(), abs=2e-5)
+
+
+def left_by(logits: torch.Tensor, sampling: Sampling) -> list[int]:
+    """The ids that top-k, then top-p, then min-p leave of one row of scaled logits, by their
+    definitions.
+    """
+    order = logits.argsort(descending=True)[: sampling.top_k or None]
+    p = logits[order].softmax(0)
+    order = order[p.cumsum(0) - p < sampling.top_p]
+    p = logits[order].softmax(0)
+    return sorted(order[p >= sampling.min_p * p[0]].tolist())
+
+
+CUTS = {
+    "top_p": {"top_p": 0.8},
+    "top_k": {"top_k": 7},
+    "min_p": {"min_p": 0.3},
+    "all": {"top_k": 20, "top_p": 0.9, "min_p": 0.1},
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_support_is_what_the_filters_left(policy: Policy, cut: str) -> None:
+    """Ids, and the log-probs of the drawn tokens among them, for any batch."""
+    sampling = replace(SAMPLING, **CUTS[cut])
+    rollouts = generate(policy, sampling)
+    assert rollouts.support is not None
+    assert not all(rollouts.truncated), "support after the end of a completion is left out"
+    sizes = set()
+    rows = zip(rollouts.completion_ids, rollouts.logp, rollouts.support, teacher_forced(policy, rollouts, 0.7), strict=True)
+    for ids, logp, support, full in rows:
+        assert support.ids.dtype == support.counts.dtype == torch.int32
+        assert len(support.counts) == len(ids)
+        for token, got, kept, row in zip(ids, logp, support.ids.split(support.counts.tolist()), full, strict=True):
+            assert kept.tolist() == left_by(row, sampling)
+            assert token in kept
+            assert got.item() == pytest.approx((row[token] - row[kept.long()].logsumexp(0)).item(), abs=2e-5)
+            sizes.add(len(kept))
+    assert max(sizes) < 49
+    assert cut == "top_k" or len(sizes) > 3
+    again = generate(policy, sampling, batch=4).support
+    assert again is not None
+    for one, other in zip(rollouts.support, again, strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.counts, other.counts)
+
+
+def test_without_a_filter_no_support_is_recorded(policy: Policy) -> None:
+    assert generate(policy).support is None
+    assert generate(policy, replace(SAMPLING, top_p=0.5, record_support=False)).support is None
 
 
 def test_the_models_own_sampling_defaults_do_not_leak_in() -> None:

@@ -18,7 +18,7 @@ from test_rollouts import teacher_forced
 from tiny import make_model, make_tokenizer, no_tick
 
 from trainer.config import Config, RolloutConfig, VllmConfig
-from trainer.errors import Interrupted, ModelError
+from trainer.errors import ConfigError, Interrupted, ModelError
 from trainer.loop import train
 from trainer.models.policy import Policy
 from trainer.records import Rollouts, Sampling
@@ -81,7 +81,7 @@ class TestOneEngine:
 
     def test_nucleus_sampling_records_the_cut_distribution(self, shared: tuple[Policy, VllmEngine]) -> None:
         policy, engine = shared
-        rollouts = engine.generate(PROMPTS, replace(SAMPLING, top_p=0.5), no_tick)
+        rollouts = engine.generate(PROMPTS, replace(SAMPLING, top_p=0.5, record_support=False), no_tick)
         for ids, logp, full in zip(rollouts.completion_ids, rollouts.logp, teacher_forced(policy, rollouts, 0.7), strict=True):
             ordered, order = full.exp().sort(-1, descending=True)
             kept = ordered.cumsum(-1) - ordered < 0.5
@@ -181,6 +181,15 @@ def test_weights_under_wrong_names_are_noticed(monkeypatch: pytest.MonkeyPatch) 
 def test_settings_that_vllm_refuses_are_one_line() -> None:
     with pytest.raises(ModelError, match=r"^rollout\.engine: expected a model and settings that vLLM accepts, got: .+$"):
         start(Policy(make_model(**SIZES), make_tokenizer()), max_model_len=100_000)
+
+
+def test_sampling_masks_are_refused_where_vllm_has_none() -> None:
+    """On a CPU it has none."""
+    policy = Policy(make_model(**SIZES), make_tokenizer())
+    with pytest.raises(
+        ConfigError, match=r"^rollout\.record_support: expected a vLLM .*, got: sampling distribution replay .+$"
+    ):
+        VllmEngine(policy, RolloutConfig(top_p=0.5, vllm=VllmConfig(kv_cache_gib=0.1)), 512)
 
 
 @pytest.fixture

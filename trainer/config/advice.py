@@ -26,8 +26,9 @@ def advice(config: Config) -> list[str]:
         )
     if method.config.importance_cap is None:
         cap = "; loss.importance_cap (2, say) corrects for it"
-        if rollout.top_p < 1:
-            found.append(f"rollout.top_p is {rollout.top_p:g}: the sampled distribution differs from that of the loss{cap}")
+        if rollout.sampling(rollout.responses, seed=0).filtered and not rollout.record_support:
+            left = "the loss is over the whole vocabulary, and top_p, top_k or min_p leave a part of it"
+            found.append(f"rollout.record_support is False: {left}{cap}")
         dtype = rollout.vllm.dtype
         if rollout.engine == "vllm" and dtype not in ("auto", config.model.dtype):
             found.append(f"rollout.vllm.dtype is {dtype} and model.dtype {config.model.dtype}: log-probs differ{cap}")

@@ -45,6 +45,9 @@ class LossConfig:
     reference_ema: float | None = None
     """For a method with a KL penalty: after every step the reference weights become ema * reference
     + (1 - ema) * policy. 1 (the default except for t1, which has 0.99) keeps the initial policy."""
+    gradient_tolerance: float | None = None
+    """Leave the smallest probabilities out of the gradient: each token's error is at most this share of
+    its gradient (docs/sparse.md). 0.002 is about the rounding of bf16. None: exact."""
     numbers: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Values that ``settings`` found under other keys of this section."""
 
@@ -52,6 +55,8 @@ class LossConfig:
         check(self.method in METHODS, "loss.method", f"one of {', '.join(METHODS)}", self.method)
         ema = self.reference_ema
         check(ema is None or 0 <= ema <= 1, "loss.reference_ema", "a number in [0, 1]", ema)
+        tolerance = self.gradient_tolerance
+        check(tolerance is None or 0 < tolerance <= 0.5, "loss.gradient_tolerance", "a number in (0, 0.5]", tolerance)
         with section("loss"):
             self.build(fixed_length=1)
             self.hook()

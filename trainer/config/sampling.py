@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..records import Sampling
 from .checks import check
 
 
@@ -56,8 +57,17 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature. Log-probs, entropy and loss use the same one."""
     top_p: float = 1.0
-    """Nucleus sampling. Below 1 the engine's log-probs are those of the truncated distribution and
-    differ from the trainer's, which is logged."""
+    """Nucleus sampling: the fewest tokens whose probabilities add up to this; 1 is no limit."""
+    top_k: int = 0
+    """Sample from the k most probable tokens; 0 is no limit."""
+    min_p: float = 0.0
+    """Sample from the tokens with at least this share of the largest probability; 0 is no limit.
+    transformers applies top_k, top_p and min_p in this order, vLLM min_p first."""
+    record_support: bool = True
+    """Where top_p, top_k or min_p removes tokens, record those that were left. Log-probs, entropy
+    and loss are then those of the sampled distribution. False: those of the whole vocabulary, and
+    the ratio to the engine starts at the probability that was left (rollout/ratio_at_start)
+    instead of 1."""
     batch: int = 64
     """Most completions generated at once."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
@@ -68,4 +78,12 @@ class RolloutConfig:
         check(self.max_new_tokens >= 1, "rollout.max_new_tokens", "at least 1", self.max_new_tokens)
         check(self.temperature > 0, "rollout.temperature", "a positive number", self.temperature)
         check(0 < self.top_p <= 1, "rollout.top_p", "in (0, 1]", self.top_p)
+        check(self.top_k >= 0, "rollout.top_k", "at least 0", self.top_k)
+        check(0 <= self.min_p < 1, "rollout.min_p", "in [0, 1)", self.min_p)
         check(self.batch >= 1, "rollout.batch", "at least 1", self.batch)
+
+    def sampling(self, responses: int, seed: int) -> Sampling:
+        """These settings with a number of responses and a seed."""
+        return Sampling(
+            responses, self.max_new_tokens, self.temperature, self.top_p, seed, self.top_k, self.min_p, self.record_support
+        )

@@ -62,6 +62,10 @@ class Config:
         updates = self.rollout.prompts * self.rollout.responses
         expected = f"at most the {updates} completions of a step"
         check(self.optim.minibatches <= updates, "optim.minibatches", expected, self.optim.minibatches)
+        if self.method().config.entropy_top_p is not None:
+            supported = self.rollout.sampling(self.rollout.responses, self.seed).support
+            expected = f"False with {self.loss.method}, whose entropy bonus is that of a nucleus of the whole vocabulary"
+            check(not supported, "rollout.record_support", expected, supported)
 
     def method(self) -> Method:
         """The objective with all its numbers."""

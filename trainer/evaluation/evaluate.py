@@ -15,7 +15,7 @@ from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.embedding import SentenceEmbedding
 from ..models.policy import Policy
-from ..records import Sampling, derive_seed
+from ..records import derive_seed
 from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
 from ..rewards.shared import score_together
@@ -92,10 +92,7 @@ def evaluate(
     """
     k, indices = config.eval.responses, range(len(prompt_set))
     prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in prompt_set.rows]
-    sampling = Sampling(
-        k, config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.top_p,
-        derive_seed(config.seed, EVALUATION_SEED),
-    )  # fmt: skip
+    sampling = config.rollout.sampling(k, derive_seed(config.seed, EVALUATION_SEED))
     title = f"evaluation on {dataset} prompts"
     with console.phase(f"{title}: completions", alone=True) as tick:
         rollouts = engine.generate(prompts, sampling, tick)

@@ -63,7 +63,9 @@ def engine_metrics(sampled: ScoredRollouts, old_logp: Tensor, cap: float | None 
     (http://joschu.net/blog/kl-approx.html) in nats a token. ``importance_mean`` and
     ``importance_ess`` describe min(exp(gap), cap): its mean, and the effective sample size (sum
     w)^2 / sum w^2 as a share of the tokens. ``importance_capped``, only with a cap, is the share of
-    tokens above it.
+    tokens above it. ``ratio_at_start`` is the mean of exp(gap) without a cap: 1 where both compute
+    the same distribution, and the probability that top_p, top_k and min_p left where only the
+    engine's is cut. ``support`` is the mean number of tokens that they left.
 
     old_logp: [T] fp32 CPU, the trainer's log-probs of these completions (nats).
     cap: ``loss.importance_cap``; with None the weights are not capped (and not part of the loss).
@@ -71,14 +73,18 @@ def engine_metrics(sampled: ScoredRollouts, old_logp: Tensor, cap: float | None 
     gap = old_logp - torch.cat(sampled.rollouts.logp)
     ratios = gap.double().exp()
     weights = ratios if cap is None else ratios.clamp_max(cap)
+    support = sampled.rollouts.support
+    kept = {} if support is None else {"rollout/support": torch.cat([own.counts for own in support]).double().mean().item()}
     capped = {} if cap is None else {"rollout/importance_capped": (ratios > cap).double().mean().item()}
     return {
         "rollout/logp_gap_mean": gap.abs().mean().item(),
         "rollout/logp_gap_max": gap.abs().max().item(),
         "rollout/kl": (gap.exp() - 1 - gap).mean().item(),
+        "rollout/ratio_at_start": ratios.mean().item(),
         "rollout/importance_mean": weights.mean().item(),
         "rollout/importance_ess": (weights.sum() ** 2 / (len(weights) * (weights**2).sum())).item(),
         **capped,
+        **kept,
     }
 
 

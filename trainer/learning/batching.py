@@ -7,14 +7,17 @@ positions of its own tokens in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from eapo_kernels import TokenSupport
 
 from .. import ranks
-from ..records import Rollouts
+from ..records import Rollouts, Support
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,14 @@ class Completions:
         prompt_ids, completion_ids: B token lists each.
         rollout_logp: [T] fp32, the engine's log-probs (nats).
         starts: B + 1 offsets into the row of T tokens.
+        support: B entries, or None: the whole vocabulary.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     rollout_logp: Tensor
     starts: list[int]
+    support: list[Support] | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -49,7 +54,8 @@ def select(rollouts: Rollouts, indices: Sequence[int]) -> Completions:
     ids = [rollouts.completion_ids[i] for i in indices]
     logp = torch.cat([rollouts.logp[i] for i in indices])
     starts = list(accumulate(map(len, ids), initial=0))
-    return Completions([rollouts.prompt_ids[i] for i in indices], ids, logp, starts)
+    support = None if rollouts.support is None else [rollouts.support[i] for i in indices]
+    return Completions([rollouts.prompt_ids[i] for i in indices], ids, logp, starts, support)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class MicroBatch:
         targets: [N] int64, the completion tokens.
         sequence_ids: [N] int64, the number of the token's completion among all B.
         tokens: [N] int64, positions in the row of T tokens.
+        support: of the N tokens, or None: the whole vocabulary.
     """
 
     input_ids: Tensor
@@ -71,6 +78,7 @@ class MicroBatch:
     targets: Tensor
     sequence_ids: Tensor
     tokens: Tensor
+    support: TokenSupport | None = field(kw_only=True)
 
 
 def plan(completions: Completions, indices: Sequence[int], budget: int) -> list[list[int]]:
@@ -116,7 +124,7 @@ def collate(completions: Completions, indices: Sequence[int], device: torch.devi
         sequence_ids.append(torch.full((len(completion),), index))
         tokens.append(torch.arange(completions.starts[index], completions.starts[index + 1]))
     chosen = torch.cat(rows)
-    fields = (
+    tensors = (
         input_ids,
         attention_mask,
         chosen,
@@ -124,4 +132,9 @@ def collate(completions: Completions, indices: Sequence[int], device: torch.devi
         torch.cat(sequence_ids),
         torch.cat(tokens),
     )
-    return MicroBatch(*(field.to(device, non_blocking=True) for field in fields))
+    support = None
+    if completions.support is not None:
+        ids, counts = (torch.cat(parts) for parts in zip(*(completions.support[index] for index in indices), strict=True))
+        offsets = functional.pad(counts.cumsum(0), (1, 0))
+        support = TokenSupport(ids.long(), offsets).to(device)  # ascending as they were recorded
+    return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), support=support)

@@ -29,7 +29,7 @@ class Experience:
     Attributes:
         completions: B completions.
         batch: their T tokens with the method's weights; ``batch.select(tokens)`` is any part of
-            them.
+            them. Their support stays with the completions: micro-batches carry it.
         old: statistics under the policy before the first update of the step.
         positive_weight: 0-dim, the controller's weight; None for a method with a weight of its own.
     """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from eapo_kernels import LossOutput, Method, loss_denominator, policy_loss
+from eapo_kernels import LossOutput, Method, Options, loss_denominator, policy_loss
 
 from .. import ranks
 from ..config import OptimConfig
@@ -32,8 +32,12 @@ SEQUENCE_MEAN = "eapo/positive_fraction"
 class Learner:
     """The optimizer and its schedule. ``steps`` is the length of the whole run."""
 
-    def __init__(self, policy: Policy, method: Method, optim: OptimConfig, *, temperature: float, steps: int) -> None:
+    def __init__(
+        self, policy: Policy, method: Method, optim: OptimConfig, *, temperature: float, steps: int,
+        gradient_tolerance: float | None = None,
+    ) -> None:  # fmt: skip
         self.policy, self.method, self.optim = policy, method, optim
+        self.options = Options(gradient_tolerance=gradient_tolerance)
         self.inv_temperature, self.steps = 1 / temperature, steps
         self.optimizer = torch.optim.AdamW(policy.trainable(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
 
@@ -132,12 +136,12 @@ class Learner:
 
     def _loss(self, experience: Experience, batch: MicroBatch, denominator: Tensor) -> LossOutput:
         """What one micro-batch adds to the loss of its minibatch."""
-        token_batch = replace(experience.batch.select(batch.tokens), denominator=denominator)
+        token_batch = replace(experience.batch.select(batch.tokens), denominator=denominator, support=batch.support)
 
         def head(hidden: Tensor, weight: Tensor, **options: Any) -> LossOutput:
             return policy_loss(
                 hidden, weight, token_batch, method=self.method, positive_weight=experience.positive_weight,
-                inv_temperature=self.inv_temperature, **options,
+                inv_temperature=self.inv_temperature, options=self.options, **options,
             )  # fmt: skip
 
         return self.policy(batch.input_ids, batch.attention_mask, batch.rows, head)

@@ -15,7 +15,7 @@ from eapo_kernels import Method, TokenStats, nucleus_entropy, token_stats
 from .. import ranks
 from ..models.policy import Policy
 from ..records import Tick
-from .batching import Completions, collate, plan_shares
+from .batching import Completions, MicroBatch, collate, plan_shares
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class Measurement:
     requested.
 
     Attributes:
-        logp, entropy: of the sampled distribution, at the sampling temperature.
-        lse, p2, p2_logp, varentropy: see ``TokenStats``.
-        tempered_logp: log-prob of the token at another temperature.
-        nucleus_entropy: entropy of the renormalised nucleus.
+        logp, entropy: of the sampled distribution, at the sampling temperature and over the
+            support of the completions.
+        lse, p2, p2_logp, varentropy: see ``TokenStats``, over the support too.
+        tempered_logp: log-prob of the token at another temperature, over the same support.
+        nucleus_entropy: entropy of the renormalised nucleus of the whole vocabulary.
     """
 
     logp: Tensor
@@ -91,15 +92,16 @@ def measure(
         tick(number, len(groups + repeated))
         batch = collate(completions, group, policy.device)
 
-        def head(hidden: Tensor, weight: Tensor, targets: Tensor = batch.targets, **options: Any) -> dict[str, Tensor | None]:
+        def head(hidden: Tensor, weight: Tensor, batch: MicroBatch = batch, **options: Any) -> dict[str, Tensor | None]:
+            targets, support = batch.targets, batch.support
             found = token_stats(
                 hidden, weight, targets, inv_temperature=1 / temperature, entropy="nograd",
-                second_moments=wanted.second_moments, **options,
+                second_moments=wanted.second_moments, support=support, **options,
             )._asdict()  # fmt: skip
             if wanted.tempered is not None:
                 other = 1 / (temperature * wanted.tempered)
                 found["tempered_logp"] = token_stats(
-                    hidden, weight, targets, inv_temperature=other, entropy="none", **options
+                    hidden, weight, targets, inv_temperature=other, entropy="none", support=support, **options
                 ).logp
             if wanted.top_p is not None:
                 found["nucleus_entropy"] = nucleus_entropy(

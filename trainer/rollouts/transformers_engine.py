@@ -11,15 +11,17 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from .. import ranks
 from ..models.policy import Policy
 from ..models.sharding import unsharded
-from ..records import Rollouts, Sampling, Tick, derive_seed
+from ..records import Rollouts, Sampling, Support, Tick, derive_seed
 
 _TokenTick = Callable[[int], None]
 
@@ -50,14 +52,14 @@ class TransformersEngine:
         with unsharded(self.policy):
             shares = ranks.all_gather(lambda: self._complete(repeated, own, sampling, tick))
         found = {index: completion for share in shares for index, completion in share.items()}
-        tokens, logp, truncated = zip(*(found[index] for index in range(len(repeated))), strict=True)
-        return Rollouts(repeated, list(tokens), list(logp), list(truncated))
+        tokens, logp, truncated, support = zip(*(found[index] for index in range(len(repeated))), strict=True)
+        return Rollouts(repeated, list(tokens), list(logp), list(truncated), list(support) if sampling.support else None)
 
     def _complete(
         self, prompts: Sequence[list[int]], indices: Sequence[int], sampling: Sampling, tick: Tick
-    ) -> dict[int, tuple[list[int], Tensor, bool]]:
-        """Index -> tokens, their log-probs and whether the completion was truncated, for the
-        completions ``indices``.
+    ) -> dict[int, tuple[list[int], Tensor, bool, Support | None]]:
+        """Index -> tokens, their log-probs, whether the completion was truncated, and its support,
+        for the completions ``indices``.
         """
         result = {}
         starts = range(0, len(indices), self.batch)
@@ -69,18 +71,19 @@ class TransformersEngine:
                 tick(done + tokens, total)
 
             chunk = indices[start : start + self.batch]
-            tokens, logp = self._sample([prompts[i] for i in chunk], chunk, sampling, tick_token)
-            for index, row, row_logp in zip(chunk, tokens.tolist(), logp, strict=True):
+            tokens, logp, supports = self._sample([prompts[i] for i in chunk], chunk, sampling, tick_token)
+            for index, row, row_logp, support in zip(chunk, tokens.tolist(), logp, supports, strict=True):
                 length = next((i + 1 for i, token in enumerate(row) if token in self.policy.eos_ids), None)
-                result[index] = (row[:length], row_logp[:length].clone(), length is None)
+                kept = None if support is None else support.first(length or len(row))
+                result[index] = (row[:length], row_logp[:length].clone(), length is None, kept)
         return result
 
     @torch.no_grad()
     def _sample(
         self, prompts: list[list[int]], indices: Sequence[int], sampling: Sampling, tick: _TokenTick
-    ) -> tuple[Tensor, Tensor]:
-        """Sampled tokens and their log-probs, both [b, T] CPU; entries after an end-of-sequence
-        token are undefined.
+    ) -> tuple[Tensor, Tensor, Sequence[Support | None]]:
+        """Sampled tokens and their log-probs, both [b, T] CPU, and b supports of T tokens; entries
+        after an end-of-sequence token are undefined.
         """
         policy = self.policy
         width = max(map(len, prompts))
@@ -89,10 +92,15 @@ class TransformersEngine:
         for row, prompt in enumerate(prompts):  # left padding, as generation needs it
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        sampler = _Sampler([derive_seed(sampling.seed, index) for index in indices], policy.device, tick)
+        seeds = [derive_seed(sampling.seed, index) for index in indices]
+        sampler = _Sampler(seeds, policy.device, tick, support=sampling.support)
         warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
+        if sampling.top_k > 0:
+            warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             warpers.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p > 0:
+            warpers.append(MinPLogitsWarper(sampling.min_p))
         config = GenerationConfig(
             do_sample=False,  # the sampler masks all tokens but the one it drew
             max_new_tokens=sampling.max_new_tokens,
@@ -107,7 +115,7 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([*warpers, sampler]),
                 synced_gpus=False,  # otherwise transformers synchronizes the ranks at every token of a sharded model
             )
-        return sequences[:, width:].cpu(), torch.cat(sampler.logp, 1).cpu()
+        return sequences[:, width:].cpu(), torch.cat(sampler.logp, 1).cpu(), sampler.supports()
 
 
 class _Sampler(LogitsProcessor):
@@ -115,12 +123,16 @@ class _Sampler(LogitsProcessor):
 
     The draw uses exponential variables E_v: argmin of E_v / p_v is v with probability p_v. Each
     completion has a generator of its own.
+
+    support: also record the tokens from which it draws, those with a finite score.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device, tick: _TokenTick) -> None:
+    def __init__(self, seeds: Sequence[int], device: torch.device, tick: _TokenTick, *, support: bool) -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self.tick = tick
+        self.tick, self.support = tick, support
         self.logp: list[Tensor] = []
+        self._ids: list[Tensor] = []  # for each token [E] int32: the ids of the first completion, of the second, ...
+        self._counts: list[Tensor] = []  # for each token [b] int32
         self._times: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -131,7 +143,20 @@ class _Sampler(LogitsProcessor):
             row.exponential_(generator=generator)
         drawn = (logp - times.clamp_min(torch.finfo(times.dtype).tiny).log_()).argmax(-1, keepdim=True)
         self.logp.append(logp.gather(1, drawn))
+        if self.support:
+            kept = scores > -torch.inf
+            self._ids.append(kept.nonzero()[:, 1].int().cpu())
+            self._counts.append(kept.sum(1).int().cpu())
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+    def supports(self) -> Sequence[Support | None]:
+        """b supports of all T tokens; None where they are not recorded."""
+        if not self.support:
+            return [None] * len(self.generators)
+        counts = torch.stack(self._counts)  # [T, b]
+        completions = torch.arange(counts.shape[1]).repeat(counts.shape[0]).repeat_interleave(counts.flatten())
+        ids = torch.cat(self._ids)[completions.argsort(stable=True)]
+        return [Support(*own) for own in zip(ids.split(counts.sum(0).tolist()), counts.t(), strict=True)]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ checkpoint; adapters are merged first.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,7 +24,7 @@ from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.checkpoint_weights import checkpoint_weights
 from ..models.policy import Policy
-from ..records import Rollouts, Sampling, Tick, derive_seed
+from ..records import Rollouts, Sampling, Support, Tick, derive_seed
 
 OLDEST = (0, 30)
 ENVIRONMENT = {
@@ -33,11 +34,15 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 """vLLM's own variables, set where the user has not; the first one always."""
+NO_MASKS = (
+    "rollout.record_support: expected a vLLM that returns the tokens left by top_p, top_k and min_p (0.32 on a GPU does; "
+    "otherwise rollout.engine transformers, or record_support False and a biased loss)"
+)
 
 
 class VllmEngine:
-    """Samples with vLLM. Log-probs are those of the sampled distribution, after temperature and
-    top-p.
+    """Samples with vLLM. Log-probs are those of the sampled distribution, after temperature, top-k,
+    top-p and min-p; what these left are vLLM's sampling masks (``return_sampling_mask``).
 
     Every request has a seed from the step and the number of the completion, so a completion does
     not depend on its batch, as far as the engine's arithmetic allows.
@@ -48,8 +53,8 @@ class VllmEngine:
             ``rollout.vllm.max_model_len`` is set.
 
     Raises:
-        ConfigError: vLLM is missing, too old or built for another device, or several processes
-            train.
+        ConfigError: vLLM is missing, too old or built for another device, several processes
+            train, or it has no sampling masks and ``rollout.record_support`` needs them.
         ModelError: this vLLM cannot run the model, or its log-probs differ.
     """
 
@@ -60,6 +65,9 @@ class VllmEngine:
         cpu = policy.device.type == "cpu"
         self.sleep_level = 0 if cpu else self.own.sleep_level
         self._asleep: list[str] = []
+        self.masks = rollout.sampling(rollout.responses, seed=0).support
+        if self.masks and not hasattr(import_module("vllm.outputs"), "SamplingMask"):
+            raise ConfigError(f"{NO_MASKS}, got vllm {vllm.__version__} without")
         text = policy.language_model.config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None) or longest
         gib = self.own.kv_cache_gib or (1.0 if cpu else 0.0)
@@ -83,9 +91,14 @@ class VllmEngine:
                     enforce_eager=cpu or self.own.enforce_eager,
                     enable_sleep_mode=self.sleep_level > 0,
                     logprobs_mode="processed_logprobs",
+                    **({"return_sampling_mask": True} if self.masks else {}),
                 )
             except (ValueError, NotImplementedError) as error:
                 reason = str(error).strip().splitlines()[-1]
+                if said := re.search(r"Value error, (.*?)(?: \[type=|$)", str(error)):  # pydantic's last line is a link
+                    reason = said[1]
+                if reason.startswith("sampling distribution replay"):
+                    raise ConfigError(f"{NO_MASKS}, got: {reason}") from error
                 raise ModelError(f"rollout.engine: expected a model and settings that vLLM accepts, got: {reason}") from error
         try:
             self._load()
@@ -145,10 +158,15 @@ class VllmEngine:
             key = "rollout.vllm.max_model_len, or the model's own limit"
             raise ModelError(f"{key}: expected room for a completion to {max(map(len, prompts))} tokens, got {room} in all")
         repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
+        if sampling.support and not self.masks:
+            raise ModelError("rollout.record_support: expected an engine that was started with a filter, got one without")
+        vocabulary = self.policy.language_model.config.get_text_config().vocab_size
         params = [
             self._params(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
+                top_k=sampling.top_k or (vocabulary if self.masks else 0),  # masks need a limit
+                min_p=sampling.min_p,
                 seed=derive_seed(sampling.seed, number),
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=self.policy.eos_ids,
@@ -169,13 +187,15 @@ class VllmEngine:
                 tick(len(found), len(repeated))
         finally:  # an interrupted call must not leave requests behind
             core.abort_request([name for name in names if name not in found])
-        result = Rollouts(repeated, [], [], [])
+        result = Rollouts(repeated, [], [], [], [] if sampling.support else None)
         for name in names:
             ids = list(found[name].token_ids)
             logp = [entry[token].logprob for token, entry in zip(ids, found[name].logprobs, strict=True)]
             result.completion_ids.append(ids)
             result.logp.append(torch.tensor(logp, dtype=torch.float32))
             result.truncated.append(ids[-1] not in self.policy.eos_ids)
+            if result.support is not None:
+                result.support.append(_support(found[name].sampling_mask, len(ids)))
         return result
 
     def _check(self) -> None:
@@ -195,6 +215,15 @@ class VllmEngine:
             raise ModelError(
                 f"rollout.engine: expected vLLM's log-probs of {kind} within {bound} of the trainer's, got {gap:.2g} apart"
             )
+
+
+def _support(mask: Any, length: int) -> Support:
+    """The support from vLLM's ``SamplingMask`` of a completion of ``length`` tokens."""
+    kept = [] if mask is None else mask.token_ids
+    if len(kept) != length:
+        raise ModelError(f"rollout.record_support: expected vLLM's sampling masks of {length} tokens, got {len(kept)}")
+    ids = [token for tokens in kept for token in sorted(tokens)]
+    return Support(torch.tensor(ids, dtype=torch.int32), torch.tensor([len(tokens) for tokens in kept], dtype=torch.int32))
 
 
 def _repack_heads(model: Any) -> None:

@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 
 from .. import ranks
 from ..errors import CheckpointError
+from ..records import Support
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.pt"
@@ -143,7 +144,7 @@ def verify(path: Path) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The ``state`` given to ``write``."""
-    with torch.serialization.safe_globals([datetime, date, time, timedelta]):  # columns of a data file may hold them
+    with torch.serialization.safe_globals([datetime, date, time, timedelta, Support]):  # columns of a data file, replay buffers
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
 
 

@@ -184,7 +184,7 @@ class Siren(TokenWeighting):
         values = step.nucleus_entropy.double()
         peak = step.valid & (values > step.by_sequence().quantile(values, self.peak_quantile))
         responses = (step.lengths() > 0).sum().clamp_min(1)
-        share = torch.where(peak, 1 / (step.by_sequence(peak).counts.clamp_min(1) * responses), 0.0)
+        share = torch.where(peak, 1 / (step.by_sequence(peak).counts * responses).double(), 0.0)
         return share, (share * values).sum()
 
 

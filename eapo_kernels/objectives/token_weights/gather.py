@@ -26,7 +26,8 @@ class GatheredStep(NamedTuple):
     """A step of all ranks, and this rank's part of it.
 
     Attributes:
-        batch: the responses of rank 0, then of rank 1, ..., with consecutive ``sequence_ids``.
+        batch: the responses of rank 0, then of rank 1, ..., with consecutive ``sequence_ids``. Its
+            support is this rank's: tokens of other ranks have none.
         stats: of the same tokens.
         extras: of the same tokens, by name.
         own: this rank's tokens: ``batch.select(own)``.
@@ -86,11 +87,13 @@ def gather_step(
     full = {name: torch.cat([part[name] for part in parts]) for name in fields}
     rank = dist.get_rank(group)
     before = [sum(size[i] for size in sizes[:rank]) for i in (0, 1)]
-    renamed = {name.split(".")[-1]: value for name, value in full.items() if name.startswith("batch.")}
+    renamed: dict[str, Any] = {name.split(".")[-1]: value for name, value in full.items() if name.startswith("batch.")}
     if "token.advantages" in full:
         renamed.update(advantages=full["token.advantages"])
+    support = None if batch.support is None else batch.support.among(before[0], sum(n for n, *_ in sizes))
+    by_token = None if batch.advantages is None else "token.advantages" in full
     return GatheredStep(
-        replace(batch, **renamed, token_advantages=None if batch.advantages is None else "token.advantages" in full),
+        replace(replace(batch, support=support, token_advantages=by_token), **renamed),
         stats._replace(**{name: full[f"stats.{name}"] for name in TokenStats._fields if f"stats.{name}" in full}),
         {name: full[f"extras.{name}"] for name in extras},
         slice(before[0], before[0] + tokens),

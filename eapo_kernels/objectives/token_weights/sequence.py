@@ -179,7 +179,7 @@ class Aem(TokenWeighting):
         groups = OrderedPartition(step.group_ids[step.sequence_ids], step.valid)
         entropy = turns.mean(step.entropy)
         raised = (-self.strength * _unit_range(entropy, groups.min(entropy), groups.max(entropy))).exp()
-        one_each = 1 / turns.counts.clamp_min(1)
+        one_each = 1 / turns.counts.double()
         mean = groups.sum(raised * one_each) / groups.sum(one_each).clamp_min(_EPS)
         return TokenWeights(raised / mean.clamp_min(_EPS) * step.token_advantages())
 

@@ -402,6 +402,7 @@ def _step_stats(
     config, valid = method.config, valid_tokens(batch.targets, batch.mask)
     estimator = ADVANTAGES[config.advantage] if isinstance(config.advantage, str) else config.advantage
     ids = torch.where(valid, batch.sequence_ids, 0)
+    lengths = torch.zeros(batch.rewards.shape, dtype=torch.float32, device=ids.device).index_add_(0, ids, valid.float())
     columns = {"logp": stats.logp, "entropy": stats.entropy, "p2": stats.p2, "p2_logp": stats.p2_logp, **extras}
     return StepStats(
         valid=valid,
@@ -410,7 +411,7 @@ def _step_stats(
         group_ids=group_ids,
         estimator=lambda rewards: estimator(rewards, group_ids),
         given=None if batch.advantages is None else batch.advantages.float(),
-        scale=token_scale(config.reduction, valid, ids, batch.rewards.numel(), fixed_length=config.fixed_length),
+        scale=token_scale(config.reduction, valid, ids, lengths, lengths.sum(), fixed_length=config.fixed_length),
         state=dict(state or {}),
         progress=progress,
         seed=seed,

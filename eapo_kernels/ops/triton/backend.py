@@ -14,9 +14,9 @@ import triton
 from torch import Tensor
 
 from ..chunking import padded
-from ..dispatch import Backend, Chunk, LogitCotangents, RowStatistics, TargetRows
+from ..dispatch import Backend, Chunk, LogitCotangents, RowStatistics, WeightedRows
 from ..lm_head import Projection
-from . import logit_grad, scaled_exp, tiles
+from . import logit_grad, scaled_exp, sparse, tiles
 from .common import INTERPRETED, capability, family, product_tile
 from .compiling import compiled_together
 from .online_softmax import stream_statistics, streamed
@@ -96,14 +96,23 @@ def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
     return padded(vocab) * (4 if dtype == torch.float32 else 4 + dtype.itemsize) + sums
 
 
-def add_target_rows(out: Tensor, first: int, rows: TargetRows) -> None:
-    """See ``Backend.add_target_rows``. One launch."""
-    if rows.targets.numel():
-        scaled_exp.add_target_rows(out, first, rows)()
+def add_rows(out: Tensor, first: int, entries: WeightedRows) -> None:
+    """See ``Backend.add_rows``. At most two launches."""
+    if entries.keys.numel():
+        for launch in sparse.add_rows(out, first, entries):
+            launch()
+
+
+def logits_at(projection: Projection, rows: Tensor, ids: Tensor) -> Tensor:
+    """See ``Backend.logits_at``. One launch. The bits of an entry depend on its two rows alone."""
+    launch, out = sparse.logits_at(projection, rows, ids)
+    if rows.numel():
+        launch()
+    return out
 
 
 BACKEND = Backend(
     name="triton", supports=supports, statistics=statistics, logit_gradient=logit_gradient,
     slab_bytes=lambda projection: projection.operand_dtype.itemsize, open_chunk=open_chunk, chunk_row_bytes=chunk_row_bytes,
-    add_target_rows=add_target_rows,
+    add_rows=add_rows, logits_at=logits_at,
 )  # fmt: skip

@@ -439,4 +439,4 @@ def finalize(
         "ENTROPY": entropy, "SECOND_MOMENTS": second_moments,
     }  # fmt: skip
     launch = Launch(finalize_kernel, programs, arguments, options(tile), sums.device)
-    return launch, Finalized(statistics_of(out, entropy=entropy), arguments["coefficient"], arguments["totals"])
+    return launch, Finalized(lambda: statistics_of(out, entropy=entropy), arguments["coefficient"], arguments["totals"])

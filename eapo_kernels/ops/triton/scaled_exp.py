@@ -3,7 +3,7 @@
 The offset k of a row is known before the product (``row_offsets``), so the product tracks no
 maximum and rescales nothing. E is an operand of the gradient products as it is: no kernel passes
 over the chunk again. The file follows the order of the launches: offsets, product, rescue of the
-rows whose sum is out of range, statistics, the targets' rows of d_weight; then the chunk.
+rows whose sum is out of range, statistics; then the chunk.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import Coefficients, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms, TargetRows
+from ..dispatch import Coefficients, Entries, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
 from ..lm_head import Projection
 from . import scaled_exp_shard, tiles
+from .sparse import dot_rows
 from .surrogate import Finalized, store_surrogate, surrogate_arguments
 from .tiles import Tile
 
@@ -74,7 +75,7 @@ class ScaledExpSums:
         block_v = (tile or product_tile("scaled_exp_gemm", projection)).block_v
         n_rows, new = projection.n_rows, projection.hidden.new_empty
         offsets = new(2, n_rows, dtype=torch.float32)
-        values = new(1 + entropy, triton.cdiv(projection.vocab, block_v), n_rows, dtype=torch.float32)
+        values = new(1 + entropy, -(-projection.vocab // block_v), n_rows, dtype=torch.float32)
         return ScaledExpSums(offsets, values, block_v, new(n_rows, dtype=torch.int32), new(1, dtype=torch.int32))
 
     @property
@@ -102,18 +103,9 @@ def row_offsets_kernel(
     target = tl.load(targets + rows)  # [BLOCK_N]
     outside = (target < 0) | (target >= n_columns)  # the row becomes NaN
     target = tl.where(outside, 0, target)
-    dims = tl.arange(0, BLOCK_D)
-    h_at = hidden + rows[:, None] * hidden_stride_n + dims[None, :].to(tl.int64) * hidden_stride_d
-    w_at = weight + target[:, None] * weight_stride_v + dims[None, :].to(tl.int64) * weight_stride_d
-    product = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for d in range(0, dim, BLOCK_D):
-        inside = (dims < dim - d)[None, :]
-        h = tl.load(h_at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
-        w = tl.load(w_at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
-        product += h * w
-        h_at += BLOCK_D * tl.cast(hidden_stride_d, tl.int64)
-        w_at += BLOCK_D * tl.cast(weight_stride_d, tl.int64)
-    y = tl.sum(product, 1)
+    y = dot_rows(
+        hidden, weight, rows, target, dim, hidden_stride_n, hidden_stride_d, weight_stride_v, weight_stride_d, BLOCK_N, BLOCK_D
+    )  # fmt: skip
     if bias is not None:
         y += tl.load(bias + target * bias_stride).to(tl.float32)  # [BLOCK_N]
         y = tl.where(y < LOWEST, LOWEST, y)
@@ -139,7 +131,7 @@ def row_offsets(
         "logp_guess": None if logp_guess is None else logp_guess.contiguous(), "with_guess": limits.with_guess,
         "without_guess": limits.without_guess, "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
-    return Launch(row_offsets_kernel, triton.cdiv(projection.n_rows, tile.block_n), arguments, options(tile), hidden.device)
+    return Launch(row_offsets_kernel, -(-projection.n_rows // tile.block_n), arguments, options(tile), hidden.device)
 
 
 @triton.jit
@@ -374,7 +366,7 @@ def collect_rescue_ids(
         "over_ranks": over_ranks, "least": limits.least, "most": limits.most, "largest": limits.largest,
         "n_rows": projection.n_rows, "n_tiles": sums.values.shape[1], "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
     }  # fmt: skip
-    return Launch(collect_rescue_ids_kernel, triton.cdiv(projection.n_rows, tile.block_n), arguments, options(tile), device)
+    return Launch(collect_rescue_ids_kernel, -(-projection.n_rows // tile.block_n), arguments, options(tile), device)
 
 
 def row_maxima(projection: Projection, sums: ScaledExpSums, *, tile: Tile | None = None) -> Launch:
@@ -473,7 +465,7 @@ def scaled_exp_finalize(
     """
     n_rows, device = projection.n_rows, projection.hidden.device
     tile = tile or tiles.find("scaled_exp_finalize", family(device), 4)
-    programs = triton.cdiv(n_rows, tile.block_n)
+    programs = -(-n_rows // tile.block_n)
     out = sums.offsets.new_empty(8 if sums.entropy else 6, n_rows)
     scale = row_scale_arguments(projection)
     arguments = surrogate_arguments(terms, out, programs, n_rows) | {
@@ -481,60 +473,14 @@ def scaled_exp_finalize(
         "row_inv_temperature": scale["row_inv_temperature"], "slope": scale["scale"],
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "ENTROPY": sums.entropy,
     }  # fmt: skip
-    logp, lse, offset, log_sum, _, _, *moments = out
-    entropy, mean = moments or (None, None)
-    final = Finalized(RowStatistics(logp, entropy, lse, offset, log_sum, mean), arguments["coefficient"], arguments["totals"])
+
+    def statistics() -> RowStatistics:
+        logp, lse, offset, log_sum, _, _, *moments = out
+        entropy, mean = moments or (None, None)
+        return RowStatistics(logp, entropy, lse, offset, log_sum, mean)
+
+    final = Finalized(statistics, arguments["coefficient"], arguments["totals"])
     return Launch(scaled_exp_finalize_kernel, programs, arguments, options(tile), device), final, out[4:6]
-
-
-@triton.jit(do_not_specialize=["n_rows", "first"])
-def target_rows_kernel(
-    out, hidden, targets, order, scale, first, n_rows, n_columns, dim, out_stride_v, out_stride_d, hidden_stride_n,
-    hidden_stride_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """out[v - first] += sum of scale[i] hidden[i] over the rows i with target v, for v in the slab.
-
-    One program per place of the sorted targets and slice of BLOCK_D columns. The programs at the first
-    place of a target add all rows of that target, BLOCK_N at a time and in a fixed order; the others
-    return. Slices are narrow, so that a target that all rows share has several programs.
-    out: [n_columns, dim] fp32, the slab. hidden: [n_rows, dim]. The others: see ``TargetRows``.
-    """
-    slices = tl.cdiv(dim, BLOCK_D)
-    place = tl.program_id(0) // slices
-    target = tl.load(targets + place)
-    before = tl.load(targets + tl.maximum(place - 1, 0))
-    inside = (target >= first) & (target < n_columns + first)
-    if inside & ((place == 0) | (target != before)):
-        dims = (tl.program_id(0) % slices * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-        total = tl.zeros([BLOCK_D], tl.float32)
-        start = place
-        more = True
-        while more:
-            places = start + tl.arange(0, BLOCK_N)
-            mine = places < n_rows
-            mine = mine & (tl.load(targets + places, mask=mine, other=0) == target)
-            rows = tl.load(order + places, mask=mine, other=0)  # [BLOCK_N]
-            weight = tl.load(scale + rows, mask=mine, other=0.0)  # [BLOCK_N]
-            mask = mine[:, None] & (dims < dim)[None, :]
-            h = hidden + rows[:, None] * hidden_stride_n + dims[None, :] * hidden_stride_d
-            total += tl.sum(weight[:, None] * tl.load(h, mask=mask, other=0.0).to(tl.float32), 0)  # [BLOCK_N, BLOCK_D]
-            start += BLOCK_N
-            more = tl.sum(mine.to(tl.int32), 0) == BLOCK_N
-        here = out + (target - first) * out_stride_v + dims * out_stride_d
-        tl.store(here, tl.load(here, mask=dims < dim, other=0.0) + total, mask=dims < dim)  # [BLOCK_D]
-
-
-def add_target_rows(out: Tensor, first: int, rows: TargetRows, *, tile: Tile | None = None) -> Launch:
-    """The launch that adds ``rows`` to ``out`` [V', D] fp32, whose first target is ``first``."""
-    tile = tile or tiles.find("target_rows", family(out.device), rows.hidden.element_size(), out.shape[1])
-    arguments = {
-        "out": out, "hidden": rows.hidden, "targets": rows.targets, "order": rows.order, "scale": rows.scale.contiguous(),
-        "first": first, "n_rows": rows.targets.shape[0], "n_columns": out.shape[0], "dim": out.shape[1],
-        "out_stride_v": out.stride(0), "out_stride_d": out.stride(1), "hidden_stride_n": rows.hidden.stride(0),
-        "hidden_stride_d": rows.hidden.stride(1), "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
-    }  # fmt: skip
-    programs = rows.targets.shape[0] * triton.cdiv(out.shape[1], tile.block_d)
-    return Launch(target_rows_kernel, programs, arguments, options(tile), out.device)
 
 
 class ScaledExpKernels(NamedTuple):
@@ -588,4 +534,5 @@ class ScaledExpChunk:
         assert cotangents.entropy is None
         assert cotangents.lse is None
         matrix, self._matrix = self._matrix, None
-        return LogitGradient(matrix, *(cotangents.logp * self._finalize(None)[1]))
+        row_scale, at_target = cotangents.logp * self._finalize(None)[1]
+        return LogitGradient(matrix, row_scale, Entries.one_a_row(self._targets, at_target))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -75,24 +76,32 @@ def store_surrogate(
     tl.store(totals + 5, 0.0)
 
 
+_ARGUMENTS = [f.name for f in fields(SurrogateTerms) if f.name not in ("clip_low", "clip_high")]
+_ARGUMENTS += ["coefficient", "totals", "ratio_low", "ratio_high"]
+
+
 def surrogate_arguments(terms: SurrogateTerms | None, like: Tensor, programs: int, n_rows: int) -> dict[str, Any]:
     """The arguments of ``store_surrogate`` with its outputs allocated; all None without terms."""
-    names = [f.name for f in fields(SurrogateTerms) if f.name not in ("clip_low", "clip_high")]
     if terms is None:
-        return dict.fromkeys([*names, "coefficient", "totals", "ratio_low", "ratio_high"]) | {"SURROGATE": False}
-    given = {name: getattr(terms, name) for name in names}
-    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in given.items()} | {
+        return dict.fromkeys(_ARGUMENTS) | {"SURROGATE": False}
+    given = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in vars(terms).items()}
+    low, high = 1.0 - given.pop("clip_low"), 1.0 + given.pop("clip_high")
+    return given | {
         "coefficient": like.new_empty(n_rows), "totals": like.new_empty(programs, len(SUMS)),
-        "ratio_low": 1.0 - terms.clip_low, "ratio_high": 1.0 + terms.clip_high, "SURROGATE": True,
+        "ratio_low": low, "ratio_high": high, "SURROGATE": True,
     }  # fmt: skip
 
 
 class Finalized(NamedTuple):
     """Outputs of a finalize launch; with terms coefficient [N] and totals [programs, len(SUMS)]."""
 
-    statistics: RowStatistics
+    read: Callable[[], RowStatistics]  # views of the launch's output; a fused loss needs none
     coefficient: Tensor | None
     totals: Tensor | None
+
+    @property
+    def statistics(self) -> RowStatistics:
+        return self.read()
 
     def coefficients(self) -> Coefficients:
         """The coefficients, and the programs' totals added up in a fixed order."""

@@ -94,7 +94,9 @@ TABLE = (
     *_exponentials("interpreter", 4, 4096, Tile(64, 2048, 128)),
     *(line for size in (2, 4) for line in _rescued("interpreter", size, 4096, Tile(32, 2048, 128))),
     *(Entry("row_offsets", "interpreter", size, 4096, 131072, Tile(128, 0, 1024)) for size in (2, 4)),
-    *(Entry("target_rows", "interpreter", size, 4096, 131072, Tile(4, 0, 1024)) for size in (2, 4)),
+    *(Entry("add_rows", "interpreter", size, 4096, 131072, Tile(16, 0, 1024)) for size in (2, 4)),
+    Entry("add_carries", "interpreter", 4, 4096, 131072, Tile(16, 0, 1024)),
+    *(Entry("logits_at", "interpreter", size, 4096, 131072, Tile(128, 0, 1024)) for size in (2, 4)),
     # Hopper, half precision: two programs of 128x128 fit on a multiprocessor, and the epilogue of
     # one overlaps the product of the other (for small D, where the epilogue is a larger part);
     # 128x256 reads less shared memory per operation. Lines without descriptors are for operands
@@ -133,13 +135,13 @@ TABLE = (
         for kernel, block in (("row_statistics", 8192), ("row_gradient", 4096))
     ),
     *(Entry("finalize", family, 4, 4096, 131072, Tile(256, 0)) for family in ("sm80", "sm90", "sm100")),
-    # 16 slices of D, so that a target of all rows takes 1.7 times the uniform case (counted_seconds in
-    # tests/ops/triton/test_triton_target_rows.py).
+    # Entries: a warp has 256 columns of each row (512 bytes in half precision), so that sums over
+    # rows stay within a thread, and 8 rows in flight.
     *(
-        Entry("target_rows", family, size, dim, 131072, Tile(rows, 0, dim // 16))
+        Entry("add_rows", family, size, dim, 131072, Tile(8, 0, 256 * warps, warps=warps))
         for family in ("sm80", "sm90", "sm100")
         for size in (2, 4)
-        for dim, rows in ((1024, 32), (2048, 16), (4096, 8))
+        for dim, warps in ((1024, 1), (4096, 4))
     ),
     # Vectors of the scaled exponentials: a few rows per program, so that a chunk of 1024 rows has
     # many programs.
@@ -149,6 +151,9 @@ TABLE = (
         for kernel, size, tile in (
             ("row_offsets", 2, Tile(4, 0, 512)),
             ("row_offsets", 4, Tile(4, 0, 512)),
+            ("logits_at", 2, Tile(16, 0, 256)),
+            ("logits_at", 4, Tile(16, 0, 256)),
+            ("add_carries", 4, Tile(8, 0, 256)),
             ("collect_rescue_ids", 4, Tile(32, 64)),
             ("scaled_exp_finalize", 4, Tile(32, 64, warps=8)),
         )

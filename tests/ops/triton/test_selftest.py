@@ -38,6 +38,7 @@ class Mistake(NamedTuple):
 
 
 EXP, SOFTMAX, GRAD = "ops/triton/scaled_exp.py", "ops/triton/online_softmax.py", "ops/triton/logit_grad.py"
+ENTRIES = "ops/triton/sparse.py"
 LAUNCH = "        launch()\n        last, final"
 MISTAKES = {
     "the statistics drop the last column": Mistake(
@@ -82,7 +83,9 @@ MISTAKES = {
         SOFTMAX, "logp = tl.where(top, -log_sum, x - log_sum)",
         "logp = tl.where(top, -log_sum, x - log_sum) * tl.where(n_rows > 1, 1.0000002, 1.0)", "other bits alone",
     ),
-    "the last rows of a target are lost": Mistake(EXP, "mine = places < n_rows", "mine = places < n_rows - 1", "d_weight"),
+    "the last entries of a block are lost": Mistake(
+        ENTRIES, "inside = (places < stop) &", "inside = (places < stop - 1) &", "d_hidden|d_weight"
+    ),
     "an error of the driver": Mistake(
         SOFTMAX, LAUNCH, f'        raise RuntimeError("CUDA error: an illegal memory access")\n{LAUNCH}',
         "an illegal memory access", "crashed",

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from eapo_kernels import EAPOConfig, Options, TokenBatch, eapo_loss
 from eapo_kernels.ops import gemm
-from eapo_kernels.ops.dispatch import Coefficients, LogitCotangents
-from eapo_kernels.ops.gradients import one_pass
+from eapo_kernels.ops.dispatch import LogitCotangents
 from eapo_kernels.ops.lm_head import Projection
 from eapo_kernels.ops.triton import backend as triton_backend
 from eapo_kernels.ops.triton import scaled_exp
 from eapo_kernels.ops.triton.backend import BACKEND
 from eapo_kernels.ops.triton.scaled_exp import ScaledExpChunk
 from eapo_kernels.testing import Inputs, assert_no_worse_than, make_inputs, peak_memory
-from eapo_kernels.types import SUMS
 
 pytestmark = [pytest.mark.usefixtures("poisoned", "narrow_fp16"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -202,35 +200,20 @@ def test_gradients_round_like_one_product_of_halves(
     ideal = rounded @ weight, rounded.T @ hidden
     noise = off if off is None else off + 0.3 * torch.randn(n, generator=g).to(device)
     logp_guess = None if noise is None else log_p.gather(1, targets[:, None]).squeeze(1).float() + noise
-    matrices = []
-
-    def coefficients(chunk: Any, rows: slice) -> Coefficients:
-        chunk.statistics()
-        matrix, factor, target = chunk.gradient(LogitCotangents(a[rows]))
-        assert matrix.dtype == dtype
-        scaled, unit = gemm.scale_rows(p.hidden[rows], factor, dtype)
-        scaled = scaled.double() * (1.0 if unit is None else unit.double())
-        targets_part = torch.zeros_like(dlogits).scatter_(1, targets[rows, None], target.double()[:, None])
-        matrices.append(
-            (
-                matrix.double() @ weight * factor.double()[:, None] + targets_part @ weight,
-                matrix.double().T @ scaled + targets_part.T @ hidden[rows],
-            )
-        )
-        return Coefficients(LogitCotangents(None), a.new_zeros(len(SUMS)))
-
-    one_pass(
-        p,
-        targets,
-        coefficients,
-        BACKEND,
-        entropy=True,
-        entropy_gradient=False,
-        needs=(False,) * 3,
-        options=Options(),
-        logp_guess=logp_guess,
+    chunk = BACKEND.open_chunk(p, targets, entropy=True, entropy_gradient=False, logp_guess=logp_guess)
+    chunk.statistics()
+    matrix, factor, entries = chunk.gradient(LogitCotangents(a))
+    assert matrix is not None
+    assert factor is not None
+    assert entries is not None
+    assert matrix.dtype == dtype
+    scaled, unit = gemm.scale_rows(p.hidden, factor, dtype)
+    scaled = scaled.double() * (1.0 if unit is None else unit.double())
+    targets_part = torch.zeros_like(dlogits).index_put_((entries.rows, entries.ids), entries.values.double())
+    got = (
+        matrix.double() @ weight * factor.double()[:, None] + targets_part @ weight,
+        matrix.double().T @ scaled + targets_part.T @ hidden,
     )
-    (got,) = matrices
     for value, best, ref64, factor, name in zip(got, ideal, exact, (0.4, 0.6), ("hidden", "weight"), strict=True):
         error, allowed = (value - ref64).norm() / ref64.norm(), factor * (best - ref64).norm() / ref64.norm()
         assert error <= allowed, f"d_{name}: {float(error):.2e}, allowed {float(allowed):.2e}"

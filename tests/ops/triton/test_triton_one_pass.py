@@ -40,7 +40,7 @@ def chunk_gradient(backend: Any, inputs: Inputs, which: str, **transform: Any) -
     statistics = chunk.statistics()
     gradient = chunk.gradient(given)
     assert gradient.matrix.dtype == projection(inputs).operand_dtype
-    return statistics, dense(gradient, inputs.targets)
+    return statistics, dense(gradient)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,11 +117,12 @@ def test_small_cotangents_do_not_underflow(dtype: torch.dtype, form: str, device
     gradient = chunk.gradient(LogitCotangents(small))
     assert gradient.matrix.dtype == dtype
     if form == "logits":
-        assert (gradient.row_scale.log2() == gradient.row_scale.log2().round()).all()
+        bits = gradient.row_scale.log2()
+        assert (bits == bits.round()).all()
     prob = torch.softmax(p.hidden.double() @ p.weight.double().T, 1)
     one_hot = torch.nn.functional.one_hot(inputs.targets, 99)
     exact = small.double().unsqueeze(1) * (one_hot - prob)
-    torch.testing.assert_close(dense(gradient, inputs.targets), exact, rtol=2e-3, atol=1e-13)
+    torch.testing.assert_close(dense(gradient), exact, rtol=2e-3, atol=1e-13)
 
 
 def test_a_chunk_gives_its_gradient_once(device: str) -> None:
@@ -196,7 +197,7 @@ def test_every_backend_takes_the_schedule_with_the_fewest_products(backend: str,
     right = gradients.one_pass
 
     def one_pass(*arguments: Any, **named: Any) -> Any:
-        calls.append(arguments[3].name)
+        calls.append(arguments[1].name)
         return right(*arguments, **named)
 
     monkeypatch.setattr(gradients, "one_pass", one_pass)

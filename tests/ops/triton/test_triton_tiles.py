@@ -20,7 +20,9 @@ KERNELS = (
     "row_offsets",
     "collect_rescue_ids",
     "scaled_exp_finalize",
-    "target_rows",
+    "add_rows",
+    "add_carries",
+    "logits_at",
 )
 
 
@@ -37,7 +39,7 @@ def _nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("descriptors", [True, False])
 def test_every_kernel_has_a_tile_everywhere(kernel: str, name: str, descriptors: bool) -> None:
-    for itemsize in (2, 4) if kernel in (*PRODUCTS, "row_offsets") else (4,):
+    for itemsize in (2, 4) if kernel in (*PRODUCTS, "row_offsets", "add_rows", "logits_at") else (4,):
         for dim in (1, 576, 4096, 20_000):
             tile = find(kernel, name, itemsize, dim, 1 if dim == 1 else 151_936, descriptors=descriptors)
             assert descriptors or not tile.descriptors
