@@ -43,7 +43,7 @@ def dot_rows(
     return tl.sum(product, 1)
 
 
-@triton.jit(do_not_specialize=["n_entries", "n_rows"])
+@triton.jit(do_not_specialize=["rows", "ids", "n_entries", "n_rows"])
 def logits_at_kernel(
     out, rows, ids, n_entries, hidden, weight, n_rows, n_columns, dim, hidden_stride_n, hidden_stride_d, weight_stride_v,
     weight_stride_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -87,7 +87,7 @@ def add_to_row(out, total, row, n_keys, dims, dim, out_stride_k, out_stride_d):
         tl.store(here, tl.load(here, mask=dims < dim, other=0.0) + total, mask=dims < dim)  # [BLOCK_D]
 
 
-@triton.jit(do_not_specialize=["first", "n_keys", "n_entries", "n_source", "per_block"])
+@triton.jit(do_not_specialize=["keys", "rows", "values", "first", "n_keys", "n_entries", "n_source", "per_block"])
 def add_rows_kernel(
     out, carries, keys, rows, values, source, first, n_keys, n_entries, n_source, dim, per_block, out_stride_k, out_stride_d,
     source_stride_n, source_stride_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -136,7 +136,7 @@ def add_rows_kernel(
             add_to_row(out, total, current - first, n_keys, dims, dim, out_stride_k, out_stride_d)
 
 
-@triton.jit(do_not_specialize=["first", "n_keys", "n_entries", "per_block"])
+@triton.jit(do_not_specialize=["keys", "first", "n_keys", "n_entries", "per_block"])
 def add_carries_kernel(
     out, carries, keys, first, n_keys, n_entries, dim, per_block, out_stride_k, out_stride_d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

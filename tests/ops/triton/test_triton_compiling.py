@@ -97,7 +97,7 @@ def test_nothing_is_left_to_compile(tmp_path: Path) -> None:
         "scaled_exp_gemm",
         "scaled_exp_gemm",
     ]
-    assert counts.pop("loss") == [*exponentials, "add_rows"]
+    assert counts.pop("loss") == ["add_carries", "add_rows", *exponentials]
     ahead = counts.pop("ahead")
     assert set(ahead) >= {"stream_statistics", "finalize", "logit_gradient", "row_statistics", "row_gradient"}
     assert "scaled_exp_gemm" not in ahead, "the loss has compiled both"
