@@ -54,7 +54,7 @@ def add(out: Tensor, first: int, entries: WeightedRows, **tile: Tile) -> Tensor:
 
 def check(out: Tensor, before: Tensor, entries: WeightedRows, first: int = 0) -> None:
     """``out`` is the sum to 1e-6 of the sum of all terms without their signs."""
-    keys, rows, values, source = entries
+    keys, rows, values, source, _ = entries
     inside = (keys >= first) & (keys < first + len(out)) & (values != 0)
     keys, terms = (keys - first)[inside], source.double()[rows[inside]] * values.double()[inside].unsqueeze(1)
     exact = before.double().index_add(0, keys, terms)
