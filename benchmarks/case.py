@@ -115,7 +115,7 @@ class Case:
         """Operations of the matrix products that the job needs."""
         if self.support is not None:
             return 6 * self.support.numel() * self.d
-        return 2 * _PRODUCTS[mode] * self.n_valid * self.d * self.v
+        return 2 * _PRODUCTS.get(mode, 3) * self.n_valid * self.d * self.v
 
     def least_bytes(self, mode: str) -> int:
         """Bytes of operands and results, each moved once: hidden, weight, and their gradients where

@@ -308,14 +308,6 @@ def readme_part(result: Result) -> str:
     small = next((g for g in timed[1:] if g.memory_budget is not None), None)
     if small is not None:
         lines += ["", f"The same at {small.case}:", "", *_readme_table(small, found, is_gpu(result))]
-    table = sparse_table(found)
-    if table:
-        lines += [
-            "",
-            "With a sampling mask or a gradient tolerance ([docs/sparse.md](docs/sparse.md)), on rows of SmolLM2-135M:",
-            "",
-            *table,
-        ]
     return "\n".join(lines)
 
 
@@ -348,14 +340,11 @@ def sparse_table(found: list[Group]) -> list[str]:
 
 
 def sparse_part(result: Result) -> str:
-    """The table of a result, and its picture."""
-    env, table = result["environment"], sparse_table(groups(result))
-    if not table:
-        return "No result has these modes."
-    shape = next(g.shape for g in groups(result) if g.mode in SPARSE_MODES)
+    """The table of a result of ``SPARSE_MODES``."""
+    env, found = result["environment"], groups(result)
+    shape = next(g.shape for g in found if g.mode in SPARSE_MODES)
     where = f"{env['gpu']}, torch {env['torch']}, {env['date'][:10]}, commit {env['commit']}"
-    picture = "![Time over three products and entries a row, over the mean entropy](sparse.png)"
-    return "\n".join([f"{where}; {shape}, rows of SmolLM2-135M at three temperatures.", "", *table, "", picture])
+    return "\n".join([f"{where}; {shape}, rows of SmolLM2-135M at three temperatures.", "", *sparse_table(found)])
 
 
 def _readme_table(main: Group, found: list[Group], gpu: bool) -> list[str]:
@@ -440,6 +429,7 @@ def methods_part(result: Result) -> str:
 README = Target(ROOT / "README.md", "benchmark", readme_part)
 DOCS = Target(ROOT / "docs" / "benchmarks.md", "results", docs_part)
 SPARSE = Target(ROOT / "docs" / "sparse.md", "sparse", sparse_part)
+README_SPARSE = Target(ROOT / "README.md", "sparse", sparse_part)
 OVERHEAD = Target(ROOT / "docs" / "benchmarks.md", "methods", methods_part)
 
 
@@ -459,16 +449,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         results = [load(path) for path in options.result] if options.result else newest_results(FOLDER)
         overheads = newest_results(FOLDER / "methods")
+        sparse = newest_results(FOLDER / "sparse")
         if options.check:
-            return _check([(README, results), (DOCS, results), (SPARSE, results), (OVERHEAD, overheads)])
-        if options.docs:
+            targets = [(README, results), (README_SPARSE, sparse), (DOCS, results), (SPARSE, sparse), (OVERHEAD, overheads)]
+            return _check(targets)
+        if options.docs and sparse:
             from .plots import draw_sparse
 
-            for result in results:
-                draw_sparse(result, SPARSE.path.with_suffix(".png"))
+            draw_sparse(sparse[-1], SPARSE.path.with_suffix(".png"))
         for target, wanted, shown in (
             (DOCS, options.docs, results),
-            (SPARSE, options.docs, results),
+            (SPARSE, options.docs, sparse),
+            (README_SPARSE, options.readme, sparse),
             (OVERHEAD, options.docs, overheads),
             (README, options.readme, results),
         ):

@@ -40,7 +40,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """README.md and docs/benchmarks.md with empty blocks, and an empty results folder."""
     (tmp_path / "docs").mkdir()
     readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
-    readme.write_text("# Title\n\n<!-- benchmark -->\nold\n<!-- /benchmark -->\n\ntail\n")
+    readme.write_text("# Title\n\n<!-- benchmark -->\nold\n<!-- /benchmark -->\n\n<!-- sparse -->\n<!-- /sparse -->\n\ntail\n")
     docs.write_text("# Benchmarks\n\n<!-- results -->\n<!-- /results -->\n")
     monkeypatch.setattr(report, "README", replace(report.README, path=readme))
     monkeypatch.setattr(report, "DOCS", replace(report.DOCS, path=docs))
@@ -50,5 +50,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sparse = tmp_path / "docs" / "sparse.md"
     sparse.write_text("# Sparse\n\n<!-- sparse -->\n<!-- /sparse -->\n")
     monkeypatch.setattr(report, "SPARSE", replace(report.SPARSE, path=sparse))
+    monkeypatch.setattr(report, "README_SPARSE", replace(report.README_SPARSE, path=readme))
     monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
     return tmp_path

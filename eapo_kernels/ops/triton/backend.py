@@ -10,10 +10,9 @@ import contextlib
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..chunking import padded
+from ..chunking import cdiv, padded
 from ..dispatch import Backend, Chunk, LogitCotangents, RowStatistics, WeightedRows
 from ..lm_head import Projection
 from . import logit_grad, scaled_exp, sparse, tiles
@@ -91,8 +90,8 @@ def chunk_row_bytes(projection: Projection, entropy_gradient: bool) -> int:
     dtype, vocab = projection.operand_dtype, projection.max_shard_vocab
     if not uses_logits(projection, entropy_gradient):
         block = product_tile("scaled_exp_gemm", projection).block_v if projection.shard is None else _LEAST_BLOCK_V
-        return padded(vocab) * dtype.itemsize + 8 * triton.cdiv(vocab, block)
-    sums = 16 * triton.cdiv(vocab, tiles.find("row_statistics", family(projection.hidden.device), 4).block_v)
+        return padded(vocab) * dtype.itemsize + 8 * cdiv(vocab, block)
+    sums = 16 * cdiv(vocab, tiles.find("row_statistics", family(projection.hidden.device), 4).block_v)
     return padded(vocab) * (4 if dtype == torch.float32 else 4 + dtype.itemsize) + sums
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import verdicts
-from ..chunking import padded
+from ..chunking import cdiv, padded
 from ..lm_head import Projection
 from . import tiles
 from .compiling import waiting
@@ -251,7 +251,7 @@ def product_tile(kernel: str, projection: Projection) -> Tile:
 
 def tile_count(projection: Projection, tile: Tile) -> int:
     """Tiles of [N, V]."""
-    return triton.cdiv(projection.n_rows, tile.block_n) * triton.cdiv(projection.vocab, tile.block_v)
+    return cdiv(projection.n_rows, tile.block_n) * cdiv(projection.vocab, tile.block_v)
 
 
 def row_scale_arguments(projection: Projection) -> dict[str, Any]:
@@ -297,4 +297,6 @@ def product_arguments(projection: Projection, tile: Tile) -> dict[str, Any]:
 
 def workspace(projection: Projection, dtype: torch.dtype) -> Tensor:
     """[N, V] uninitialized, with padded rows."""
-    return projection.hidden.new_empty(projection.n_rows, padded(projection.vocab), dtype=dtype)[:, : projection.vocab]
+    columns = padded(projection.vocab)
+    matrix = projection.hidden.new_empty(projection.n_rows, columns, dtype=dtype)
+    return matrix if columns == projection.vocab else matrix[:, : projection.vocab]

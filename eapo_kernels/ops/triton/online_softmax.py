@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..chunking import cdiv
 from ..dispatch import RowStatistics, SurrogateTerms
 from ..lm_head import Projection
 from ..vocab_shard import INVALID, VocabShard, merge_ranges
@@ -236,9 +237,9 @@ def stream_statistics(
     ranges, instead of those of ``tiles.RANGE_COLUMNS``.
     """
     tile = tile or product_tile("stream_statistics", projection)
-    row_tiles, column_tiles = triton.cdiv(projection.n_rows, tile.block_n), triton.cdiv(projection.vocab, tile.block_v)
-    length = tiles.range_tiles(tile.block_v) if splits is None else triton.cdiv(column_tiles, splits)
-    splits = triton.cdiv(column_tiles, length)
+    row_tiles, column_tiles = cdiv(projection.n_rows, tile.block_n), cdiv(projection.vocab, tile.block_v)
+    length = tiles.range_tiles(tile.block_v) if splits is None else cdiv(column_tiles, splits)
+    splits = cdiv(column_tiles, length)
     sums = PartialSums.empty(projection, splits, entropy, second_moments)
     itemsize = projection.hidden.element_size()
     arguments = product_arguments(projection, tile) | transform_arguments(projection) | {
@@ -316,14 +317,14 @@ def row_statistics(
 ) -> tuple[Launch, PartialSums]:
     """The launch that reduces raw logits [N, V] fp32, and the sums that it fills."""
     tile = tile or tiles.find("row_statistics", family(raw.device), 4)
-    splits = triton.cdiv(projection.vocab, tile.block_v)
+    splits = cdiv(projection.vocab, tile.block_v)
     sums = PartialSums.empty(projection, splits, entropy, False)
     arguments = transform_arguments(projection) | {
         "sums": sums.values, "raw": raw, "raw_stride": raw.stride(0), "targets": targets.contiguous(), "n_splits": splits,
         "n_rows": projection.n_rows, "n_columns": projection.vocab, "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
         "ENTROPY": entropy, "SECOND_MOMENTS": False,
     }  # fmt: skip
-    grid = triton.cdiv(projection.n_rows, tile.block_n) * splits
+    grid = cdiv(projection.n_rows, tile.block_n) * splits
     return Launch(row_statistics_kernel, grid, arguments, options(tile), raw.device), sums
 
 
@@ -432,7 +433,7 @@ def finalize(
     sums, entropy, second_moments = partial.values, partial.entropy, partial.second_moments
     n_rows = sums.shape[2]
     tile = tile or tiles.find("finalize", family(sums.device), 4)
-    programs = triton.cdiv(n_rows, tile.block_n)
+    programs = cdiv(n_rows, tile.block_n)
     out = sums.new_empty(9 if second_moments else 6 if entropy else 4, n_rows)
     arguments = surrogate_arguments(terms, sums, programs, n_rows) | {
         "out": out, "sums": sums, "n_rows": n_rows, "n_splits": partial.splits, "BLOCK_N": tile.block_n,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..chunking import cdiv
 from ..dispatch import WeightedRows
 from ..lm_head import Projection
 from . import tiles
@@ -76,7 +77,7 @@ def logits_at(projection: Projection, rows: Tensor, ids: Tensor, *, tile: Tile |
         "out": out, "rows": rows.contiguous(), "ids": ids.contiguous(), "n_entries": rows.numel(),
         "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
-    return Launch(logits_at_kernel, triton.cdiv(rows.numel(), tile.block_n), arguments, options(tile), hidden.device), out
+    return Launch(logits_at_kernel, cdiv(rows.numel(), tile.block_n), arguments, options(tile), hidden.device), out
 
 
 @triton.jit
@@ -179,8 +180,8 @@ def add_rows(
     n_entries, source, dim = entries.keys.numel(), entries.source, out.shape[1]
     tile = tile or tiles.find("add_rows", family(out.device), source.element_size(), dim)
     carries_tile = carries_tile or tiles.find("add_carries", family(out.device), 4, dim)
-    per_block = tile.block_n * max(4, triton.cdiv(n_entries, tile.block_n * MOST_BLOCKS))
-    blocks = triton.cdiv(n_entries, per_block)
+    per_block = tile.block_n * max(4, cdiv(n_entries, tile.block_n * MOST_BLOCKS))
+    blocks = cdiv(n_entries, per_block)
     both = {
         "out": out, "carries": out.new_empty(blocks, dim), "keys": entries.keys.contiguous(), "first": first,
         "n_keys": out.shape[0], "n_entries": n_entries, "dim": dim, "per_block": per_block,
@@ -191,9 +192,9 @@ def add_rows(
         "n_source": source.shape[0], "source_stride_n": source.stride(0), "source_stride_d": source.stride(1),
         "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
-    first_launch = Launch(add_rows_kernel, blocks * triton.cdiv(dim, tile.block_d), arguments, options(tile), out.device)
+    first_launch = Launch(add_rows_kernel, blocks * cdiv(dim, tile.block_d), arguments, options(tile), out.device)
     if blocks == 1 or entries.distinct:
         return (first_launch,)
     arguments = both | {"BLOCK_N": carries_tile.block_n, "BLOCK_D": carries_tile.block_d}
-    grid = (blocks - 1) * triton.cdiv(dim, carries_tile.block_d)
+    grid = (blocks - 1) * cdiv(dim, carries_tile.block_d)
     return first_launch, Launch(add_carries_kernel, grid, arguments, options(carries_tile), out.device)
