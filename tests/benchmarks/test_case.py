@@ -15,6 +15,7 @@ from benchmarks.case import (
     N_RESPONSES,
     OBJECTIVES,
     POSITIVE_WEIGHT,
+    TOLERANCE,
     Case,
     make_case,
     reference_of,
@@ -91,6 +92,9 @@ def test_a_sampling_mask_has_the_likeliest_ids_and_the_target(case: Case) -> Non
     assert (masked.support == case.targets[:, None]).any(1).all()
     torch.testing.assert_close(masked.old_logp - masked.logp, case.old_logp - case.logp, rtol=0, atol=1e-5)
     assert masked.useful_flops("sampling_mask") == 6 * N * MASK_SIZE * D
+    tolerant = case.for_mode("sparse_gradient")
+    assert tolerant.options.gradient_tolerance == TOLERANCE
+    assert tolerant.useful_flops("sparse_gradient") == 6 * N * D * V
 
 
 @pytest.mark.parametrize("mode", ["fwd_bwd", "half_zero_rows", "sampling_mask"])
