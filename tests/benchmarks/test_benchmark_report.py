@@ -151,8 +151,9 @@ def test_blocks_are_renewed_and_checked(
     assert report.main(["--check"]) == 0
     readme, docs = (project / "README.md").read_text(), (project / "docs" / "benchmarks.md").read_text()
     assert readme.startswith("# Title\n\n<!-- benchmark -->\n")
-    assert readme.endswith("<!-- /benchmark -->\n\ntail\n")
-    for text in (readme, docs):
+    sparse = "<!-- sparse -->\nNo result is committed yet.\n<!-- /sparse -->\n\ntail\n"
+    assert readme.endswith(f"<!-- /benchmark -->\n\n{sparse}")
+    for text in (readme.removesuffix(sparse), docs):
         assert ("NVIDIA H200" in text) == ("gpu" in kinds)
         assert ("CPU (x86_64" in text) == ("cpu" in kinds)
         assert ("No GPU result is committed yet." in text) == (kinds == ("cpu",))
