@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import EapoError, ShapeError, describe, may_read, require, require_number, require_tensor
+from .errors import EapoError, ShapeError, describe, require, require_number, require_tensor
 from .objectives.batch import check_batch
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
@@ -154,9 +154,7 @@ def policy_loss(
             entropy_bonus=terms.has_entropy_bonus, support=batch.support is not None,
         )  # fmt: skip
     if schedule == "one_pass":
-        check_values(projection, targets, options.debug)
-        if batch.support is not None and may_read(targets, options.debug):
-            batch.support.check(targets, projection.full_vocab)
+        check_values(projection, targets, options.debug, batch.support)
         loss, sums, sparsity = _one_pass(projection, targets, terms, batch.support, backend, options, main, metrics)
     else:
         loss, sums = _autograd(projection, targets, terms, batch.support, backend, options, metrics)
@@ -232,6 +230,13 @@ def _one_pass(
     backend, valid = dispatch.load(backend_name), terms.valid
     has_bonus = terms.has_entropy_bonus
     wants_entropy = metrics or has_bonus
+    with torch.no_grad():
+        selected, index = select_valid(projection, valid, options.compact)
+        local, chosen, candidates = projection.local_targets(targets, valid), terms, support
+        if index is not None:
+            local, chosen = local[index], terms.rows(index)
+            candidates = None if support is None else support.select(index)
+    row_bytes = backend.chunk_row_bytes(selected, has_bonus) if candidates is None else sparse.row_bytes(candidates)
 
     def open_chunk(rows: slice) -> Chunk:
         part, here = selected.rows(rows), rows_of(local, rows)
@@ -258,12 +263,6 @@ def _one_pass(
             return Coefficients(LogitCotangents(*torch.autograd.grad(loss, leaves)), sums)
 
     with torch.no_grad():
-        selected, index = select_valid(projection, valid, options.compact)
-        local, chosen, candidates = projection.local_targets(targets, valid), terms, support
-        if index is not None:
-            local, chosen = local[index], terms.rows(index)
-            candidates = None if support is None else support.select(index)
-        row_bytes = backend.chunk_row_bytes(selected, has_bonus) if candidates is None else sparse.row_bytes(candidates)
         sums, finish, reads_operands, sparsity = gradients.one_pass(
             selected, local, backend, open_chunk, coefficients, row_bytes=row_bytes, needs=needs, options=options,
             main_grad=main_grad,

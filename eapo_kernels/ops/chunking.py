@@ -41,7 +41,7 @@ def workspace_bytes(options: Options, device: torch.device) -> int:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. ``triton.cdiv`` costs the host some 2 us a call."""
+    """a / b, rounded up."""
     return -(-a // b)
 
 
@@ -50,7 +50,7 @@ def padded(columns: int) -> int:
 
     Kernels then load vectors, and library products use tensor cores for any V.
     """
-    return -(-columns // 16) * 16
+    return cdiv(columns, 16) * 16
 
 
 def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:
@@ -66,8 +66,8 @@ def row_chunk(n_rows: int, bytes_per_row: int, budget: int) -> int:
 
 def _even_part(total: int, fit: int, alignment: int) -> int:
     """Size, at most ``fit``, of the fewest parts of ``total`` that are nearly equal and aligned."""
-    parts = -(-total // fit)
-    return min(fit, -(-total // (parts * alignment)) * alignment)
+    parts = cdiv(total, fit)
+    return min(fit, cdiv(total, parts * alignment) * alignment)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def one_pass(n_rows: int, bytes_per_row: int, budget: int, wanted: str = "auto")
     rows = row_chunk(n_rows, bytes_per_row, budget)
     _require_one_chunk(wanted, n_rows * bytes_per_row, budget)
     if wanted == "chunks" and rows >= n_rows > 1:
-        rows = -(-n_rows // 2)
+        rows = cdiv(n_rows, 2)
     return Plan("one_chunk" if rows >= n_rows else "chunks", rows, 3)
 
 

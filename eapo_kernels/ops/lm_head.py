@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import FLOATS, EapoError, ShapeError, describe, is_number, require, require_tensor
+from ..support import TokenSupport
 from ..types import IGNORE_INDEX, Options, rows_of
 from .vocab_shard import INVALID, VocabShard
 
@@ -184,11 +185,11 @@ def build_projection(
     return Projection(hidden, weight, bias, float(inv_temperature), row_inv_temperature, logit_scale, softcap, shard)
 
 
-def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:
-    """Check the values of targets and temperatures: always on a CPU; on CUDA only with ``debug``.
+def check_values(projection: Projection, targets: Tensor, debug: bool, support: TokenSupport | None = None) -> None:
+    """Check the values of targets, temperatures and a support: always on a CPU; on CUDA only with ``debug``.
 
-    Raises EapoError for a target outside [0, V) (V of all shards) other than -100, or a temperature
-    that is not positive and finite.
+    Raises EapoError for a target outside [0, V) (V of all shards) other than -100, a temperature
+    that is not positive and finite, or ids that ``TokenSupport.check`` refuses.
     """
     if targets.is_cuda and not debug:
         return
@@ -201,6 +202,8 @@ def check_values(projection: Projection, targets: Tensor, debug: bool) -> None:
         if bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
             raise EapoError(f"{name}: expected {expected}, got {values[row].item()} in row {row}")
+    if support is not None:
+        support.check(targets, vocab)
 
 
 def resolve_compaction(options: Options, like: Tensor, announced: bool) -> Options:

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import may_read
 from ..support import TokenSupport
 from ..types import IGNORE_INDEX, TokenStats
-from . import dispatch, torch_backend
+from . import dispatch, statistics_op, torch_backend
+from .chunking import cdiv
 from .dispatch import Backend, Entries, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
 from .gradients import GradientSum
 from .lm_head import Projection, check_values
@@ -83,7 +83,7 @@ def support_statistics(
 
 def row_bytes(support: TokenSupport) -> int:
     """Bytes for each row of a chunk: some eight numbers an entry."""
-    return -(-32 * support.ids.numel() // max(support.n_rows, 1))
+    return cdiv(32 * support.ids.numel(), max(support.n_rows, 1))
 
 
 class SupportChunk:
@@ -130,39 +130,19 @@ def support_gradient(
 
 @torch.library.custom_op("eapo_kernels::support_stats", mutates_args=())
 def _forward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ids: Tensor,
-    offsets: Tensor,
-    row_inv_temperature: Tensor | None,
-    inv_temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    group: str,
-    shard: Sequence[int],
-    backend: str,
-    debug: bool,
-    entropy: bool,
-    second_moments: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ids: Tensor, offsets: Tensor,
+    row_inv_temperature: Tensor | None, inv_temperature: float, logit_scale: float, softcap: float | None, group: str,
+    shard: Sequence[int], backend: str, debug: bool, entropy: bool, second_moments: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """logp, entropy, lse [N], moments, state [3, N], and the logits z [E]. What is not asked for is empty."""
     projection = Projection.of(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
     support, valid = TokenSupport(ids, offsets), targets != IGNORE_INDEX
-    check_values(projection, targets, debug)
-    if may_read(targets, debug):
-        support.check(targets, projection.full_vocab)
+    check_values(projection, targets, debug, support)
     local = projection.local_targets(targets, valid)
     logits = support_logits(projection, local, support, dispatch.resolved(backend, projection))
     s = support_statistics(projection, local, offsets, logits, entropy=entropy, second_moments=second_moments)
     s = s.map(lambda values: torch.where(valid, values, 0))
-    none, moments = s.logp.new_empty(0), s.logp.new_empty(3, 0)
-    if s.p2 is not None and s.p2_logp is not None and s.varentropy is not None:
-        moments = torch.stack([s.p2, s.p2_logp, s.varentropy])
-    mean = torch.zeros_like(s.logp) if s.mean_shifted is None else s.mean_shifted
-    entropies = s.entropy if entropy and s.entropy is not None else none
-    return s.logp, entropies, s.lse, moments, torch.stack([s.row_offset, s.log_sum, mean]), logits.z
+    return *statistics_op.outputs(s, entropy=entropy), logits.z
 
 
 @_forward_op.register_fake
@@ -170,46 +150,25 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, ids, offsets, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard,
     backend, debug, entropy, second_moments,
 ):  # fmt: skip
-    n, dtype = hidden.shape[0], torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    row = hidden.new_empty(n, dtype=dtype)
-    entropies = hidden.new_empty(n if entropy else 0, dtype=dtype)
-    moments = hidden.new_empty(3, n if second_moments else 0, dtype=dtype)
-    state, z = hidden.new_empty(3, n, dtype=dtype), hidden.new_empty(ids.shape[0], dtype=dtype)
-    return row, entropies, torch.empty_like(row), moments, state, z
+    found = statistics_op.fake_outputs(hidden, entropy=entropy, second_moments=second_moments)
+    return *found, found[0].new_empty(ids.shape[0])
 
 
 @torch.library.custom_op("eapo_kernels::support_stats_backward", mutates_args=())
 def _backward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ids: Tensor,
-    offsets: Tensor,
-    row_inv_temperature: Tensor | None,
-    inv_temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    group: str,
-    shard: Sequence[int],
-    backend: str,
-    logp: Tensor,
-    state: Tensor,
-    z: Tensor,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ids: Tensor, offsets: Tensor,
+    row_inv_temperature: Tensor | None, inv_temperature: float, logit_scale: float, softcap: float | None, group: str,
+    shard: Sequence[int], backend: str, logp: Tensor, state: Tensor, z: Tensor, grad_logp: Tensor | None,
+    grad_entropy: Tensor | None, grad_lse: Tensor | None, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(d_hidden, d_weight, d_bias); a gradient that is not needed is empty."""
     projection = Projection.of(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
-    valid, (row_offset, log_sum, mean) = targets != IGNORE_INDEX, state.unbind(0)
+    valid = targets != IGNORE_INDEX
     local = projection.local_targets(targets, valid)
     logits = support_logits(projection, local, TokenSupport(ids, offsets), z=z)
     cotangents = LogitCotangents(grad_logp, grad_entropy, grad_lse)
     cotangents = cotangents.map(lambda c: torch.where(valid, c.to(projection.statistics_dtype), 0))
-    statistics = RowStatistics(logp, None, row_offset, row_offset, log_sum, mean)
-    entries = support_gradient(projection, logits, statistics, cotangents)
+    entries = support_gradient(projection, logits, statistics_op.statistics_of(logp, state), cotangents)
     wanted, resolved = (needs[0], needs[1], needs[2]), dispatch.resolved(backend, projection)
     total = GradientSum(projection, resolved, wanted, dtype=hidden.dtype, one_chunk=True)
     total.add(LogitGradient(None, None, entries), slice(0, len(hidden)))
@@ -217,50 +176,17 @@ def _backward_op(
     return d_hidden, d_weight, d_bias
 
 
-@_backward_op.register_fake
-def _backward_fake(hidden, weight, *arguments):  # type: ignore[no-untyped-def]
-    need_hidden, need_weight, need_bias = arguments[-1]
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else hidden.new_empty(0),
-        weight.new_empty(weight.shape[0]) if need_bias else hidden.new_empty(0),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logp, _, _, moments, state, z = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(moments, state, z)
-    ctx.save_for_backward(*inputs[:7], logp, state, z)
-    ctx.scalars, ctx.entropy = inputs[7:13], inputs[14]
-
-
-def _backward(ctx, grad_logp, grad_entropy, grad_lse, *_):  # type: ignore[no-untyped-def]
-    saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-    grad_entropy = grad_entropy if ctx.entropy else None
-    if grad_logp is None and grad_lse is None and grad_entropy is None:
-        return (None,) * 16
-    gradients = _backward_op(*saved[:7], *ctx.scalars, *saved[7:], grad_logp, grad_entropy, grad_lse, needs)
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 13)
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+statistics_op.register_gradients(_forward_op, _backward_op, operands=7, others=6, entropy=14)
 
 
 def project_support_stats(
-    projection: Projection,
-    targets: Tensor,
-    support: TokenSupport,
-    *,
-    entropy: bool,
-    second_moments: bool,
-    backend: str,
+    projection: Projection, targets: Tensor, support: TokenSupport, *, entropy: bool, second_moments: bool, backend: str,
     debug: bool,
-) -> TokenStats:
+) -> TokenStats:  # fmt: skip
     """``token_stats`` over the support of a checked projection, each [N]. targets: [N] int64, -100 masks a row."""
     p = projection
-    logp, entropies, lse, moments, *_ = _forward_op(
+    found = _forward_op(
         p.hidden, p.weight, p.bias, targets, support.ids, support.offsets, p.row_inv_temperature, *p.op_numbers(),
         backend, debug, entropy, second_moments,
     )  # fmt: skip
-    return TokenStats(logp, entropies if entropy else None, lse, *(moments.unbind(0) if second_moments else (None, None, None)))
+    return statistics_op.token_stats_of(found, entropy=entropy, second_moments=second_moments)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .chunking import cdiv
 from .dispatch import Entries, LogitCotangents, LogitGradient
 from .lm_head import Projection, fill_holes_, may_compact
 
@@ -189,7 +190,7 @@ def _select(matrix: Tensor, threshold: Tensor, index: Tensor) -> tuple[Tensor, T
     Eight columns at a time are looked for as one word, because few are kept.
     """
     columns, found = matrix.shape[1], []
-    padded = -(-columns // 8) * 8
+    padded = cdiv(columns, 8) * 8
     for block in _blocks(matrix):
         part, limit = matrix[block], threshold[block].unsqueeze(1)
         mask = torch.zeros(len(part), padded, dtype=torch.bool, device=part.device)

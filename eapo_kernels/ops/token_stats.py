@@ -21,20 +21,14 @@ from torch import Tensor
 from ..errors import EapoError, ShapeError, describe, require, require_tensor
 from ..support import TokenSupport, require_support
 from ..types import IGNORE_INDEX, Options, TokenStats
-from . import chunking, collective_checks, dispatch, gemm, sparse
+from . import chunking, collective_checks, dispatch, gemm, sparse, statistics_op
 from .dispatch import Backend, Entries, LogitCotangents, LogitGradient, RowStatistics
 from .gradients import Gradients, GradientSum
-from .lm_head import (
-    Projection,
-    build_projection,
-    check_values,
-    may_compact,
-    resolve_compaction,
-    scatter_rows,
-    select_valid,
-    valid_index,
-)
 from .vocab_shard import VocabShard
+
+from .lm_head import (  # isort: skip
+    Projection, build_projection, check_values, may_compact, resolve_compaction, scatter_rows, select_valid, valid_index,
+)  # fmt: skip
 
 ENTROPY_MODES = ("grad", "nograd", "none")
 
@@ -178,25 +172,10 @@ def gradients_by_recomputing(
 
 @torch.library.custom_op("eapo_kernels::token_stats", mutates_args=())
 def _forward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_inv_temperature: Tensor | None,
-    inv_temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    group: str,
-    shard: Sequence[int],
-    backend: str,
-    memory_budget: int | None,
-    compact: bool,
-    plan: str,
-    debug: bool,
-    entropy: bool,
-    second_moments: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_inv_temperature: Tensor | None,
+    inv_temperature: float, logit_scale: float, softcap: float | None, group: str, shard: Sequence[int], backend: str,
+    memory_budget: int | None, compact: bool, plan: str, debug: bool, entropy: bool, second_moments: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """logp, entropy, lse [N], moments, state [3, N], and the three fields of ``SavedRows``.
 
     group, shard: the fields of a ``VocabShard``; empty if the weight is not split.
@@ -205,22 +184,11 @@ def _forward_op(
     projection = Projection.of(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
     check_values(projection, targets, debug)
     s, saved = compute_statistics(
-        projection,
-        targets,
-        dispatch.resolved(backend, projection),
-        entropy=entropy,
-        second_moments=second_moments,
-        options=Options(memory_budget, compact, debug, plan),
-        save=save,
-    )
-    none, moments = s.logp.new_empty(0), s.logp.new_empty(3, 0)
-    if s.p2 is not None and s.p2_logp is not None and s.varentropy is not None:
-        moments = torch.stack([s.p2, s.p2_logp, s.varentropy])
-    mean = s.mean_shifted if s.mean_shifted is not None else torch.zeros_like(s.logp)
-    state = torch.stack([s.row_offset, s.log_sum, mean])
+        projection, targets, dispatch.resolved(backend, projection), entropy=entropy, second_moments=second_moments,
+        options=Options(memory_budget, compact, debug, plan), save=save,
+    )  # fmt: skip
     saved = saved or SavedRows(hidden.new_empty(0, 0), s.logp.new_empty(2, 0), targets.new_empty(0))
-    entropies = s.entropy.clone() if entropy and s.entropy is not None else none
-    return s.logp, entropies, s.lse.clone(), moments, state, *saved
+    return *statistics_op.outputs(s, entropy=entropy), *saved
 
 
 @_forward_op.register_fake
@@ -238,46 +206,22 @@ def _forward_fake(  # type: ignore[no-untyped-def]
         # Chunks that store logits have the targets' entries among them.
         if rows and (used.name == "torch" or softcap is not None or hidden.dtype == torch.float32):
             scales = 1
-    dtype = projection.statistics_dtype
-    row = hidden.new_empty(n, dtype=dtype)
+    found = statistics_op.fake_outputs(hidden, entropy=entropy, second_moments=second_moments)
     return (
-        row,
-        hidden.new_empty(n if entropy else 0, dtype=dtype),
-        torch.empty_like(row),
-        hidden.new_empty(3, n if second_moments else 0, dtype=dtype),
-        hidden.new_empty(3, n, dtype=dtype),
+        *found,
         hidden.new_empty(rows, weight.shape[0] if rows else 0, dtype=projection.operand_dtype),
-        hidden.new_empty(scales, rows, dtype=dtype),
+        found[0].new_empty(scales, rows),
         targets.new_empty(0),
     )
 
 
 @torch.library.custom_op("eapo_kernels::token_stats_backward", mutates_args=())
 def _backward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_inv_temperature: Tensor | None,
-    inv_temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    group: str,
-    shard: Sequence[int],
-    backend: str,
-    memory_budget: int | None,
-    compact: bool,
-    plan: str,
-    logp: Tensor,
-    state: Tensor,
-    matrix: Tensor,
-    scales: Tensor,
-    index: Tensor,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_inv_temperature: Tensor | None,
+    inv_temperature: float, logit_scale: float, softcap: float | None, group: str, shard: Sequence[int], backend: str,
+    memory_budget: int | None, compact: bool, plan: str, logp: Tensor, state: Tensor, matrix: Tensor, scales: Tensor,
+    index: Tensor, grad_logp: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(d_hidden, d_weight, d_bias); a gradient that is not needed is empty."""
     projection = Projection.of(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
     resolved, options = dispatch.resolved(backend, projection), Options(memory_budget, compact, plan=plan)
@@ -286,44 +230,14 @@ def _backward_op(
         saved = SavedRows(matrix, scales, index)
         gradients = gradients_of_saved(projection, targets, saved, grad_logp, resolved, wanted, options)
     else:
-        row_offset, log_sum, mean = state.unbind(0)
-        statistics = RowStatistics(logp, None, row_offset, row_offset, log_sum, mean)
+        statistics = statistics_op.statistics_of(logp, state)
         cotangents = LogitCotangents(grad_logp, grad_entropy, grad_lse)
         gradients = gradients_by_recomputing(projection, targets, statistics, cotangents, resolved, wanted, options)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return d_hidden, d_weight, d_bias
 
 
-@_backward_op.register_fake
-def _backward_fake(hidden, weight, *arguments):  # type: ignore[no-untyped-def]
-    need_hidden, need_weight, need_bias = arguments[-1]
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else hidden.new_empty(0),
-        weight.new_empty(weight.shape[0]) if need_bias else hidden.new_empty(0),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logp, _, _, moments, state, *saved = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(moments, state, *saved)
-    ctx.save_for_backward(*inputs[:5], logp, state, *saved)
-    ctx.scalars, ctx.entropy = inputs[5:14], inputs[15]
-
-
-def _backward(ctx, grad_logp, grad_entropy, grad_lse, *_):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors  # read once: saved-tensor hooks (activation checkpointing, offload) run at every read
-    operands, rows = saved[:5], saved[5:]
-    needs = ctx.needs_input_grad[:3]
-    grad_entropy = grad_entropy if ctx.entropy else None
-    if grad_logp is None and grad_lse is None and grad_entropy is None:
-        return (None,) * 18
-    gradients = _backward_op(*operands, *ctx.scalars, *rows, grad_logp, grad_entropy, grad_lse, needs)
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 15)
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+statistics_op.register_gradients(_forward_op, _backward_op, operands=5, others=9, entropy=15)
 
 
 def project_stats(
@@ -338,26 +252,26 @@ def project_stats(
         stats = sparse.project_support_stats(
             p, targets, support, entropy=own, second_moments=second_moments, backend=backend, debug=options.debug
         )
-        entropies = stats.entropy
         if entropy != "none" and support.full_entropy:
-            entropies = project_stats(
-                p, targets, entropy=entropy, second_moments=False, backend=backend, options=options
-            ).entropy
-        return stats._replace(entropy=entropies.detach() if entropies is not None and entropy == "nograd" else entropies)
+            whole = project_stats(p, targets, entropy=entropy, second_moments=False, backend=backend, options=options)
+            stats = stats._replace(entropy=whole.entropy)
+        return _detached_entropy(stats, entropy)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (p.hidden, p.weight, p.bias))
     save = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
     assert isinstance(options.compact, bool)
-    logp, entropies, lse, moments, *_ = _forward_op(
+    found = _forward_op(
         p.hidden, p.weight, p.bias, targets, p.row_inv_temperature, *p.op_numbers(),
         backend, options.memory_budget, options.compact, options.plan, options.debug,
         entropy != "none", second_moments, save,
     )  # fmt: skip
-    return TokenStats(
-        logp,
-        None if entropy == "none" else entropies if entropy == "grad" else entropies.detach(),
-        lse,
-        *(moments.unbind(0) if second_moments else (None, None, None)),
+    return _detached_entropy(
+        statistics_op.token_stats_of(found, entropy=entropy != "none", second_moments=second_moments), entropy
     )
+
+
+def _detached_entropy(stats: TokenStats, mode: str) -> TokenStats:
+    """The statistics, with an entropy without gradient in mode "nograd"."""
+    return stats._replace(entropy=stats.entropy.detach()) if mode == "nograd" and stats.entropy is not None else stats
 
 
 def token_stats(

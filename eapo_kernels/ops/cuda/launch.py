@@ -19,6 +19,7 @@ from cuda.bindings import driver
 from cuda.core import Device, Kernel, ObjectCode
 from torch import Tensor
 
+from ..chunking import cdiv
 from ..lm_head import Projection
 from ..triton.online_softmax import PartialSums
 from ..triton.scaled_exp import ScaledExpSums
@@ -84,7 +85,7 @@ class TensorMap:
 
     def __init__(self) -> None:
         self._memory = ctypes.create_string_buffer(2 * self.ALIGNMENT)
-        self.address = -(-ctypes.addressof(self._memory) // self.ALIGNMENT) * self.ALIGNMENT
+        self.address = cdiv(ctypes.addressof(self._memory), self.ALIGNMENT) * self.ALIGNMENT
 
 
 _ENCODE = ctypes.CFUNCTYPE(
@@ -237,20 +238,20 @@ def product_launch(
         "offsets": offsets,
     }
     group = live_row_tiles(tile.group_n, tile.cluster_rows, p.dim, p.hidden.element_size())
-    walk = Walk(-(-p.n_rows // tile.cluster_rows), -(-p.vocab // tile.block_v), tiles_per_split, group)
+    walk = Walk(cdiv(p.n_rows, tile.cluster_rows), cdiv(p.vocab, tile.block_v), tiles_per_split, group)
     arguments = Arguments(
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
         bias_stride=0 if p.bias is None else p.bias.stride(0),
         scale=p.logit_scale * p.inv_temperature,
         n_rows=p.n_rows,
         n_columns=p.vocab,
-        steps=-(-p.dim // BLOCK_D),
+        steps=cdiv(p.dim, BLOCK_D),
         walk=walk,
     )
     boxes = [Box(p.hidden, tile.block_n), Box(p.weight, tile.block_v // tile.cluster)]
     if matrix is not None:
         boxes.append(Box(matrix, 64))
-    units = walk.row_tiles * -(-walk.column_tiles // tiles_per_split)
+    units = walk.row_tiles * cdiv(walk.column_tiles, tiles_per_split)
     device = p.hidden.device
     clusters = min(units, slots(device, tile))
     return Launch(item, tuple(boxes), arguments, tensors, clusters * tile.cluster, device)
@@ -272,9 +273,9 @@ def stream_statistics(
     """
     tile = tile or tiles.find("stream_statistics", projection.n_rows, projection.dim)
     per_range = 2 if tile.pingpong else 1
-    column_tiles = -(-projection.vocab // tile.block_v)
-    length = range_tiles(tile.block_v) if splits is None else -(-column_tiles // splits)
-    ranges = -(-column_tiles // length)
+    column_tiles = cdiv(projection.vocab, tile.block_v)
+    length = range_tiles(tile.block_v) if splits is None else cdiv(column_tiles, splits)
+    ranges = cdiv(column_tiles, length)
     sums = PartialSums.empty(projection, ranges * per_range, entropy, second_moments)
     item = Build(
         "stream_statistics",

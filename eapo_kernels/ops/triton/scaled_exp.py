@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..chunking import cdiv
 from ..dispatch import Coefficients, Entries, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
 from ..lm_head import Projection
 from . import scaled_exp_shard, tiles
@@ -75,7 +76,7 @@ class ScaledExpSums:
         block_v = (tile or product_tile("scaled_exp_gemm", projection)).block_v
         n_rows, new = projection.n_rows, projection.hidden.new_empty
         offsets = new(2, n_rows, dtype=torch.float32)
-        values = new(1 + entropy, -(-projection.vocab // block_v), n_rows, dtype=torch.float32)
+        values = new(1 + entropy, cdiv(projection.vocab, block_v), n_rows, dtype=torch.float32)
         return ScaledExpSums(offsets, values, block_v, new(n_rows, dtype=torch.int32), new(1, dtype=torch.int32))
 
     @property
@@ -131,7 +132,7 @@ def row_offsets(
         "logp_guess": None if logp_guess is None else logp_guess.contiguous(), "with_guess": limits.with_guess,
         "without_guess": limits.without_guess, "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
-    return Launch(row_offsets_kernel, -(-projection.n_rows // tile.block_n), arguments, options(tile), hidden.device)
+    return Launch(row_offsets_kernel, cdiv(projection.n_rows, tile.block_n), arguments, options(tile), hidden.device)
 
 
 @triton.jit
@@ -366,7 +367,7 @@ def collect_rescue_ids(
         "over_ranks": over_ranks, "least": limits.least, "most": limits.most, "largest": limits.largest,
         "n_rows": projection.n_rows, "n_tiles": sums.values.shape[1], "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
     }  # fmt: skip
-    return Launch(collect_rescue_ids_kernel, -(-projection.n_rows // tile.block_n), arguments, options(tile), device)
+    return Launch(collect_rescue_ids_kernel, cdiv(projection.n_rows, tile.block_n), arguments, options(tile), device)
 
 
 def row_maxima(projection: Projection, sums: ScaledExpSums, *, tile: Tile | None = None) -> Launch:
@@ -465,7 +466,7 @@ def scaled_exp_finalize(
     """
     n_rows, device = projection.n_rows, projection.hidden.device
     tile = tile or tiles.find("scaled_exp_finalize", family(device), 4)
-    programs = -(-n_rows // tile.block_n)
+    programs = cdiv(n_rows, tile.block_n)
     out = sums.offsets.new_empty(8 if sums.entropy else 6, n_rows)
     scale = row_scale_arguments(projection)
     arguments = surrogate_arguments(terms, out, programs, n_rows) | {

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ...errors import EapoError, require
 from .. import measured_tiles
+from ..chunking import cdiv
 
 logger = logging.getLogger("eapo_kernels")
 
@@ -331,4 +332,4 @@ def live_row_tiles(most: int, rows: int, dim: int, itemsize: int) -> int:
 @functools.cache
 def rows_within(budget: int, n_rows: int, fields: int, vocab: int) -> int:
     """Rows whose partial sums (two a range at most) fit the budget, but at least 128."""
-    return min(n_rows, max(128, budget // (8 * fields * -(-vocab // RANGE_COLUMNS))))
+    return min(n_rows, max(128, budget // (8 * fields * cdiv(vocab, RANGE_COLUMNS))))
