@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .case import SPARSE_MODES
 from .report import FLOOR, Group, Result, Row, family, groups, is_floor, is_ours, over
@@ -90,17 +91,13 @@ PLOTS = (
 def draw(result: Result, folder: Path) -> list[Path]:
     """Write every plot that has a panel, and return the PNGs' paths. Raises ImportError without
     matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots: expected matplotlib, got none; pip install '.[train]'") from error
     paths = []
     for plot in PLOTS:
         drawn = panels(plot, groups(result))
         if not drawn:
             continue
         rows = math.ceil(len(drawn) / _COLUMNS)
-        figure = Figure(figsize=(6.4 * _COLUMNS, 4.2 * rows), layout="constrained")
+        figure = _figure(6.4 * _COLUMNS, 4.2 * rows)
         for place, (title, lines) in enumerate(drawn.items(), 1):
             axes = figure.add_subplot(rows, _COLUMNS, place)
             axes.set(title=title, xlabel=plot.along, ylabel=plot.up, xscale="log", yscale="log")
@@ -115,6 +112,15 @@ def draw(result: Result, folder: Path) -> list[Path]:
         paths.append(folder / f"{plot.name}.png")
         figure.savefig(paths[-1], dpi=150)
     return paths
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, inches. Raises ImportError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots: expected matplotlib, got none; pip install '.[train]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def panels(plot: Plot, found: list[Group]) -> dict[str, Lines]:
@@ -171,11 +177,7 @@ def draw_sparse(result: Result, path: Path) -> None:
                 kept.append((x, metrics["sparse/kept_per_row"], metrics["sparse/dense_share"]))
     if not lines:
         return
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots: expected matplotlib, got none; pip install '.[train]'") from error
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = _figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     for name, points in lines.items():
         ours = name.startswith("eapo")

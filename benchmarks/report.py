@@ -294,8 +294,7 @@ def readme_part(result: Result) -> str:
     A second table for the first case with a memory budget of its own: the peak memory where the
     logits do not fit.
     """
-    env, found = result["environment"], groups(result)
-    where = f"{env['gpu']}, torch {env['torch']}, {env['date'][:10]}, commit {env['commit']}"
+    found, where = groups(result), where_and_when(result)
     timed = [g for g in found if g.mode == "fwd_bwd" and g.timed]
     if not timed:
         return f"{where}: no case with gradients; see [docs/benchmarks.md](docs/benchmarks.md)."
@@ -311,40 +310,39 @@ def readme_part(result: Result) -> str:
     return "\n".join(lines)
 
 
+def where_and_when(result: Result) -> str:
+    """Device, torch, date and commit of a result."""
+    env = result["environment"]
+    return f"{env['gpu']}, torch {env['torch']}, {env['date'][:10]}, commit {env['commit']}"
+
+
 def sparse_table(found: list[Group]) -> list[str]:
     """The loss with both gradients over a sampling mask and with a gradient tolerance, beside the exact one."""
     body = []
     for group in found:
-        ours = {row["provider"].rsplit("_", 1)[-1]: row for row in group.timed if is_ours(row["provider"])}
-        row = ours.get("pass")
+        ours = [row for row in group.timed if is_ours(row["provider"])]
+        row, exact = (next((r for r in ours if r["provider"].endswith(end)), None) for end in ("_one_pass", "_exact"))
         if group.mode not in SPARSE_MODES or row is None:
             continue
-        metrics, exact = row.get("metrics", {}), ours.get("exact")
+        metrics = row.get("metrics", {})
         errors = [error(row["errors"].get(name)) for name in ("d_hidden", "d_weight")]
         kept = f"{metrics['sparse/kept_per_row']:.0f}" if metrics else str(MASK_SIZE)
         dense = f"{100 * metrics['sparse/dense_share']:.1f} %" if metrics else "-"
         cells = [ratio(over(row, FLOOR)), "-" if exact is None else ratio(over(exact, FLOOR)), *errors]
         body.append([f"`{group.mode}`", f"{row['mean_entropy_nats']:.2f}", kept, dense, *cells, mebibytes(row["peak_bytes"])])
     head = [
-        "mode",
-        "mean entropy, nats",
-        "entries a row",
-        "whole rows",
-        "time / three whole products",
-        "exact",
-        "d_hidden error",
-        "d_weight error",
-        "peak MiB",
-    ]
+        "mode", "mean entropy, nats", "entries a row", "whole rows", "time / three whole products", "exact",
+        "d_hidden error", "d_weight error", "peak MiB",
+    ]  # fmt: skip
     return markdown_table(head, body) if body else []
 
 
 def sparse_part(result: Result) -> str:
     """The table of a result of ``SPARSE_MODES``."""
-    env, found = result["environment"], groups(result)
+    found = groups(result)
     shape = next(g.shape for g in found if g.mode in SPARSE_MODES)
-    where = f"{env['gpu']}, torch {env['torch']}, {env['date'][:10]}, commit {env['commit']}"
-    return "\n".join([f"{where}; {shape}, rows of SmolLM2-135M at three temperatures.", "", *sparse_table(found)])
+    where = f"{where_and_when(result)}; {shape}, rows of SmolLM2-135M at three temperatures."
+    return "\n".join([where, "", *sparse_table(found)])
 
 
 def _readme_table(main: Group, found: list[Group], gpu: bool) -> list[str]:
@@ -407,7 +405,7 @@ class Target:
 
 def methods_part(result: Result) -> str:
     """What every method costs over GRPO, from a result of ``benchmarks.methods``."""
-    env, rows = result["environment"], result["rows"]
+    rows = result["rows"]
     shape = " ".join(f"{key}={value}" for key, value in rows[0]["shape"].items())
     needs = {"second_moments": "second moments", "tempered_logp": "log-probs at another temperature"}
     body = [
@@ -421,8 +419,7 @@ def methods_part(result: Result) -> str:
         for row in rows
     ]
     head = ["method", "scope", "needs beyond log-prob and entropy", "loss / grpo", "weights once a step / grpo"]
-    where = f"{env['gpu']}, torch {env['torch']}, {env['date'][:10]}, commit {env['commit']}; {shape}; "
-    where += f"medians of {rows[0]['rounds']} rounds."
+    where = f"{where_and_when(result)}; {shape}; medians of {rows[0]['rounds']} rounds."
     return "\n".join([where, "", *markdown_table(head, body, words=3)])
 
 

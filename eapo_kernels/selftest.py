@@ -89,6 +89,12 @@ class Problem:
         allowed = allowed.to(self.targets.device).scatter_(1, torch.where(self.valid, self.targets, 0)[:, None], True)
         return replace(self, allowed=allowed)
 
+    @cached_property
+    def support(self) -> TokenSupport | None:
+        if self.allowed is None:
+            return None
+        return TokenSupport.from_lists([row.nonzero()[:, 0].cpu() for row in self.allowed], self.targets.device)
+
     @property
     def terms(self) -> dict[str, Any]:
         """Keyword arguments of the public functions."""
@@ -267,10 +273,9 @@ def _run_stats_loss(
 ) -> Callable[[Problem, str], Values]:  # fmt: skip
     def run(p: Problem, backend: str) -> Values:
         hidden, weight, bias = p.leaves()
-        support = None if p.allowed is None else TokenSupport.from_lists([row.nonzero()[:, 0].cpu() for row in p.allowed])
         stats = token_stats(
             hidden, weight, p.targets, entropy=entropy, backend=backend, options=Options(plan=plan),
-            support=None if support is None else support.to(p.targets.device), **p.terms | {"bias": bias},
+            support=p.support, **p.terms | {"bias": bias},
         )  # fmt: skip
         loss(p, stats).backward()
         return _named(stats) | _gradients(hidden, weight, bias)

@@ -100,6 +100,31 @@ def test_work_is_cut_evenly_and_the_carries_are_small() -> None:
         assert launch.arguments["carries"].nbytes <= 2**25
 
 
+def counted_seconds(targets: Tensor, dim: int) -> float:
+    """Of one entry a row, on 132 multiprocessors that share 4.2 TB/s: the bytes of the first launch, whose programs have
+    the same work, and of the second those of all programs or of the longest one alone."""
+    share, itemsize = 4.2e12 / 132, 2
+    n, counts = len(targets), targets.unique(return_counts=True)[1]
+    one = torch.empty(n, dtype=torch.int64, device="meta")
+    entries = WeightedRows(one, one, one.float(), torch.empty(n, dim, dtype=torch.bfloat16, device="meta"))
+    tile, carries_tile = tiles.find("add_rows", "sm90", itemsize, dim), tiles.find("add_carries", "sm90", 4, dim)
+    out = torch.empty(n, dim, device="meta")
+    first, _ = sparse.add_rows(out, 0, entries, tile=tile, carries_tile=carries_tile)
+    blocks = counts // first.arguments["per_block"]  # of a key, at most as many carries
+    longest = int(blocks.max()) * carries_tile.block_d * 4 + carries_tile.block_d * 8
+    carried = max(int(blocks.sum()) * dim * 4 / 132, longest if int(blocks.max()) > 1 else 0)
+    return ((n * dim * itemsize + len(counts) * dim * 8) / 132 + carried) / share
+
+
+@pytest.mark.parametrize("dim", [1024, 2048, 4096, 8192])
+def test_a_token_of_all_rows_costs_at_most_three_times_the_uniform_case(dim: int) -> None:
+    n = 8192
+    uniform, equal = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    frequent = torch.where(uniform < n // 20, 0, uniform)
+    assert counted_seconds(equal, dim) <= 3 * counted_seconds(uniform, dim)
+    assert counted_seconds(frequent, dim) <= 1.05 * counted_seconds(uniform, dim)
+
+
 def test_a_slab_takes_its_own_keys(device: str) -> None:
     """Keys outside of the slab, and keys that name no row of any slab, change no row."""
     rows, ids = support(30, 300, device)
