@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist works
 
 help:
 	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (about 6 minutes on 2 free cores)"
-	@echo "make test       set up, then run the tests, 8 minutes on 2 cores; JOBS=n for n processes"
+	@echo "make test       set up, then run the tests, 9 minutes on 2 free cores; JOBS=n for n processes"
 	@echo "make test-kernels  the kernels as the compilers make them: Triton ahead of time, CUDA C++, both on an emulator of PTX"
 	@echo "make test-emulator the emulator's part of test-kernels alone"
 	@echo "make test-isa   the numerical tests with the instruction set held down to AVX2, some of them to SSE 4"
