@@ -101,10 +101,12 @@ def evaluate(
         scores = score_together(rewards, prompt_set.columns(indices, k), texts, rollouts.completion_ids, tick)
     for line in scores.failure_lines():
         console.line(line)
-    with console.phase(f"{title}: entropy") as tick:
-        completions = select(rollouts, range(len(texts)))
-        budget = config.optim.micro_batch_tokens
-        entropy = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick).entropy.cpu()
+    completions = select(rollouts, range(len(texts)))
+    entropy = completions.rollout_entropy
+    if entropy is None:
+        with console.phase(f"{title}: entropy") as tick:
+            budget = config.optim.micro_batch_tokens
+            entropy = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick).entropy.cpu()
     embedding = _embedding(rewards)
     verified = bool(((scores.total == 0) | (scores.total == 1) | scores.total.isnan()).all())
     values: dict[str, list[float | None]] = {}
