@@ -24,7 +24,6 @@ from ..models.policy import Policy
 from ..records import Tick, derive_seed
 from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
-from ..rewards.shared import score_together
 from ..rollouts.engines import RolloutEngine
 from ..runs.console import Console
 from ..runs.rundir import RunDirectory
@@ -163,7 +162,7 @@ class Evaluator:
             rollouts = self.engine.generate(ids, sampling, tick)
         texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
         with console.phase(f"{title}: rewards", alone=True) as tick:
-            scores = score_together(self.rewards, prompts.columns(indices, k), texts, rollouts.completion_ids, tick)
+            scores = self.rewards.score(prompts.columns(indices, k), texts, rollouts.completion_ids, tick)
         for line in scores.failure_lines():
             console.line(line)
         with console.phase(f"{title}: entropy") as tick:
