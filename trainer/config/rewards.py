@@ -35,7 +35,7 @@ class JudgeConfig(Section):
     model: str = ""
     """The model's name as the endpoint knows it."""
     api_key_env: str = ""
-    """Environment variable that holds the API key; empty sends none."""
+    """Environment variable that holds the API key; empty sends the word none."""
     template: str = TEMPLATE
     """Message to the judge. {prompt}, {answer} (the reference) and {completion} are replaced, each marked as data."""
     score_pattern: str = r"score[\s*:=]*(-?\d+(?:\.\d+)?)"
@@ -48,15 +48,12 @@ class JudgeConfig(Section):
     """Most tokens of the judge's reply."""
     concurrency: Count = 16
     """Most concurrent requests."""
-    timeout: Positive = 60.0
-    """Seconds for one request, from connecting to the last byte."""
+    timeout: Positive = 300.0
+    """Seconds for one score, retries and pauses included. A try that stays silent for its share, timeout / (retries + 1), is
+    repeated."""
     retries: Natural = 4
-    """Retries after status 408, 429 or 5xx, a time-out or a lost connection."""
-    backoff: NonNegative = 1.0
-    """Seconds before the first retry, doubled before each further one, minus a random part of up to one half."""
-    max_wait: NonNegative = 60.0
-    """Longest pause before a retry (seconds). When a server asks for a longer one with Retry-After, the request is not
-    retried."""
+    """Retries after status 408, 409, 429 or 5xx, silence or a lost connection, with the pauses of the openai client:
+    Retry-After, or 0.5 s doubled up to 8 s."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -92,8 +89,8 @@ class RewardsConfig(Section):
     """How completions are scored. The reward is the weighted sum over the functions that scored the completion."""
 
     functions: Annotated[tuple[str, ...], Field(min_length=1)] = ("similarity",)
-    """Built-in names (similarity, rouge, exact_match, reward_model, judge; without reference answers agreement, majority) or
-    import paths module:function with TRL's signature, async or not."""
+    """Built-in names (similarity, rouge, exact_match, math_verify, reward_model, judge; without reference answers agreement,
+    majority) or import paths module:function with TRL's signature, async or not."""
     weights: tuple[float, ...] = (1.0,)
     """One weight for each function."""
     on_failure: Literal["exclude", "stop"] = "exclude"

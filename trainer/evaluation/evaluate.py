@@ -18,7 +18,6 @@ from ..models.policy import Policy
 from ..records import derive_seed
 from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
-from ..rewards.shared import score_together
 from ..rollouts.engines import RolloutEngine
 from ..runs.console import Console
 from .diversity import Estimate, bootstrap, dispersion, distinct_n, pass_at_k, self_bleu
@@ -98,7 +97,7 @@ def evaluate(
         rollouts = engine.generate(prompts, sampling, tick)
     texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
     with console.phase(f"{title}: rewards", alone=True) as tick:
-        scores = score_together(rewards, prompt_set.columns(indices, k), texts, rollouts.completion_ids, tick)
+        scores = rewards.score(prompt_set.columns(indices, k), texts, rollouts.completion_ids, tick)
     for line in scores.failure_lines():
         console.line(line)
     with console.phase(f"{title}: entropy") as tick:
