@@ -115,6 +115,13 @@ class RewardsConfig:
     on_failure: Literal["exclude", "stop"] = "exclude"
     """What a missing, NaN, infinite or failed score does: exclude the group of that prompt from the
     step, or stop the run."""
+    overlong: Literal["keep", "mask", "penalty"] = "keep"
+    """What happens to truncated completions: they are trained on like the others; or left out of the
+    loss (their rewards still count in the group's mean and in the metrics); or the reward falls
+    linearly by up to 1 over the last overlong_window tokens (DAPO, arXiv:2503.14476, eq. 13)."""
+    overlong_window: int = 0
+    """Tokens before rollout.max_new_tokens over which the penalty grows; 0 is a fifth of them, as in
+    DAPO."""
     concurrency: int = 16
     """Most concurrent calls of one async function; a call covers all completions of one prompt."""
     timeout: float = 120.0
@@ -133,6 +140,7 @@ class RewardsConfig:
         check(len(set(self.functions)) == len(self.functions), "rewards.functions", "no name twice", self.functions)
         expected = f"as many as rewards.functions ({len(self.functions)})"
         check(len(self.weights) == len(self.functions), "rewards.weights", expected, self.weights)
+        check(self.overlong_window >= 0, "rewards.overlong_window", "at least 0", self.overlong_window)
         check(0 <= self.embedding_share <= 1, "rewards.embedding_share", "in [0, 1]", self.embedding_share)
         check(self.concurrency >= 1, "rewards.concurrency", "at least 1", self.concurrency)
         check(self.timeout > 0, "rewards.timeout", "a positive number", self.timeout)
