@@ -81,7 +81,7 @@ def train(config: Config) -> bool:
     """Run ``config`` to its end. Returns False when it was interrupted.
 
     Raises:
-        EapoError: bad configuration, data, model or rewards, or a run that diverged; see
+        TrainerError: bad configuration, data, model or rewards, or a run that diverged; see
             ``errors``.
     """
     with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:

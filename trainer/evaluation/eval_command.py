@@ -61,7 +61,7 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
             would not change it.
 
     Raises:
-        EapoError: bad configuration, data, model, rewards or checkpoint.
+        TrainerError: bad configuration, data, model, rewards or checkpoint.
     """
     if checkpoint is None:
         config = config.replace(lora={"rank": 0})
