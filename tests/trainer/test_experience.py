@@ -251,7 +251,7 @@ def test_a_step_without_the_measurement_is_the_step_with_it(changed: Change, mon
 
     monkeypatch.setattr("trainer.loop.measure", spy)
     cut = {"top_p": 0.9, "temperature": TEMPERATURE}
-    for number, (loss, rollout) in enumerate([({}, {}), ({}, cut), ({"method": "grpo", "numbers": {"kl_coef": 0.1}}, cut)]):
+    for number, (loss, rollout) in enumerate([({}, {}), ({}, cut), ({"method": "grpo", "kl_coef": 0.1}, cut)]):
         both = []
         for old_logp in ("auto", "always"):
             config = changed(
