@@ -116,7 +116,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
     except EapoError as error:
         notes = getattr(error, "__notes__", [])  # from ``ranks.init_distributed``; earlier errors are the same on all ranks
         if notes or os.environ.get("RANK", "0") == "0":
-            print(" ".join([f"error: {error}", *notes]), file=sys.stderr)
+            print("; ".join([f"error: {error}", *reversed(notes)]), file=sys.stderr)
         return 2 if isinstance(error, ConfigError | DataError | ModelError) else 1
     except KeyboardInterrupt:
         return 130

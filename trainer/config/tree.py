@@ -54,7 +54,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        check(bool(self.name) and "/" not in self.name, "name", "a directory name", self.name)
+        check("/" not in self.name and self.name not in ("", ".", ".."), "name", "the name of a directory in out", self.name)
         check(self.steps >= 1, "steps", "at least 1", self.steps)
         check(self.diagnose_every >= 0, "diagnose_every", "at least 0", self.diagnose_every)
         with section("rollout"):
