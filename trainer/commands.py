@@ -12,7 +12,7 @@ from eapo_kernels import EapoError
 
 from .config.checks import check
 from .config.settings import parse_config, to_toml
-from .errors import ConfigError, DataError, ModelError, RemoteRankError
+from .errors import ConfigError, DataError, ModelError, RemoteCrash, RemoteRankError
 
 DEMO = Path(__file__).parent / "recipes" / "demo.toml"
 
@@ -111,7 +111,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
         processes = os.environ.get("WORLD_SIZE", "1")
         check(name not in SINGLE_PROCESS or processes == "1", name, "one process (no torchrun)", f"{processes} processes")
         return COMMANDS[name](arguments)
-    except RemoteRankError:
+    except (RemoteRankError, RemoteCrash):
         return 1
     except EapoError as error:
         notes = getattr(error, "__notes__", [])  # from ``ranks.init_distributed``; earlier errors are the same on all ranks

@@ -36,4 +36,8 @@ class CheckpointError(EapoError):
 
 
 class RemoteRankError(EapoError):
-    """Another rank failed and reports the error; this rank ends without a message."""
+    """Another rank failed with an ``EapoError`` and reports it; this rank ends without a message."""
+
+
+class RemoteCrash(Exception):
+    """Another rank failed with another error and reports it; this rank ends without a message."""

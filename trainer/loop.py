@@ -39,7 +39,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ from .config import Config
 from .config.advice import advice, advice_on_rewards
 from .dataset import PromptSampler, encode_prompt, fingerprint, load_prompts
 from .errors import Interrupted, RewardError
-from .evaluation.evaluate import evaluate
+from .evaluation.evaluate import Evaluator
 from .evaluation.report import summary_table, write_report
 from .evaluation.step_metrics import (
     best_and_worst,
@@ -144,19 +143,15 @@ def _train(config: Config, console: Console) -> bool:
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
     console.line(f"training {trained:,} of {weights:,} weights on {policy.device}")
 
-    eval_sets = {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)}
-
-    def evaluation(step: int) -> None:
-        for name, prompt_set in eval_sets.items():
-            if prompt_set:
-                result, samples = evaluate(
-                    config, policy, engine, rewards, prompt_set, dataset=name, step=step, console=console
-                )
-                run.append("evaluations", asdict(result))
-                trackers.log(result.metrics(), step)
-                for sample in samples[:: result.responses]:
-                    run.append("samples", sample)
-                console.line(f"after step {step}, {name} prompts: {result.headline(config.eval.resamples)}")
+    evaluator = Evaluator(
+        config,
+        policy,
+        engine,
+        rewards,
+        {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)},
+        run,
+        console,
+    )
 
     def statistics(completions: Completions, tick: Tick, wanted: Wanted = NOTHING) -> Measurement:
         return measure(policy, completions, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
@@ -178,8 +173,9 @@ def _train(config: Config, console: Console) -> bool:
         while True:
             with console.phase("sync"):  # after the mark: a failure here loses nothing
                 engine.sync_weights(policy)
-            if step in (0, config.steps) or (config.eval.every and step % config.eval.every == 0):
-                evaluation(step)
+            if evaluator.due(step):
+                for result in evaluator(step):
+                    trackers.log(result.metrics(), step)
             if step == config.steps:
                 break
             console.seconds = {"sync": console.seconds["sync"]}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eapo_kernels import EapoError
 
-from .errors import Interrupted, ModelError, RemoteRankError
+from .errors import Interrupted, ModelError, RemoteCrash, RemoteRankError
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(hours=1)
@@ -72,7 +72,7 @@ def init_distributed(device: str) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
         yield
-    except (RemoteRankError, Interrupted):
+    except (RemoteRankError, RemoteCrash, Interrupted):
         raise
     except BaseException as error:
         if _failed_before():
@@ -95,7 +95,7 @@ def all_gather(work: Callable[[], T]) -> list[T]:
     """Call ``work`` on every rank and return all results on every rank, in the order of ranks.
 
     ``work`` must not call a collective. When it raises on any rank, this function raises on all: a
-    rank's own error, else ``RemoteRankError`` or ``Interrupted``.
+    rank's own error, else ``RemoteCrash``, ``RemoteRankError`` or ``Interrupted``.
     """
     global _exchanged
     if size() == 1:
@@ -107,7 +107,7 @@ def all_gather(work: Callable[[], T]) -> list[T]:
         raise
     except BaseException as error:
         _exchanged = error
-        _exchange("failed", None)
+        _exchange("failed" if isinstance(error, EapoError) else "crashed", None)
         raise
     return _exchange("done", result)
 
@@ -116,7 +116,9 @@ def _exchange(how: str, result: Any) -> list[Any]:
     results: list[Any] = [None] * size()
     dist.all_gather_object(results, (how, result))
     ends = [end for end, _ in results]
-    if "failed" in ends and how != "failed":
+    if "crashed" in ends and how != "crashed":
+        raise RemoteCrash(f"rank {ends.index('crashed')} failed")
+    if "failed" in ends and how in ("done", "stopped"):
         raise RemoteRankError(f"rank {ends.index('failed')} failed")
     if "stopped" in ends and how == "done":
         raise Interrupted
@@ -133,7 +135,7 @@ def failed_together(error: BaseException) -> bool:
     """
     if size() == 1:
         return True
-    shared = isinstance(error, EapoError) or error is _exchanged
+    shared = isinstance(error, EapoError | RemoteCrash) or error is _exchanged
     places = [f"left/{number}" for number in range(size())]
     try:
         store = dist.distributed_c10d._get_default_store()

@@ -14,7 +14,6 @@ pytest.importorskip("transformers", reason="the trainer's models and tokenizers 
 pytest.importorskip("peft", reason="the trainer's adapters need peft: pip install '.[train]'")
 pytest.importorskip("tyro", reason="the trainer's command line needs tyro: pip install '.[train]'")
 pytest.importorskip("rouge_score", reason="the trainer's ROUGE reward needs rouge-score: pip install '.[train]'")
-pytest.importorskip("nltk", reason="the trainer's measures of diversity need nltk: pip install '.[train]'")
 pytest.importorskip("datasets", reason="the trainer's data files need datasets: pip install '.[train]'")
 
 from tiny import make_model, make_tokenizer, tiny_config, with_sections, without_report

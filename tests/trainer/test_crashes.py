@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ import reward_functions
 import torch
 from test_checkpoints import assert_same_run, names, path_of
 from test_loop import rows
+from tiny import raised_by
 
 from eapo_kernels import EapoError
 from trainer.__main__ import main
@@ -112,23 +112,6 @@ def test_an_evaluation_that_cannot_start_leaves_the_earlier_one(changed: Change,
 
 
 @contextmanager
-def raised_by(target: str, call: int, error: Exception) -> Iterator[None]:
-    """``error`` at call number ``call`` (from 1) of the function ``target``."""
-    real, left = resolve_name(target), call
-
-    def counted(*args: Any, **options: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if not left:
-            raise error
-        return real(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target, counted)
-        yield
-
-
-@contextmanager
 def broken_reward(after: int) -> Iterator[None]:
     reward_functions.CALLS_LEFT[:] = [after]
     yield
@@ -152,7 +135,7 @@ FAILURES: dict[str, tuple[Callable[[], Failing], type[BaseException]]] = {
     "divergence": (
         lambda: raised_by("trainer.learning.learner.clip_grads_with_norm_", 5, DivergenceError("loss")), DivergenceError,
     ),
-    "evaluation": (lambda: raised_by("trainer.loop.evaluate", 2, KeyError("reward")), KeyError),
+    "evaluation": (lambda: raised_by("trainer.evaluation.evaluate.Evaluator.evaluate", 2, KeyError("reward")), KeyError),
     "engine": (
         lambda: raised_by("trainer.rollouts.transformers_engine.TransformersEngine.sync_weights", 3, RuntimeError("engine")),
         RuntimeError,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer, no_tick
 
-from eapo_kernels import METHODS, TokenSupport, get_method, make_controller
+from eapo_kernels import METHODS, TokenSupport, get_method, idle_sequences, make_controller
 from trainer.config import OptimConfig
 from trainer.errors import DivergenceError, Interrupted
 from trainer.learning.batching import Completions, collate, plan, select
@@ -38,20 +38,24 @@ def cut(policy: Policy) -> Rollouts:
     return TransformersEngine(policy, 64).generate([[5, 6, 7, 12, 8], [9], [10, 11, 12]], sampling, no_tick)
 
 
-def weighed(policy: Policy, rollouts: Rollouts, method: str) -> Experience:
-    """Twelve completions in three groups with rewards of 0 and 1, with all extras that any method
+def weighed(
+    policy: Policy, rollouts: Rollouts, method: str, rewards: torch.Tensor | None = None, **changes: Any
+) -> Experience:  # fmt: skip
+    """Completions in groups of four with ``rewards`` (of 0 and 1), with all extras that any method
     reads.
     """
-    completions, built = select(rollouts, range(12)), get_method(method, fixed_length=9)
+    number = len(rollouts.completion_ids)
+    completions, built = select(rollouts, range(number)), get_method(method, fixed_length=9, **changes)
     wanted = Wanted(second_moments=True, tempered=1.2, top_p=0.8)
     old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick, wanted=wanted)
-    rewards = torch.randint(0, 2, (12,), generator=torch.Generator().manual_seed(0)).float()
-    rewards[:3] = torch.tensor([0.0, 1.0, 1.0])
+    if rewards is None:
+        rewards = torch.randint(0, 2, (number,), generator=torch.Generator().manual_seed(0)).float()
+        rewards[:3] = torch.tensor([0.0, 1.0, 1.0])
     place = torch.arange(completions.tokens)
     extras = {"answer": place % 3 == 0, "teacher_logp": old.logp - 0.1}
     return weigh(
-        built, completions, rewards, torch.arange(12) // 4, old, controller=make_controller(built), ref_logp=old.logp + 0.1,
-        extras=extras, progress=0.5, seed=1,
+        built, completions, rewards, torch.arange(number) // 4, old, controller=make_controller(built),
+        ref_logp=old.logp + 0.1, extras=extras, progress=0.5, seed=1,
     )  # fmt: skip
 
 
@@ -182,7 +186,7 @@ def test_the_cut_into_micro_batches_changes_nothing_over_a_support(policy: Polic
     """And with the unchanged policy every ratio is 1, though the policy gives the tokens that were
     removed a fifth of the probability.
     """
-    experience = weighed(policy, cut, method)
+    experience = weighed(policy, cut, method, torch.arange(12.0) % 2)
     metrics = metrics_of_any_cut(policy, experience, method)
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["eapo/entropy"] == pytest.approx(experience.old.entropy.mean().item(), rel=1e-5)
@@ -277,6 +281,55 @@ def test_a_step_with_nothing_to_learn_leaves_the_weights(policy: Policy, rollout
     metrics = own.update(experience, step=0, seed=0, tick=no_tick)
     assert metrics["loss"] == metrics["grad_norm"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
+
+
+def one_spread(groups: int, values: tuple[float, ...]) -> torch.Tensor:
+    """Rewards of groups of four: 0 and 1 in the first one, one of ``values`` in each of the others."""
+    flat = torch.tensor(values).repeat(groups)[: groups - 1].repeat_interleave(4)
+    return torch.cat([torch.tensor([0.0, 1.0, 1.0, 0.0]), flat])
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "idle"),
+    [(name, {}, None) for name in METHODS]
+    + [("grpo", {"kl_coef": 0.1}, 0), ("grpo", {"entropy_coef": 0.01}, 0), ("eapo", {"advantage": "batch_norm"}, 0)]
+    + [("grpo", {}, 8), ("eapo", {"surrogate": "gspo"}, 8), ("dapo", {}, 8), ("psr", {}, 6), ("nsr", {}, 6)],
+)
+def test_leaving_out_idle_completions_changes_nothing(
+    policy: Policy, rollouts: Rollouts, method: str, changes: dict[str, Any], idle: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, gradient and their norm, for groups with equal rewards and for weights of zero."""
+    binary = get_method(method).config.advantage == "binary"
+    experience = weighed(policy, rollouts, method, one_spread(3, (1.0, 0.0) if binary else (0.7, 0.1)), **changes)
+    left_out = idle_sequences(
+        experience.batch, method=get_method(method, fixed_length=9, **changes), positive_weight=experience.positive_weight
+    )
+    assert idle is None or left_out.sum() == idle
+    found, metrics = gradients(policy, experience, 60, method, **changes)
+    monkeypatch.setattr("trainer.learning.learner.idle_sequences", lambda *_, **__: torch.zeros(12, dtype=torch.bool))
+    expected, all_metrics = gradients(policy, experience, 60, method, **changes)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+    for name in ("loss", "grad_norm"):
+        assert metrics[name] == pytest.approx(all_metrics[name], abs=1e-7, rel=1e-5)
+    if "advantage" not in changes and method in ("grpo", "eapo", "dapo"):
+        assert metrics["eapo/positive_fraction"] == pytest.approx(all_metrics["eapo/positive_fraction"])
+
+
+def test_one_useful_group_of_eight_costs_an_eighth(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in tokens of the update's forward passes."""
+    prompts = [[5 + i, 6, 7] for i in range(8)]
+    many = TransformersEngine(policy, 64).generate(prompts, Sampling(4, 9, TEMPERATURE, 1.0, seed=2), no_tick)
+    real = torch.tensor([float(len(p) + len(c)) for p, c in zip(many.prompt_ids, many.completion_ids, strict=True)])
+    seen: list[int] = []
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, ids, *rest: (seen.append(ids.numel()), forward(self, ids, *rest))[1])
+    for rewards, groups in ((one_spread(8, (0.3,)), 1), (torch.arange(32.0), 8)):
+        experience = weighed(policy, many, "eapo", rewards)
+        seen.clear()
+        learner(policy).update(experience, step=0, seed=0, tick=no_tick)
+        own = real[: 4 * groups]
+        assert own.sum() <= sum(seen) <= len(own) * own.max(), "those of the groups with spread"
 
 
 def test_dropped_completions_leave_the_denominator(policy: Policy, rollouts: Rollouts) -> None:

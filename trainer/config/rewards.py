@@ -37,7 +37,7 @@ class JudgeConfig:
     model: str = ""
     """The model's name as the endpoint knows it."""
     api_key_env: str = ""
-    """Environment variable that holds the API key; empty sends none."""
+    """Environment variable that holds the API key; empty sends the word none."""
     template: str = TEMPLATE
     """Message to the judge. {prompt}, {answer} (the reference) and {completion} are replaced, each
     marked as data."""
@@ -52,16 +52,12 @@ class JudgeConfig:
     """Most tokens of the judge's reply."""
     concurrency: int = 16
     """Most concurrent requests."""
-    timeout: float = 60.0
-    """Seconds for one request, from connecting to the last byte."""
+    timeout: float = 300.0
+    """Seconds for one score, retries and pauses included. A try that stays silent for its share,
+    timeout / (retries + 1), is repeated."""
     retries: int = 4
-    """Retries after status 408, 429 or 5xx, a time-out or a lost connection."""
-    backoff: float = 1.0
-    """Seconds before the first retry, doubled before each further one, minus a random part of up to
-    one half."""
-    max_wait: float = 60.0
-    """Longest pause before a retry (seconds). When a server asks for a longer one with Retry-After,
-    the request is not retried."""
+    """Retries after status 408, 409, 429 or 5xx, silence or a lost connection, with the pauses of
+    the openai client: Retry-After, or 0.5 s doubled up to 8 s."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -81,8 +77,6 @@ class JudgeConfig:
         check(self.concurrency >= 1, "rewards.judge.concurrency", "at least 1", self.concurrency)
         check(self.timeout > 0, "rewards.judge.timeout", "a positive number", self.timeout)
         check(self.retries >= 0, "rewards.judge.retries", "at least 0", self.retries)
-        check(self.backoff >= 0, "rewards.judge.backoff", "at least 0", self.backoff)
-        check(self.max_wait >= 0, "rewards.judge.max_wait", "at least 0", self.max_wait)
 
 
 @dataclass(frozen=True)
@@ -113,8 +107,8 @@ class RewardsConfig:
     """
 
     functions: tuple[str, ...] = ("similarity",)
-    """Built-in names (similarity, rouge, exact_match, reward_model, judge; without reference
-    answers agreement, majority) or import paths module:function with TRL's signature, async or
+    """Built-in names (similarity, rouge, exact_match, math_verify, reward_model, judge; without
+    reference answers agreement, majority) or import paths module:function with TRL's signature, async or
     not."""
     weights: tuple[float, ...] = (1.0,)
     """One weight for each function."""

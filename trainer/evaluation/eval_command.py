@@ -16,7 +16,7 @@ from ..runs.checkpoint import checkpoints, read_weights, step_of, verify
 from ..runs.console import Console
 from ..runs.interrupt import StopRequest
 from ..runs.rundir import RunDirectory
-from .evaluate import evaluate
+from .evaluate import Evaluator
 from .report import estimates_table
 
 
@@ -82,15 +82,13 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
                 rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
                 engine = make_engine(config, policy)
             ranks.run_on_main(run.start)
-            for name, prompts in {"held-out": held_out, "train": train_set}.items():
-                if prompts:
-                    result, samples = evaluate(
-                        config, policy, engine, rewards, prompts, dataset=name, step=step_of(checkpoint), console=console
-                    )
-                    run.append("evaluations", asdict(result))
-                    for sample in samples:
-                        run.append("samples", sample)
-                    console.line(f"\n{estimates_table(result, config.eval.resamples)}")
+            evaluator = Evaluator(config, policy, engine, rewards, {"held-out": held_out, "train": train_set}, run, console)
+            for name in evaluator.sets:
+                result, samples = evaluator.evaluate(name, step_of(checkpoint))
+                run.append("evaluations", asdict(result))
+                for sample in samples:
+                    run.append("samples", sample)
+                console.line(f"\n{estimates_table(result, config.eval.resamples)}")
             engine.close()
             console.line(f"\nvalues  {run.path / 'evaluations.jsonl'}")
     except Interrupted:

@@ -17,7 +17,6 @@ from ..learning.measure import measure
 from ..models.policy import Policy
 from ..records import Rollouts, Sampling, ScoredRollouts
 from ..rewards.scoring import Rewards
-from ..rewards.shared import score_together
 from ..runs.console import Console
 from .engines import RolloutEngine
 
@@ -62,7 +61,7 @@ class RolloutSource:
         """
         texts = self.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
         with self.console.phase("rewards", alone=True) as tick:
-            scores = score_together(self.rewards, columns, texts, rollouts.completion_ids, tick)
+            scores = self.rewards.score(columns, texts, rollouts.completion_ids, tick)
         for line in scores.failure_lines():
             self.console.line(f"left out: {line}")
         return ScoredRollouts(rollouts, texts, columns, scores, group_ids)
