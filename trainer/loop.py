@@ -6,8 +6,8 @@
   over the tokens that top_p, top_k and min_p left (``rollout.record_support``), else over the whole
   vocabulary. The log-probs in the loss come from the trainer's own forward pass. The engine's are
   kept, their mismatch is logged, and ``loss.importance_cap`` corrects for it.
-- The end-of-sequence token belongs to the completion and is trained on. A truncated completion is
-  used as it is.
+- The end-of-sequence token belongs to the completion and is trained on. What happens to a truncated
+  completion is a setting (``rewards.overlong``).
 - Before the updates, one pass over all completions computes the old log-probs and the statistics
   from which the method weights tokens. The weights are fixed there, over the whole step: EAPO's
   from the mean entropy (H_0 is that of the first step), others' from covariances, quantiles or
@@ -86,7 +86,7 @@ def train(config: Config) -> bool:
     """Run ``config`` to its end. Returns False when it was interrupted.
 
     Raises:
-        EapoError: bad configuration, data, model or rewards, or a run that diverged; see
+        TrainerError: bad configuration, data, model or rewards, or a run that diverged; see
             ``errors``.
     """
     with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
@@ -206,6 +206,8 @@ def _train(config: Config, console: Console) -> bool:
                     extras=extra_statistics(config, method, policy, sampled, completions, tick),
                     progress=step / config.steps, seed=derive_seed(config.seed, WEIGHT_SEED, step),
                 )  # fmt: skip
+                if config.rewards.overlong == "mask":
+                    experience = experience.masked(sampled.rollouts.truncated)
 
             with console.phase("update") as tick:
                 seed = derive_seed(config.seed, UPDATE_SEED, step)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eapo_kernels import EapoError
 
-from .errors import Interrupted, ModelError, RemoteCrash, RemoteRankError
+from .errors import Interrupted, ModelError, RemoteCrash, RemoteRankError, TrainerError
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(hours=1)
@@ -107,7 +107,7 @@ def all_gather(work: Callable[[], T]) -> list[T]:
         raise
     except BaseException as error:
         _exchanged = error
-        _exchange("failed" if isinstance(error, EapoError) else "crashed", None)
+        _exchange("failed" if isinstance(error, TrainerError) else "crashed", None)
         raise
     return _exchange("done", result)
 
@@ -129,13 +129,13 @@ def failed_together(error: BaseException) -> bool:
     """Whether all ranks left their work at the same point, so that collectives can still be called.
     Every rank calls it with the error that it is about to end with.
 
-    An ``EapoError`` in the loop is raised on all ranks, and so is an error that ``all_gather`` has
-    exchanged. With any other (one rank is out of memory within a forward pass) the other ranks are
+    An error of the trainer or the library in the loop is raised on all ranks, and so is one that
+    ``all_gather`` has exchanged. With any other (one rank is out of memory within a forward pass) the other ranks are
     waiting in a collective, which fails when this process ends.
     """
     if size() == 1:
         return True
-    shared = isinstance(error, EapoError | RemoteCrash) or error is _exchanged
+    shared = isinstance(error, TrainerError | EapoError | RemoteCrash) or error is _exchanged
     places = [f"left/{number}" for number in range(size())]
     try:
         store = dist.distributed_c10d._get_default_store()

@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ class RunDirectory:
         """Write the present configuration, without ``overwrite`` and ``resume``, and mark the run as
         unfinished.
         """
-        (self.path / "config.toml").write_text(to_toml(replace(self.config, overwrite=False, resume="")))
+        (self.path / "config.toml").write_text(to_toml(self.config.replace(overwrite=False, resume="")))
         (self.path / "finished.json").unlink(missing_ok=True)
 
     def command(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ class Trackers:
             known = kept.read_text() if step and kept.exists() else secrets.token_hex(4)
             self._run = self._wandb.init(
                 project=self.config.log.wandb_project, name=self.config.name, id=known, resume="allow",
-                dir=str(directory), config=asdict(self.config),
+                dir=str(directory), config=self.config.model_dump(),
             )  # fmt: skip
             kept.write_text(known)
         if self._tensorboard:
