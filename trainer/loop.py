@@ -6,8 +6,8 @@
   over the tokens that top_p, top_k and min_p left (``rollout.record_support``), else over the whole
   vocabulary. The log-probs in the loss come from the trainer's own forward pass. The engine's are
   kept, their mismatch is logged, and ``loss.importance_cap`` corrects for it.
-- The end-of-sequence token belongs to the completion and is trained on. A truncated completion is
-  used as it is.
+- The end-of-sequence token belongs to the completion and is trained on. What happens to a truncated
+  completion is a setting (``rewards.overlong``).
 - Before the updates, one pass over all completions computes the old log-probs and the statistics
   from which the method weights tokens. The weights are fixed there, over the whole step: EAPO's
   from the mean entropy (H_0 is that of the first step), others' from covariances, quantiles or
@@ -20,8 +20,13 @@
 - Random numbers are functions of (seed, purpose, step). The global generators are seeded for reward
   functions that use them.
 - A loss or gradient norm that is not finite ends the run before the optimizer step.
+- An earlier run of the same name is replaced when data, model, rewards and engine have been
+  accepted, not before.
 - SIGINT or SIGTERM interrupts the current phase at its next tick; an update that has begun is
   finished. Then a checkpoint and the model are saved and the report is drawn.
+- Any error saves the state after the last completed step, unless the weights have changed since (an
+  update failed between its first and its last optimizer step), or one rank of several failed alone.
+  The message says what was saved and which command continues.
 - Under torchrun (FSDP2) all ranks hold all completions and share the work: each generates, scores
   and measures some completions and runs its part of every minibatch. Values that only one rank
   knows are exchanged through ``ranks`` before any rank acts on them. The run equals that of one
@@ -34,7 +39,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -46,7 +50,7 @@ from .config import Config
 from .config.advice import advice, advice_on_rewards
 from .dataset import PromptSampler, encode_prompt, fingerprint, load_prompts
 from .errors import Interrupted, RewardError
-from .evaluation.evaluate import evaluate
+from .evaluation.evaluate import Evaluator
 from .evaluation.report import summary_table, write_report
 from .evaluation.step_metrics import (
     best_and_worst,
@@ -82,7 +86,7 @@ def train(config: Config) -> bool:
     """Run ``config`` to its end. Returns False when it was interrupted.
 
     Raises:
-        EapoError: bad configuration, data, model or rewards, or a run that diverged; see
+        TrainerError: bad configuration, data, model or rewards, or a run that diverged; see
             ``errors``.
     """
     with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
@@ -107,9 +111,7 @@ def _train(config: Config, console: Console) -> bool:
         return True
     with console.phase("checking checkpoints"):
         checkpoint = ranks.run_on_main(lambda: choose(config, run, console))
-    if not checkpoint:
-        ranks.run_on_main(lambda: run.start(replace=config.overwrite or bool(config.resume)))
-    trackers = Trackers(config, run.path, step_of(checkpoint))
+    trackers = Trackers(config)
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training prompts")
 
     with console.phase(f"loading {config.model.path} (an embedded model is converted the first time)"):
@@ -141,19 +143,15 @@ def _train(config: Config, console: Console) -> bool:
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
     console.line(f"training {trained:,} of {weights:,} weights on {policy.device}")
 
-    eval_sets = {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)}
-
-    def evaluation(step: int) -> None:
-        for name, prompt_set in eval_sets.items():
-            if prompt_set:
-                result, samples = evaluate(
-                    config, policy, engine, rewards, prompt_set, dataset=name, step=step, console=console
-                )
-                run.append("evaluations", asdict(result))
-                trackers.log(result.metrics(), step)
-                for sample in samples[:: result.responses]:
-                    run.append("samples", sample)
-                console.line(f"after step {step}, {name} prompts: {result.headline(config.eval.resamples)}")
+    evaluator = Evaluator(
+        config,
+        policy,
+        engine,
+        rewards,
+        {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)},
+        run,
+        console,
+    )
 
     def statistics(completions: Completions, tick: Tick, wanted: Wanted = NOTHING) -> Measurement:
         return measure(policy, completions, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
@@ -162,21 +160,25 @@ def _train(config: Config, console: Console) -> bool:
         config, run, policy, learner.optimizer, parts={"sampler": sampler, "controller": controller, "hook": hook},
         reference=reference, prompts=fingerprint(prompts),
     )  # fmt: skip
-    step, finished = 0, False
+    step, finished = step_of(checkpoint), False
+    trackers.start(run.path, step)
     if checkpoint:
         with console.phase(f"reading {checkpoint}"):
-            step = progress.restore(checkpoint)
-        ranks.run_on_main(run.resume)
-        engine.sync_weights(policy)
+            progress.restore(checkpoint)
         console.line(f"resuming from {checkpoint.name}: {step} of {config.steps} steps are done")
+    ranks.run_on_main(run.resume if checkpoint else run.start)
+    progress.mark(step)
 
     try:
         while True:
-            if step in (0, config.steps) or (config.eval.every and step % config.eval.every == 0):
-                evaluation(step)
+            with console.phase("sync"):  # after the mark: a failure here loses nothing
+                engine.sync_weights(policy)
+            if evaluator.due(step):
+                for result in evaluator(step):
+                    trackers.log(result.metrics(), step)
             if step == config.steps:
                 break
-            console.seconds.clear()
+            console.seconds = {"sync": console.seconds["sync"]}
             diagnosed = bool(config.diagnose_every) and step % config.diagnose_every == 0
             sampling = rollout.sampling(rollout.responses, derive_seed(config.seed, ROLLOUT_SEED, step))
             state = controller.values() if controller else {}
@@ -204,12 +206,13 @@ def _train(config: Config, console: Console) -> bool:
                     extras=extra_statistics(config, method, policy, sampled, completions, tick),
                     progress=step / config.steps, seed=derive_seed(config.seed, WEIGHT_SEED, step),
                 )  # fmt: skip
+                if config.rewards.overlong == "mask":
+                    experience = experience.masked(sampled.rollouts.truncated)
 
             with console.phase("update") as tick:
                 seed = derive_seed(config.seed, UPDATE_SEED, step)
                 dynamics = experience.diagnose(method) if diagnosed else {}
                 learned = learner.update(experience, step=step, seed=seed, tick=tick)
-                engine.sync_weights(policy)
                 if reference:
                     reference.follow()
                 if diagnosed:  # without a tick: the weights have changed, so the step must be completed
@@ -251,6 +254,9 @@ def _train(config: Config, console: Console) -> bool:
         finished = True
     except Interrupted:
         console.line(f"interrupted after {step} of {config.steps} steps")
+    except BaseException as error:
+        progress.rescue(error)
+        raise
     finally:
         engine.close()
         trackers.close()
