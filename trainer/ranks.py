@@ -25,6 +25,7 @@ T = TypeVar("T")
 TIMEOUT = datetime.timedelta(hours=1)
 """Timeout of a collective: another rank may be waiting for a slow judge. The death of a rank is
 noticed at once."""
+_at_end: list[Callable[[], Any]] = []
 
 
 def rank() -> int:
@@ -76,7 +77,18 @@ def init_distributed(device: str) -> Iterator[None]:
         error.add_note(f"(rank {rank()} of {size()})")
         raise
     dist.barrier()
-    dist.destroy_process_group()
+    for call in _at_end:
+        call()
+    _at_end.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def at_end(call: Callable[[], Any]) -> None:
+    """Call ``call`` when all ranks are done: it may destroy process groups, the default one too. It
+    is not called after an error.
+    """
+    _at_end.append(call)
 
 
 def _failed_before() -> bool:

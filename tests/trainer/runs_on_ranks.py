@@ -2,9 +2,10 @@
 one.
 
 Starting Python for every process would take longer than the runs. LAUNCHES is a list of {"name":
-str, "recipes": [path]} with an optional "kill" (rank 1 kills itself at that point of its saves, see
-``killed_run.kill_at``), or of {"name": str, "command": [argument]} for the command line. Output
-goes to NAME-RANK.out and .err beside LAUNCHES, exit statuses to standard output.
+str, "recipes": [path]}, with an optional "kill" (rank 1 kills itself at that point of its saves, see
+``killed_run.kill_at``) or "fail" (rank 1's vLLM fails at that call for completions), or of {"name":
+str, "command": [argument]} for the command line. Output goes to NAME-RANK.out and .err beside
+LAUNCHES, exit statuses to standard output.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import os
 import sys
 import traceback
+from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from tiny import GivenCompletions, without_report
 from trainer import commands, loop, ranks
 from trainer.config import Config
 from trainer.config.settings import parse_config
+from trainer.records import Rollouts
+from trainer.rollouts.vllm_engine import VllmEngine, _import_vllm
 
 
 def train(config: Config) -> bool:
@@ -47,7 +52,21 @@ def work(launch: dict[str, Any]) -> int:
     with ranks.init_distributed("cpu"):
         if "kill" in launch and not ranks.is_main():
             kill_at(launch["kill"])
+        if "fail" in launch and not ranks.is_main():
+            fail_at(launch["fail"])
         return 0 if all(train(parse_config(["--config", recipe])) for recipe in launch["recipes"]) else 130
+
+
+def fail_at(call: int) -> None:
+    """An error that the trainer does not know, as where memory runs out."""
+    sample, calls = VllmEngine._sample, count(1)
+
+    def sample_or_fail(self: VllmEngine, *arguments: Any, **options: Any) -> Rollouts:
+        if next(calls) == call:
+            raise RuntimeError("out of memory")
+        return sample(self, *arguments, **options)
+
+    VllmEngine._sample = sample_or_fail
 
 
 def fork(launch: dict[str, Any], rank: int, port: int, directory: Path) -> int:
@@ -73,6 +92,8 @@ def fork(launch: dict[str, Any], rank: int, port: int, directory: Path) -> int:
 
 
 def main(file: Path) -> None:
+    if find_spec("vllm"):  # once, instead of in every rank
+        _import_vllm(torch.device("cpu"))
     for launch in json.loads(file.read_text()):
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         children = [fork(launch, rank, store.port, file.parent) for rank in range(2)]

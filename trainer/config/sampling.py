@@ -11,8 +11,8 @@ from .checks import check
 
 @dataclass(frozen=True)
 class VllmConfig:
-    """The engine ``vllm``: in this process, on the device of the trained model, with its own copy
-    of the weights.
+    """The engine ``vllm``: one in every process, on the device of the trained model, with its own
+    copy of the weights.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -24,20 +24,27 @@ class VllmConfig:
     rest."""
     kv_cache_gib: float = 0.0
     """Memory of the KV cache; 0 is what gpu_memory_utilization leaves, on a CPU 1 GiB."""
+    max_num_seqs: int = 0
+    """Most completions computed at once by one engine; 0 is vLLM's own default (256, on an H100 1024)."""
+    tensor_parallel_size: int = 1
+    """Consecutive processes of torchrun that hold one copy of the engine's weights together and sample the same
+    completions."""
     max_model_len: int = 0
     """Longest prompt and completion together; 0 is data.max_prompt_tokens + rollout.max_new_tokens,
     or the model's limit if that is smaller."""
     enforce_eager: bool = False
     """Disable compilation and CUDA graphs: faster start, slower generation. Always set on a CPU."""
-    sleep_level: Literal[0, 1, 2] = 1
+    sleep_level: Literal[0, 1, 2] = 2
     """Memory that the engine frees between rollouts on a GPU. 0: none. 1: the KV cache, and the
-    weights by moving them to host memory. 2: both; the weights are discarded and copied from the
-    trainer again."""
+    weights by moving them to host memory, once for every process. 2: both; the weights are discarded
+    and copied from the trainer again, which every step does in any case."""
 
     def __post_init__(self) -> None:
         share = self.gpu_memory_utilization
         check(0 < share <= 1, "rollout.vllm.gpu_memory_utilization", "in (0, 1]", share)
         check(self.kv_cache_gib >= 0, "rollout.vllm.kv_cache_gib", "at least 0", self.kv_cache_gib)
+        check(self.max_num_seqs >= 0, "rollout.vllm.max_num_seqs", "at least 0", self.max_num_seqs)
+        check(self.tensor_parallel_size >= 1, "rollout.vllm.tensor_parallel_size", "at least 1", self.tensor_parallel_size)
         check(self.max_model_len >= 0, "rollout.vllm.max_model_len", "at least 0", self.max_model_len)
 
 
@@ -69,7 +76,7 @@ class RolloutConfig:
     the ratio to the engine starts at the probability that was left (rollout/ratio_at_start)
     instead of 1."""
     batch: int = 64
-    """Most completions generated at once."""
+    """Most completions that the engine transformers generates at once in one process."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def __post_init__(self) -> None:

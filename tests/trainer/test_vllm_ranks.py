@@ -1,0 +1,83 @@
+"""Two processes with a real vLLM each, on a CPU: the run of one process, resumed and broken ones."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM pins other versions and has an environment of its own: make test-vllm")
+
+from test_checkpoints import assert_same_run
+from test_loop import rows
+from test_ranks import Statuses, Texts, assert_equal_in_fp32, base_config, recipe, run_launches
+from test_vllm_engine import EXACT, SIZES
+from tiny import with_sections
+
+from trainer.config import Config, VllmConfig
+from trainer.loop import train
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {"optim": {"minibatches": 2, "epochs": 2, "lr": 0.02}, "eval": {"every": 2}, "steps": 3},
+    "adapters": {"lora": {"rank": 2}, "model": {"gradient_checkpointing": True}, "optim": {"lr": 0.03}, "steps": 3},
+    "parallel": {"lora": {"rank": 2}, "optim": {"lr": 0.03}},
+}
+
+
+class Pair(NamedTuple):
+    two: dict[str, Config]
+    straight: Config
+    killed: Config
+    statuses: Statuses
+    out: Texts
+    err: Texts
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    directory = tmp_path_factory.mktemp("vllm")
+    base = with_sections(base_config(directory, **SIZES), rollout={"engine": "vllm", "vllm": VllmConfig(kv_cache_gib=0.1)})
+    two = {name: with_sections(base, name=f"two-{name}", **sections) for name, sections in CASES.items()}
+    two["parallel"] = with_sections(two["parallel"], rollout={"vllm": replace(base.rollout.vllm, tensor_parallel_size=2)})
+    straight = with_sections(base, name="straight", steps=4, checkpoint={"every": 1, "keep": 4}, optim={"lr": 0.03})
+    killed = replace(straight, name="killed", resume="auto")
+    failed = with_sections(base, name="failed", data={"eval": ""})
+    launches = [
+        {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
+        {"name": "all", "recipes": [recipe(config) for config in (two["full"], two["adapters"], straight, killed)]},
+        {"name": "parallel", "recipes": [recipe(two["parallel"])]},
+        {"name": "failed", "fail": 3, "recipes": [recipe(failed)]},  # after the check at the start, in the second step
+    ]
+    return Pair(two, straight, killed, *run_launches(directory, launches))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_engines_are_one(pair: Pair, case: str) -> None:
+    """The same completions and numbers. The log-probs of all completions, from both engines, are the
+    trainer's after every update: with stale weights they would be off by more.
+    """
+    launch = "parallel" if case == "parallel" else "all"
+    assert pair.statuses[launch] == [0, 0], pair.err[launch]
+    two = pair.two[case]
+    one = with_sections(two, name=f"one-{case}", rollout={"vllm": VllmConfig(kv_cache_gib=0.1)})
+    assert train(one)
+    assert_equal_in_fp32(one, two)
+    metrics = rows(two)
+    assert len(metrics) == two.steps
+    assert max(row["rollout/logp_gap_max"] for row in metrics) < EXACT
+    assert metrics[0]["eapo/entropy"] != pytest.approx(metrics[-1]["eapo/entropy"], abs=1e-3), "the weights have changed"
+
+
+def test_a_killed_pair_ends_and_resumes_bitwise(pair: Pair) -> None:
+    assert pair.statuses["killed"] == [1, -signal.SIGKILL]
+    assert "resuming from step-" in pair.out["all"][0]
+    assert_same_run(pair.straight, pair.killed)
+
+
+def test_an_engine_that_fails_ends_both(pair: Pair) -> None:
+    assert pair.statuses["failed"] == [1, 1]
+    assert "step 1/2" in pair.out["failed"][0]
+    assert "out of memory" in pair.err["failed"][1]
+    assert "another rank failed first" in pair.err["failed"][0]
