@@ -6,8 +6,8 @@
   over the tokens that top_p, top_k and min_p left (``rollout.record_support``), else over the whole
   vocabulary. The log-probs in the loss come from the trainer's own forward pass. The engine's are
   kept, their mismatch is logged, and ``loss.importance_cap`` corrects for it.
-- The end-of-sequence token belongs to the completion and is trained on. A truncated completion is
-  used as it is.
+- The end-of-sequence token belongs to the completion and is trained on. What happens to a truncated
+  completion is a setting (``rewards.overlong``).
 - Before the updates, one pass over all completions computes the old log-probs and the statistics
   from which the method weights tokens. The weights are fixed there, over the whole step: EAPO's
   from the mean entropy (H_0 is that of the first step), others' from covariances, quantiles or
@@ -34,7 +34,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ from .config import Config
 from .config.advice import advice, advice_on_rewards
 from .dataset import PromptSampler, encode_prompt, fingerprint, load_prompts
 from .errors import Interrupted, RewardError
-from .evaluation.evaluate import evaluate
+from .evaluation.evaluate import Evaluator
 from .evaluation.report import summary_table, write_report
 from .evaluation.step_metrics import (
     best_and_worst,
@@ -82,7 +81,7 @@ def train(config: Config) -> bool:
     """Run ``config`` to its end. Returns False when it was interrupted.
 
     Raises:
-        EapoError: bad configuration, data, model or rewards, or a run that diverged; see
+        TrainerError: bad configuration, data, model or rewards, or a run that diverged; see
             ``errors``.
     """
     with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
@@ -141,19 +140,15 @@ def _train(config: Config, console: Console) -> bool:
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
     console.line(f"training {trained:,} of {weights:,} weights on {policy.device}")
 
-    eval_sets = {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)}
-
-    def evaluation(step: int) -> None:
-        for name, prompt_set in eval_sets.items():
-            if prompt_set:
-                result, samples = evaluate(
-                    config, policy, engine, rewards, prompt_set, dataset=name, step=step, console=console
-                )
-                run.append("evaluations", asdict(result))
-                trackers.log(result.metrics(), step)
-                for sample in samples[:: result.responses]:
-                    run.append("samples", sample)
-                console.line(f"after step {step}, {name} prompts: {result.headline(config.eval.resamples)}")
+    evaluator = Evaluator(
+        config,
+        policy,
+        engine,
+        rewards,
+        {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)},
+        run,
+        console,
+    )
 
     def statistics(completions: Completions, tick: Tick, wanted: Wanted = NOTHING) -> Measurement:
         return measure(policy, completions, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
@@ -172,8 +167,9 @@ def _train(config: Config, console: Console) -> bool:
 
     try:
         while True:
-            if step in (0, config.steps) or (config.eval.every and step % config.eval.every == 0):
-                evaluation(step)
+            if evaluator.due(step):
+                for result in evaluator(step):
+                    trackers.log(result.metrics(), step)
             if step == config.steps:
                 break
             console.seconds.clear()
@@ -204,6 +200,8 @@ def _train(config: Config, console: Console) -> bool:
                     extras=extra_statistics(config, method, policy, sampled, completions, tick),
                     progress=step / config.steps, seed=derive_seed(config.seed, WEIGHT_SEED, step),
                 )  # fmt: skip
+                if config.rewards.overlong == "mask":
+                    experience = experience.masked(sampled.rollouts.truncated)
 
             with console.phase("update") as tick:
                 seed = derive_seed(config.seed, UPDATE_SEED, step)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eapo_kernels import EapoError
 
-from .errors import Interrupted, ModelError, RemoteRankError
+from .errors import Interrupted, ModelError, RemoteRankError, TrainerError
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(hours=1)
@@ -102,8 +102,8 @@ def _failed_before() -> bool:
 def all_gather(work: Callable[[], T]) -> list[T]:
     """Call ``work`` on every rank and return all results on every rank, in the order of ranks.
 
-    ``work`` must not call a collective. When it raises an ``EapoError`` or ``Interrupted`` on any
-    rank, this function raises on all: a rank's own error, else ``RemoteRankError`` or
+    ``work`` must not call a collective. When it raises ``TrainerError``, ``EapoError`` or ``Interrupted``
+    on any rank, this function raises on all: a rank's own error, else ``RemoteRankError`` or
     ``Interrupted``.
     """
     if size() == 1:
@@ -114,7 +114,7 @@ def all_gather(work: Callable[[], T]) -> list[T]:
         mine = ("done", work())
     except Interrupted:
         mine = ("stopped", None)
-    except EapoError as error:
+    except (TrainerError, EapoError) as error:
         mine, own = ("failed", None), error
     results: list[Any] = [None] * size()
     dist.all_gather_object(results, mine)

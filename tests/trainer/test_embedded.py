@@ -54,6 +54,14 @@ def test_sentence_embedding_orders_by_meaning_and_ignores_padding() -> None:
     assert near > 0.4 > 0.2 > far
     assert embed(texts).norm(dim=-1).tolist() == pytest.approx([1.0] * 3)
     torch.testing.assert_close(embed(texts)[0], embed(texts[:1])[0], atol=1e-5, rtol=0)
+    lengths = []
+    embed.model.register_forward_pre_hook(lambda *called: lengths.append(len(called[-1]["input_ids"])), with_kwargs=True)
+    with embed.keeping():
+        kept = embed(texts[:2])
+        assert torch.equal(embed([texts[2], texts[0], texts[1]])[1:], kept)
+    assert lengths == [2, 1]
+    embed(texts[:2])
+    assert lengths == [2, 1, 2], "nothing is kept afterwards"
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

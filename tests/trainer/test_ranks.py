@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from runs_on_ranks import train
 from safetensors.torch import load_file
 from test_checkpoints import assert_same_run, names, path_of
 from test_loop import rows, without_times
-from tiny import make_model, make_tokenizer, with_sections
+from tiny import make_model, make_tokenizer
 
 from trainer import ranks
 from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
@@ -34,11 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
     # Weights over the whole step (quantiles of all tokens); minibatches of two or three completions, unevenly shared.
     "batch_scope": {"loss": {"method": "clip_cov"}, "optim": {"minibatches": 5, "micro_batch_tokens": 30}},
     "adapters": {
-        "lora": {"rank": 2}, "model": {"gradient_checkpointing": True}, "loss": {"numbers": {"kl_coef": 0.1}},
+        "lora": {"rank": 2}, "model": {"gradient_checkpointing": True}, "loss": {"kl_coef": 0.1},
         "optim": {"minibatches": 2},
     },
     "following_reference": {
-        "loss": {"method": "spear", "reference_ema": 0.8, "numbers": {"kl_coef": 0.1, "good_above": 0.2}},
+        "loss": {"method": "spear", "reference_ema": 0.8, "kl_coef": 0.1, "good_above": 0.2},
         "model": {"gradient_checkpointing": True},
     },
     "aepo": {"loss": {"method": "aepo"}},
@@ -117,11 +117,10 @@ def run_launches(directory: Path, launches: list[dict[str, Any]]) -> tuple[Statu
 
 @pytest.fixture(scope="module")
 def pair(base: Config) -> Pair:
-    two = {name: with_sections(base, name=f"two-{name}", **sections) for name, sections in CASES.items()}
-    straight = with_sections(base, name="straight", steps=5, checkpoint={"every": 1, "keep": 5}, loss={"method": "spear"})
-    killed, half = replace(straight, name="killed", resume="auto"), replace(straight, name="narrowed", checkpoint=replace(
-        straight.checkpoint, every=2))  # fmt: skip
-    broken = with_sections(base, name="broken", rewards={"functions": ("reward_functions:raises_on_the_second_rank",)})
+    two = {name: base.replace(name=f"two-{name}", **sections) for name, sections in CASES.items()}
+    straight = base.replace(name="straight", steps=5, checkpoint={"every": 1, "keep": 5}, loss={"method": "spear"})
+    killed, half = straight.replace(name="killed", resume="auto"), straight.replace(name="narrowed", checkpoint={"every": 2})
+    broken = base.replace(name="broken", rewards={"functions": ("reward_functions:raises_on_the_second_rank",)})
     launches = [
         # A rank's third save: before, in or after the write of its shards.
         {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
@@ -130,10 +129,10 @@ def pair(base: Config) -> Pair:
     ]
     statuses, out, err = run_launches(Path(base.out).parent, launches)
     assert statuses["all"] == [0, 0], err["all"]
-    one = {name: replace(config, name=f"one-{name}") for name, config in two.items()}
+    one = {name: config.replace(name=f"one-{name}") for name, config in two.items()}
     for config in one.values():
         assert train(config)
-    narrowed = replace(half, resume=str(path_of(half) / "checkpoints" / "step-000002"))
+    narrowed = half.replace(resume=str(path_of(half) / "checkpoints" / "step-000002"))
     assert train(narrowed)
     return Pair(one, two, straight, killed, narrowed, statuses, out, err)
 
@@ -218,7 +217,7 @@ def test_a_checkpoint_of_two_processes_is_exported_as_the_full_model(pair: Pair,
 
 
 def test_sigint_leaves_a_checkpoint_under_torchrun(base: Config) -> None:
-    config = with_sections(base, name="stopped", steps=100_000, data={"eval": ""})
+    config = base.replace(name="stopped", steps=100_000, data={"eval": ""})
     process = subprocess.Popen(
         [*TORCHRUN, "-m", "trainer", "train", "--config", recipe(config)], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=environment(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,9 +13,8 @@ from test_checkpoints import assert_same_run
 from test_loop import rows
 from test_ranks import Statuses, Texts, assert_equal_in_fp32, base_config, recipe, run_launches
 from test_vllm_engine import EXACT, SIZES
-from tiny import with_sections
 
-from trainer.config import Config, VllmConfig
+from trainer.config import Config
 from trainer.loop import train
 
 CASES: dict[str, dict[str, Any]] = {
@@ -38,12 +36,12 @@ class Pair(NamedTuple):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     directory = tmp_path_factory.mktemp("vllm")
-    base = with_sections(base_config(directory, **SIZES), rollout={"engine": "vllm", "vllm": VllmConfig(kv_cache_gib=0.1)})
-    two = {name: with_sections(base, name=f"two-{name}", **sections) for name, sections in CASES.items()}
-    two["parallel"] = with_sections(two["parallel"], rollout={"vllm": replace(base.rollout.vllm, tensor_parallel_size=2)})
-    straight = with_sections(base, name="straight", steps=4, checkpoint={"every": 1, "keep": 4}, optim={"lr": 0.03})
-    killed = replace(straight, name="killed", resume="auto")
-    failed = with_sections(base, name="failed", data={"eval": ""})
+    base = base_config(directory, **SIZES).replace(rollout={"engine": "vllm", "vllm": {"kv_cache_gib": 0.1}})
+    two = {name: base.replace(name=f"two-{name}", **sections) for name, sections in CASES.items()}
+    two["parallel"] = two["parallel"].replace(rollout={"vllm": {"tensor_parallel_size": 2}})
+    straight = base.replace(name="straight", steps=4, checkpoint={"every": 1, "keep": 4}, optim={"lr": 0.03})
+    killed = straight.replace(name="killed", resume="auto")
+    failed = base.replace(name="failed", data={"eval": ""})
     launches = [
         {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
         {"name": "all", "recipes": [recipe(config) for config in (two["full"], two["adapters"], straight, killed)]},
@@ -61,7 +59,7 @@ def test_two_engines_are_one(pair: Pair, case: str) -> None:
     launch = "parallel" if case == "parallel" else "all"
     assert pair.statuses[launch] == [0, 0], pair.err[launch]
     two = pair.two[case]
-    one = with_sections(two, name=f"one-{case}", rollout={"vllm": VllmConfig(kv_cache_gib=0.1)})
+    one = two.replace(name=f"one-{case}", rollout={"vllm": {"tensor_parallel_size": 1}})
     assert train(one)
     assert_equal_in_fp32(one, two)
     metrics = rows(two)

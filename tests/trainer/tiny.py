@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +52,6 @@ def tiny_config(model: Path, prompts: Path, out: Path) -> Config:
         optim=OptimConfig(lr=1e-2),
         eval=EvalConfig(responses=3, resamples=50),
     )
-
-
-def with_sections(config: Config, **fields: Any) -> Config:
-    """``config`` with fields replaced; a dict replaces fields of a section."""
-    sections = {k: replace(getattr(config, k), **v) for k, v in fields.items() if isinstance(v, dict)}
-    return replace(config, **{**fields, **sections})
 
 
 def without_report(patch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +66,11 @@ def settings_of(config: Config) -> dict[str, Any]:
     def visit(prefix: str, table: dict[str, Any]) -> None:
         for key, value in table.items():
             if isinstance(value, dict):
-                visit(prefix if key == "numbers" else f"{prefix}{key}.", value)
+                visit(f"{prefix}{key}.", value)
             else:
                 flat[f"{prefix}{key}"] = value
 
-    visit("", asdict(config))
+    visit("", config.model_dump())
     return flat
 
 

@@ -6,7 +6,6 @@ import math
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +97,7 @@ class WeightsAndBiases:
             kept.write_text(secrets.token_hex(4))
         self.run = wandb.init(
             project=config.log.wandb_project, name=config.name, id=kept.read_text(), resume="allow", dir=str(directory),
-            config=asdict(config),
+            config=config.model_dump(),
         )  # fmt: skip
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
