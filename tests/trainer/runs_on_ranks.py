@@ -2,10 +2,10 @@
 one.
 
 Starting Python for every process would take longer than the runs. LAUNCHES is a list of {"name":
-str, "recipes": [path]}, with an optional "kill" (rank 1 kills itself at that point of its saves, see
-``killed_run.kill_at``) or "fail" (rank 1's vLLM fails at that call for completions), or of {"name":
-str, "command": [argument]} for the command line. Output goes to NAME-RANK.out and .err beside
-LAUNCHES, exit statuses to standard output.
+str, "recipes": [path]} with an optional "kill" (rank 1 kills itself at that point of its saves, see
+``killed_run.kill_at``), or of {"name": str, "command": [argument]} for the command line, with an
+optional "fail" (function and number of the call that is out of memory on rank 1). Output goes to
+NAME-RANK.out and .err beside LAUNCHES, exit statuses to standard output.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import json
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from killed_run import kill_at
-from tiny import GivenCompletions, without_report
+from tiny import GivenCompletions, raised_by, without_report
 
 from trainer import commands, loop, ranks
 from trainer.config import Config
 from trainer.config.settings import parse_config
-from trainer.records import Rollouts
-from trainer.rollouts.vllm_engine import VllmEngine, _import_vllm
+from trainer.rollouts.vllm_engine import _import_vllm
 
 
 def train(config: Config) -> bool:
@@ -48,25 +47,13 @@ def work(launch: dict[str, Any]) -> int:
     """What one rank does. Returns its exit status."""
     if "command" in launch:
         name, *arguments = launch["command"]
-        return commands.run(name, arguments)
+        breaks = "fail" in launch and os.environ["RANK"] == "1"
+        with raised_by(*launch["fail"], torch.OutOfMemoryError("CUDA out of memory")) if breaks else nullcontext():
+            return commands.run(name, arguments)
     with ranks.init_distributed("cpu"):
         if "kill" in launch and not ranks.is_main():
             kill_at(launch["kill"])
-        if "fail" in launch and not ranks.is_main():
-            fail_at(launch["fail"])
         return 0 if all(train(parse_config(["--config", recipe])) for recipe in launch["recipes"]) else 130
-
-
-def fail_at(call: int) -> None:
-    """An error that the trainer does not know, as where memory runs out."""
-    sample, calls = VllmEngine._sample, count(1)
-
-    def sample_or_fail(self: VllmEngine, *arguments: Any, **options: Any) -> Rollouts:
-        if next(calls) == call:
-            raise RuntimeError("out of memory")
-        return sample(self, *arguments, **options)
-
-    VllmEngine._sample = sample_or_fail
 
 
 def fork(launch: dict[str, Any], rank: int, port: int, directory: Path) -> int:

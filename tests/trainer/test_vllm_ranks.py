@@ -29,6 +29,7 @@ class Pair(NamedTuple):
     two: dict[str, Config]
     straight: Config
     killed: Config
+    failed: Config
     statuses: Statuses
     out: Texts
     err: Texts
@@ -41,19 +42,19 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     two = {name: base.replace(name=f"two-{name}", **sections) for name, sections in CASES.items()}
     two["parallel"] = two["parallel"].replace(rollout={"vllm": {"tensor_parallel_size": 2}})
     straight = base.replace(name="straight", steps=4, checkpoint={"every": 1, "keep": 4}, optim={"lr": 0.03})
-    killed = straight.replace(name="killed", resume="auto")
-    failed = base.replace(name="failed", data={"eval": ""})
+    killed, failed = (straight.replace(name=name, resume="auto") for name in ("killed", "failed"))
+    third_step = ("trainer.rollouts.vllm_engine.VllmEngine._sample", 5)  # after the check at the start and an evaluation
     launches = [
         {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
-        {"name": "all", "recipes": [recipe(config) for config in (two["full"], two["adapters"], straight, killed)]},
+        {"name": "failed", "command": ["train", "--config", recipe(failed)], "fail": third_step},
+        {"name": "all", "recipes": [recipe(config) for config in (two["full"], two["adapters"], straight, killed, failed)]},
         {"name": "parallel", "recipes": [recipe(two["parallel"])]},
-        {"name": "failed", "fail": 3, "recipes": [recipe(failed)]},  # after the check at the start, in the second step
     ]
     # On CPUs vLLM 0.32 gives the shared memory of a tensor-parallel group a constant name, and a process that does not run its
     # destructors (these end with os._exit) leaves it behind.
     for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
         left.unlink()
-    return Pair(two, straight, killed, *run_launches(directory, launches))
+    return Pair(two, straight, killed, failed, *run_launches(directory, launches))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -79,8 +80,9 @@ def test_a_killed_pair_ends_and_resumes_bitwise(pair: Pair) -> None:
     assert_same_run(pair.straight, pair.killed)
 
 
-def test_an_engine_that_fails_ends_both(pair: Pair) -> None:
+def test_an_engine_that_fails_ends_both_and_the_run_resumes_bitwise(pair: Pair) -> None:
     assert pair.statuses["failed"] == [1, 1]
-    assert "step 1/2" in pair.out["failed"][0]
-    assert "out of memory" in pair.err["failed"][1]
-    assert "another rank failed first" in pair.err["failed"][0]
+    assert "step 2/4" in pair.out["failed"][0]
+    assert "step 3/4" not in pair.out["failed"][0]
+    assert "CUDA out of memory" in pair.err["failed"][1]
+    assert_same_run(pair.straight, pair.failed)

@@ -63,4 +63,7 @@ def sample_shares(
         own = range(len(repeated) * number // parts, len(repeated) * (number + 1) // parts)
         return sample([repeated[i] for i in own], own)
 
-    return reduce(Rollouts.concat, ranks.all_gather(work)[::together])
+    if together > 1:  # a failed rank must end at once, because the others of its share cannot finish without it
+        mine = work()
+        return reduce(Rollouts.concat, ranks.all_gather(lambda: mine)[::together])
+    return reduce(Rollouts.concat, ranks.all_gather(work))

@@ -54,7 +54,8 @@ class TransformersEngine:
     def _complete(self, prompts: list[list[int]], numbers: range, *, sampling: Sampling, tick: Tick) -> Rollouts:
         """The completions ``numbers``, one for each of ``prompts``, in batches."""
         starts, longest = range(0, len(prompts), self.batch), sampling.max_new_tokens
-        result = Rollouts([], [], [], [], [] if sampling.support else None)
+        cut = sampling.filtered and not sampling.support  # the loss is on the whole vocabulary, the entropy is not
+        result = Rollouts([], [], [], [], [] if sampling.support else None, None if cut else [])
         for done, start in enumerate(starts):
             own = slice(start, start + self.batch)
 
@@ -96,7 +97,8 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([*warpers, sampler]),
                 synced_gpus=False,  # otherwise transformers synchronizes the ranks at every token of a sharded model
             )
-        tokens, logp, support = sequences[:, width:].tolist(), torch.cat(sampler.logp, 1).cpu(), sampler.supports()
+        tokens, support = sequences[:, width:].tolist(), sampler.supports()
+        logp, entropy = torch.cat(sampler.logp, 1).cpu(), torch.stack(sampler.entropy, 1).cpu()
         ends = [next((i + 1 for i, token in enumerate(row) if token in policy.eos_ids), None) for row in tokens]
         return Rollouts(
             prompts,
@@ -104,11 +106,13 @@ class TransformersEngine:
             [row[:end].clone() for row, end in zip(logp, ends, strict=True)],
             [end is None for end in ends],
             support and [own.first(end or len(own.counts)) for own, end in zip(support, ends, strict=True)],
+            [row[:end].clone() for row, end in zip(entropy, ends, strict=True)],
         )
 
 
 class _Sampler(LogitsProcessor):
-    """Draws a token for every completion, records its log-prob, and masks all other tokens.
+    """Draws a token for every completion, records its log-prob and the entropy, and masks all other
+    tokens.
 
     The draw uses exponential variables E_v: argmin of E_v / p_v is v with probability p_v. Each
     completion has a generator of its own.
@@ -119,7 +123,8 @@ class _Sampler(LogitsProcessor):
     def __init__(self, seeds: Sequence[int], device: torch.device, tick: _TokenTick, *, support: bool) -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.tick, self.support = tick, support
-        self.logp: list[Tensor] = []
+        self.logp: list[Tensor] = []  # for each token [b, 1]
+        self.entropy: list[Tensor] = []  # for each token [b]
         self._ids: list[Tensor] = []  # for each token [E] int32: the ids of the first completion, of the second, ...
         self._counts: list[Tensor] = []  # for each token [b] int32
         self._times: Tensor | None = None
@@ -132,6 +137,7 @@ class _Sampler(LogitsProcessor):
             row.exponential_(generator=generator)
         drawn = (logp - times.clamp_min(torch.finfo(times.dtype).tiny).log_()).argmax(-1, keepdim=True)
         self.logp.append(logp.gather(1, drawn))
+        self.entropy.append(-(logp.exp() * logp.clamp_min_(torch.finfo(logp.dtype).min)).sum(-1))  # 0 where p is 0
         if self.support:
             kept = scores > -torch.inf
             self._ids.append(kept.nonzero()[:, 1].int().cpu())
