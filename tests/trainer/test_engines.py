@@ -17,9 +17,9 @@ from trainer import ranks
 from trainer.config import Config, RolloutConfig, VllmConfig
 from trainer.errors import ConfigError, ModelError
 from trainer.models.policy import Policy
-from trainer.records import Rollouts, Sampling
+from trainer.records import Sampling
 from trainer.rollouts import vllm_engine
-from trainer.rollouts.engines import make_engine, sample_shares
+from trainer.rollouts.engines import make_engine, share
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.rollouts.vllm_engine import VllmEngine
 
@@ -167,27 +167,14 @@ def test_vllm_chooses_its_batch_unless_it_is_set(
     ],
 )
 def test_ranks_share_completions(monkeypatch: pytest.MonkeyPatch, size: int, together: int, wanted: list[range]) -> None:
-    """Every completion is sampled once, those of a prompt on few ranks; all get the result in order."""
-    seen = []
-
-    def sample(prompts: list[list[int]], own: range) -> Rollouts:
-        seen.append(own)
-        assert prompts == [[number // 3] for number in own]
-        return Rollouts(prompts, [[number] for number in own], [torch.zeros(1)] * len(own), [False] * len(own))
-
-    def all_gather(work: Callable[[], Rollouts]) -> list[Rollouts]:
-        found = []
-        for rank in range(size):
-            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-            found.append(work())
-        return found
-
+    """Every completion is sampled once."""
     monkeypatch.setattr(ranks, "size", lambda: size)
-    monkeypatch.setattr(ranks, "all_gather", all_gather)
-    rollouts = sample_shares([[0], [1]], Sampling(3, 4, 1.0, 1.0, seed=0), sample, together)
-    assert seen == wanted
-    assert rollouts.prompt_ids == [[0]] * 3 + [[1]] * 3
-    assert rollouts.completion_ids == [[number] for number in range(6)]
+    found = []
+    for rank in range(size):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        found.append(share(6, together))
+    assert found == wanted
+    assert [number for own in found[::together] for number in own] == list(range(6))
 
 
 def start(policy: Policy, monkeypatch: pytest.MonkeyPatch, level: int) -> tuple[VllmEngine, FakeLLM]:

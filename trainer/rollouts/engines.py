@@ -5,7 +5,7 @@ ranks share completions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Protocol
 
 from .. import ranks
@@ -43,13 +43,18 @@ def make_engine(config: Config, policy: Policy) -> RolloutEngine:
     return TransformersEngine(policy, config.rollout.batch)
 
 
+def share(completions: int, together: int = 1) -> range:
+    """The completions of this rank, contiguous: so most of a prompt are on one rank, whose engine can compute the prompt once.
+    together: consecutive ranks with the same share.
+    """
+    number, parts = ranks.rank() // together, ranks.size() // together
+    return range(completions * number // parts, completions * (number + 1) // parts)
+
+
 def sample_shares(
     prompts: Sequence[list[int]], sampling: Sampling, sample: Callable[[list[list[int]], range], Rollouts], together: int = 1
 ) -> Rollouts:
-    """``sampling.responses`` completions of every prompt, of which each rank samples a share.
-
-    A share is contiguous, so that most completions of a prompt are on one rank, whose engine can
-    compute the prompt once.
+    """``sampling.responses`` completions of every prompt, of which each rank samples its share.
 
     Args:
         sample: receives the prompts and the numbers of this rank's completions (perhaps none) and
@@ -57,13 +62,9 @@ def sample_shares(
         together: consecutive ranks that sample one share together and find the same completions.
     """
     repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
-
-    def work() -> Rollouts:
-        number, parts = ranks.rank() // together, ranks.size() // together
-        own = range(len(repeated) * number // parts, len(repeated) * (number + 1) // parts)
-        return sample([repeated[i] for i in own], own)
-
-    if together > 1:  # a failed rank must end at once, because the others of its share cannot finish without it
-        mine = work()
-        return reduce(Rollouts.concat, ranks.all_gather(lambda: mine)[::together])
+    own = share(len(repeated), together)
+    work = partial(sample, [repeated[i] for i in own], own)
+    if together > 1:  # a rank that fails must end at once: the others of its share wait for it, not for the exchange
+        found = work()
+        return reduce(Rollouts.concat, ranks.all_gather(lambda: found)[::together])
     return reduce(Rollouts.concat, ranks.all_gather(work))
