@@ -72,7 +72,7 @@ def test_a_run_leaves_its_files_and_every_metric(config: Config, with_report: No
     assert environment["kernels"] == {"EAPO_KERNELS_BACKEND": "auto"}, "on a CPU nothing is checked"
     assert {path.name for path in run.iterdir()} == {
         "config.toml", "environment.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "model", "report.md",
-        "curves.png", "diagnostics.png", "checkpoints", "finished.json",
+        "curves.png", "checkpoints", "finished.json",
     }  # fmt: skip
 
     template = (run / "model" / "chat_template.jinja").read_text()
