@@ -148,6 +148,10 @@ class Scores:
     failures: list[Failure]
     measured: dict[str, float] = field(default_factory=dict)
 
+    def with_part(self, name: str, values: Tensor) -> Scores:
+        """These scores with [B] ``values`` added, as the part ``name``."""
+        return replace(self, total=self.total + values, parts={**self.parts, name: values.tolist()})
+
     def failure_lines(self, most: int = 3) -> list[str]:
         """The first ``most`` failures as lines to print, and the number of the others."""
         more = len(self.failures) - most

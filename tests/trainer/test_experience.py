@@ -105,7 +105,7 @@ def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: 
     scores = Scores(torch.zeros(12), {}, [])
     rollouts = Rollouts(completions.prompt_ids, completions.completion_ids, [torch.zeros(1)] * 12, [False] * 12)
     sampled = ScoredRollouts(rollouts, [""] * 12, columns, scores, [0] * 12, {"replayed": [i % 2 == 0 for i in range(12)]})
-    config = replace(config, rollout=replace(config.rollout, temperature=TEMPERATURE))
+    config = config.replace(rollout={"temperature": TEMPERATURE})
     found = extra_statistics(config, get_method("trace"), policy, sampled, completions, no_tick)
     text = "user: what is n1 ?\n\nA correct answer: n2 n3\n\n assistant:"
     prompt = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -167,12 +167,12 @@ def test_a_reference_stays_or_follows(policy: Policy) -> None:
 
 
 def test_a_kl_penalty_is_measured_against_the_first_policy(changed: Change) -> None:
-    config = changed(data={"eval": ""}, loss={"method": "grpo", "numbers": {"kl_coef": 0.1}})
+    config = changed(data={"eval": ""}, loss={"method": "grpo", "kl_coef": 0.1})
     assert train(config)
     kl = [row["kl"] for row in read(Path(config.out) / config.name, "metrics")]
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert kl[2] > 1e-4
-    still = changed(data={"eval": ""}, loss={"method": "grpo", "numbers": {"kl_coef": 0.1}, "reference_ema": 0.0}, name="still")
+    still = changed(data={"eval": ""}, loss={"method": "grpo", "kl_coef": 0.1, "reference_ema": 0.0}, name="still")
     assert train(still)
     assert all(abs(row["kl"]) < 1e-6 for row in read(Path(still.out) / "still", "metrics"))
 
@@ -227,7 +227,7 @@ def test_what_the_loop_hands_over(changed: Change, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("trainer.loop.weigh", spy)
     numbers = {"good_above": 0.0, "replayed_share": 1.0}
-    assert train(changed(data={"eval": ""}, steps=4, loss={"method": "spear", "numbers": numbers}))
+    assert train(changed(data={"eval": ""}, steps=4, loss={"method": "spear", **numbers}))
     assert [call["progress"] for call in seen] == [0.0, 0.25, 0.5, 0.75]
     assert len({call["seed"] for call in seen}) == 4
     assert "replayed" not in seen[0]["extras"]

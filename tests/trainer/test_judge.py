@@ -21,6 +21,7 @@ pytest.importorskip("openai", reason="the judge needs the openai client: pip ins
 from judge_server import JudgeServer, judge_server
 
 from trainer.config import Config, JudgeConfig, RewardsConfig
+from trainer.config.settings import parse_config
 from trainer.errors import ConfigError, Interrupted, RewardError
 from trainer.evaluation.step_metrics import call_metrics
 from trainer.loop import train
@@ -179,9 +180,9 @@ def test_an_endpoint_that_is_not_there_ends_the_run_before_it_starts(
         assert "\n" not in str(error.value)
     for url in ("localhost:8000", "ftp://x/v1", "http://"):
         with pytest.raises(ConfigError, match=r"rewards\.judge\.url: expected a URL"):
-            JudgeConfig(url=url)
+            parse_config(["--rewards.judge.url", url])
     with pytest.raises(ConfigError, match=r"rewards\.judge\.model: expected"):
-        RewardsConfig(functions=("judge",))
+        parse_config(["--rewards.functions", "judge"])
 
 
 def test_a_run_with_a_judge_leaves_failed_groups_out(changed: Callable[..., Config], server: JudgeServer) -> None:

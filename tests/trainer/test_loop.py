@@ -42,7 +42,7 @@ def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_a_resume_on_other_kernels_says_so(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     first = RunDirectory(config)
-    first.start(replace=False)
+    first.start()
     monkeypatch.setattr(rundir, "used", lambda: {"bfloat16": "triton (triton is right)"})
     assert first.record_kernels() is None
     assert first.record_kernels() is None
@@ -114,7 +114,7 @@ def test_the_ratio_of_an_unchanged_policy_is_1_over_the_support(changed: Change,
     """And the probability that the filter left without it. A KL penalty reads the reference's
     log-probs over the same support.
     """
-    loss = {"method": "grpo", "numbers": {"kl_coef": 0.1}}
+    loss = {"method": "grpo", "kl_coef": 0.1}
     recorded = changed(rollout=cut, loss=loss)
     whole = changed(name="whole", steps=1, rollout={**cut, "record_support": False}, data={"eval": ""})
     assert train(recorded)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def test_recomputed_activations_give_the_same_gradients(model_dir: Path) -> None
     ],
 )
 def test_what_cannot_be_trained_is_refused(model_dir: Path, model: dict, lora: dict, message: str) -> None:
-    config = replace(ModelConfig(path=str(model_dir), device="cpu"), **model)
+    config = ModelConfig(**{"path": str(model_dir), "device": "cpu", **model})
     with pytest.raises(ModelError, match=message):
         load_policy(config, LoraConfig(**lora), seed=0)
 

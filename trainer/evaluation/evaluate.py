@@ -18,6 +18,7 @@ from eapo_kernels import EapoError
 from .. import ranks
 from ..config import Config
 from ..dataset import PromptSet, encode_prompt
+from ..errors import TrainerError
 from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.policy import Policy
@@ -126,7 +127,7 @@ class Evaluator:
         for name in self.sets:
             try:
                 result, samples = self.evaluate(name, step)
-            except EapoError as error:  # raised on all ranks together
+            except (TrainerError, EapoError) as error:  # raised on all ranks together
                 self.console.line(f"evaluation on {name} prompts after step {step} failed, the run continues: {error}")
                 continue
             found.append(result)
@@ -147,7 +148,7 @@ class Evaluator:
         texts.
 
         Raises:
-            EapoError: on all ranks; a failed reward only with ``rewards.on_failure`` "stop".
+            TrainerError: on all ranks; a failed reward only with ``rewards.on_failure`` "stop".
         """
         with self.embedding.keeping() if self.embedding else nullcontext():
             return self._evaluate(dataset, step)

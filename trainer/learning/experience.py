@@ -4,7 +4,7 @@ once a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +45,14 @@ class Experience:
         """
         found = diagnostics.diagnose_batch(method, self.batch, self.old.stats(), positive_weight=self.positive_weight)
         return {name: value.item() for name, value in found.items()}
+
+    def masked(self, left_out: Sequence[bool]) -> Experience:
+        """The same with some of the B completions left out of the loss and its denominator, while
+        rewards, entropy and weights keep counting them.
+        """
+        kept = per_token(~torch.tensor(left_out), self.completions).to(self.old.logp.device)
+        own = self.batch.mask
+        return replace(self, batch=replace(self.batch, mask=kept if own is None else kept & own))
 
 
 def weigh(

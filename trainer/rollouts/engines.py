@@ -27,7 +27,7 @@ def make_engine(config: Config, policy: Policy) -> RolloutEngine:
     """An engine with ``policy``'s weights.
 
     Raises:
-        EapoError: it cannot run here; see ``VllmEngine``.
+        TrainerError: it cannot run here; see ``VllmEngine``.
     """
     if config.rollout.engine == "vllm":
         from .vllm_engine import VllmEngine

@@ -16,7 +16,7 @@ from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.policy import Policy
 from ..records import Rollouts, Sampling, ScoredRollouts
-from ..rewards.scoring import Rewards
+from ..rewards.scoring import Rewards, overlong_penalty
 from ..runs.console import Console
 from .engines import RolloutEngine
 
@@ -62,6 +62,11 @@ class RolloutSource:
         texts = self.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
         with self.console.phase("rewards", alone=True) as tick:
             scores = self.rewards.score(columns, texts, rollouts.completion_ids, tick)
+        own = self.config.rewards
+        if own.overlong == "penalty":
+            lengths = [len(ids) for ids in rollouts.completion_ids]
+            penalty = overlong_penalty(lengths, self.config.rollout.max_new_tokens, own.overlong_window)
+            scores = scores.with_part("overlong", penalty)
         for line in scores.failure_lines():
             self.console.line(f"left out: {line}")
         return ScoredRollouts(rollouts, texts, columns, scores, group_ids)
