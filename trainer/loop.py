@@ -20,8 +20,13 @@
 - Random numbers are functions of (seed, purpose, step). The global generators are seeded for reward
   functions that use them.
 - A loss or gradient norm that is not finite ends the run before the optimizer step.
+- An earlier run of the same name is replaced when data, model, rewards and engine have been
+  accepted, not before.
 - SIGINT or SIGTERM interrupts the current phase at its next tick; an update that has begun is
   finished. Then a checkpoint and the model are saved and the report is drawn.
+- Any error saves the state after the last completed step, unless the weights have changed since (an
+  update failed between its first and its last optimizer step), or one rank of several failed alone.
+  The message says what was saved and which command continues.
 - Under torchrun (FSDP2) all ranks hold all completions and share the work: each generates, scores
   and measures some completions and runs its part of every minibatch. Values that only one rank
   knows are exchanged through ``ranks`` before any rank acts on them. The run equals that of one
@@ -105,9 +110,7 @@ def _train(config: Config, console: Console) -> bool:
         return True
     with console.phase("checking checkpoints"):
         checkpoint = ranks.run_on_main(lambda: choose(config, run, console))
-    if not checkpoint:
-        ranks.run_on_main(lambda: run.start(replace=config.overwrite or bool(config.resume)))
-    trackers = Trackers(config, run.path, step_of(checkpoint))
+    trackers = Trackers(config)
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training prompts")
 
     with console.phase(f"loading {config.model.path} (an embedded model is converted the first time)"):
@@ -158,22 +161,25 @@ def _train(config: Config, console: Console) -> bool:
         config, run, policy, learner.optimizer, parts={"sampler": sampler, "controller": controller, "hook": hook},
         reference=reference, prompts=fingerprint(train_set.ids),
     )  # fmt: skip
-    step, finished = 0, False
+    step, finished = step_of(checkpoint), False
+    trackers.start(run.path, step)
     if checkpoint:
         with console.phase(f"reading {checkpoint}"):
-            step = progress.restore(checkpoint)
-        ranks.run_on_main(run.resume)
-        engine.sync_weights(policy)
+            progress.restore(checkpoint)
         console.line(f"resuming from {checkpoint.name}: {step} of {config.steps} steps are done")
+    ranks.run_on_main(run.resume if checkpoint else run.start)
+    progress.mark(step)
 
     try:
         while True:
+            with console.phase("sync"):  # after the mark: a failure here loses nothing
+                engine.sync_weights(policy)
             if evaluator.due(step):
                 for result in evaluator(step):
                     trackers.log(result.metrics(), step)
             if step == config.steps:
                 break
-            console.seconds.clear()
+            console.seconds = {"sync": console.seconds["sync"]}
             diagnosed = bool(config.diagnose_every) and step % config.diagnose_every == 0
             sampling = rollout.sampling(rollout.responses, derive_seed(config.seed, ROLLOUT_SEED, step))
             state = controller.values() if controller else {}
@@ -208,7 +214,6 @@ def _train(config: Config, console: Console) -> bool:
                 seed = derive_seed(config.seed, UPDATE_SEED, step)
                 dynamics = experience.diagnose(method) if diagnosed else {}
                 learned = learner.update(experience, step=step, seed=seed, tick=tick)
-                engine.sync_weights(policy)
                 if reference:
                     reference.follow()
                 if diagnosed:  # without a tick: the weights have changed, so the step must be completed
@@ -250,6 +255,9 @@ def _train(config: Config, console: Console) -> bool:
         finished = True
     except Interrupted:
         console.line(f"interrupted after {step} of {config.steps} steps")
+    except BaseException as error:
+        progress.rescue(error)
+        raise
     finally:
         engine.close()
         trackers.close()

@@ -74,7 +74,7 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
     try:
         with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
             run = RunDirectory(config)
-            ranks.run_on_main(lambda: run.start(replace=config.overwrite))
+            ranks.run_on_main(lambda: run.check_free(replace=config.overwrite))
             with console.phase(f"loading {config.model.path}"):
                 policy = load_policy(config.model, config.lora, seed=0)
                 if checkpoint is not None:
@@ -85,6 +85,7 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
                 name: prompts and prompts.encoded(policy.tokenizer, config.data, console.line)
                 for name, prompts in {"held-out": held_out, "train": train_set}.items()
             }
+            ranks.run_on_main(run.start)
             evaluator = Evaluator(config, policy, engine, rewards, sets, run, console)
             for name in evaluator.sets:
                 result, samples = evaluator.evaluate(name, step_of(checkpoint))
