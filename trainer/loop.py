@@ -283,7 +283,7 @@ def _train(config: Config, console: Console) -> bool:
         try:
             picture, page = write_report([run.path], run.path, resamples=config.eval.resamples)
             console.line(f"report   {page}\nfigure   {picture}\n\n{summary_table(run.path, config.eval.resamples)}")
-        except Exception as error:  # a report of any kind of failure costs no run; the command report draws it again
+        except (OSError, ValueError, RuntimeError) as error:  # of the disk or matplotlib; the command report repeats it
             console.line(f"the report failed, the run did not: {type(error).__name__}: {error}")
 
     ranks.run_on_main(conclude)

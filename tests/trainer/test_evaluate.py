@@ -97,6 +97,7 @@ def test_evaluations_are_due_and_forecast(policy: Policy, changed: Change, own: 
     assert [step for step in range(8) if evaluator.due(step)] == steps
     left = sum(step > 1 for step in steps)
     assert evaluator.seconds_left(1, completion_seconds=0.5) == left * 5 * 3 * 0.5  # prompts, completions to each
+    run.start()
     evaluator(0)
     assert evaluator.seconds_left(1, completion_seconds=1e9) == left * evaluator.seconds, "the measured time"
 
