@@ -48,7 +48,7 @@ bypass_mode has no entropy of the policy."""
 
 TRAINERS = ("sync", "colocate_async", "separate_async")
 PREFIX = "eapo_"
-_SETTINGS = ("kappa", "scale", "low", "high", "ema")
+_SETTINGS = ("kappa", "scale", "low", "high", "ema", "anchor_steps")
 _active: AdvantageWeight | None = None
 
 
