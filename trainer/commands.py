@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .config.settings import parse_config, to_toml
-from .errors import ConfigError, DataError, ModelError, RemoteRankError, TrainerError, check
+from .errors import ConfigError, DataError, ModelError, RemoteCrash, RemoteRankError, TrainerError, check
 
 DEMO = Path(__file__).parent / "recipes" / "demo.toml"
 
@@ -111,7 +111,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
         processes = os.environ.get("WORLD_SIZE", "1")
         check(name not in SINGLE_PROCESS or processes == "1", name, "one process (no torchrun)", f"{processes} processes")
         return COMMANDS[name](arguments)
-    except RemoteRankError:
+    except (RemoteRankError, RemoteCrash):
         return 1
     except ValueError as error:
         if not isinstance(error, TrainerError):
@@ -121,7 +121,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
                 raise
         notes = getattr(error, "__notes__", [])  # from ``ranks.init_distributed``; earlier errors are the same on all ranks
         if notes or os.environ.get("RANK", "0") == "0":
-            print(" ".join([f"error: {error}", *notes]), file=sys.stderr)
+            print("; ".join([f"error: {error}", *reversed(notes)]), file=sys.stderr)
         return 2 if isinstance(error, ConfigError | DataError | ModelError) else 1
     except KeyboardInterrupt:
         return 130

@@ -40,7 +40,11 @@ class CheckpointError(TrainerError):
 
 
 class RemoteRankError(TrainerError):
-    """Another rank failed and reports the error; this rank ends without a message."""
+    """Another rank failed with a ``TrainerError`` and reports it; this rank ends without a message."""
+
+
+class RemoteCrash(Exception):
+    """Another rank failed with another error and reports it; this rank ends without a message."""
 
 
 def check(condition: bool, key: str, expected: str, got: object) -> None:

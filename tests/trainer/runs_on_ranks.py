@@ -3,8 +3,9 @@ one.
 
 Starting Python for every process would take longer than the runs. LAUNCHES is a list of {"name":
 str, "recipes": [path]} with an optional "kill" (rank 1 kills itself at that point of its saves, see
-``killed_run.kill_at``), or of {"name": str, "command": [argument]} for the command line. Output
-goes to NAME-RANK.out and .err beside LAUNCHES, exit statuses to standard output.
+``killed_run.kill_at``), or of {"name": str, "command": [argument]} for the command line, with an
+optional "fail" (function and number of the call that is out of memory on rank 1). Output goes to
+NAME-RANK.out and .err beside LAUNCHES, exit statuses to standard output.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from killed_run import kill_at
-from tiny import GivenCompletions, without_report
+from tiny import GivenCompletions, raised_by, without_report
 
 from trainer import commands, loop, ranks
 from trainer.config import Config
@@ -43,7 +45,9 @@ def work(launch: dict[str, Any]) -> int:
     """What one rank does. Returns its exit status."""
     if "command" in launch:
         name, *arguments = launch["command"]
-        return commands.run(name, arguments)
+        breaks = "fail" in launch and os.environ["RANK"] == "1"
+        with raised_by(*launch["fail"], torch.OutOfMemoryError("CUDA out of memory")) if breaks else nullcontext():
+            return commands.run(name, arguments)
     with ranks.init_distributed("cpu"):
         if "kill" in launch and not ranks.is_main():
             kill_at(launch["kill"])

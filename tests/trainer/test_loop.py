@@ -42,7 +42,7 @@ def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_a_resume_on_other_kernels_says_so(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     first = RunDirectory(config)
-    first.start(replace=False)
+    first.start()
     monkeypatch.setattr(rundir, "used", lambda: {"bfloat16": "triton (triton is right)"})
     assert first.record_kernels() is None
     assert first.record_kernels() is None

@@ -49,6 +49,13 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# What fails in the fourth step of rank 1 alone: the function and the number of its call (the first is an evaluation's).
+FAILURES = {
+    "no_reward": ("reward_functions.low_numbers", 5),
+    "no_memory_in_a_rollout": ("trainer.rollouts.transformers_engine.TransformersEngine._complete", 5),
+    "no_memory_in_an_update": ("trainer.learning.learner.policy_loss", 4),
+}
+
 Weights = dict[str, torch.Tensor]
 
 
@@ -63,6 +70,7 @@ class Pair:
     straight: Config
     killed: Config
     narrowed: Config
+    failed: dict[str, Config]
     statuses: dict[str, list[int]]
     out: dict[str, list[str]]
     err: dict[str, list[str]]
@@ -100,10 +108,15 @@ def pair(base: Config) -> Pair:
     straight = base.replace(name="straight", steps=5, checkpoint={"every": 1, "keep": 5}, loss={"method": "spear"})
     killed, half = straight.replace(name="killed", resume="auto"), straight.replace(name="narrowed", checkpoint={"every": 2})
     broken = base.replace(name="broken", rewards={"functions": ("reward_functions:raises_on_the_second_rank",)})
+    failed = {name: straight.replace(name=name, resume="auto", checkpoint={"every": 2}) for name in FAILURES}
     launches = [
         # A rank's third save: before, in or after the write of its shards.
         {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
-        {"name": "all", "recipes": [recipe(config) for config in (*two.values(), straight, killed, half)]},
+        *(
+            {"name": name, "command": ["train", "--config", recipe(failed[name])], "fail": where}
+            for name, where in FAILURES.items()
+        ),
+        {"name": "all", "recipes": [recipe(config) for config in (*two.values(), straight, killed, half, *failed.values())]},
         {"name": "broken", "command": ["train", "--config", recipe(broken)]},
     ]
     directory = Path(base.out).parent
@@ -122,7 +135,7 @@ def pair(base: Config) -> Pair:
         assert train(config)
     narrowed = half.replace(resume=str(path_of(half) / "checkpoints" / "step-000002"))
     assert train(narrowed)
-    return Pair(one, two, straight, killed, narrowed, statuses, out, err)
+    return Pair(one, two, straight, killed, narrowed, failed, statuses, out, err)
 
 
 def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> tuple[Weights, Weights]:
@@ -190,6 +203,25 @@ def test_an_error_is_printed_once_by_the_rank_that_raised_it(pair: Pair) -> None
     assert pair.err["broken"][1].count("error: ") == 1
     assert "error: reward reward_functions:raises_on_the_second_rank: expected" in pair.err["broken"][1]
     assert "(rank 1 of 2)" in pair.err["broken"][1]
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_rank_that_fails_ends_all_and_the_run_resumes_bitwise(pair: Pair, name: str) -> None:
+    """Where the ranks exchange results, the failure of one is known to all and the third step is
+    saved. Within an update the others wait in a collective: they end without a checkpoint, and the
+    run continues from its last one.
+    """
+    assert pair.statuses[name] == [1, 1]
+    saved = 2 if "update" in name else 3
+    out, err = pair.out[name], pair.err[name]
+    assert "step 3/5" in out[0], out[0] + err[0]
+    how = "nothing was saved: the ranks did not fail together" if "update" in name else f"saved {path_of(pair.failed[name])}"
+    assert how in err[1]
+    assert f"to continue from step-00000{saved}: torchrun --standalone --nproc-per-node 2 -m trainer train --config" in err[1]
+    assert "CUDA out of memory" in err[1]
+    assert "to continue from" not in err[0], "one rank reports it"
+    assert f"resuming from step-00000{saved}: {saved} of 5 steps are done" in pair.out["all"][0]
+    assert_same_run(pair.straight, pair.failed[name])
 
 
 def test_one_process_resumes_from_two(pair: Pair) -> None:

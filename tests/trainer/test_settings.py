@@ -68,7 +68,7 @@ WRONG_FLAGS = [
     (["--loss.advantage", "foo"], "loss.advantage: expected one of", "'foo'"),
     (["--eapo.ema", "1"], "eapo.ema: expected a number less than 1", "got '1'"),
     (["--rewards.weights", "1", "2"], "rewards.weights: expected as many as rewards.functions (1)", "got (1.0, 2.0)"),
-    (["--name", "../x"], "name: expected a directory name", "'../x'"),
+    (["--name", "../x"], "name: expected the name of a directory in out", "'../x'"),
     (["--overwrite"], "overwrite: expected a value", "got nothing"),
     (["--overwrite", "perhaps"], "overwrite: expected a valid boolean", "got 'perhaps'"),
     (["--name", "a", "b"], "name: expected a valid string", "got ['a', 'b']"),
@@ -139,6 +139,7 @@ vllm = { gpu_memory_utilization = "(0, 1]", kv_cache_gib = "[0, inf)", max_model
 
 [rewards]
 weights = "(-inf, inf)"
+overlong_window = "[0, inf)"
 concurrency = "[1, inf)"
 timeout = "(0, inf)"
 embedding_share = "[0, 1]"

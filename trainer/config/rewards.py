@@ -95,6 +95,12 @@ class RewardsConfig(Section):
     """One weight for each function."""
     on_failure: Literal["exclude", "stop"] = "exclude"
     """What a missing, NaN, infinite or failed score does: exclude the group of that prompt from the step, or stop the run."""
+    overlong: Literal["keep", "mask", "penalty"] = "keep"
+    """What happens to truncated completions: they are trained on like the others; or left out of the loss (their rewards
+    still count in the group's mean and in the metrics); or the reward falls linearly by up to 1 over the last
+    overlong_window tokens (DAPO, arXiv:2503.14476, eq. 13)."""
+    overlong_window: Natural = 0
+    """Tokens before rollout.max_new_tokens over which the penalty grows; 0 is a fifth of them, as in DAPO."""
     concurrency: Count = 16
     """Most concurrent calls of one async function; a call covers all completions of one prompt."""
     timeout: Positive = 120.0

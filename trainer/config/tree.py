@@ -55,7 +55,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         """What several settings must satisfy together. Only here the library is imported."""
-        check(bool(self.name) and "/" not in self.name, "name", "a directory name", self.name)
+        check("/" not in self.name and self.name not in ("", ".", ".."), "name", "the name of a directory in out", self.name)
         updates = self.rollout.prompts * self.rollout.responses
         expected = f"at most the {updates} completions of a step"
         check(self.optim.minibatches <= updates, "optim.minibatches", expected, self.optim.minibatches)

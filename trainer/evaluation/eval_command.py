@@ -74,13 +74,14 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
     try:
         with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
             run = RunDirectory(config)
-            ranks.run_on_main(lambda: run.start(replace=config.overwrite))
+            ranks.run_on_main(lambda: run.check_free(replace=config.overwrite))
             with console.phase(f"loading {config.model.path}"):
                 policy = load_policy(config.model, config.lora, seed=0)
                 if checkpoint is not None:
                     read_weights(checkpoint, policy)
                 rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
                 engine = make_engine(config, policy)
+            ranks.run_on_main(run.start)
             evaluator = Evaluator(config, policy, engine, rewards, {"held-out": held_out, "train": train_set}, run, console)
             for name in evaluator.sets:
                 result, samples = evaluator.evaluate(name, step_of(checkpoint))

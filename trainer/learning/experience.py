@@ -4,7 +4,7 @@ once a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +46,14 @@ class Experience:
         found = diagnostics.diagnose_batch(method, self.batch, self.old.stats(), positive_weight=self.positive_weight)
         return {name: value.item() for name, value in found.items()}
 
+    def masked(self, left_out: Sequence[bool]) -> Experience:
+        """The same with some of the B completions left out of the loss and its denominator, while
+        rewards, entropy and weights keep counting them.
+        """
+        kept = per_token(~torch.tensor(left_out), self.completions).to(self.old.logp.device)
+        own = self.batch.mask
+        return replace(self, batch=replace(self.batch, mask=kept if own is None else kept & own))
+
 
 def weigh(
     method: Method,
@@ -78,7 +86,7 @@ def weigh(
         sequence_ids=per_token(torch.arange(len(completions)), completions).to(device),
         rewards=rewards.to(device),
         group_ids=group_ids.to(device),
-        old_logp=old.logp,
+        old_logp=None if old.on_policy else old.logp,
         ref_logp=ref_logp,
         rollout_logp=completions.rollout_logp.to(device),
         advantages=None if advantages is None else advantages.to(device),

@@ -154,6 +154,14 @@ class Rewards:
         return {name: (scores, {"seconds": seconds, **own.get(name, {})}) for name, (scores, seconds) in found.items()}
 
 
+def overlong_penalty(lengths: Sequence[int], most: int, window: int) -> Tensor:
+    """[B] fp32 in [-1, 0]: 0 up to ``most - window`` tokens, then falling linearly to -1 at ``most``
+    (DAPO, arXiv:2503.14476, eq. 13). window: 0 is a fifth of ``most``.
+    """
+    window = window or max(1, most // 5)
+    return ((most - window - torch.tensor(lengths)) / window).clamp(-1.0, 0.0)
+
+
 def _function(name: str, config: RewardsConfig, cache: str, device: torch.device) -> RewardFunction:
     """The function ``name``, ready to score."""
     if name == "similarity":
