@@ -59,7 +59,7 @@ def is_finished(config: Config) -> bool:
     run = RunDirectory(config)
     if run.finished() is None:
         return False
-    same = (run.path / "config.toml").read_text() == to_toml(config)
+    same = (run.path / "config.toml").read_text() == to_toml(config.replace(resume=""))
     check(same, "out", "a directory for this recipe alone", f"{run.path}, which holds a run of another recipe")
     return True
 
