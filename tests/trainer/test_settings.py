@@ -135,7 +135,12 @@ top_p = "(0, 1]"
 top_k = "[0, inf)"
 min_p = "[0, 1)"
 batch = "[1, inf)"
-vllm = { gpu_memory_utilization = "(0, 1]", kv_cache_gib = "[0, inf)", max_model_len = "[0, inf)", sleep_level = "[0, 2]" }
+vllm.gpu_memory_utilization = "(0, 1]"
+vllm.kv_cache_gib = "[0, inf)"
+vllm.sleep_level = "[0, 2]"
+vllm.max_model_len = "[0, inf)"
+vllm.max_num_seqs = "[0, inf)"
+vllm.tensor_parallel_size = "[1, inf)"
 
 [rewards]
 weights = "(-inf, inf)"
@@ -190,7 +195,7 @@ def numeric(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, s
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from numeric(kind, f"{prefix}{name}.")
-        elif "Literal" not in str(kind) and ("int" in str(kind) or "float" in str(kind)):
+        elif not any(other in str(kind) for other in ("Literal", "dict")) and ("int" in str(kind) or "float" in str(kind)):
             yield prefix + name, str(kind)
 
 
