@@ -317,7 +317,7 @@ def where_and_when(result: Result) -> str:
 
 
 def sparse_table(found: list[Group]) -> list[str]:
-    """The loss with both gradients over a sampling mask and with a gradient tolerance, beside the exact one."""
+    """The loss with both gradients over a sampling mask and with a tolerance, beside the exact one and the fastest peer."""
     body = []
     for group in found:
         ours = [row for row in group.timed if is_ours(row["provider"])]
@@ -328,11 +328,13 @@ def sparse_table(found: list[Group]) -> list[str]:
         errors = [error(row["errors"].get(name)) for name in ("d_hidden", "d_weight")]
         kept = f"{metrics['sparse/kept_per_row']:.0f}" if metrics else str(MASK_SIZE)
         dense = f"{100 * metrics['sparse/dense_share']:.1f} %" if metrics else "-"
-        cells = [ratio(over(row, FLOOR)), "-" if exact is None else ratio(over(exact, FLOOR)), *errors]
+        others = [r for r in group.timed if not is_ours(r["provider"]) and not is_floor(r["provider"])]
+        other = next((f"{ratio(over(r, FLOOR))} `{r['provider']}`" for r in others if r["objective"] == "policy"), "-")
+        cells = [ratio(over(row, FLOOR)), "-" if exact is None else ratio(over(exact, FLOOR)), other, *errors]
         body.append([f"`{group.mode}`", f"{row['mean_entropy_nats']:.2f}", kept, dense, *cells, mebibytes(row["peak_bytes"])])
     head = [
         "mode", "mean entropy, nats", "entries a row", "whole rows", "time / three whole products", "exact",
-        "d_hidden error", "d_weight error", "peak MiB",
+        "fastest other", "d_hidden error", "d_weight error", "peak MiB",
     ]  # fmt: skip
     return markdown_table(head, body) if body else []
 

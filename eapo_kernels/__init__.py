@@ -5,7 +5,7 @@ from .errors import BackendUnavailable, EapoError, ShapeError
 from .loss import EAPOLoss, eapo_loss, policy_loss
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
-from .objectives.denominator import loss_denominator
+from .objectives.denominator import idle_sequences, loss_denominator
 from .objectives.methods import METHODS, Method, get_method, make_controller
 from .objectives.semantic import majority_rewards, semantic_rewards
 from .objectives.token_weights.gather import GatheredStep, gather_step
@@ -40,6 +40,7 @@ __all__ = [
     "eapo_loss",
     "gather_step",
     "get_method",
+    "idle_sequences",
     "loss_denominator",
     "majority_rewards",
     "make_controller",

@@ -8,11 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eapo_kernels import EapoError
-
-from .config.checks import check
 from .config.settings import parse_config, to_toml
-from .errors import ConfigError, DataError, ModelError, RemoteRankError
+from .errors import ConfigError, DataError, ModelError, RemoteCrash, RemoteRankError, TrainerError, check
 
 DEMO = Path(__file__).parent / "recipes" / "demo.toml"
 
@@ -25,6 +22,7 @@ A method at work on a small machine: not a medical model, not a benchmark, not m
 
 def _train(arguments: Sequence[str]) -> int:
     config = parse_config(arguments)
+    check(bool(config.data.train), "data.train", "a file of training prompts", config.data.train)
     from .loop import train
 
     return 0 if train(config) else 130
@@ -36,13 +34,15 @@ def _eval(arguments: Sequence[str]) -> int:
     parser.add_argument("--run", type=Path, help="directory of a run; without it --config and --model.path decide")
     parser.add_argument("--checkpoint", help="one of the run's checkpoints, or latest, in the place of its exported model")
     options, rest = _split(parser, arguments)
+    if options.run is None:
+        check(options.checkpoint is None, "--checkpoint", "a run (--run DIR) that it belongs to", options.checkpoint)
+    else:
+        check("--config" not in rest, "--config", "nothing together with --run (its recipe is the run's)", "--config")
+    config = parse_config(rest, recipe=options.run and options.run / "config.toml", prog=prog)
     from .evaluation.eval_command import evaluate_model, of_run
 
     if options.run is None:
-        check(options.checkpoint is None, "--checkpoint", "a run (--run DIR) that it belongs to", options.checkpoint)
-        return 0 if evaluate_model(parse_config(rest, prog=prog)) else 130
-    check("--config" not in rest, "--config", "nothing together with --run (its recipe is the run's)", "--config")
-    config = parse_config(rest, recipe=options.run / "config.toml", prog=prog)
+        return 0 if evaluate_model(config) else 130
     return 0 if evaluate_model(*of_run(config, options.run, options.checkpoint)) else 130
 
 
@@ -111,12 +111,17 @@ def run(name: str, arguments: Sequence[str]) -> int:
         processes = os.environ.get("WORLD_SIZE", "1")
         check(name not in SINGLE_PROCESS or processes == "1", name, "one process (no torchrun)", f"{processes} processes")
         return COMMANDS[name](arguments)
-    except RemoteRankError:
+    except (RemoteRankError, RemoteCrash):
         return 1
-    except EapoError as error:
+    except ValueError as error:
+        if not isinstance(error, TrainerError):
+            from eapo_kernels import EapoError  # imported before, by what raised it
+
+            if not isinstance(error, EapoError):
+                raise
         notes = getattr(error, "__notes__", [])  # from ``ranks.init_distributed``; earlier errors are the same on all ranks
         if notes or os.environ.get("RANK", "0") == "0":
-            print(" ".join([f"error: {error}", *notes]), file=sys.stderr)
+            print("; ".join([f"error: {error}", *reversed(notes)]), file=sys.stderr)
         return 2 if isinstance(error, ConfigError | DataError | ModelError) else 1
     except KeyboardInterrupt:
         return 130

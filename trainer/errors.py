@@ -1,29 +1,33 @@
-"""Errors of the trainer. All extend ``EapoError``; the command line prints each as one line."""
+"""Errors of the trainer; the command line prints each as one line.
+
+They do not extend ``EapoError``, because importing the library, and torch with it, takes seconds
+that a misspelt setting need not wait for.
+"""
 
 from __future__ import annotations
 
-from eapo_kernels import EapoError
+
+class TrainerError(ValueError):
+    """Base of the trainer's own errors."""
 
 
-class ConfigError(EapoError):
-    """A recipe or an override is wrong; the message names the key, what was expected and what was
-    given.
-    """
+class ConfigError(TrainerError):
+    """A recipe or a flag is wrong; the message names the key, what was expected and what was given."""
 
 
-class DataError(EapoError):
+class DataError(TrainerError):
     """A data file is missing, empty or lacks a column."""
 
 
-class ModelError(EapoError):
+class ModelError(TrainerError):
     """A model cannot be found, loaded or used by this trainer."""
 
 
-class RewardError(EapoError):
+class RewardError(TrainerError):
     """A reward function cannot be imported, breaks its contract, or leaves nothing to train on."""
 
 
-class DivergenceError(EapoError):
+class DivergenceError(TrainerError):
     """The loss or the gradient norm is not finite; the optimizer step was not taken."""
 
 
@@ -31,9 +35,19 @@ class Interrupted(Exception):
     """Raised at a safe point after the first SIGINT or SIGTERM."""
 
 
-class CheckpointError(EapoError):
+class CheckpointError(TrainerError):
     """A checkpoint is damaged, or does not belong to this run."""
 
 
-class RemoteRankError(EapoError):
-    """Another rank failed and reports the error; this rank ends without a message."""
+class RemoteRankError(TrainerError):
+    """Another rank failed with a ``TrainerError`` and reports it; this rank ends without a message."""
+
+
+class RemoteCrash(Exception):
+    """Another rank failed with another error and reports it; this rank ends without a message."""
+
+
+def check(condition: bool, key: str, expected: str, got: object) -> None:
+    """Raise ConfigError unless ``condition`` holds; in a section's validator ``key`` is relative."""
+    if not condition:
+        raise ConfigError(f"{key}: expected {expected}, got {got!r}")

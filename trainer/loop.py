@@ -6,12 +6,13 @@
   over the tokens that top_p, top_k and min_p left (``rollout.record_support``), else over the whole
   vocabulary. The log-probs in the loss come from the trainer's own forward pass. The engine's are
   kept, their mismatch is logged, and ``loss.importance_cap`` corrects for it.
-- The end-of-sequence token belongs to the completion and is trained on. A truncated completion is
-  used as it is.
+- The end-of-sequence token belongs to the completion and is trained on. What happens to a truncated
+  completion is a setting (``rewards.overlong``).
 - Before the updates, one pass over all completions computes the old log-probs and the statistics
   from which the method weights tokens. The weights are fixed there, over the whole step: EAPO's
   from the mean entropy (H_0 is that of the first step), others' from covariances, quantiles or
-  group statistics. The updates then use any split of the tokens.
+  group statistics. The updates then use any split of the tokens. A step with one update and an
+  engine that records entropies needs no such pass (``optim.old_logp``).
 - A method may also change how completions are sampled (``hooks``). Metrics of rewards, lengths and
   diversity cover the first samples, before a hook selects, replaces or adds some, because a
   selection would bias them.
@@ -20,8 +21,13 @@
 - Random numbers are functions of (seed, purpose, step). The global generators are seeded for reward
   functions that use them.
 - A loss or gradient norm that is not finite ends the run before the optimizer step.
+- An earlier run of the same name is replaced when data, model, rewards and engine have been
+  accepted, not before.
 - SIGINT or SIGTERM interrupts the current phase at its next tick; an update that has begun is
   finished. Then a checkpoint and the model are saved and the report is drawn.
+- Any error saves the state after the last completed step, unless the weights have changed since (an
+  update failed between its first and its last optimizer step), or one rank of several failed alone.
+  The message says what was saved and which command continues.
 - Under torchrun (FSDP2) all ranks hold all completions and share the work: each generates, scores
   and measures some completions and runs its part of every minibatch. Values that only one rank
   knows are exchanged through ``ranks`` before any rank acts on them. The run equals that of one
@@ -34,7 +40,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -44,9 +49,9 @@ from eapo_kernels import make_controller
 from . import ranks
 from .config import Config
 from .config.advice import advice, advice_on_rewards
-from .dataset import PromptSampler, encode_prompt, fingerprint, load_prompts
+from .dataset import PromptSampler, fingerprint, load_prompts
 from .errors import Interrupted, RewardError
-from .evaluation.evaluate import evaluate
+from .evaluation.evaluate import Evaluator
 from .evaluation.report import summary_table, write_report
 from .evaluation.step_metrics import (
     best_and_worst,
@@ -56,10 +61,11 @@ from .evaluation.step_metrics import (
     reward_metrics,
     sample_record,
 )
+from .hooks import SAMPLES_OF_THE_POLICY
 from .learning.batching import Completions, select
 from .learning.experience import extra_statistics, per_token, weigh
 from .learning.learner import Learner
-from .learning.measure import NOTHING, Measurement, Wanted, measure, wanted_by
+from .learning.measure import NOTHING, Measurement, Wanted, measure, recorded, wanted_by
 from .models.policy import load_policy
 from .models.reference import Reference
 from .records import Tick, derive_seed
@@ -82,7 +88,7 @@ def train(config: Config) -> bool:
     """Run ``config`` to its end. Returns False when it was interrupted.
 
     Raises:
-        EapoError: bad configuration, data, model or rewards, or a run that diverged; see
+        TrainerError: bad configuration, data, model or rewards, or a run that diverged; see
             ``errors``.
     """
     with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
@@ -96,9 +102,8 @@ def train(config: Config) -> bool:
 def _train(config: Config, console: Console) -> bool:
     rollout, budget = config.rollout, config.optim.micro_batch_tokens
 
-    train_set = load_prompts(config.data.train, config.data.train_limit)
-    held_out = load_prompts(config.data.eval, config.data.eval_limit) if config.data.eval else None
-    sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
+    train_set = load_prompts(config.data, "train")
+    held_out = load_prompts(config.data, "eval") if config.data.eval else None
     seed_generators(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
     run = RunDirectory(config)
     done = ranks.run_on_main(run.finished)
@@ -107,9 +112,7 @@ def _train(config: Config, console: Console) -> bool:
         return True
     with console.phase("checking checkpoints"):
         checkpoint = ranks.run_on_main(lambda: choose(config, run, console))
-    if not checkpoint:
-        ranks.run_on_main(lambda: run.start(replace=config.overwrite or bool(config.resume)))
-    trackers = Trackers(config, run.path, step_of(checkpoint))
+    trackers = Trackers(config)
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training prompts")
 
     with console.phase(f"loading {config.model.path} (an embedded model is converted the first time)"):
@@ -117,7 +120,9 @@ def _train(config: Config, console: Console) -> bool:
     with console.phase("loading the rewards"):
         rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
     with console.phase("encoding the prompts"):
-        prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in train_set.rows]
+        train_set = train_set.encoded(policy.tokenizer, config.data, console.line)
+        held_out = held_out and held_out.encoded(policy.tokenizer, config.data, console.line)
+    sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
 
     for line in advice(config):
         console.line(f"advice: {line}")
@@ -135,48 +140,49 @@ def _train(config: Config, console: Console) -> bool:
 
     def next_prompts() -> tuple[list[list[int]], dict[str, list[Any]]]:
         indices = sampler.next()
-        return [prompts[i] for i in indices], train_set.columns(indices, 1)
+        return [train_set.ids[i] for i in indices], train_set.columns(indices, 1)
 
     source = RolloutSource(config, method, policy, engine, rewards, console, next_prompts)
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
-    console.line(f"training {trained:,} of {weights:,} weights on {policy.device}")
+    rows = "packed" if policy.packed else "padded"
+    console.line(f"training {trained:,} of {weights:,} weights on {policy.device}, micro-batches {rows}")
 
-    eval_sets = {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)}
-
-    def evaluation(step: int) -> None:
-        for name, prompt_set in eval_sets.items():
-            if prompt_set:
-                result, samples = evaluate(
-                    config, policy, engine, rewards, prompt_set, dataset=name, step=step, console=console
-                )
-                run.append("evaluations", asdict(result))
-                trackers.log(result.metrics(), step)
-                for sample in samples[:: result.responses]:
-                    run.append("samples", sample)
-                console.line(f"after step {step}, {name} prompts: {result.headline(config.eval.resamples)}")
+    evaluator = Evaluator(
+        config,
+        policy,
+        engine,
+        rewards,
+        {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)},
+        run,
+        console,
+    )
 
     def statistics(completions: Completions, tick: Tick, wanted: Wanted = NOTHING) -> Measurement:
         return measure(policy, completions, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
 
     progress = Progress(
         config, run, policy, learner.optimizer, parts={"sampler": sampler, "controller": controller, "hook": hook},
-        reference=reference, prompts=fingerprint(prompts),
+        reference=reference, prompts=fingerprint(train_set.ids),
     )  # fmt: skip
-    step, finished = 0, False
+    step, finished = step_of(checkpoint), False
+    trackers.start(run.path, step)
     if checkpoint:
         with console.phase(f"reading {checkpoint}"):
-            step = progress.restore(checkpoint)
-        ranks.run_on_main(run.resume)
-        engine.sync_weights(policy)
+            progress.restore(checkpoint)
         console.line(f"resuming from {checkpoint.name}: {step} of {config.steps} steps are done")
+    ranks.run_on_main(run.resume if checkpoint else run.start)
+    progress.mark(step)
 
     try:
         while True:
-            if step in (0, config.steps) or (config.eval.every and step % config.eval.every == 0):
-                evaluation(step)
+            with console.phase("sync"):  # after the mark: a failure here loses nothing
+                engine.sync_weights(policy)
+            if evaluator.due(step):
+                for result in evaluator(step):
+                    trackers.log(result.metrics(), step)
             if step == config.steps:
                 break
-            console.seconds.clear()
+            console.seconds = {"sync": console.seconds["sync"]}
             diagnosed = bool(config.diagnose_every) and step % config.diagnose_every == 0
             sampling = rollout.sampling(rollout.responses, derive_seed(config.seed, ROLLOUT_SEED, step))
             state = controller.values() if controller else {}
@@ -193,7 +199,17 @@ def _train(config: Config, console: Console) -> bool:
             completions = select(sampled.rollouts, range(len(sampled)))
             with console.phase("old_logp") as tick:
                 wanted = wanted_by(method, tempered=float(state.get("temperature", 1.0)), diagnose=diagnosed)
-                old = statistics(completions, tick, wanted)
+                known = None
+                if type(hook) in SAMPLES_OF_THE_POLICY:
+                    known = recorded(completions, method, config.optim, wanted, policy.device)
+                old = known or statistics(completions, tick, wanted)
+                if known:
+                    compared = [group[0] for group in sampled.groups()]
+                    logp = statistics(select(sampled.rollouts, compared), tick).logp.cpu()
+                else:
+                    compared = sampled.unmarked() or list(range(len(sampled)))
+                    own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(compared)), completions)
+                    logp = old.logp.cpu()[own]
                 ref_logp = None
                 if reference:
                     with reference.installed():
@@ -204,12 +220,13 @@ def _train(config: Config, console: Console) -> bool:
                     extras=extra_statistics(config, method, policy, sampled, completions, tick),
                     progress=step / config.steps, seed=derive_seed(config.seed, WEIGHT_SEED, step),
                 )  # fmt: skip
+                if config.rewards.overlong == "mask":
+                    experience = experience.masked(sampled.rollouts.truncated)
 
             with console.phase("update") as tick:
                 seed = derive_seed(config.seed, UPDATE_SEED, step)
                 dynamics = experience.diagnose(method) if diagnosed else {}
                 learned = learner.update(experience, step=step, seed=seed, tick=tick)
-                engine.sync_weights(policy)
                 if reference:
                     reference.follow()
                 if diagnosed:  # without a tick: the weights have changed, so the step must be completed
@@ -218,8 +235,6 @@ def _train(config: Config, console: Console) -> bool:
 
             step += 1
             seconds = dict(console.seconds)
-            ordinary = sampled.unmarked() or list(range(len(sampled)))
-            own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(ordinary)), completions)
             metrics = {
                 "step": step,
                 **reward_metrics(scored),
@@ -231,7 +246,7 @@ def _train(config: Config, console: Console) -> bool:
                 **dynamics,
                 **{f"rollout/{name}": sum(flags) / len(flags) for name, flags in sampled.marks.items()},
                 **completion_metrics(scored),
-                **engine_metrics(sampled.take(ordinary), old.logp.cpu()[own], method.config.importance_cap),
+                **engine_metrics(sampled.take(compared), logp, method.config.importance_cap),
                 **{f"seconds/{name}": value for name, value in seconds.items()},
                 "tokens_per_second": completions.tokens / sum(seconds.values()),
             }
@@ -251,6 +266,9 @@ def _train(config: Config, console: Console) -> bool:
         finished = True
     except Interrupted:
         console.line(f"interrupted after {step} of {config.steps} steps")
+    except BaseException as error:
+        progress.rescue(error)
+        raise
     finally:
         engine.close()
         trackers.close()

@@ -19,12 +19,17 @@ from torch import Tensor
 
 from eapo_kernels import EapoError
 
-from .errors import Interrupted, ModelError, RemoteRankError
+from .errors import Interrupted, ModelError, RemoteCrash, RemoteRankError, TrainerError
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(hours=1)
 """Timeout of a collective: another rank may be waiting for a slow judge. The death of a rank is
 noticed at once."""
+MEETING = datetime.timedelta(seconds=30)
+"""How long a rank that failed waits for the others to fail at the same point."""
+_exchanged: BaseException | None = None
+"""The error of this rank that ``all_gather`` has made known to all ranks."""
+_at_end: list[Callable[[], Any]] = []
 
 
 def rank() -> int:
@@ -68,7 +73,7 @@ def init_distributed(device: str) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
         yield
-    except (RemoteRankError, Interrupted):
+    except (RemoteRankError, RemoteCrash, Interrupted):
         raise
     except BaseException as error:
         if _failed_before():
@@ -76,7 +81,18 @@ def init_distributed(device: str) -> Iterator[None]:
         error.add_note(f"(rank {rank()} of {size()})")
         raise
     dist.barrier()
-    dist.destroy_process_group()
+    for call in _at_end:
+        call()
+    _at_end.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def at_end(call: Callable[[], Any]) -> None:
+    """Call ``call`` when all ranks are done: it may destroy process groups, the default one too. It
+    is not called after an error.
+    """
+    _at_end.append(call)
 
 
 def _failed_before() -> bool:
@@ -90,30 +106,57 @@ def _failed_before() -> bool:
 def all_gather(work: Callable[[], T]) -> list[T]:
     """Call ``work`` on every rank and return all results on every rank, in the order of ranks.
 
-    ``work`` must not call a collective. When it raises an ``EapoError`` or ``Interrupted`` on any
-    rank, this function raises on all: a rank's own error, else ``RemoteRankError`` or
-    ``Interrupted``.
+    ``work`` must not call a collective. When it raises on any rank, this function raises on all: a
+    rank's own error, else ``RemoteCrash``, ``RemoteRankError`` or ``Interrupted``.
     """
+    global _exchanged
     if size() == 1:
         return [work()]
-    mine: tuple[str, Any]
-    own: Exception | None = None
     try:
-        mine = ("done", work())
+        result = work()
     except Interrupted:
-        mine = ("stopped", None)
-    except EapoError as error:
-        mine, own = ("failed", None), error
+        _exchange("stopped", None)
+        raise
+    except BaseException as error:
+        _exchanged = error
+        _exchange("failed" if isinstance(error, TrainerError) else "crashed", None)
+        raise
+    return _exchange("done", result)
+
+
+def _exchange(how: str, result: Any) -> list[Any]:
     results: list[Any] = [None] * size()
-    dist.all_gather_object(results, mine)
-    ends = [how for how, _ in results]
-    if own is not None:
-        raise own
-    if "failed" in ends:
+    dist.all_gather_object(results, (how, result))
+    ends = [end for end, _ in results]
+    if "crashed" in ends and how != "crashed":
+        raise RemoteCrash(f"rank {ends.index('crashed')} failed")
+    if "failed" in ends and how in ("done", "stopped"):
         raise RemoteRankError(f"rank {ends.index('failed')} failed")
-    if "stopped" in ends:
+    if "stopped" in ends and how == "done":
         raise Interrupted
     return [result for _, result in results]
+
+
+def failed_together(error: BaseException) -> bool:
+    """Whether all ranks left their work at the same point, so that collectives can still be called.
+    Every rank calls it with the error that it is about to end with.
+
+    An error of the trainer or the library in the loop is raised on all ranks, and so is one that
+    ``all_gather`` has exchanged. With any other (one rank is out of memory within a forward pass) the other ranks are
+    waiting in a collective, which fails when this process ends.
+    """
+    if size() == 1:
+        return True
+    shared = isinstance(error, TrainerError | EapoError | RemoteCrash) or error is _exchanged
+    places = [f"left/{number}" for number in range(size())]
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(places[rank()], str(int(shared)))
+        if shared:
+            store.wait(places, MEETING)
+        return shared and all(store.get(place) == b"1" for place in places)
+    except RuntimeError:  # a rank did not come, or the store has ended with its job
+        return False
 
 
 def run_on_main(work: Callable[[], T]) -> T:

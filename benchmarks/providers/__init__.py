@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..case import MODES, Case, Results, policy_loss
+from ..case import Case, Results, policy_loss
 
 _FILES = (
     "bare_gemms",
@@ -32,8 +32,10 @@ _FILES = (
 )
 
 
-WITH_GRADIENTS = ("fwd_bwd", "frozen_head", "half_zero_rows")
+WITH_GRADIENTS = ("fwd_bwd", "frozen_head", "half_zero_rows", "sparse_gradient")
 """The modes of providers that yield no log-probs."""
+
+WITHOUT_MASKS = ("fwd", *WITH_GRADIENTS)
 
 INSTALL = "pip install --no-deps --requirement requirements-peers.txt"
 
@@ -67,7 +69,7 @@ class Provider:
     name: str
     job: str
     prepare: Callable[[Case, str], Callable[[], Results]]
-    modes: tuple[str, ...] = field(default=MODES)
+    modes: tuple[str, ...] = field(default=WITHOUT_MASKS)
     objective: str = "policy"
     unavailable: Callable[[str], str | None] = _always
     settings: str = "defaults"

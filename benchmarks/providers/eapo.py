@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from eapo_kernels import EAPOConfig, available_backends, eapo_loss, token_stats
 
-from ..case import CLIP, MODES, POSITIVE_WEIGHT, SPARSE_MODES, Case, Results
+from ..case import CLIP, POSITIVE_WEIGHT, Case, Results
 from . import WITH_GRADIENTS, Provider, around, gradients, leaves
 
 _BACKENDS = ("torch", "triton", "cuda")
@@ -64,12 +64,12 @@ PROVIDERS = [
     provider
     for name in _BACKENDS
     for provider in (
-        Provider(f"eapo_{name}_one_pass", _LOSS, _loss(name, "one_pass"), (*WITH_GRADIENTS, *SPARSE_MODES),
+        Provider(f"eapo_{name}_one_pass", _LOSS, _loss(name, "one_pass"), _MASKED,
                  unavailable=_unavailable(name)),
         Provider(f"eapo_{name}_exact", _LOSS, _loss(name, "one_pass", exact=True), ("sparse_gradient",),
                  unavailable=_unavailable(name), settings="without gradient_tolerance"),
         Provider(f"eapo_{name}_autograd", _LOSS, _loss(name, "autograd"), _MASKED, unavailable=_unavailable(name)),
-        Provider(f"eapo_{name}_op", "log-prob, entropy, policy loss", _op(name), (*MODES, "sampling_mask"),
+        Provider(f"eapo_{name}_op", "log-prob, entropy, policy loss", _op(name), ("fwd", *_MASKED),
                  unavailable=_unavailable(name)),
     )
 ]  # fmt: skip

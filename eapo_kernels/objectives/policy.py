@@ -71,16 +71,17 @@ class PolicyTerms:
         weights = weights if self.token_split else weights[self.sequence_ids]
         return weights * (self.advantages if self.token_advantages else self.advantages[self.sequence_ids])
 
-    def without_idle(self) -> PolicyTerms:
-        """The same loss without the tokens of weighted advantage zero; denominators stay.
-
-        All tokens stay where such a token may add to the loss or to another token's gradient: with
-        an entropy bonus, a penalty, a KL, or a surrogate that is not of token scope.
-        """
+    def live(self) -> Tensor:
+        """[N] bool: tokens that count, but for those whose term is zero at every log-prob (advantage 0)."""
         has_kl = self.config.kl_coef != 0 and self.ref_logp is not None
-        if self.has_entropy_bonus or self.ratio_penalty is not None or has_kl or self.config.scope != "token":
-            return self
-        return replace(self, valid=self.valid & (self.weighted_advantages() != 0))
+        if self.has_entropy_bonus or self.ratio_penalty is not None or has_kl or self.config.scope == "batch":
+            return self.valid
+        return self.valid & (self.weighted_advantages() != 0)
+
+    def without_idle(self) -> PolicyTerms:
+        """The same loss with the ``live`` tokens only; denominators stay. With another scope than
+        "token" all tokens stay: an idle one is part of others' gradients."""
+        return self if self.config.scope != "token" else replace(self, valid=self.live())
 
     def rows(self, index: slice | Tensor) -> PolicyTerms:
         """The same loss for some of the tokens."""

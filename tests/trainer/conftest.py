@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,11 @@ import torch
 
 pytest.importorskip("transformers", reason="the trainer's models and tokenizers need transformers: pip install '.[train]'")
 pytest.importorskip("peft", reason="the trainer's adapters need peft: pip install '.[train]'")
-pytest.importorskip("tyro", reason="the trainer's command line needs tyro: pip install '.[train]'")
+pytest.importorskip("pydantic", reason="the trainer's settings need pydantic: pip install '.[train]'")
 pytest.importorskip("rouge_score", reason="the trainer's ROUGE reward needs rouge-score: pip install '.[train]'")
-pytest.importorskip("nltk", reason="the trainer's measures of diversity need nltk: pip install '.[train]'")
 pytest.importorskip("datasets", reason="the trainer's data files need datasets: pip install '.[train]'")
 
-from tiny import make_model, make_tokenizer, tiny_config, with_sections, without_report
+from tiny import make_model, make_tokenizer, tiny_config, without_report
 
 from trainer.config import Config
 from trainer.models.policy import Policy
@@ -75,4 +73,4 @@ def changed(config: Config) -> Callable[..., Config]:
     """``changed(steps=5, optim={"lr": 1.0})``: the config with fields replaced, of itself and of
     its sections.
     """
-    return partial(with_sections, config)
+    return config.replace

@@ -41,7 +41,7 @@ class JudgeServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with server.lock:
                     server.requests.append(body)
-                    server.headers.append(dict(self.headers))
+                    server.headers.append({name.lower(): value for name, value in self.headers.items()})
                     server.busy += 1
                     server.busiest = max(server.busiest, server.busy)
                 try:
@@ -76,6 +76,8 @@ class JudgeServer:
             return handler.connection.close()
         if completion == "not json":
             return self.send(handler, 200, b"<html>")
+        if completion == "no choices":
+            return self.send(handler, 200, b'{"choices": []}')
         if completion == "null":
             return self.send(handler, 200, json.dumps({"choices": [{"message": {"content": None}}]}).encode())
         if completion == "stuck":
@@ -92,6 +94,7 @@ class JudgeServer:
         for name, value in (headers or {}).items():
             handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(body)))
+        handler.send_header("Content-Type", "application/json")
         handler.end_headers()
         handler.wfile.write(body)
 

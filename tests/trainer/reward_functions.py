@@ -65,6 +65,18 @@ def stops(completions: list[str], **_: Any) -> list[float]:
     return low_numbers(completions)
 
 
+CALLS_LEFT: list[int] = []
+"""Number of calls until ``breaks`` raises; empty: it never does."""
+
+
+def breaks(completions: list[str], **_: Any) -> list[float]:
+    if CALLS_LEFT:
+        CALLS_LEFT[0] -= 1
+        if CALLS_LEFT[0] < 0:
+            raise OSError("the judge is away")
+    return noisy(completions)
+
+
 def noisy(completions: list[str], **_: Any) -> list[float]:
     """Draws from every global generator."""
     noise = (random.random() + np.random.random() + torch.rand(()).item() for _ in completions)

@@ -3,8 +3,9 @@ one.
 
 Starting Python for every process would take longer than the runs. LAUNCHES is a list of {"name":
 str, "recipes": [path]} with an optional "kill" (rank 1 kills itself at that point of its saves, see
-``killed_run.kill_at``), or of {"name": str, "command": [argument]} for the command line. Output
-goes to NAME-RANK.out and .err beside LAUNCHES, exit statuses to standard output.
+``killed_run.kill_at``), or of {"name": str, "command": [argument]} for the command line, with an
+optional "fail" (function and number of the call that is out of memory on rank 1). Output goes to
+NAME-RANK.out and .err beside LAUNCHES, exit statuses to standard output.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import os
 import sys
 import traceback
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from killed_run import kill_at
-from tiny import GivenCompletions, without_report
+from tiny import GivenCompletions, raised_by, without_report
 
 from trainer import commands, loop, ranks
 from trainer.config import Config
 from trainer.config.settings import parse_config
+from trainer.rollouts.vllm_engine import _import_vllm
 
 
 def train(config: Config) -> bool:
@@ -43,7 +47,9 @@ def work(launch: dict[str, Any]) -> int:
     """What one rank does. Returns its exit status."""
     if "command" in launch:
         name, *arguments = launch["command"]
-        return commands.run(name, arguments)
+        breaks = "fail" in launch and os.environ["RANK"] == "1"
+        with raised_by(*launch["fail"], torch.OutOfMemoryError("CUDA out of memory")) if breaks else nullcontext():
+            return commands.run(name, arguments)
     with ranks.init_distributed("cpu"):
         if "kill" in launch and not ranks.is_main():
             kill_at(launch["kill"])
@@ -73,6 +79,8 @@ def fork(launch: dict[str, Any], rank: int, port: int, directory: Path) -> int:
 
 
 def main(file: Path) -> None:
+    if find_spec("vllm"):  # once, instead of in every rank
+        _import_vllm(torch.device("cpu"))
     for launch in json.loads(file.read_text()):
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         children = [fork(launch, rank, store.port, file.parent) for rank in range(2)]

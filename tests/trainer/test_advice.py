@@ -29,7 +29,7 @@ ROUNDED = {"rollout": {"engine": "vllm", "vllm": VllmConfig(dtype="bfloat16")}}
         ({**LATE, "optim": {"minibatches": 2}}, None),
         (PAIRS, "spear replays nothing: no advantage in a group of 2 exceeds 0.71, and loss.good_above is 1"),
         ({**PAIRS, "rollout": {"responses": 3}}, None),
-        ({**PAIRS, "loss": {"method": "spear", "numbers": {"good_above": 0.5}}}, None),
+        ({**PAIRS, "loss": {"method": "spear", "good_above": 0.5}}, None),
         (CUT, "rollout.record_support is False"),
         ({"rollout": {"top_p": 0.9, "top_k": 5}}, None),
         ({"rollout": {"record_support": False}}, None),
@@ -55,7 +55,7 @@ def test_after_the_first_step(changed: Callable[..., Config], method: str) -> No
         f"{method} counts completions with a reward above 0.5 as correct, and the highest reward of the first step is 0.5"
     )
     assert advice_on_rewards(config, torch.tensor([0.1, 0.6])) == []
-    assert advice_on_rewards(changed(loss={"method": method, "numbers": {"correct_above": 0.3}}), torch.tensor([0.4])) == []
+    assert advice_on_rewards(changed(loss={"method": method, "correct_above": 0.3}), torch.tensor([0.4])) == []
     assert advice_on_rewards(changed(), torch.tensor([0.1])) == []
 
 

@@ -11,14 +11,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reward_functions
 from test_loop import rows, without_times
-from tiny import tiny_config, with_sections
+from tiny import tiny_config
 
 from trainer.__main__ import main
 from trainer.config import Config
@@ -54,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     # The replay buffer with its supports, a reference that follows, two updates a step, evaluations in between.
     "full": {
         "rollout": {"top_p": 0.9},
-        "loss": {"method": "spear", "reference_ema": 0.9, "numbers": {"kl_coef": 0.01, "good_above": 0.2}},
+        "loss": {"method": "spear", "reference_ema": 0.9, "kl_coef": 0.01, "good_above": 0.2},
         "optim": {"minibatches": 2, "schedule": "cosine", "lr": 1e-2},
         "eval": {"every": 3},
     },
@@ -72,8 +71,8 @@ def killed_runs(model_dir: Path, prompts: Path, tmp_path_factory: pytest.TempPat
     for name, sections in CASES.items():
         config = tiny_config(model_dir, prompts, directory / name)
         sections = {"checkpoint": {"every": 1}, "rewards": {"functions": ("reward_functions:noisy",)}, **sections}
-        through = with_sections(config, name="through", steps=8, **sections)
-        killed = replace(through, name="killed")
+        through = config.replace(name="through", steps=8, **sections)
+        killed = through.replace(name="killed")
         case = {"metrics": str(path_of(killed) / "metrics.jsonl"), "seed": 11, "by_time": 2, "in_save": 2}
         for run in (through, killed):
             case[run.name] = str(directory / f"{name}-{run.name}.toml")
@@ -129,13 +128,13 @@ def short(changed: Change) -> Config:
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
     short: Config, file: str, how: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    straight, longer = replace(short, name="straight", steps=5), replace(short, steps=5, resume="auto")
+    straight, longer = short.replace(name="straight", steps=5), short.replace(steps=5, resume="auto")
     train(short)
     assert names(short) == ["step-000002", "step-000003"]
     latest = path_of(short) / "checkpoints" / "step-000003"
     damage(latest / file, how)
     with pytest.raises(CheckpointError, match=message):
-        train(replace(longer, resume=str(latest)))
+        train(longer.replace(resume=str(latest)))
     capsys.readouterr()
     assert train(longer)
     output = capsys.readouterr().out
@@ -152,13 +151,13 @@ def test_auto_raises_where_all_checkpoints_are_damaged(short: Config) -> None:
         damage(path / "__0_0.distcp", "truncated")
     logged = rows(short)
     with pytest.raises(CheckpointError, match="got only damaged ones: step-000003, step-000002"):
-        train(replace(short, steps=4, resume="auto"))
+        train(short.replace(steps=4, resume="auto"))
     assert rows(short) == logged
 
 
 def test_resume_auto_starts_where_there_is_nothing(short: Config, capsys: pytest.CaptureFixture[str]) -> None:
     train(short)
-    again = replace(short, name="again", resume="auto")
+    again = short.replace(name="again", resume="auto")
     assert train(again)
     assert_same_run(short, again)
     capsys.readouterr()
@@ -169,24 +168,24 @@ def test_resume_auto_starts_where_there_is_nothing(short: Config, capsys: pytest
     (path_of(short) / "finished.json").unlink()  # killed before its first checkpoint: results, but nothing to go on from
     for path in (path_of(short) / "checkpoints").iterdir():
         path.rename(path.with_suffix(".tmp"))
-    assert train(replace(short, resume="auto"))
+    assert train(short.replace(resume="auto"))
     assert_same_run(short, again)
 
 
 def test_what_cannot_be_resumed_is_refused(short: Config, prompts: Path, tmp_path: Path) -> None:
     train(short)
-    longer = replace(short, steps=4, resume="auto")
-    other = replace(longer, seed=5, optim=replace(short.optim, lr=0.5), loss=replace(short.loss, numbers={"kl_coef": 0.1}))
+    longer = short.replace(steps=4, resume="auto")
+    other = longer.replace(seed=5, optim={"lr": 0.5}, loss={"kl_coef": 0.1})
     expected = r"kl_coef: expected None, got 0\.1; optim\.lr: expected 0\.01, got 0\.5; seed: expected 0, got 5$"
     with pytest.raises(ConfigError, match=expected):
         train(other)
     (path_of(short) / "finished.json").unlink()
     with pytest.raises(ConfigError, match="steps: expected at least the 3 that are done"):
-        train(replace(longer, steps=2))
+        train(longer.replace(steps=2))
     with pytest.raises(ConfigError, match="overwrite: expected False together with resume"):
-        train(replace(longer, overwrite=True))
+        train(longer.replace(overwrite=True))
     with pytest.raises(ConfigError, match=r"resume: expected auto or a checkpoint in .*step-000002, step-000003"):
-        train(replace(longer, resume=str(tmp_path)))
+        train(longer.replace(resume=str(tmp_path)))
     changed_rows = prompts.read_text().replace("n3 ?", "n33 ?")
     kept = prompts.read_text()
     try:
@@ -204,9 +203,9 @@ def test_what_cannot_be_resumed_is_refused(short: Config, prompts: Path, tmp_pat
 
 def test_an_earlier_checkpoint_can_be_gone_back_to(short: Config) -> None:
     train(short)
-    straight = replace(short, name="straight", steps=4)
+    straight = short.replace(name="straight", steps=4)
     train(straight)
-    back = replace(short, steps=4, resume=str(path_of(short) / "checkpoints" / "step-000002"))
+    back = short.replace(steps=4, resume=str(path_of(short) / "checkpoints" / "step-000002"))
     assert train(back)
     assert_same_run(straight, back)
 
@@ -218,8 +217,7 @@ def test_a_resume_completes_the_removals_of_a_killed_save(short: Config) -> None
     last = checkpoints(path_of(short) / "checkpoints")[-1]
     for name in ("step-000001", "step-000000.tmp"):
         shutil.copytree(last, last.with_name(name))
-    keep = replace(short.checkpoint, keep=1)
-    train(replace(short, resume="auto", checkpoint=keep))
+    train(short.replace(resume="auto", checkpoint={"keep": 1}))
     assert [path.name for path in last.parent.iterdir()] == [last.name]
 
 
@@ -240,8 +238,8 @@ def test_a_stopped_run_resumes_bitwise(
     assert f"interrupted after {done} of 100 steps" in out
     assert f"step-{done:06d}: --resume auto continues from it" in out
     assert (path_of(config) / "model" / "model.safetensors").exists()
-    longer = replace(config, steps=done + 2, resume="auto")
-    straight = replace(longer, name="straight", resume="")
+    longer = config.replace(steps=done + 2, resume="auto")
+    straight = longer.replace(name="straight", resume="")
     assert train(longer)
     assert train(straight)
     assert_same_run(straight, longer)
@@ -252,4 +250,4 @@ def test_zero_writes_no_checkpoints(changed: Change) -> None:
     assert train(config)
     assert not (path_of(config) / "checkpoints").exists()
     with pytest.raises(ConfigError, match="expected a checkpoint of the finished run"):
-        train(replace(config, steps=3, resume="auto"))
+        train(config.replace(steps=3, resume="auto"))

@@ -10,7 +10,7 @@ import torch
 from tiny import no_tick
 
 from trainer.config import DataConfig, LoraConfig, ModelConfig
-from trainer.dataset import encode_prompt
+from trainer.dataset import encode
 from trainer.errors import ModelError
 from trainer.models import embedded
 from trainer.models.embedding import SentenceEmbedding
@@ -34,7 +34,7 @@ def test_smollm2_converts_once_and_answers(tmp_path: Path) -> None:
     assert [path.name for path in cache.iterdir()] == ["smollm2-135m-instruct-q4_1-v1"]
     assert policy.language_model.config.vocab_size == 49152
     assert policy.language_model.lm_head.weight is policy.language_model.model.embed_tokens.weight
-    prompt = encode_prompt("What is the capital of France? Answer in one word.", policy.tokenizer, DataConfig())
+    prompt = encode(["What is the capital of France? Answer in one word."], policy.tokenizer, DataConfig())[0]
     rollouts = TransformersEngine(policy, 8).generate([prompt], Sampling(4, 8, 0.1, 1.0, seed=0), no_tick)
     texts = policy.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
     assert sum("Paris" in text for text in texts) >= 3
@@ -54,6 +54,14 @@ def test_sentence_embedding_orders_by_meaning_and_ignores_padding() -> None:
     assert near > 0.4 > 0.2 > far
     assert embed(texts).norm(dim=-1).tolist() == pytest.approx([1.0] * 3)
     torch.testing.assert_close(embed(texts)[0], embed(texts[:1])[0], atol=1e-5, rtol=0)
+    lengths = []
+    embed.model.register_forward_pre_hook(lambda *called: lengths.append(len(called[-1]["input_ids"])), with_kwargs=True)
+    with embed.keeping():
+        kept = embed(texts[:2])
+        assert torch.equal(embed([texts[2], texts[0], texts[1]])[1:], kept)
+    assert lengths == [2, 1]
+    embed(texts[:2])
+    assert lengths == [2, 1, 2], "nothing is kept afterwards"
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

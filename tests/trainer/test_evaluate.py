@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn.functional import normalize
 from trainer.__main__ import main
 from trainer.config import Config
 from trainer.dataset import load_prompts
-from trainer.evaluation.evaluate import Evaluation, evaluate
+from trainer.evaluation.evaluate import Evaluation, Evaluator
 from trainer.loop import train
 from trainer.models.policy import Policy
 from trainer.rewards.builtin import Similarity
@@ -25,15 +26,15 @@ from trainer.rewards.scoring import Rewards
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.runs.console import Console
 from trainer.runs.interrupt import StopRequest
-from trainer.runs.rundir import read
+from trainer.runs.rundir import RunDirectory, read
 
 Change = Callable[..., Config]
 
 
 def _evaluate(config: Config, policy: Policy, rewards: Rewards) -> tuple[Evaluation, list[dict[str, Any]]]:
-    prompts, engine = load_prompts(config.data.train, 3), TransformersEngine(policy, batch=64)
-    console = Console(StopRequest())
-    return evaluate(config, policy, engine, rewards, prompts, dataset="train", step=0, console=console)
+    sets = {"train": load_prompts(config.data, "train", 3).encoded(policy.tokenizer, config.data), "held-out": None}
+    engine, run = TransformersEngine(policy, batch=64), RunDirectory(config)
+    return Evaluator(config, policy, engine, rewards, sets, run, Console(StopRequest())).evaluate("train", step=0)
 
 
 def test_rewards_of_0_and_1_give_pass_at_k(policy: Policy, changed: Change) -> None:
@@ -47,9 +48,13 @@ def test_rewards_of_0_and_1_give_pass_at_k(policy: Policy, changed: Change) -> N
 
 
 def test_graded_rewards_give_no_pass_at_k_and_similarity_gives_dispersion(policy: Policy, config: Config) -> None:
-    def embedding(texts: list[str]) -> Tensor:
-        return normalize(torch.tensor([[float(len(text)), 1.0 + text.count("n1")] for text in texts]), dim=-1)
+    class Embedding:
+        keeping = staticmethod(nullcontext)
 
+        def __call__(self, texts: list[str]) -> Tensor:
+            return normalize(torch.tensor([[float(len(text)), 1.0 + text.count("n1")] for text in texts]), dim=-1)
+
+    embedding = Embedding()
     rewards = Rewards(config.rewards, cache="", device=policy.device)
     assert "dispersion" not in _evaluate(config, policy, rewards)[0].values
     rewards.functions = {"similarity": Similarity(embedding, share=0.5)}  # type: ignore[arg-type]
@@ -58,6 +63,24 @@ def test_graded_rewards_give_no_pass_at_k_and_similarity_gives_dispersion(policy
     vectors = embedding([sample["completion"] for sample in samples[:3]])
     cosines = [float(a @ b) for a, b in combinations(vectors, 2)]
     assert found.values["dispersion"][0] == pytest.approx(1 - sum(cosines) / 3, abs=1e-6)
+
+
+def test_a_failed_evaluation_costs_only_itself(
+    changed: Change, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reward fails on the held-out prompts alone, and a failed reward is to stop the run."""
+    rewards = {"functions": ("reward_functions:raises_for_number_1",), "on_failure": "stop"}
+    lines = prompts.read_text().splitlines(keepends=True)
+    for name, kept in (("train", lines[2:6]), ("held_out", lines[:2])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(kept))
+    data = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "held_out.jsonl")}
+    config = changed(steps=2, rewards=rewards, data=data, eval={"train_prompts": 2})
+    assert train(config)
+    rows = read(Path(config.out) / config.name, "evaluations")
+    assert [(row["dataset"], row["step"]) for row in rows] == [("train", 0), ("train", 2)]
+    assert len(read(Path(config.out) / config.name, "metrics")) == 2
+    out = capsys.readouterr().out
+    assert "evaluation on held-out prompts after step 0 failed, the run continues: reward reward_functions:" in out
 
 
 def test_the_best_and_the_worst_completion_of_every_step_are_kept(changed: Change) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def short(changed: Change, tied: bool = False, **sections: Any) -> Config:
     directory = Path(config.out).parent / "tied"
     make_model(tie_word_embeddings=True).save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
-    return replace(config, model=replace(config.model, path=str(directory)))
+    return config.replace(model={"path": str(directory)})
 
 
 @pytest.mark.parametrize("tied", [False, True])

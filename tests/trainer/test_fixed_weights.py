@@ -11,7 +11,6 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +90,7 @@ def test_finished_runs_are_kept_and_failures_reported(
         assert runs.train(configs, jobs=2) == ["psr-seed0: error: psr cannot"]
         assert f"3 runs of 2 steps, {finished} finished already" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"out: expected a directory for this recipe alone, got .*grpo-seed0"):
-        runs.train([replace(configs[0], steps=3)], jobs=1)
+        runs.train([configs[0].replace(steps=3)], jobs=1)
 
 
 def test_an_interrupt_is_passed_on(recipe: Config, stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:

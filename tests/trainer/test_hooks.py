@@ -30,7 +30,7 @@ SAMPLING = Sampling(responses=4, max_new_tokens=8, temperature=1.0, top_p=1.0, s
 
 @pytest.fixture
 def source(policy: Policy, config: Config) -> RolloutSource:
-    config = replace(config, rollout=replace(config.rollout, max_new_tokens=SAMPLING.max_new_tokens))
+    config = config.replace(rollout={"max_new_tokens": SAMPLING.max_new_tokens})
     rewards = Rewards(config.rewards, cache="unused", device=policy.device)
     engine, console = TransformersEngine(policy, 64), Console(StopRequest())
     return RolloutSource(config, get_method("grpo"), policy, engine, rewards, console, lambda: (PROMPTS, COLUMNS))

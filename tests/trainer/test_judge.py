@@ -10,24 +10,22 @@ import math
 import socket
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("httpx2", reason="the judge speaks HTTP through httpx2: pip install '.[train]'")
+pytest.importorskip("openai", reason="the judge needs the openai client: pip install '.[train]'")
 
 from judge_server import JudgeServer, judge_server
 
 from trainer.config import Config, JudgeConfig, RewardsConfig
+from trainer.config.settings import parse_config
 from trainer.errors import ConfigError, Interrupted, RewardError
 from trainer.evaluation.step_metrics import call_metrics
 from trainer.loop import train
 from trainer.records import Rollouts, ScoredRollouts, Scores
-from trainer.rewards.chat_client import _retry_after
 from trainer.rewards.judge import Judge, messages
 from trainer.rewards.scoring import Rewards
 from trainer.runs.rundir import read
@@ -40,7 +38,7 @@ def server() -> Iterator[JudgeServer]:
 
 
 def rewards(server: JudgeServer, **options: Any) -> Rewards:
-    judge = JudgeConfig(**{"url": server.url, "model": "m", "backoff": 0.01, "timeout": 5.0, **options})
+    judge = JudgeConfig(**{"url": server.url, "model": "m", "timeout": 5.0, **options})
     made = Rewards(RewardsConfig(functions=("judge",), judge=judge), cache="unused", device=torch.device("cpu"))
     server.requests.clear()
     server.tries.clear()
@@ -69,24 +67,24 @@ def test_scores_are_read_and_normalised(server: JudgeServer) -> None:
         ("too good", "expected a score from 0 to 10, got 11 in the reply", 1),
         ("not json", "expected a chat completion with text, got '<html>'", 1),
         ("null", "expected a chat completion with text", 1),
+        ("no choices", "expected a chat completion with text", 1),
         ("refused", "got 400: 'bad request'", 1),
-        ("down", "got 500: 'out of order'; 3 tries", 3),
-        ("stuck", "no reply within 0.3 s (rewards.judge.timeout); 3 tries", 3),
-        ("drip", "no reply within 0.3 s (rewards.judge.timeout); 3 tries", 3),
+        ("down", "got 500: 'out of order'", 2),
+        ("stuck", "no reply within 1.5 s (rewards.judge.timeout)", 2),
+        ("drip", "no reply within 1.5 s (rewards.judge.timeout)", 1),
     ],
 )
 def test_what_is_not_a_score_is_a_failure_of_that_completion_alone(
     server: JudgeServer, text: str, reason: str, tries: int
 ) -> None:
     begun = time.monotonic()
-    found = score(rewards(server, retries=2, timeout=0.3), ["5", text, "6"])
+    found = score(rewards(server, retries=1, timeout=1.5), ["5", text, "6"])
     assert time.monotonic() - begun < 2.5
     assert found.parts["judge"] == [0.5, None, 0.6]
     assert found.total.isnan().tolist() == [False, True, False]
     assert [failure.index for failure in found.failures] == [1]
     assert reason in str(found.failures[0])
     assert server.tries == {"5": 1, text: tries, "6": 1}
-    assert found.measured["judge/retries"] == tries - 1
     assert 0 < found.measured["judge/latency"] < found.measured["judge/seconds"] < 2.5
 
 
@@ -94,29 +92,22 @@ def test_what_is_not_a_score_is_a_failure_of_that_completion_alone(
 def test_what_passes_is_tried_again(server: JudgeServer, text: str, tries: int) -> None:
     found = score(rewards(server), [text])
     assert server.tries[text] == tries
-    assert found.measured["judge/retries"] == tries - 1
     assert "Score: " + text in found.failures[0].reason  # it did answer in the end, with its own name for a number
 
 
-def test_retry_after_is_honoured(server: JudgeServer) -> None:
+def test_retry_after_is_honoured_within_the_time_limit(server: JudgeServer) -> None:
     server.retry_after = "1"
     begun = time.monotonic()
     score(rewards(server), ["busy"])
     assert 2.0 <= time.monotonic() - begun < 4.0
     assert server.tries["busy"] == 3
     server.retry_after = "30"
-    judge = rewards(server, max_wait=2.0)
+    judge = rewards(server, timeout=1.0)
     begun = time.monotonic()
     found = score(judge, ["busy"])
     assert time.monotonic() - begun < 2.0
-    assert "Retry-After: 30 s, more than rewards.judge.max_wait" in found.failures[0].reason
+    assert "no reply within 1 s (rewards.judge.timeout)" in found.failures[0].reason
     assert server.tries["busy"] == 1
-
-
-def test_retry_after_in_all_its_forms() -> None:
-    assert (_retry_after(None), _retry_after("7"), _retry_after("soon")) == (0.0, 7.0, 0.0)
-    assert 50 < _retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)) <= 60
-    assert _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
 
 
 def test_requests_never_exceed_the_limit_and_do_overlap(server: JudgeServer) -> None:
@@ -163,7 +154,7 @@ def test_the_api_key_comes_from_the_named_variable(server: JudgeServer, monkeypa
         rewards(server, api_key_env="NO_SUCH_KEY")
     monkeypatch.setenv("MY_JUDGE_KEY", "sesame")
     score(rewards(server, api_key_env="MY_JUDGE_KEY"), ["3"])
-    assert server.headers[-1]["Authorization"] == "Bearer sesame"
+    assert server.headers[-1]["authorization"] == "Bearer sesame"
     assert server.requests[-1]["model"] == "m"
     assert server.requests[-1]["temperature"] == 0.0
 
@@ -178,10 +169,10 @@ def test_an_endpoint_that_is_not_there_ends_the_run_before_it_starts(
     changed: Callable[..., Config], server: JudgeServer
 ) -> None:
     def with_url(url: str) -> RewardsConfig:
-        return RewardsConfig(functions=("judge",), judge=JudgeConfig(url=url, model="m", backoff=0.01))
+        return RewardsConfig(functions=("judge",), judge=JudgeConfig(url=url, model="m", retries=1))
 
     for url, reason in (
-        (f"http://127.0.0.1:{free_port()}/v1", "no reply from http.*ConnectError.*5 tries"),
+        (f"http://127.0.0.1:{free_port()}/v1", "no reply from http.*ConnectError"),
         (server.url + "/nope", "expected status 200 from .*nope, got 404: 'no such path'"),
     ):
         with pytest.raises(ConfigError, match=f"rewards.judge: expected an endpoint that answers, got: .*{reason}") as error:
@@ -189,9 +180,9 @@ def test_an_endpoint_that_is_not_there_ends_the_run_before_it_starts(
         assert "\n" not in str(error.value)
     for url in ("localhost:8000", "ftp://x/v1", "http://"):
         with pytest.raises(ConfigError, match=r"rewards\.judge\.url: expected a URL"):
-            JudgeConfig(url=url)
+            parse_config(["--rewards.judge.url", url])
     with pytest.raises(ConfigError, match=r"rewards\.judge\.model: expected"):
-        RewardsConfig(functions=("judge",))
+        parse_config(["--rewards.functions", "judge"])
 
 
 def test_a_run_with_a_judge_leaves_failed_groups_out(changed: Callable[..., Config], server: JudgeServer) -> None:
@@ -205,7 +196,7 @@ def test_a_run_with_a_judge_leaves_failed_groups_out(changed: Callable[..., Conf
         return JudgeServer.send(handler, 200, json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
 
     server.answer = answer  # type: ignore[method-assign]
-    judge = JudgeConfig(url=server.url, model="m", backoff=0.0, retries=1)
+    judge = JudgeConfig(url=server.url, model="m", retries=0)
     config = changed(
         steps=2,
         data={"train_limit": 3, "eval": ""},
@@ -215,7 +206,6 @@ def test_a_run_with_a_judge_leaves_failed_groups_out(changed: Callable[..., Conf
     for row in read(Path(config.out) / config.name, "metrics"):
         assert row["reward/excluded_groups"] == 1
         assert row["reward/judge/failed"] == pytest.approx(4 / 12)
-        assert row["reward/judge/retries"] == 4
         assert row["reward/rouge/failed"] == 0
         assert {"reward/judge/seconds", "reward/judge/latency", "reward/judge/mean", "reward/judge/std"} <= row.keys()
         assert math.isfinite(row["loss"])

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_model, make_tokenizer, no_tick
+from tiny import WORDS, make_model, make_tokenizer, no_tick
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from eapo_kernels import METHODS, TokenSupport, get_method, make_controller
+from eapo_kernels import METHODS, TokenSupport, get_method, idle_sequences, make_controller
 from trainer.config import OptimConfig
 from trainer.errors import DivergenceError, Interrupted
 from trainer.learning.batching import Completions, collate, plan, select
@@ -23,6 +24,10 @@ from trainer.records import Rollouts, Sampling
 from trainer.rollouts.transformers_engine import TransformersEngine
 
 TEMPERATURE = 0.8
+SIZES = {
+    "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -38,20 +43,24 @@ def cut(policy: Policy) -> Rollouts:
     return TransformersEngine(policy, 64).generate([[5, 6, 7, 12, 8], [9], [10, 11, 12]], sampling, no_tick)
 
 
-def weighed(policy: Policy, rollouts: Rollouts, method: str) -> Experience:
-    """Twelve completions in three groups with rewards of 0 and 1, with all extras that any method
+def weighed(
+    policy: Policy, rollouts: Rollouts, method: str, rewards: torch.Tensor | None = None, **changes: Any
+) -> Experience:  # fmt: skip
+    """Completions in groups of four with ``rewards`` (of 0 and 1), with all extras that any method
     reads.
     """
-    completions, built = select(rollouts, range(12)), get_method(method, fixed_length=9)
+    number = len(rollouts.completion_ids)
+    completions, built = select(rollouts, range(number)), get_method(method, fixed_length=9, **changes)
     wanted = Wanted(second_moments=True, tempered=1.2, top_p=0.8)
     old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick, wanted=wanted)
-    rewards = torch.randint(0, 2, (12,), generator=torch.Generator().manual_seed(0)).float()
-    rewards[:3] = torch.tensor([0.0, 1.0, 1.0])
+    if rewards is None:
+        rewards = torch.randint(0, 2, (number,), generator=torch.Generator().manual_seed(0)).float()
+        rewards[:3] = torch.tensor([0.0, 1.0, 1.0])
     place = torch.arange(completions.tokens)
     extras = {"answer": place % 3 == 0, "teacher_logp": old.logp - 0.1}
     return weigh(
-        built, completions, rewards, torch.arange(12) // 4, old, controller=make_controller(built), ref_logp=old.logp + 0.1,
-        extras=extras, progress=0.5, seed=1,
+        built, completions, rewards, torch.arange(number) // 4, old, controller=make_controller(built),
+        ref_logp=old.logp + 0.1, extras=extras, progress=0.5, seed=1,
     )  # fmt: skip
 
 
@@ -112,6 +121,7 @@ def test_measurement_equals_dense_logits(policy: Policy, rollouts: Rollouts, bud
                                    atol=2e-5, rtol=0)  # fmt: skip
         torch.testing.assert_close(found.entropy[own].double(), -(full.exp() * full).sum(-1), atol=2e-5, rtol=0)
     torch.testing.assert_close(found.logp, completions.rollout_logp, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found.entropy, completions.rollout_entropy, atol=2e-5, rtol=0)
 
 
 def test_batches_hold_the_support_of_their_tokens(cut: Rollouts) -> None:
@@ -149,6 +159,7 @@ def test_measurement_over_a_support_equals_dense_logits(policy: Policy, cut: Rol
     got = torch.stack([found.logp, found.entropy, found.p2, found.tempered_logp], 1)
     torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), atol=2e-5, rtol=0)
     torch.testing.assert_close((found.logp - completions.rollout_logp).exp(), torch.ones(completions.tokens), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.entropy, completions.rollout_entropy, atol=2e-5, rtol=0)
 
 
 def gradients(policy: Policy, experience: Experience, budget: int, method: str, **changes: Any) -> tuple[list, dict]:
@@ -182,7 +193,7 @@ def test_the_cut_into_micro_batches_changes_nothing_over_a_support(policy: Polic
     """And with the unchanged policy every ratio is 1, though the policy gives the tokens that were
     removed a fifth of the probability.
     """
-    experience = weighed(policy, cut, method)
+    experience = weighed(policy, cut, method, torch.arange(12.0) % 2)
     metrics = metrics_of_any_cut(policy, experience, method)
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["eapo/entropy"] == pytest.approx(experience.old.entropy.mean().item(), rel=1e-5)
@@ -277,6 +288,97 @@ def test_a_step_with_nothing_to_learn_leaves_the_weights(policy: Policy, rollout
     metrics = own.update(experience, step=0, seed=0, tick=no_tick)
     assert metrics["loss"] == metrics["grad_norm"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
+
+
+PACKED = {
+    "llama": lambda: make_model(),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, sliding_window=4, attn_logit_softcapping=1.0, final_logit_softcapping=2.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("family", PACKED)
+def test_packing_changes_nothing(family: str, filtered: bool) -> None:
+    """Old log-probs, loss and gradients within 1e-6 of their size, for any budget, with sdpa or eager
+    attention (Gemma 2: a sliding window shorter than the completions, capped attention scores).
+    """
+    torch.manual_seed(0)
+    padded = Policy(PACKED[family]().eval(), make_tokenizer())
+    packed = Policy(padded.model, padded.tokenizer, packing="always")
+    assert padded.language_model.config._attn_implementation == ("eager" if family == "gemma2" else "sdpa")
+    sampling = Sampling(4, 9, TEMPERATURE, 0.7 if filtered else 1.0, seed=2)
+    rollouts = TransformersEngine(padded, 64).generate([[5, 6, 7, 12, 8], [9], [10, 11, 12]], sampling, no_tick)
+    ours, theirs = (weighed(policy, rollouts, "eapo", torch.arange(12.0) % 2) for policy in (packed, padded))
+    torch.testing.assert_close(ours.old.logp, theirs.old.logp, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(ours.old.entropy, theirs.old.entropy, atol=2e-6, rtol=1e-6)
+    expected, metrics = gradients(padded, theirs, 10_000, "eapo")
+    for budget in (1, 33, 10_000):
+        found, packed_metrics = gradients(packed, theirs, budget, "eapo")
+        assert packed_metrics["loss"] == pytest.approx(metrics["loss"], rel=1e-6, abs=1e-6)
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).norm() <= 1e-6 * torch.cat([g.flatten() for g in expected]).norm()
+
+
+def test_a_packed_micro_batch_has_no_padding() -> None:
+    completions = completions_of([(1, 1), (1, 99), (2, 1), (2, 98), (1, 2)])
+    assert plan(completions, range(5), budget=203, packed=True) == [[1, 3, 2], [4, 0]]
+    batch = collate(completions, [1, 3, 2], torch.device("cpu"), packed=True)
+    assert batch.input_ids.shape == (1, 203)
+    assert (batch.attention_mask, batch.lengths) == (None, [100, 100, 3])
+    assert batch.rows.tolist() == [*range(99), *range(101, 199), 201]
+    assert batch.targets.tolist() == [3] * 198
+
+
+def one_spread(groups: int, values: tuple[float, ...]) -> torch.Tensor:
+    """Rewards of groups of four: 0 and 1 in the first one, one of ``values`` in each of the others."""
+    flat = torch.tensor(values).repeat(groups)[: groups - 1].repeat_interleave(4)
+    return torch.cat([torch.tensor([0.0, 1.0, 1.0, 0.0]), flat])
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "idle"),
+    [(name, {}, None) for name in METHODS]
+    + [("grpo", {"kl_coef": 0.1}, 0), ("grpo", {"entropy_coef": 0.01}, 0), ("eapo", {"advantage": "batch_norm"}, 0)]
+    + [("grpo", {}, 8), ("eapo", {"surrogate": "gspo"}, 8), ("dapo", {}, 8), ("psr", {}, 6), ("nsr", {}, 6)],
+)
+def test_leaving_out_idle_completions_changes_nothing(
+    policy: Policy, rollouts: Rollouts, method: str, changes: dict[str, Any], idle: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, gradient and their norm, for groups with equal rewards and for weights of zero."""
+    binary = get_method(method).config.advantage == "binary"
+    experience = weighed(policy, rollouts, method, one_spread(3, (1.0, 0.0) if binary else (0.7, 0.1)), **changes)
+    left_out = idle_sequences(
+        experience.batch, method=get_method(method, fixed_length=9, **changes), positive_weight=experience.positive_weight
+    )
+    assert idle is None or left_out.sum() == idle
+    found, metrics = gradients(policy, experience, 60, method, **changes)
+    monkeypatch.setattr("trainer.learning.learner.idle_sequences", lambda *_, **__: torch.zeros(12, dtype=torch.bool))
+    expected, all_metrics = gradients(policy, experience, 60, method, **changes)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+    for name in ("loss", "grad_norm"):
+        assert metrics[name] == pytest.approx(all_metrics[name], abs=1e-7, rel=1e-5)
+    if "advantage" not in changes and method in ("grpo", "eapo", "dapo"):
+        assert metrics["eapo/positive_fraction"] == pytest.approx(all_metrics["eapo/positive_fraction"])
+
+
+def test_one_useful_group_of_eight_costs_an_eighth(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in tokens of the update's forward passes."""
+    prompts = [[5 + i, 6, 7] for i in range(8)]
+    many = TransformersEngine(policy, 64).generate(prompts, Sampling(4, 9, TEMPERATURE, 1.0, seed=2), no_tick)
+    real = torch.tensor([float(len(p) + len(c)) for p, c in zip(many.prompt_ids, many.completion_ids, strict=True)])
+    seen: list[int] = []
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, ids, *rest: (seen.append(ids.numel()), forward(self, ids, *rest))[1])
+    for rewards, groups in ((one_spread(8, (0.3,)), 1), (torch.arange(32.0), 8)):
+        experience = weighed(policy, many, "eapo", rewards)
+        seen.clear()
+        learner(policy).update(experience, step=0, seed=0, tick=no_tick)
+        own = real[: 4 * groups]
+        assert own.sum() <= sum(seen) <= len(own) * own.max(), "those of the groups with spread"
 
 
 def test_dropped_completions_leave_the_denominator(policy: Policy, rollouts: Rollouts) -> None:

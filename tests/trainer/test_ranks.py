@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from runs_on_ranks import train
 from safetensors.torch import load_file
 from test_checkpoints import assert_same_run, names, path_of
 from test_loop import rows, without_times
-from tiny import make_model, make_tokenizer, with_sections
+from tiny import make_model, make_tokenizer
 
 from trainer import ranks
 from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
@@ -30,15 +30,18 @@ HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 CASES: dict[str, dict[str, Any]] = {
-    "full": {"rollout": {"top_p": 0.9}, "optim": {"minibatches": 2, "epochs": 2}, "eval": {"every": 2}},
+    "full": {
+        "rollout": {"top_p": 0.9}, "model": {"packing": "always"}, "optim": {"minibatches": 2, "epochs": 2},
+        "eval": {"every": 2},
+    },
     # Weights over the whole step (quantiles of all tokens); minibatches of two or three completions, unevenly shared.
     "batch_scope": {"loss": {"method": "clip_cov"}, "optim": {"minibatches": 5, "micro_batch_tokens": 30}},
     "adapters": {
-        "lora": {"rank": 2}, "model": {"gradient_checkpointing": True}, "loss": {"numbers": {"kl_coef": 0.1}},
+        "lora": {"rank": 2}, "model": {"gradient_checkpointing": True}, "loss": {"kl_coef": 0.1},
         "optim": {"minibatches": 2},
     },
     "following_reference": {
-        "loss": {"method": "spear", "reference_ema": 0.8, "numbers": {"kl_coef": 0.1, "good_above": 0.2}},
+        "loss": {"method": "spear", "reference_ema": 0.8, "kl_coef": 0.1, "good_above": 0.2},
         "model": {"gradient_checkpointing": True},
     },
     "aepo": {"loss": {"method": "aepo"}},
@@ -48,6 +51,13 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"steps": 3, "model": {"dtype": "bfloat16"}, "lora": {"rank": 2}, "optim": {"lr": 1e-3}},
 }  # fmt: skip
 
+
+# What fails in the fourth step of rank 1 alone: the function and the number of its call (the first is an evaluation's).
+FAILURES = {
+    "no_reward": ("reward_functions.low_numbers", 5),
+    "no_memory_in_a_rollout": ("trainer.rollouts.transformers_engine.TransformersEngine._complete", 5),
+    "no_memory_in_an_update": ("trainer.learning.learner.policy_loss", 4),
+}
 
 Weights = dict[str, torch.Tensor]
 
@@ -63,6 +73,7 @@ class Pair:
     straight: Config
     killed: Config
     narrowed: Config
+    failed: dict[str, Config]
     statuses: dict[str, list[int]]
     out: dict[str, list[str]]
     err: dict[str, list[str]]
@@ -72,10 +83,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    directory = tmp_path_factory.mktemp("ranks")
-    make_model().save_pretrained(directory / "tiny")
+def base_config(directory: Path, **sizes: Any) -> Config:
+    """Two steps on a tiny model of these ``sizes``, with its files in ``directory``."""
+    make_model(**sizes).save_pretrained(directory / "tiny")
     make_tokenizer().save_pretrained(directory / "tiny")
     prompts = [{"prompt": f"what is after n{i} ?" + " is" * (i % 3), "answer": f"n{i + 1}"} for i in range(9)]
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
@@ -88,42 +98,59 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return base_config(tmp_path_factory.mktemp("ranks"))
+
+
 def recipe(config: Config, name: str = "") -> str:
     path = Path(config.out).parent / f"{name or config.name}.toml"
     path.write_text(to_toml(config))
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def pair(base: Config) -> Pair:
-    two = {name: with_sections(base, name=f"two-{name}", **sections) for name, sections in CASES.items()}
-    straight = with_sections(base, name="straight", steps=5, checkpoint={"every": 1, "keep": 5}, loss={"method": "spear"})
-    killed, half = replace(straight, name="killed", resume="auto"), replace(straight, name="narrowed", checkpoint=replace(
-        straight.checkpoint, every=2))  # fmt: skip
-    broken = with_sections(base, name="broken", rewards={"functions": ("reward_functions:raises_on_the_second_rank",)})
-    launches = [
-        # A rank's third save: before, in or after the write of its shards.
-        {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
-        {"name": "all", "recipes": [recipe(config) for config in (*two.values(), straight, killed, half)]},
-        {"name": "broken", "command": ["train", "--config", recipe(broken)]},
-    ]
-    directory = Path(base.out).parent
+Statuses, Texts = dict[str, list[int]], dict[str, list[str]]
+
+
+def run_launches(directory: Path, launches: list[dict[str, Any]]) -> tuple[Statuses, Texts, Texts]:
+    """Name of each launch -> exit status, output and errors of its two ranks."""
     (directory / "launches.json").write_text(json.dumps(launches))
     command = [sys.executable, str(HERE / "runs_on_ranks.py"), str(directory / "launches.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment())
     assert done.returncode == 0, done.stderr
     statuses = {name: [int(a), int(b)] for name, a, b in (line.split() for line in done.stdout.splitlines())}
     out, err = (
         {name: [(directory / f"{name}-{rank}.{kind}").read_text() for rank in range(2)] for name in statuses}
         for kind in ("out", "err")
     )
+    return statuses, out, err
+
+
+@pytest.fixture(scope="module")
+def pair(base: Config) -> Pair:
+    two = {name: base.replace(name=f"two-{name}", **sections) for name, sections in CASES.items()}
+    straight = base.replace(name="straight", steps=5, checkpoint={"every": 1, "keep": 5}, loss={"method": "spear"})
+    killed, half = straight.replace(name="killed", resume="auto"), straight.replace(name="narrowed", checkpoint={"every": 2})
+    broken = base.replace(name="broken", rewards={"functions": ("reward_functions:raises_on_the_second_rank",)})
+    failed = {name: straight.replace(name=name, resume="auto", checkpoint={"every": 2}) for name in FAILURES}
+    launches = [
+        # A rank's third save: before, in or after the write of its shards.
+        {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
+        *(
+            {"name": name, "command": ["train", "--config", recipe(failed[name])], "fail": where}
+            for name, where in FAILURES.items()
+        ),
+        {"name": "all", "recipes": [recipe(config) for config in (*two.values(), straight, killed, half, *failed.values())]},
+        {"name": "broken", "command": ["train", "--config", recipe(broken)]},
+    ]
+    statuses, out, err = run_launches(Path(base.out).parent, launches)
     assert statuses["all"] == [0, 0], err["all"]
-    one = {name: replace(config, name=f"one-{name}") for name, config in two.items()}
+    one = {name: config.replace(name=f"one-{name}") for name, config in two.items()}
     for config in one.values():
         assert train(config)
-    narrowed = replace(half, resume=str(path_of(half) / "checkpoints" / "step-000002"))
+    narrowed = half.replace(resume=str(path_of(half) / "checkpoints" / "step-000002"))
     assert train(narrowed)
-    return Pair(one, two, straight, killed, narrowed, statuses, out, err)
+    return Pair(one, two, straight, killed, narrowed, failed, statuses, out, err)
 
 
 def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> tuple[Weights, Weights]:
@@ -193,6 +220,25 @@ def test_an_error_is_printed_once_by_the_rank_that_raised_it(pair: Pair) -> None
     assert "(rank 1 of 2)" in pair.err["broken"][1]
 
 
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_rank_that_fails_ends_all_and_the_run_resumes_bitwise(pair: Pair, name: str) -> None:
+    """Where the ranks exchange results, the failure of one is known to all and the third step is
+    saved. Within an update the others wait in a collective: they end without a checkpoint, and the
+    run continues from its last one.
+    """
+    assert pair.statuses[name] == [1, 1]
+    saved = 2 if "update" in name else 3
+    out, err = pair.out[name], pair.err[name]
+    assert "step 3/5" in out[0], out[0] + err[0]
+    how = "nothing was saved: the ranks did not fail together" if "update" in name else f"saved {path_of(pair.failed[name])}"
+    assert how in err[1]
+    assert f"to continue from step-00000{saved}: torchrun --standalone --nproc-per-node 2 -m trainer train --config" in err[1]
+    assert "CUDA out of memory" in err[1]
+    assert "to continue from" not in err[0], "one rank reports it"
+    assert f"resuming from step-00000{saved}: {saved} of 5 steps are done" in pair.out["all"][0]
+    assert_same_run(pair.straight, pair.failed[name])
+
+
 def test_one_process_resumes_from_two(pair: Pair) -> None:
     assert_equal_in_fp32(pair.straight, pair.narrowed)
 
@@ -206,7 +252,7 @@ def test_a_checkpoint_of_two_processes_is_exported_as_the_full_model(pair: Pair,
 
 
 def test_sigint_leaves_a_checkpoint_under_torchrun(base: Config) -> None:
-    config = with_sections(base, name="stopped", steps=100_000, data={"eval": ""})
+    config = base.replace(name="stopped", steps=100_000, data={"eval": ""})
     process = subprocess.Popen(
         [*TORCHRUN, "-m", "trainer", "train", "--config", recipe(config)], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=environment(),

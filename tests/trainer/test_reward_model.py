@@ -13,6 +13,7 @@ from tiny import WORDS, make_model, make_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from trainer.config import RewardModelConfig, RewardsConfig
+from trainer.config.settings import parse_config
 from trainer.errors import ConfigError, ModelError
 from trainer.rewards.reward_model import RewardModel
 from trainer.rewards.scoring import Rewards
@@ -78,7 +79,7 @@ def test_long_completions_fail_alone(tmp_path: Path) -> None:
 
 def test_what_is_no_reward_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rewards\.reward_model\.path: expected a directory, got ''"):
-        RewardsConfig(functions=("reward_model",))
+        parse_config(["--rewards.functions", "reward_model"])
     with pytest.raises(ModelError, match="expected a directory, got"):
         load(tmp_path / "none")
     save(tmp_path / "two", labels=2)

@@ -14,7 +14,7 @@ from trainer.config import Config
 from trainer.config.settings import to_toml
 from trainer.loop import train
 from trainer.runs.rundir import read
-from trainer.runs.trackers import TensorBoard, Trackers
+from trainer.runs.trackers import Trackers
 
 Change = Callable[..., Config]
 
@@ -40,23 +40,31 @@ def test_tensorboard_holds_every_metric_of_every_step(changed: Change) -> None:
     assert found["evaluation/held-out/reward"] == expected
 
 
-def test_tensorboard_goes_on_after_a_checkpoint_and_starts_anew_without(tmp_path: Path) -> None:
+def test_tensorboard_goes_on_after_a_checkpoint_and_starts_anew_without(changed: Change, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs tensorboard: pip install '.[track]'")
+    config, board = changed(log={"tensorboard": True}), tmp_path / "tensorboard"
+    board.mkdir()
+    (board / "mine.txt").touch()
     for done, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        board = TensorBoard(tmp_path, done)
+        trackers = Trackers(config)
+        trackers.start(tmp_path, done)
         for step in steps:
-            board.log({"x": step + 0.25 * done}, step)
-        board.close()
-    assert scalars(tmp_path)["x"] == [(1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5)]
-    board = TensorBoard(tmp_path, 0)
-    board.log({"x": 9.0}, 1)
-    board.close()
-    assert scalars(tmp_path)["x"] == [(1, 9.0)]
+            trackers.log({"x": step + 0.25 * done}, step)
+        trackers.close()
+    assert scalars(board)["x"] == [(1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5)]
+    trackers = Trackers(config)
+    assert scalars(board)["x"], "nothing is replaced before the start"
+    trackers.start(tmp_path, 0)
+    trackers.log({"x": 9.0}, 1)
+    trackers.close()
+    assert scalars(board)["x"] == [(1, 9.0)]
+    assert (board / "mine.txt").exists()
 
 
 def test_of_several_processes_the_first_one_logs(changed: Change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.ranks.is_main", lambda: False)
-    trackers = Trackers(changed(log={"tensorboard": True, "wandb": True}), tmp_path)
+    trackers = Trackers(changed(log={"tensorboard": True, "wandb": True}))
+    trackers.start(tmp_path, 0)
     trackers.log({"x": 1.0}, 1)
     trackers.close()
     assert not list(tmp_path.iterdir())
@@ -72,7 +80,8 @@ def test_wandb_offline_keeps_its_id_and_takes_finite_numbers(
     ids: list[str] = []
     records: list[Path] = []
     for done in (0, 1, 0):
-        trackers = Trackers(config, tmp_path, done)
+        trackers = Trackers(config)
+        trackers.start(tmp_path, done)
         trackers.log({"reward/probe": 0.5 + done, "probe/nan": math.nan, "probe/none": None}, done + 1)
         trackers.log({"evaluation/probe": 7.25}, done + 1)
         trackers.close()

@@ -102,15 +102,15 @@ def test_a_methods_numbers_are_keys_of_its_section(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--loss.lambda_min", "0.5"], "expected fields among positive_weight, .*, got lambda_min"),
+        (["--loss.lambda_min", "0.5"], "line: loss.lambda_min: expected at loss one of method, .*; got 'lambda_min'"),
         (["--loss.method", "steer", "--loss.lambda_min", "2"], r"loss\.lambda_min: expected a finite number in .*, got 2"),
         (["--loss.method", "steer", "--loss.form", "x"], "loss.form: expected one of theorem, released, got 'x'"),
-        (["--loss.method", "steer", "--loss.form"], "command line: --loss.form: expected a value, got nothing"),
+        (["--loss.method", "steer", "--loss.form"], "command line: loss.form: expected a value, got nothing"),
         (["--loss.method", "cure", "--rollout.responses", "6"], r"line: rollout\.responses: expected a multiple of 4 "),
         (["--loss.kappa", "2"], "loss.kappa: expected kappa in the section eapo, got 2"),
         (["--loss.method", "t1", "--loss.oversample", "0"], "loss.oversample: expected a positive int, got 0"),
-        (["--loss.reference_ema", "2"], r"loss\.reference_ema: expected a number in \[0, 1\], got 2"),
-        (["--loss.lamda_min", "2"], "loss.lamda_min: expected at loss one of"),
+        (["--loss.reference_ema", "2"], r"loss\.reference_ema: expected a number less than or equal to 1, got '2'"),
+        (["--loss.method", "steer", "--loss.lamda_min", "2"], r"expected at loss one of .* \(did you mean 'lambda_min'\?\)"),
     ],
 )  # fmt: skip
 def test_wrong_numbers_are_one_line(arguments: list[str], expected: str) -> None:

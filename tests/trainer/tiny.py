@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -55,16 +56,27 @@ def tiny_config(model: Path, prompts: Path, out: Path) -> Config:
     )
 
 
-def with_sections(config: Config, **fields: Any) -> Config:
-    """``config`` with fields replaced; a dict replaces fields of a section."""
-    sections = {k: replace(getattr(config, k), **v) for k, v in fields.items() if isinstance(v, dict)}
-    return replace(config, **{**fields, **sections})
-
-
 def without_report(patch: pytest.MonkeyPatch) -> None:
     """The loop draws no report, which takes longer than the steps of a tiny model."""
     patch.setattr("trainer.loop.write_report", lambda *_, **__: (Path("curves.png"), Path("report.md")))
     patch.setattr("trainer.loop.summary_table", lambda *_, **__: "")
+
+
+@contextmanager
+def raised_by(target: str, call: int, error: Exception) -> Iterator[None]:
+    """``error`` at call number ``call`` (from 1) of the function ``target``."""
+    real, left = resolve_name(target), call
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise error
+        return real(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, counted)
+        yield
 
 
 def no_tick(done: int, total: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from .checks import check
+from pydantic import Field, model_validator
+
+from ..errors import check
+from .section import Count, Natural, NonNegative, Positive, Section, Share
 
 TEMPLATE = """\
 Grade an answer to a question against a reference answer.
@@ -25,124 +27,98 @@ Judge only whether its content is correct and complete, not its length or style.
 "Score: N", where N is a number from 0 (wrong or empty) to 10 (as good as the reference)."""
 
 
-@dataclass(frozen=True)
-class JudgeConfig:
-    """The reward ``judge``: a language model behind an OpenAI-compatible endpoint scores every
-    completion.
-    """
+class JudgeConfig(Section):
+    """The reward ``judge``: a language model behind an OpenAI-compatible endpoint scores every completion."""
 
     url: str = "http://localhost:8000/v1"
-    """Requests go to <url>/chat/completions; the default is the address of ``vllm serve MODEL`` on
-    this machine."""
+    """Requests go to <url>/chat/completions; the default is the address of ``vllm serve MODEL`` on this machine."""
     model: str = ""
     """The model's name as the endpoint knows it."""
     api_key_env: str = ""
-    """Environment variable that holds the API key; empty sends none."""
+    """Environment variable that holds the API key; empty sends the word none."""
     template: str = TEMPLATE
-    """Message to the judge. {prompt}, {answer} (the reference) and {completion} are replaced, each
-    marked as data."""
+    """Message to the judge. {prompt}, {answer} (the reference) and {completion} are replaced, each marked as data."""
     score_pattern: str = r"score[\s*:=]*(-?\d+(?:\.\d+)?)"
-    """Regular expression (case-insensitive) whose first group is the score; the last match in the
-    reply counts."""
+    """Regular expression (case-insensitive) whose first group is the score; the last match in the reply counts."""
     score_range: tuple[float, float] = (0.0, 10.0)
     """Worst and best score, mapped linearly to a reward in [0, 1]. A score outside is a failure."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """Sampling temperature of the judge."""
-    max_tokens: int = 256
+    max_tokens: Count = 256
     """Most tokens of the judge's reply."""
-    concurrency: int = 16
+    concurrency: Count = 16
     """Most concurrent requests."""
-    timeout: float = 60.0
-    """Seconds for one request, from connecting to the last byte."""
-    retries: int = 4
-    """Retries after status 408, 429 or 5xx, a time-out or a lost connection."""
-    backoff: float = 1.0
-    """Seconds before the first retry, doubled before each further one, minus a random part of up to
-    one half."""
-    max_wait: float = 60.0
-    """Longest pause before a retry (seconds). When a server asks for a longer one with Retry-After,
-    the request is not retried."""
+    timeout: Positive = 300.0
+    """Seconds for one score, retries and pauses included. A try that stays silent for its share, timeout / (retries + 1), is
+    repeated."""
+    retries: Natural = 4
+    """Retries after status 408, 409, 429 or 5xx, silence or a lost connection, with the pauses of the openai client:
+    Retry-After, or 0.5 s doubled up to 8 s."""
 
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname)
-        check(good, "rewards.judge.url", "a URL that starts with http:// or https://", self.url)
-        check("{completion}" in self.template, "rewards.judge.template", "text with {completion}", self.template)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         try:
-            groups = re.compile(self.score_pattern).groups
+            parts, groups = urlsplit(self.url), re.compile(self.score_pattern).groups
         except re.error as error:
-            groups = 0
-            check(False, "rewards.judge.score_pattern", f"a regular expression ({error})", self.score_pattern)
-        check(groups >= 1, "rewards.judge.score_pattern", "a group around the score", self.score_pattern)
-        low, high = self.score_range
-        check(low < high, "rewards.judge.score_range", "the worst score below the best", self.score_range)
-        check(self.temperature >= 0, "rewards.judge.temperature", "at least 0", self.temperature)
-        check(self.max_tokens >= 1, "rewards.judge.max_tokens", "at least 1", self.max_tokens)
-        check(self.concurrency >= 1, "rewards.judge.concurrency", "at least 1", self.concurrency)
-        check(self.timeout > 0, "rewards.judge.timeout", "a positive number", self.timeout)
-        check(self.retries >= 0, "rewards.judge.retries", "at least 0", self.retries)
-        check(self.backoff >= 0, "rewards.judge.backoff", "at least 0", self.backoff)
-        check(self.max_wait >= 0, "rewards.judge.max_wait", "at least 0", self.max_wait)
+            raise ValueError(f"score_pattern: expected a regular expression ({error}), got {self.score_pattern!r}") from None
+        good = parts.scheme in ("http", "https") and bool(parts.hostname)
+        check(good, "url", "a URL that starts with http:// or https://", self.url)
+        check("{completion}" in self.template, "template", "text with {completion}", self.template)
+        check(groups >= 1, "score_pattern", "a group around the score", self.score_pattern)
+        check(self.score_range[0] < self.score_range[1], "score_range", "the worst score below the best", self.score_range)
+        return self
 
 
-@dataclass(frozen=True)
-class RewardModelConfig:
+class RewardModelConfig(Section):
     """The reward ``reward_model``: the output of a sequence classifier with one output."""
 
     path: str = ""
     """A directory in Hugging Face format for AutoModelForSequenceClassification."""
-    batch: int = 16
+    batch: Count = 16
     """Most completions in one forward pass."""
-    max_tokens: int = 4096
-    """Most tokens of prompt and completion together. A longer completion is a failure: truncation
-    would score a different text."""
+    max_tokens: Count = 4096
+    """Most tokens of prompt and completion together. A longer completion is a failure: truncation would score a different
+    text."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and computation."""
     device: str = "auto"
     """auto (the trained model's device), cpu, cuda, or cuda:N."""
 
-    def __post_init__(self) -> None:
-        check(self.batch >= 1, "rewards.reward_model.batch", "at least 1", self.batch)
-        check(self.max_tokens >= 1, "rewards.reward_model.max_tokens", "at least 1", self.max_tokens)
 
+class RewardsConfig(Section):
+    """How completions are scored. The reward is the weighted sum over the functions that scored the completion."""
 
-@dataclass(frozen=True)
-class RewardsConfig:
-    """How completions are scored. The reward is the weighted sum over the functions that scored the
-    completion.
-    """
-
-    functions: tuple[str, ...] = ("similarity",)
-    """Built-in names (similarity, rouge, exact_match, reward_model, judge; without reference
-    answers agreement, majority) or import paths module:function with TRL's signature, async or
-    not."""
+    functions: Annotated[tuple[str, ...], Field(min_length=1)] = ("similarity",)
+    """Built-in names (similarity, rouge, exact_match, math_verify, reward_model, judge; without reference answers agreement,
+    majority) or import paths module:function with TRL's signature, async or not."""
     weights: tuple[float, ...] = (1.0,)
     """One weight for each function."""
     on_failure: Literal["exclude", "stop"] = "exclude"
-    """What a missing, NaN, infinite or failed score does: exclude the group of that prompt from the
-    step, or stop the run."""
-    concurrency: int = 16
+    """What a missing, NaN, infinite or failed score does: exclude the group of that prompt from the step, or stop the run."""
+    overlong: Literal["keep", "mask", "penalty"] = "keep"
+    """What happens to truncated completions: they are trained on like the others; or left out of the loss (their rewards
+    still count in the group's mean and in the metrics); or the reward falls linearly by up to 1 over the last
+    overlong_window tokens (DAPO, arXiv:2503.14476, eq. 13)."""
+    overlong_window: Natural = 0
+    """Tokens before rollout.max_new_tokens over which the penalty grows; 0 is a fifth of them, as in DAPO."""
+    concurrency: Count = 16
     """Most concurrent calls of one async function; a call covers all completions of one prompt."""
-    timeout: float = 120.0
-    """Seconds for one call of an async function. Ordinary functions have no time limit, because
-    they cannot be cancelled."""
+    timeout: Positive = 120.0
+    """Seconds for one call of an async function. Ordinary functions have no time limit, because they cannot be cancelled."""
     embedding_model: str = "minilm-l6-v2"
     """Sentence embedding for similarity: an embedded name or a directory in Hugging Face format."""
-    embedding_share: float = 0.5
-    """Share of the embedding cosine in similarity; the rest is ROUGE-L, which a fluent wrong
-    completion does not raise."""
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    embedding_share: Share = 0.5
+    """Share of the embedding cosine in similarity; the rest is ROUGE-L, which a fluent wrong completion does not raise."""
+    judge: JudgeConfig = JudgeConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
 
-    def __post_init__(self) -> None:
-        check(len(self.functions) > 0, "rewards.functions", "at least one function", self.functions)
-        check(len(set(self.functions)) == len(self.functions), "rewards.functions", "no name twice", self.functions)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check(len(set(self.functions)) == len(self.functions), "functions", "no name twice", self.functions)
         expected = f"as many as rewards.functions ({len(self.functions)})"
-        check(len(self.weights) == len(self.functions), "rewards.weights", expected, self.weights)
-        check(0 <= self.embedding_share <= 1, "rewards.embedding_share", "in [0, 1]", self.embedding_share)
-        check(self.concurrency >= 1, "rewards.concurrency", "at least 1", self.concurrency)
-        check(self.timeout > 0, "rewards.timeout", "a positive number", self.timeout)
+        check(len(self.weights) == len(self.functions), "weights", expected, self.weights)
         if "judge" in self.functions:
-            check(bool(self.judge.model), "rewards.judge.model", "the model's name at the endpoint", self.judge.model)
+            check(bool(self.judge.model), "judge.model", "the model's name at the endpoint", self.judge.model)
         if "reward_model" in self.functions:
-            check(bool(self.reward_model.path), "rewards.reward_model.path", "a directory", self.reward_model.path)
+            check(bool(self.reward_model.path), "reward_model.path", "a directory", self.reward_model.path)
+        return self

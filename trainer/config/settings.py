@@ -1,189 +1,158 @@
-"""From a TOML recipe and command-line overrides to a ``Config``, and back to TOML.
-
-tyro parses and converts both: the recipe is handed to it as arguments, so there is one set of rules
-for values. Its boxes of help are turned into one line, because a typo in a job script should not
-fill a screen.
-"""
+"""From a TOML recipe and command-line flags to a ``Config``, and back to TOML."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
-import json
-import re
+import copy
+import shutil
+import textwrap
 import tomllib
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import tyro
+import tomli_w
+from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError
-from .loss import loss_numbers
+from .loss import LossConfig
+from .section import problem
 from .tree import Config
 
 
 def parse_config(arguments: Sequence[str], *, recipe: Path | None = None, prog: str = "python -m trainer train") -> Config:
     """Build a ``Config`` from ``--config RECIPE`` (or ``recipe``) and ``--section.key value``
-    overrides.
+    flags, which win over the recipe.
+
+    A flag's value ends at the next flag; ``--key=value`` takes any text, None resets an optional
+    setting. ``--help`` prints every setting and exits.
 
     Raises:
         ConfigError: the recipe cannot be read, a key is unknown or a value does not fit; one line,
             expected and got.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", type=Path, default=recipe)
+    flags = _flags(arguments, prog)
+    path = Path(flags.pop("config")) if "config" in flags else recipe
+    table = _read_recipe(path) if path else {}
     try:
-        known, overrides = parser.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        raise ConfigError("command line: --config: expected the path of a TOML recipe, got nothing") from None
-    recipe = known.config
-    config = Config()
-    if recipe is not None:
-        config = _apply(_read_recipe(recipe), config, prog, source=str(recipe))
-    for argument in overrides:
-        if argument.startswith("--") and argument not in ("--help", "--"):
-            _check_key(argument[2:].split("=")[0].replace("-", "_"), source="command line")
-    return _apply(overrides, config, prog, source="command line")
+        return Config.model_validate(_merge(table, flags))
+    except ValidationError as error:
+        found = problem(error, Config)
+    source = path if path and found == _problem_of(table) else "command line"
+    raise ConfigError(f"{source}: {found}")
 
 
-def _apply(arguments: Sequence[str], default: Config, prog: str, source: str) -> Config:
-    """The arguments on top of ``default``: a method's numbers are taken here, everything else is
-    tyro's.
-
-    Another method than the default's starts from its own numbers.
-    """
-    numbers, rest = _split_numbers(arguments, source)
-    config = _tyro(rest, replace(default, loss=replace(default.loss, numbers={})), prog, source)
-    if config.loss.method == default.loss.method:
-        numbers = {**default.loss.numbers, **numbers}
+def _problem_of(table: dict[str, Any]) -> str:
     try:
-        return replace(config, loss=replace(config.loss, numbers=numbers)) if numbers else config
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        Config.model_validate(table)
+    except ValidationError as error:
+        return problem(error, Config)
+    return ""
 
 
-def _split_numbers(arguments: Sequence[str], source: str) -> tuple[dict[str, Any], list[str]]:
-    """``--loss.NAME value`` for the names of ``loss_numbers``, and the other arguments."""
-    known, numbers, rest = loss_numbers(), {}, []
-    left = list(arguments)
-    while left:
-        argument = left.pop(0)
-        key, equals, value = argument.partition("=")
-        name = key.removeprefix("--loss.").replace("-", "_")
-        if not key.startswith("--loss.") or name not in known:
-            rest.append(argument)
-            continue
-        if not equals:
-            if not left:
-                raise ConfigError(f"{source}: {key}: expected a value, got nothing")
-            value = left.pop(0)
-        numbers[name] = _value(value)
-    return numbers, rest
+def _flags(arguments: Sequence[str], prog: str) -> dict[str, Any]:
+    """The flags as key -> text, a list of texts where there are several, or None."""
+    flags: dict[str, Any] = {}
+    rest = deque(arguments)
+    while rest:
+        flag, equals, text = rest.popleft().partition("=")
+        if flag in ("-h", "--help"):
+            print(_help(prog))
+            raise SystemExit(0)
+        key = flag[2:].replace("-", "_")
+        if not flag.startswith("--") or not key:
+            raise ConfigError(f"command line: expected --section.key value, got {flag + equals + text!r}")
+        values = [text] if equals else []
+        while not equals and rest and not rest[0].startswith("--"):
+            values.append(rest.popleft())
+        if not values:
+            expected = "the path of a TOML recipe" if key == "config" else "a value"
+            raise ConfigError(f"command line: {key}: expected {expected}, got nothing")
+        flags[key] = None if values == ["None"] else values if len(values) > 1 else values[0]
+    return flags
 
 
-def _value(text: str) -> Any:
-    """A number, true or false as TOML writes it; None; else the text."""
-    if text in ("None", "True", "False"):
-        return {"None": None, "True": True, "False": False}[text]
+def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    return value if isinstance(value, (int, float)) else text
-
-
-def _read_recipe(path: Path) -> list[str]:
-    try:
-        table = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"--config: expected a readable TOML recipe, got {path} ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected TOML, got {error}") from None
-    return list(_as_arguments(table, "", str(path)))
 
 
-def _as_arguments(table: dict[str, Any], prefix: str, source: str) -> Iterator[str]:
-    for key, value in table.items():
-        name = f"{prefix}{key}"
-        section = _check_key(name, source)
-        if section != isinstance(value, dict):
-            expected = "a table" if section else "a value"
-            raise ConfigError(f"{source}: {name}: expected {expected}, got {value!r}")
-        if isinstance(value, dict):
-            yield from _as_arguments(value, f"{name}.", source)
-        elif isinstance(value, list):
-            yield from (f"--{name}", *map(str, value))
-        else:
-            yield f"--{name}={value}"
+def _merge(table: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's table with the flags in it. Another method than the recipe's starts from its own
+    numbers.
+    """
+    tree = copy.deepcopy(table)
+    loss = tree.get("loss")
+    if isinstance(loss, dict) and "loss.method" in flags and flags["loss.method"] != loss.get("method"):
+        tree["loss"] = {key: value for key, value in loss.items() if key in LossConfig.model_fields}
+    for key, value in flags.items():
+        *sections, name = key.split(".")
+        node = tree
+        for part in sections:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"command line: {key}: expected {part} to be a table, got {node!r}")
+        node[name] = value
+    return tree
 
 
-def _check_key(name: str, source: str) -> bool:
-    """Raise unless ``name`` is a field of the tree. Returns whether it is a section."""
-    node: Any = Config()
-    parts = name.split(".")
-    if parts[0] == "loss" and len(parts) == 2 and parts[1] in loss_numbers():
-        return False
-    for i, part in enumerate(parts):
-        known = [f.name for f in fields(node)] if is_dataclass(node) else []
-        if part not in known:
-            close = get_close_matches(part, known, n=1)
-            suggestion = f" (did you mean {close[0]!r}?)" if close else ""
-            where = ".".join(parts[:i]) or "the top level"
-            raise ConfigError(f"{source}: {name}: expected at {where} one of {', '.join(known)}; got {part!r}{suggestion}")
-        node = getattr(node, part)
-    return is_dataclass(node)
+def to_toml(config: Config) -> str:
+    """The settings as TOML that ``parse_config`` reads back. A setting that is None (TOML has no
+    null) is left out, or "None" where it is a number of the method.
+    """
+    tree = config.model_dump(exclude_none=True)
+    tree["loss"] |= {name: "None" for name, value in config.loss.numbers.items() if value is None}
+    return tomli_w.dumps(tree)
 
 
-def _tyro(arguments: Sequence[str], default: Config, prog: str, source: str) -> Config:
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(
-                Config,
-                prog=prog,
-                args=arguments,
-                default=default,
-                config=(tyro.conf.FlagConversionOff,),
-                use_underscores=True,
-                description="Flags override the recipe given by --config RECIPE.toml.",
-            )
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ConfigError(f"{source}: {_message(box.getvalue())}") from None
+def _help(prog: str) -> str:
+    usage = f"usage: {prog} [--config RECIPE.toml] [--section.key value ...]\n\nFlags win over the recipe."
+    return "\n".join([usage, *_describe(Config, "")])
 
 
-def _message(box: str) -> str:
-    """The message of one of tyro's error boxes: its rows up to the first rule."""
-    rows = [line.strip("│ ") for line in box.splitlines()[1:]]
-    end = next((i for i, row in enumerate(rows) if set(row) <= set("─╰╯")), len(rows))
-    text = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(rows[:end]))
-    return re.sub(r"^Error parsing \w+: ", "", text)
+def _describe(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Lines of help on a section's settings, then on those of its sections."""
+    width = min(shutil.get_terminal_size().columns, 120)
+
+    def wrapped(text: str | None, indent: str) -> str:
+        return textwrap.fill(" ".join((text or "").split()), width, initial_indent=indent, subsequent_indent=indent)
+
+    yield "\n" + wrapped(f"{prefix.rstrip('.') or 'run'}: {section.__doc__}", "")
+    inner = {name: field for name, field in section.model_fields.items() if _is_section(field.annotation)}
+    for name, field in section.model_fields.items():
+        if name not in inner:
+            yield f"  --{prefix}{name}  {_kind(field.annotation, field.metadata)}  (default: {_shown(field.default)})"
+            yield wrapped(field.description, "      ")
+    for name, field in inner.items():
+        yield from _describe(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
-def to_toml(config: Any, prefix: str = "") -> str:
-    """The tree as TOML that ``parse_config`` reads back. None (TOML has no null) becomes a comment."""
-    lines, tables = [], []
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if isinstance(value, dict):  # numbers of the method
-            lines += [f"{name} = {_toml_value('None' if v is None else v)}" for name, v in value.items()]
-        elif is_dataclass(value):
-            tables.append(f"\n[{prefix}{item.name}]\n" + to_toml(value, f"{prefix}{item.name}."))
-        else:
-            lines.append(f"# {item.name} is None" if value is None else f"{item.name} = {_toml_value(value)}")
-    return "\n".join([*lines, *tables]) + ("\n" if not prefix else "")
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _toml_value(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False)
+def _shown(default: Any) -> str:
+    text = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return repr(text) if text == "" or "\n" in text else text
+
+
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _kind(annotation: Any, bounds: Sequence[Any] = ()) -> str:
+    """A type and its bounds as text: ``float > 0``."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(parts[0], [bound for field in parts[1:] for bound in field.metadata])
+    if origin is Literal:
+        text = " | ".join(map(str, parts))
+    elif origin is tuple:
+        text = " ".join(_kind(part) if part is not ... else "..." for part in parts)
+    else:
+        text = " | ".join("None" if part is type(None) else _kind(part) for part in parts) or annotation.__name__
+    limits = [f"{sign} {getattr(bound, name):g}" for bound in bounds for name, sign in SIGNS.items() if hasattr(bound, name)]
+    return " ".join([text, ", ".join(limits)]).strip()

@@ -1,25 +1,25 @@
-"""The configuration tree: frozen dataclasses, a sentence under every field, checked when they are
-built.
-
-``settings.parse_config`` fills it from a TOML recipe and from overrides.
-"""
+"""All settings of a run. ``settings.parse_config`` fills them from a TOML recipe and from flags."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self
 
-from eapo_kernels import Method
+from pydantic import model_validator
 
-from .checks import check, section
+from ..errors import check
 from .loss import EntropyWeightConfig, LossConfig
 from .model import DataConfig, LoraConfig, ModelConfig
 from .rewards import RewardsConfig
 from .run import CheckpointConfig, EvalConfig, LogConfig, OptimConfig
 from .sampling import RolloutConfig
+from .section import Count, Natural, Section
+
+if TYPE_CHECKING:
+    from eapo_kernels import Method
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Section):
     """One run."""
 
     name: str = "run"
@@ -29,45 +29,44 @@ class Config:
     overwrite: bool = False
     """Replace a run of the same name instead of raising an error."""
     resume: str = ""
-    """auto: resume from the latest valid checkpoint of the run of this name, or start a new run
-    where there is none. Or the path of one of its checkpoints. Empty: start a new run."""
-    seed: int = 0
+    """auto: resume from the latest valid checkpoint of the run of this name, or start a new run where there is none. Or the
+    path of one of its checkpoints. Empty: start a new run."""
+    seed: Natural = 0
     """Seed of everything: order of prompts, initial adapter weights, sampling of completions."""
-    steps: int = 100
+    steps: Count = 100
     """Training steps; each samples completions and updates on them."""
-    samples_per_step: int = 2
-    """Completions of each step written to samples.jsonl: the best, the worst, the second best, and
-    so on."""
-    diagnose_every: int = 1
-    """Steps between measurements of predicted and actual entropy change of an update (one more
-    forward pass over the completions of the step); 0 for none."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    rewards: RewardsConfig = field(default_factory=RewardsConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    eapo: EntropyWeightConfig = field(default_factory=EntropyWeightConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    samples_per_step: Natural = 2
+    """Completions of each step written to samples.jsonl: the best, the worst, the second best, and so on."""
+    diagnose_every: Natural = 1
+    """Steps between measurements of predicted and actual entropy change of an update (one more forward pass over the
+    completions of the step); 0 for none."""
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    loss: LossConfig = LossConfig()
+    eapo: EntropyWeightConfig = EntropyWeightConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
-    def __post_init__(self) -> None:
-        check(bool(self.name) and "/" not in self.name, "name", "a directory name", self.name)
-        check(self.steps >= 1, "steps", "at least 1", self.steps)
-        check(self.diagnose_every >= 0, "diagnose_every", "at least 0", self.diagnose_every)
-        with section("rollout"):
-            self.loss.hook().responses(self.rollout.responses)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """What several settings must satisfy together. Only here the library is imported."""
+        check("/" not in self.name and self.name not in ("", ".", ".."), "name", "the name of a directory in out", self.name)
         updates = self.rollout.prompts * self.rollout.responses
         expected = f"at most the {updates} completions of a step"
         check(self.optim.minibatches <= updates, "optim.minibatches", expected, self.optim.minibatches)
+        self.loss.check(self.rollout.responses)
         if self.method().config.entropy_top_p is not None:
             supported = self.rollout.sampling(self.rollout.responses, self.seed).support
             expected = f"False with {self.loss.method}, whose entropy bonus is that of a nucleus of the whole vocabulary"
             check(not supported, "rollout.record_support", expected, supported)
+        return self
 
     def method(self) -> Method:
         """The objective with all its numbers."""
         method = self.loss.build(fixed_length=self.rollout.max_new_tokens)
-        return replace(method, controller_settings=asdict(self.eapo)) if method.controller == "entropy_ratio" else method
+        return replace(method, controller_settings=self.eapo.model_dump()) if method.controller == "entropy_ratio" else method

@@ -6,42 +6,90 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from numpy.typing import NDArray
 from torch import Tensor
 
-
-def words(text: str) -> list[str]:
-    """Lower-case words without punctuation."""
-    return re.findall(r"\w+", text.lower())
+Array = NDArray[Any]
 
 
-def distinct_n(completions: Sequence[str], n: int) -> float:
+class Grams(NamedTuple):
+    """The n-grams of n words in the completions of one prompt.
+
+    Attributes:
+        ids: [M] int64, equal for equal n-grams.
+        owners: [M] int64, the number of the completion of each.
+    """
+
+    ids: Array
+    owners: Array
+
+
+def ngrams(completions: Sequence[str], most: int) -> list[Grams]:
+    """The n-grams of 1, 2, ..., ``most`` words (lower case, without punctuation)."""
+    texts = [re.findall(r"\w+", text.lower()) for text in completions]
+    number: dict[str, int] = {}
+    words = np.array([number.setdefault(word, len(number)) for tokens in texts for word in tokens], dtype=np.int64)
+    owners = np.repeat(np.arange(len(texts)), list(map(len, texts)))
+    ids, result = words, [Grams(words, owners)]
+    for n in range(2, most + 1):  # an n-gram is an (n - 1)-gram and a word
+        ids = np.unique(ids[:-1] * len(number) + words[n - 1 :], return_inverse=True)[1]
+        inside = owners[: len(ids)] == owners[n - 1 :]
+        result.append(Grams(ids[inside], owners[: len(ids)][inside]))
+    return result
+
+
+def distinct(grams: Grams) -> float:
     """Number of different n-grams over the number of all n-grams of the completions together
     (arXiv:1510.03055); 0 where there is none.
     """
-    grams = [tuple(tokens[i : i + n]) for tokens in map(words, completions) for i in range(len(tokens) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+    return len(np.unique(grams.ids)) / len(grams.ids) if len(grams.ids) else 0.0
 
 
-def self_bleu(completions: Sequence[str]) -> float:
-    """Mean BLEU-4 of each completion against all others (arXiv:1802.01886): 1 when all are equal,
-    near 0 without overlap.
+def self_bleu(orders: Sequence[Grams]) -> float:
+    """Mean BLEU of each completion against all others (arXiv:1802.01886): 1 when all are equal,
+    near 0 without overlap; NaN for fewer than two completions with words. BLEU-4 where ``orders``
+    are the n-grams of 1 to 4 words.
 
-    Empty completions are left out. For a completion of fewer than four words the weights are spread
-    over the orders it has.
+    Empty completions are left out. No match in an order counts as 0.1 matches, but no word in
+    common is a BLEU of 0. For a completion of fewer words than orders the weights are spread over
+    the orders it has.
     """
-    tokenised = [tokens for tokens in map(words, completions) if tokens]
-    if len(tokenised) < 2:
+    lengths = np.bincount(orders[0].owners)
+    if np.count_nonzero(lengths) < 2:
         return math.nan
-    smoothing = SmoothingFunction().method1
-    total = 0.0
-    for i, tokens in enumerate(tokenised):
-        order = min(4, len(tokens))
-        others = tokenised[:i] + tokenised[i + 1 :]
-        total += sentence_bleu(others, tokens, weights=(1 / order,) * order, smoothing_function=smoothing)
-    return total / len(tokenised)
+    used = np.minimum(len(orders), lengths)
+    logs = np.zeros(len(lengths))
+    for n, grams in enumerate(orders):
+        has, found = lengths > n, _matches(grams, len(lengths))
+        logs[has] += np.log(np.where(found > 0, found, 0.1)[has] / (lengths - n)[has]) / used[has]
+        if n == 0:
+            logs[found == 0] = -np.inf
+    scores = []
+    for i in lengths.nonzero()[0]:
+        others = np.delete(lengths, i)
+        closest = min(others[others > 0], key=lambda length: (abs(length - lengths[i]), length))
+        scores.append(math.exp(logs[i] + min(0.0, 1 - closest / lengths[i])))
+    return float(np.mean(scores))
+
+
+def _matches(grams: Grams, completions: int) -> Array:
+    """[completions], for each the sum over its n-grams of min(its count, the largest count in
+    another completion). Two largest counts of every n-gram suffice, so no pairs are compared.
+    """
+    if not len(grams.ids):
+        return np.zeros(completions)
+    pairs, counts = np.unique(grams.ids * completions + grams.owners, return_counts=True)  # ascending: by n-gram
+    starts = np.flatnonzero(np.diff(pairs // completions, prepend=-1))
+    number = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(pairs)))
+    most = np.maximum.reduceat(counts, starts)[number]
+    leads = counts == most
+    alone = np.add.reduceat(leads, starts, dtype=np.int64)[number] == 1
+    second = np.maximum.reduceat(np.where(leads, 0, counts), starts)[number]
+    elsewhere = np.where(leads & alone, second, most)
+    return np.bincount(pairs % completions, weights=np.minimum(counts, elsewhere), minlength=completions)
 
 
 def dispersion(vectors: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from .. import ranks
@@ -16,7 +16,7 @@ from ..runs.checkpoint import checkpoints, read_weights, step_of, verify
 from ..runs.console import Console
 from ..runs.interrupt import StopRequest
 from ..runs.rundir import RunDirectory
-from .evaluate import evaluate
+from .evaluate import Evaluator
 from .report import estimates_table
 
 
@@ -34,19 +34,19 @@ def of_run(config: Config, run: Path, checkpoint: str | None) -> tuple[Config, P
     Raises:
         ConfigError: the run has no such model or checkpoint.
     """
-    there = RunDirectory(replace(config, out=str(run.parent), name=run.name))
-    config = replace(config, out=str(run.parent), name=f"{run.name}-eval", overwrite=True, resume="")
+    there = RunDirectory(config.replace(out=str(run.parent), name=run.name))
+    config = config.replace(out=str(run.parent), name=f"{run.name}-eval", overwrite=True, resume="")
     if checkpoint is None:
         if not there.model.is_dir():
             raise ConfigError(f"--run: expected a run with a saved model (or --checkpoint latest), got none in {run}")
-        return replace(config, model=replace(config.model, path=str(there.model)), lora=replace(config.lora, rank=0)), None
+        return config.replace(model={"path": str(there.model)}, lora={"rank": 0}), None
     found = {path.name: path for path in checkpoints(there.checkpoints)}
     if found:
         found["latest"] = list(found.values())[-1]
     if checkpoint not in found:
         names = ", ".join(found) or "none"
         raise ConfigError(f"--checkpoint: expected one of {there.checkpoints} ({names}), got {checkpoint!r}")
-    return replace(config, name=f"{config.name}-{found[checkpoint].name}"), found[checkpoint]
+    return config.replace(name=f"{config.name}-{found[checkpoint].name}"), found[checkpoint]
 
 
 def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
@@ -61,35 +61,38 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
             would not change it.
 
     Raises:
-        EapoError: bad configuration, data, model, rewards or checkpoint.
+        TrainerError: bad configuration, data, model, rewards or checkpoint.
     """
     if checkpoint is None:
-        config = replace(config, lora=replace(config.lora, rank=0))
+        config = config.replace(lora={"rank": 0})
     else:
         verify(checkpoint)
-    train_set = load_prompts(config.data.train, config.eval.train_prompts) if config.eval.train_prompts else None
-    held_out = load_prompts(config.data.eval, config.data.eval_limit) if config.data.eval else None
+    train_set = load_prompts(config.data, "train", config.eval.train_prompts) if config.eval.train_prompts else None
+    held_out = load_prompts(config.data, "eval") if config.data.eval else None
     if not (train_set or held_out):
         raise ConfigError("data.eval: expected a file, or eval.train_prompts of at least 1; got neither")
     try:
         with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
             run = RunDirectory(config)
-            ranks.run_on_main(lambda: run.start(replace=config.overwrite))
+            ranks.run_on_main(lambda: run.check_free(replace=config.overwrite))
             with console.phase(f"loading {config.model.path}"):
                 policy = load_policy(config.model, config.lora, seed=0)
                 if checkpoint is not None:
                     read_weights(checkpoint, policy)
                 rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
                 engine = make_engine(config, policy)
-            for name, prompts in {"held-out": held_out, "train": train_set}.items():
-                if prompts:
-                    result, samples = evaluate(
-                        config, policy, engine, rewards, prompts, dataset=name, step=step_of(checkpoint), console=console
-                    )
-                    run.append("evaluations", asdict(result))
-                    for sample in samples:
-                        run.append("samples", sample)
-                    console.line(f"\n{estimates_table(result, config.eval.resamples)}")
+            sets = {
+                name: prompts and prompts.encoded(policy.tokenizer, config.data, console.line)
+                for name, prompts in {"held-out": held_out, "train": train_set}.items()
+            }
+            ranks.run_on_main(run.start)
+            evaluator = Evaluator(config, policy, engine, rewards, sets, run, console)
+            for name in evaluator.sets:
+                result, samples = evaluator.evaluate(name, step_of(checkpoint))
+                run.append("evaluations", asdict(result))
+                for sample in samples:
+                    run.append("samples", sample)
+                console.line(f"\n{estimates_table(result, config.eval.resamples)}")
             engine.close()
             console.line(f"\nvalues  {run.path / 'evaluations.jsonl'}")
     except Interrupted:

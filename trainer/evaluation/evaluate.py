@@ -5,26 +5,34 @@ prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from eapo_kernels import EapoError
+
+from .. import ranks
 from ..config import Config
-from ..dataset import PromptSet, encode_prompt
+from ..dataset import PromptSet
+from ..errors import TrainerError
 from ..learning.batching import select
 from ..learning.measure import measure
-from ..models.embedding import SentenceEmbedding
 from ..models.policy import Policy
-from ..records import derive_seed
+from ..records import Tick, derive_seed
 from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
-from ..rewards.shared import score_together
 from ..rollouts.engines import RolloutEngine
 from ..runs.console import Console
-from .diversity import Estimate, bootstrap, dispersion, distinct_n, pass_at_k, self_bleu
+from ..runs.rundir import RunDirectory
+from .diversity import Estimate, bootstrap, dispersion, distinct, ngrams, pass_at_k, self_bleu
 
 EVALUATION_SEED = 1_000_003
 """Larger than any step number, so that no evaluation shares random numbers with a step."""
+HEADLINE = ("entropy", "distinct_2", "self_bleu", "dispersion", "truncated")
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,12 @@ class Evaluation:
     def headline(self, resamples: int) -> str:
         """Reward, entropy and diversity in one line."""
         found = self.estimates(resamples)
-        others = "  ".join(
-            f"{name} {found[name].mean:.3f}" for name in ("entropy", "distinct_2", "self_bleu", "dispersion") if name in found
-        )
+        passed = [name for name in found if name.startswith("pass@")][-1:]
+        others = "  ".join(f"{name} {found[name].mean:.3f}" for name in (*passed, *HEADLINE) if name in found)
         return f"reward {found['reward']}  {others}"
+
+    def __str__(self) -> str:
+        return f"{len(self.values['reward'])} {self.dataset} prompts, {self.responses} completions each"
 
 
 def known(column: Sequence[float | None]) -> list[float]:
@@ -72,70 +82,136 @@ def difference(before: Evaluation, after: Evaluation, metric: str, resamples: in
     return bootstrap([b - a for a, b in pairs], resamples)
 
 
-def evaluate(
-    config: Config,
-    policy: Policy,
-    engine: RolloutEngine,
-    rewards: Rewards,
-    prompt_set: PromptSet,
-    *,
-    dataset: str,
-    step: int,
-    console: Console,
-) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Sample ``eval.responses`` completions of every prompt and measure them. Also returns them as
-    samples.
+class Evaluator:
+    """Evaluates the policy of a run on its sets of prompts, with the sampling of ``rollout``.
 
-    A failed reward is reported and left out of the mean of its prompt; it ends an evaluation only
-    with ``rewards.on_failure`` "stop". Where all rewards are 0 or 1, pass@k is measured too; with
-    the reward similarity, also the dispersion of its sentence embeddings.
+    Args:
+        sets: dataset -> its encoded prompts; None or none are left out.
     """
-    k, indices = config.eval.responses, range(len(prompt_set))
-    prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in prompt_set.rows]
-    sampling = config.rollout.sampling(k, derive_seed(config.seed, EVALUATION_SEED))
-    title = f"evaluation on {dataset} prompts"
-    with console.phase(f"{title}: completions", alone=True) as tick:
-        rollouts = engine.generate(prompts, sampling, tick)
-    texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
-    with console.phase(f"{title}: rewards", alone=True) as tick:
-        scores = score_together(rewards, prompt_set.columns(indices, k), texts, rollouts.completion_ids, tick)
-    for line in scores.failure_lines():
-        console.line(line)
-    with console.phase(f"{title}: entropy") as tick:
-        completions = select(rollouts, range(len(texts)))
-        budget = config.optim.micro_batch_tokens
-        entropy = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick).entropy.cpu()
-    embedding = _embedding(rewards)
-    verified = bool(((scores.total == 0) | (scores.total == 1) | scores.total.isnan()).all())
-    values: dict[str, list[float | None]] = {}
-    for q in indices:
-        own = slice(q * k, (q + 1) * k)
-        valid = [total for total in scores.total[own].tolist() if not math.isnan(total)]
-        row = {
-            "reward": sum(valid) / len(valid) if valid else math.nan,
-            "reward_best": max(valid, default=math.nan),
-            "distinct_1": distinct_n(texts[own], 1),
-            "distinct_2": distinct_n(texts[own], 2),
-            "self_bleu": self_bleu(texts[own]),
-            "entropy": entropy[completions.starts[own.start] : completions.starts[own.stop]].mean().item(),
-            "length": sum(map(len, rollouts.completion_ids[own])) / k,
-            "truncated": sum(rollouts.truncated[own]) / k,
-            **({"dispersion": dispersion(embedding(texts[own]))} if embedding else {}),
-            **({f"pass@{n}": pass_at_k(valid, n) for n in _powers_of_two(k)} if verified else {}),
-        }
-        for name, value in row.items():
-            values.setdefault(name, []).append(value)
-    asked = (row["prompt"] for row in prompt_set.rows for _ in range(k))
-    samples = [
-        {"step": step, "dataset": dataset, "prompt": prompt, "completion": text, "reward": reward}
-        for prompt, text, reward in zip(asked, texts, scores.total.tolist(), strict=True)
-    ]
-    return Evaluation(dataset, step, values, k), samples
 
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        engine: RolloutEngine,
+        rewards: Rewards,
+        sets: Mapping[str, PromptSet | None],
+        run: RunDirectory,
+        console: Console,
+    ) -> None:
+        self.config, self.policy, self.engine, self.rewards = config, policy, engine, rewards
+        self.sets = {name: prompts for name, prompts in sets.items() if prompts}
+        self.run, self.console = run, console
+        self.embedding = next((f.embedding for f in rewards.functions.values() if isinstance(f, Similarity)), None)
+        self.completions = config.eval.responses * sum(map(len, self.sets.values()))
+        self.seconds: float | None = None
+        """What the latest evaluation of all sets took."""
 
-def _embedding(rewards: Rewards) -> SentenceEmbedding | None:
-    return next((f.embedding for f in rewards.functions.values() if isinstance(f, Similarity)), None)
+    def due(self, step: int) -> bool:
+        """Whether the run is evaluated after ``step`` steps."""
+        every = self.config.eval.every
+        return step in (0, self.config.steps) or (every > 0 and step % every == 0)
 
+    def seconds_left(self, step: int, completion_seconds: float) -> float:
+        """Estimated seconds of the evaluations after more than ``step`` steps: what the latest one
+        took, or before the first one ``completion_seconds`` for each completion.
+        """
+        each = self.completions * completion_seconds if self.seconds is None else self.seconds
+        return each * sum(map(self.due, range(step + 1, self.config.steps + 1)))
 
-def _powers_of_two(most: int) -> list[int]:
-    return [1 << i for i in range(most.bit_length())]
+    def __call__(self, step: int) -> list[Evaluation]:
+        """Evaluate all sets after ``step`` training steps, and write results and samples to the
+        run. An error of a set is reported, and the set is left out.
+        """
+        began, found = time.monotonic(), []
+        for name in self.sets:
+            try:
+                result, samples = self.evaluate(name, step)
+            except (TrainerError, EapoError) as error:  # raised on all ranks together
+                self.console.line(f"evaluation on {name} prompts after step {step} failed, the run continues: {error}")
+                continue
+            found.append(result)
+            self.run.append("evaluations", asdict(result))
+            for sample in samples[:: result.responses]:
+                self.run.append("samples", sample)
+            self.console.line(f"after step {step}, {name} prompts: {result.headline(self.config.eval.resamples)}")
+        self.seconds = time.monotonic() - began
+        return found
+
+    def evaluate(self, dataset: str, step: int) -> tuple[Evaluation, list[dict[str, Any]]]:
+        """Sample ``eval.responses`` completions of every prompt of a set and measure them. Also
+        returns them as samples.
+
+        A failed reward is reported and left out of the mean of its prompt. Where all rewards are 0
+        or 1, pass@k is measured too; with the reward similarity, also the dispersion of its
+        sentence embeddings. Ranks share the generation, the rewards, the forward passes and the
+        texts.
+
+        Raises:
+            TrainerError: on all ranks; a failed reward only with ``rewards.on_failure`` "stop".
+        """
+        with self.embedding.keeping() if self.embedding else nullcontext():
+            return self._evaluate(dataset, step)
+
+    def _evaluate(self, dataset: str, step: int) -> tuple[Evaluation, list[dict[str, Any]]]:
+        config, policy, console, prompts = self.config, self.policy, self.console, self.sets[dataset]
+        k, indices = config.eval.responses, range(len(prompts))
+        sampling = config.rollout.sampling(k, derive_seed(config.seed, EVALUATION_SEED))
+        title = f"evaluation on {dataset} prompts"
+        with console.phase(f"{title}: completions", alone=True) as tick:
+            rollouts = self.engine.generate(prompts.ids, sampling, tick)
+        texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
+        with console.phase(f"{title}: rewards", alone=True) as tick:
+            scores = self.rewards.score(prompts.columns(indices, k), texts, rollouts.completion_ids, tick)
+        for line in scores.failure_lines():
+            console.line(line)
+        entropies = rollouts.entropy
+        if entropies is None:
+            with console.phase(f"{title}: entropy") as tick:
+                completions, budget = select(rollouts, range(len(texts))), config.optim.micro_batch_tokens
+                found = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick)
+                entropies = list(found.entropy.cpu().split(list(map(len, rollouts.completion_ids))))
+        groups = [slice(q * k, (q + 1) * k) for q in indices]
+        verified = bool(((scores.total == 0) | (scores.total == 1) | scores.total.isnan()).all())
+        with console.phase(f"{title}: diversity", alone=True) as tick:
+            diversity = self._diversity([texts[own] for own in groups], tick)
+        values: dict[str, list[float | None]] = {}
+        for own, varied in zip(groups, diversity, strict=True):
+            valid = [total for total in scores.total[own].tolist() if not math.isnan(total)]
+            row = {
+                "reward": sum(valid) / len(valid) if valid else math.nan,
+                "reward_best": max(valid, default=math.nan),
+                **varied,
+                "entropy": torch.cat(entropies[own]).mean().item(),
+                "length": sum(map(len, rollouts.completion_ids[own])) / k,
+                "truncated": sum(rollouts.truncated[own]) / k,
+                **({f"pass@{2**i}": pass_at_k(valid, 2**i) for i in range(k.bit_length())} if verified else {}),
+            }
+            for name, value in row.items():
+                values.setdefault(name, []).append(value)
+        asked = (row["prompt"] for row in prompts.rows for _ in range(k))
+        samples = [
+            {"step": step, "dataset": dataset, "prompt": prompt, "completion": text, "reward": reward}
+            for prompt, text, reward in zip(asked, texts, scores.total.tolist(), strict=True)
+        ]
+        return Evaluation(dataset, step, values, k), samples
+
+    def _diversity(self, groups: Sequence[Sequence[str]], tick: Tick) -> list[dict[str, float]]:
+        """Measures of the completions of each prompt; each rank computes those of some prompts, as
+        with rewards.
+        """
+        own = range(ranks.rank(), len(groups), ranks.size())
+
+        def measured() -> list[dict[str, float]]:
+            rows = []
+            texts = [text for q in own for text in groups[q]]
+            vectors = self.embedding(texts).split(len(groups[0])) if self.embedding and texts else ()
+            for number, q in enumerate(own):
+                tick(number, len(own))
+                grams = ngrams(groups[q], 4)
+                row = {"distinct_1": distinct(grams[0]), "distinct_2": distinct(grams[1]), "self_bleu": self_bleu(grams)}
+                rows.append(row | ({"dispersion": dispersion(vectors[number])} if vectors else {}))
+            return rows
+
+        shares = ranks.all_gather(measured)
+        return [shares[q % ranks.size()][q // ranks.size()] for q in range(len(groups))]

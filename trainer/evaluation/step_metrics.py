@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..records import ScoredRollouts
-from .diversity import distinct_n
+from .diversity import distinct, ngrams
 
 
 def reward_metrics(sampled: ScoredRollouts) -> dict[str, float]:
@@ -44,14 +44,14 @@ def call_metrics(drawn: ScoredRollouts) -> dict[str, float]:
 
 def completion_metrics(sampled: ScoredRollouts) -> dict[str, float]:
     """Lengths and diversity."""
-    rollouts, groups = sampled.rollouts, [[sampled.texts[i] for i in group] for group in sampled.groups()]
+    rollouts, groups = sampled.rollouts, [ngrams([sampled.texts[i] for i in group], 2) for group in sampled.groups()]
     lengths = torch.tensor([float(len(ids)) for ids in rollouts.completion_ids])
     return {
         "response/length": lengths.mean().item(),
         "response/length_max": lengths.max().item(),
         "response/truncated": sum(rollouts.truncated) / len(rollouts.truncated),
-        "diversity/distinct_1": sum(distinct_n(group, 1) for group in groups) / len(groups),
-        "diversity/distinct_2": sum(distinct_n(group, 2) for group in groups) / len(groups),
+        "diversity/distinct_1": sum(distinct(group[0]) for group in groups) / len(groups),
+        "diversity/distinct_2": sum(distinct(group[1]) for group in groups) / len(groups),
     }
 
 

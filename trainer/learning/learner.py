@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from eapo_kernels import LossOutput, Method, Options, loss_denominator, policy_loss
+from eapo_kernels import LossOutput, Method, Options, idle_sequences, loss_denominator, policy_loss
 
 from .. import ranks
 from ..config import OptimConfig
@@ -60,6 +60,10 @@ class Learner:
         share of every minibatch, and sum gradients and metrics. With fewer completions than
         minibatches, each completion is a minibatch.
 
+        Completions that add nothing to loss and gradient (a group with equal rewards, a weight of
+        zero) are left out of the forward pass. They count in the denominators, but not in the means
+        over tokens.
+
         ``tick`` may raise ``Interrupted`` before the first optimizer step. After it the update
         always finishes, because a run cannot resume from the middle of an update.
 
@@ -77,7 +81,12 @@ class Learner:
             for indices in np.array_split(shuffle.permutation(len(experience.completions)), optim.minibatches)
             if len(indices)
         ]
-        plans = [plan_shares(experience.completions, indices, optim.micro_batch_tokens) for indices in minibatches]
+        completions, positive_weight = experience.completions, experience.positive_weight
+        idle = idle_sequences(experience.batch, method=self.method, positive_weight=positive_weight).tolist()
+        plans = []
+        for indices in minibatches:  # one forward pass, whose gradient is zero, where all are idle
+            trained = [i for i in indices if not idle[i]] or [min(indices, key=completions.length)]
+            plans.append(plan_shares(completions, trained, optim.micro_batch_tokens, self.policy.packed))
         done, total = count(), sum(len(own) + len(repeated) for own, repeated in plans)
         sums: dict[str, float] = defaultdict(float)
         for number, (indices, (own, repeated)) in enumerate(zip(minibatches, plans, strict=True)):
@@ -113,7 +122,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         for number, group in enumerate([*own, *repeated]):
             tick()
-            out = self._loss(experience, collate(completions, group, device), denominator)
+            out = self._loss(experience, collate(completions, group, device, self.policy.packed), denominator)
             counts = float(number < len(own))
             (counts * out.loss).backward()
             sums["loss"] += counts * out.loss.detach()
@@ -144,7 +153,7 @@ class Learner:
                 inv_temperature=self.inv_temperature, options=self.options, **options,
             )  # fmt: skip
 
-        return self.policy(batch.input_ids, batch.attention_mask, batch.rows, head)
+        return self.policy(batch.input_ids, batch.attention_mask, batch.rows, head, batch.lengths)
 
 
 def _share_of(name: str, out: LossOutput, sequences: int) -> Tensor | float:

@@ -4,7 +4,8 @@ normalised.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,11 +28,23 @@ class SentenceEmbedding:
         self.model = AutoModel.from_pretrained(directory).to(device).eval().requires_grad_(False)
         self.device, self.batch = device, batch
         self.max_tokens = min(self.tokenizer.model_max_length, 256)
+        self._kept: dict[str, Tensor] | None = None
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within it no text is embedded twice: an evaluation needs the vectors of its rewards again.
+        Elsewhere a vector must not depend (by rounding) on the batches of earlier calls.
+        """
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        unique = sorted(set(texts), key=len)
-        vectors: dict[str, Tensor] = {}
+        vectors: dict[str, Tensor] = {} if self._kept is None else self._kept
+        unique = sorted(set(texts) - vectors.keys(), key=len)
         for start in range(0, len(unique), self.batch):
             chunk = unique[start : start + self.batch]
             tokens = self.tokenizer(chunk, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")

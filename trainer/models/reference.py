@@ -10,6 +10,10 @@ import torch
 from .policy import Policy
 from .sharding import local_tensor
 
+CHUNK = 1 << 20
+"""Weights that are exchanged at once. Their buffer is allocated before the first exchange, so that
+being out of memory cannot leave two policies mixed."""
+
 
 class Reference:
     """Trained weights of an earlier policy. ``follow`` sets them to keep * reference + (1 - keep) *
@@ -19,6 +23,7 @@ class Reference:
     def __init__(self, policy: Policy, keep: float) -> None:
         self.policy, self.keep = policy, keep
         self.weights = [p.detach().clone() for p in policy.trainable()]
+        self._buffer = torch.empty(CHUNK, device=policy.device)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -35,10 +40,11 @@ class Reference:
         a view of.
         """
         for weight, parameter in zip(self.weights, self.policy.trainable(), strict=True):
-            ours, theirs = local_tensor(weight), local_tensor(parameter)
-            kept = ours.clone()
-            ours.copy_(theirs)
-            theirs.copy_(kept)
+            ours, theirs = (local_tensor(tensor).view(-1).split(CHUNK) for tensor in (weight, parameter))
+            for a, b in zip(ours, theirs, strict=True):
+                kept = self._buffer[: len(a)].copy_(a)
+                a.copy_(b)
+                b.copy_(kept)
 
     @torch.no_grad()
     def follow(self) -> None:

@@ -14,7 +14,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from eapo_kernels import majority_rewards, semantic_rewards
 
 from ..models.embedding import SentenceEmbedding
-from .signature import Completion, RewardFunction, text_of
+from . import Completion, RewardFunction, text_of
 
 
 class Similarity:

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ..config import RewardModelConfig
 from ..errors import ModelError
 from ..models.policy import find_device
-from .signature import Completion, Failed, Score, text_of
+from . import Completion, Failed, Score, text_of
 
 
 class RewardModel:

@@ -1,34 +1,34 @@
-"""Rewards with TRL's signature, and what a failed score does.
+"""The configured reward functions, and what a failed score does.
 
-A reward function is ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``,
-one number for each completion, ``async`` or not (see ``calls``). ``columns`` are the other columns
-of the data file, repeated like the prompts. For chat prompts ``completions`` are lists of messages,
-for text prompts they are text. None means that the function does not apply to the completion; it is
-left out of the sum.
-
-An exception, NaN, an infinite score or ``Failed(reason)`` is a failure of that completion. It is
-reported, and the completion's group is left out of the step (the group mean would be wrong) or the
-run stops (``rewards.on_failure``). A function that returns anything but one number for each
-completion breaks its contract, and the run always stops.
+The reward of a completion is the weighted sum over the functions that scored it. An exception, NaN,
+an infinite score or ``Failed(reason)`` is a failure of that completion. It is reported, and the
+completion's group is left out of the step (the group mean would be wrong) or the run stops
+(``rewards.on_failure``). A function that returns anything but one number for each completion breaks
+its contract, and the run always stops.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .. import ranks
 from ..config import RewardsConfig
 from ..errors import ConfigError, RewardError
 from ..models.embedding import SentenceEmbedding
 from ..records import Failure, Scores, Tick
+from . import Completion, Failed, RewardFunction, Score
 from .builtin import BUILT_IN, Similarity
-from .calls import CallResult, call_all
-from .signature import Completion, RewardFunction
+from .calls import call_all
+
+Columns = Mapping[str, Sequence[Any]]
 
 
 class Rewards:
@@ -47,44 +47,38 @@ class Rewards:
 
     def score(
         self,
-        columns: Mapping[str, Sequence[Any]],
+        columns: Columns,
         texts: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
         tick: Tick = lambda *_: None,
     ) -> Scores:
-        """Score B completions, given as text. columns: those of the data file, with ``prompt``.
+        """Score B completions, given as text. columns: those of the data, with ``prompt``.
 
-        tick: called while async functions are running.
+        All ranks hold all completions and receive all scores. The completions of one prompt (and of
+        its duplicates) are scored by one rank, because functions may compare them. A measurement of
+        the calls is the largest over the ranks. tick: called by each rank while its async functions
+        are running.
 
         Raises:
             RewardError: a function broke its contract, or failed while ``on_failure`` is "stop".
         """
-        prompts = columns["prompt"]
-        calls, completions = _arguments(columns, texts, completion_ids)
-        parts: dict[str, list[float | None]] = {}
-        failures: list[Failure] = []
-        measured: dict[str, float] = {}
-        total = torch.zeros(len(completions), dtype=torch.float64)
-        scored = torch.zeros(len(completions), dtype=torch.bool)
-        for (name, called), weight in zip(self._call(calls, tick).items(), self.config.weights, strict=True):
-            for i, reason in called.reasons.items():
-                failures.append(Failure(name, i, prompts[i], texts[i], reason))
-                total[i] = math.nan
-            for i, value in enumerate(called.values):
-                if value is not None:
-                    total[i] += weight * value
-                    scored[i] = True
-            parts[name] = called.values
-            measured |= {f"{name}/{metric}": number for metric, number in called.measured.items()}
-        for i in (~scored & ~total.isnan()).nonzero().flatten().tolist():
-            failures.append(Failure("(all)", i, prompts[i], texts[i], "no function scored it"))
-            total[i] = math.nan
+        prompts, found = columns["prompt"], self._shared(columns, texts, completion_ids, tick)
+        failures = [
+            Failure(name, i, prompts[i], texts[i], score.reason)
+            for name, (scores, _) in found.items()
+            for i, score in enumerate(scores)
+            if isinstance(score, Failed)
+        ]
+        parts = {name: [None if isinstance(s, Failed) else s for s in scores] for name, (scores, _) in found.items()}
+        total = self._sum(parts)
+        total[[failure.index for failure in failures]] = math.nan
+        known = {failure.index for failure in failures}
+        unscored = [i for i in total.isnan().nonzero().flatten().tolist() if i not in known]
+        failures += [Failure("(all)", i, prompts[i], texts[i], "no function scored it") for i in unscored]
         if failures and self.config.on_failure == "stop":
             raise RewardError(str(failures[0]))
-        return Scores(total.float(), parts, failures, measured)
-
-    def _call(self, calls: Mapping[str, Sequence[Any]], tick: Tick) -> dict[str, CallResult]:
-        return call_all(self.functions, calls, concurrency=self.config.concurrency, timeout=self.config.timeout, tick=tick)
+        measured = {f"{name}/{metric}": number for name, (_, own) in found.items() for metric, number in own.items()}
+        return Scores(total.float(), parts, sorted(failures, key=lambda failure: failure.index), measured)
 
     def check_binary(self, method: str, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
         """Score correct and shuffled reference answers before anything is generated, and refuse
@@ -98,10 +92,8 @@ class Rewards:
         references = [str(row["answer"]) for row in rows]
         texts = [*references, *references[1:], references[0]]
         columns = {name: [row[name] for row in rows] * 2 for name in rows[0]}
-        calls, _ = _arguments(columns, texts, [tokenizer(text)["input_ids"] for text in texts])
-        total = torch.zeros(len(texts), dtype=torch.float64)
-        for called, weight in zip(self._call(calls, lambda *_: None).values(), self.config.weights, strict=True):
-            total += torch.tensor([math.nan if value is None else weight * value for value in called.values])
+        found = self._call(columns, texts, [tokenizer(text)["input_ids"] for text in texts], lambda *_: None)
+        total = self._sum({name: [math.nan if isinstance(s, Failed) else s for s in own] for name, (own, _) in found.items()})
         off = torch.minimum(total.abs(), (total - 1).abs()).nan_to_num(0.0)
         worst = int(off.argmax())
         if off[worst] > 0:
@@ -110,18 +102,64 @@ class Rewards:
                 f"got {total[worst]:.3g} from {', '.join(self.functions)} for the completion {texts[worst][:80]!r}"
             )
 
+    def _sum(self, parts: Mapping[str, Sequence[float | None]]) -> Tensor:
+        """[B] fp64: the weighted sum of each completion's numbers, NaN where it has none."""
+        weights = self.config.weights
+        rows = [
+            [w * value for w, value in zip(weights, row, strict=True) if value is not None]
+            for row in zip(*parts.values(), strict=True)
+        ]
+        return torch.tensor([sum(row) if row else math.nan for row in rows], dtype=torch.float64)
 
-def _arguments(
-    columns: Mapping[str, Sequence[Any]], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
-) -> tuple[dict[str, Sequence[Any]], list[Completion]]:
-    """The arguments of reward functions, and the completions among them."""
-    prompts = columns["prompt"]
-    completions: list[Completion] = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    others = {name: column for name, column in columns.items() if name != "prompt"}
-    return {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **others}, completions
+    def _shared(
+        self, columns: Columns, texts: Sequence[str], completion_ids: Sequence[Sequence[int]], tick: Tick
+    ) -> dict[str, tuple[list[Score], dict[str, float]]]:
+        """``_call`` with the work shared among the ranks."""
+        if ranks.size() == 1:
+            return self._call(columns, texts, completion_ids, tick)
+        number: dict[str, int] = {}
+        keys = [json.dumps(prompt, sort_keys=True) for prompt in columns["prompt"]]
+        owners = [number.setdefault(key, len(number)) % ranks.size() for key in keys]
+        own = [i for i, owner in enumerate(owners) if owner == ranks.rank()]
+
+        def work() -> dict[str, tuple[list[Score], dict[str, float]]]:
+            part = {name: [column[i] for i in own] for name, column in columns.items()}
+            return self._call(part, [texts[i] for i in own], [completion_ids[i] for i in own], tick) if own else {}
+
+        found = ranks.all_gather(work)
+        result: dict[str, tuple[list[Score], dict[str, float]]] = {}
+        for name in self.functions:
+            scores = [iter(part[name][0]) if part else iter(()) for part in found]
+            measured = [part[name][1] for part in found if part]
+            largest = {metric: max(other[metric] for other in measured) for metric in measured[0]}
+            result[name] = [next(scores[owner]) for owner in owners], largest
+        return result
+
+    def _call(
+        self, columns: Columns, texts: Sequence[str], completion_ids: Sequence[Sequence[int]], tick: Tick
+    ) -> dict[str, tuple[list[Score], dict[str, float]]]:
+        """For every function its B scores and its measurements: ``seconds`` and those of a method
+        ``metrics``.
+        """
+        prompts = columns["prompt"]
+        completions: list[Completion] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        others = {name: column for name, column in columns.items() if name != "prompt"}
+        arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **others}
+        config = self.config
+        found = call_all(self.functions, arguments, concurrency=config.concurrency, timeout=config.timeout, tick=tick)
+        own = {name: f.metrics() for name, f in self.functions.items() if hasattr(f, "metrics")}
+        return {name: (scores, {"seconds": seconds, **own.get(name, {})}) for name, (scores, seconds) in found.items()}
+
+
+def overlong_penalty(lengths: Sequence[int], most: int, window: int) -> Tensor:
+    """[B] fp32 in [-1, 0]: 0 up to ``most - window`` tokens, then falling linearly to -1 at ``most``
+    (DAPO, arXiv:2503.14476, eq. 13). window: 0 is a fifth of ``most``.
+    """
+    window = window or max(1, most // 5)
+    return ((most - window - torch.tensor(lengths)) / window).clamp(-1.0, 0.0)
 
 
 def _function(name: str, config: RewardsConfig, cache: str, device: torch.device) -> RewardFunction:
@@ -132,12 +170,13 @@ def _function(name: str, config: RewardsConfig, cache: str, device: torch.device
         from .reward_model import RewardModel
 
         return RewardModel(config.reward_model, device)
+    if name == "math_verify":
+        from .math_answers import MathVerify
+
+        return MathVerify()
     if name == "judge":
-        try:
-            from .judge import Judge
-        except ModuleNotFoundError as error:
-            expected = f"the package {error.name} (pip install '.[train]')"
-            raise ConfigError(f"rewards.functions: expected {expected} for judge, got none") from error
+        from .judge import Judge
+
         judge = Judge(config.judge)
         judge.check()
         return judge
@@ -152,7 +191,7 @@ def import_function(path: str) -> RewardFunction:
     """
     module, _, attribute = path.partition(":")
     if not attribute:
-        names = ", ".join([*BUILT_IN, "similarity", "reward_model", "judge"])
+        names = ", ".join([*BUILT_IN, "similarity", "math_verify", "reward_model", "judge"])
         raise ConfigError(f"rewards.functions: expected one of {names} or module:function, got {path!r}")
     try:
         function = getattr(importlib.import_module(module), attribute)

@@ -16,8 +16,7 @@ from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.policy import Policy
 from ..records import Rollouts, Sampling, ScoredRollouts
-from ..rewards.scoring import Rewards
-from ..rewards.shared import score_together
+from ..rewards.scoring import Rewards, overlong_penalty
 from ..runs.console import Console
 from .engines import RolloutEngine
 
@@ -62,13 +61,20 @@ class RolloutSource:
         """
         texts = self.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
         with self.console.phase("rewards", alone=True) as tick:
-            scores = score_together(self.rewards, columns, texts, rollouts.completion_ids, tick)
+            scores = self.rewards.score(columns, texts, rollouts.completion_ids, tick)
+        own = self.config.rewards
+        if own.overlong == "penalty":
+            lengths = [len(ids) for ids in rollouts.completion_ids]
+            penalty = overlong_penalty(lengths, self.config.rollout.max_new_tokens, own.overlong_window)
+            scores = scores.with_part("overlong", penalty)
         for line in scores.failure_lines():
             self.console.line(f"left out: {line}")
         return ScoredRollouts(rollouts, texts, columns, scores, group_ids)
 
     def entropies(self, sampled: ScoredRollouts) -> list[Tensor]:
         """[length] fp32 CPU for each completion: the policy's entropy at every token (nats)."""
+        if sampled.rollouts.entropy is not None:
+            return sampled.rollouts.entropy
         completions = select(sampled.rollouts, range(len(sampled)))
         rollout, budget = self.config.rollout, self.config.optim.micro_batch_tokens
         with self.console.phase("entropies") as tick:

@@ -54,8 +54,11 @@ def write(root: Path, step: int, tensors: dict[str, Any], state: dict[str, Any],
     if ranks.run_on_main(path.exists):
         return path
     ranks.run_on_main(lambda: _clear(root))
-    with _alone():
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, sync_files=True), no_dist=ranks.size() == 1)
+    try:
+        with _alone():
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, sync_files=True), no_dist=ranks.size() == 1)
+    except dcp.api.CheckpointException as error:  # raised on all ranks
+        raise CheckpointError(f"checkpoint {path}: expected to write it, got: {_reason(error)}") from error
     own = ranks.all_gather(lambda: {file.name: _described(file) for file in scratch.glob(f"__{ranks.rank()}_*")})
 
     def finish() -> None:
@@ -99,7 +102,7 @@ def _alone() -> Iterator[None]:
 def _clear(root: Path) -> None:
     """Create ``root`` and remove unfinished checkpoints of a crashed run."""
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(f"*{UNFINISHED}"):
+    for leftover in root.glob(f"step-*{UNFINISHED}"):
         shutil.rmtree(leftover)
 
 
@@ -163,8 +166,11 @@ def read_tensors(path: Path, into: dict[str, Any]) -> None:
         with _alone():
             dcp.load(into, storage_reader=dcp.FileSystemReader(path), no_dist=ranks.size() == 1)
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise CheckpointError(f"checkpoint {path}: expected the tensors of this run, got: {reason}") from error
+        raise CheckpointError(f"checkpoint {path}: expected the tensors of this run, got: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def read_weights(path: Path, model: torch.nn.Module) -> None:

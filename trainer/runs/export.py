@@ -5,14 +5,12 @@ inference engines load.
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..config.checks import check
 from ..config.settings import parse_config
-from ..errors import ConfigError
+from ..errors import ConfigError, check
 from ..models.checkpoint_weights import merged_weights
 from ..models.policy import Policy, load_policy
 from .checkpoint import read_weights, verify
@@ -67,9 +65,9 @@ def _load(source: Path) -> Policy:
         raise ConfigError(f"export: expected a run with a saved model, or one of its checkpoints (RUN/checkpoints/step-...), "
                           f"got {source}")  # fmt: skip
     config = parse_config([], recipe=run / "config.toml", prog="python -m trainer export")
-    model = replace(config.model, device="cpu", attention="eager", gradient_checkpointing=False)
+    model = config.model.replace(device="cpu", attention="eager", gradient_checkpointing=False)
     if not of_checkpoint:
-        return load_policy(replace(model, path=str(run / "model")), replace(config.lora, rank=0), seed=0)
+        return load_policy(model.replace(path=str(run / "model")), config.lora.replace(rank=0), seed=0)
     verify(source)
     policy = load_policy(model, config.lora, seed=0)
     read_weights(source, policy)

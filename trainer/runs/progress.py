@@ -28,9 +28,9 @@ class Stateful(Protocol):
 
 
 class Progress:
-    """Records the small state after every step, so that a run stopped within the next step can
-    still be saved as it was before it. Weights and optimizer change only in the update, which
-    always finishes.
+    """Records the small state after every step, so that a run that stops within the next step can
+    still be saved as it was before it. Weights and optimizer change only from the first optimizer
+    step of an update to the next mark; a stop request is not followed in between.
 
     Args:
         parts: further objects with a state, by name: sampler, controller, hook.
@@ -44,10 +44,15 @@ class Progress:
         self.config, self.run, self.policy, self.optimizer = config, run, policy, optimizer
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.reference, self.prompts = reference, prompts
-        self.mark(0)
+        self.changed = False
+        optimizer.register_step_pre_hook(self._note_change)
+
+    def _note_change(self, *_: Any) -> None:
+        self.changed = True
 
     def mark(self, step: int) -> None:
         """Record that ``step`` steps are done and logged."""
+        self.changed = False
         self.noted: dict[str, Any] = {
             "step": step,
             "offsets": self.run.offsets(),
@@ -67,9 +72,32 @@ class Progress:
         step, keep = self.noted["step"], self.config.checkpoint.keep
         return write(self.run.checkpoints, step, self._tensors(), state, keep=keep)
 
-    def restore(self, path: Path) -> int:
-        """Resume from a verified checkpoint and remove later ones. Returns the number of steps
-        done.
+    def rescue(self, error: BaseException) -> None:
+        """Save the last mark after an error in the loop, where the weights are still those of it.
+        Adds to the error's notes what was saved, and the command that continues. All ranks call it.
+        """
+        step, path = self.noted["step"], None
+        together = ranks.failed_together(error)
+        if not self.config.checkpoint.every:
+            reason = "checkpoint.every is 0"
+        elif not step:
+            reason = "no step was completed"
+        elif self.changed:
+            reason = f"the update of step {step + 1} had begun"
+        elif not together:
+            reason = "the ranks did not fail together, which a checkpoint needs"
+        else:
+            try:
+                path = self.save()
+            except BaseException as second:
+                error.add_note(f"the state after step {step} could not be saved: {second}")
+                raise error from second
+        saved = f"saved {path}" if path else f"nothing was saved: {reason}"
+        there = path or next(reversed(checkpoints(self.run.checkpoints)), None)
+        error.add_note(f"{saved}; to continue from {there.name}: {self.run.command()}" if there else saved)
+
+    def restore(self, path: Path) -> None:
+        """Resume from a verified checkpoint and remove later ones.
 
         Raises:
             ConfigError: it was written with other settings.
@@ -96,8 +124,6 @@ class Progress:
         ranks.run_on_main(take_back)
         own = ranks.rank() if len(state["random"]) == ranks.size() else 0
         restore_random_state(state["random"][own])
-        self.mark(state["step"])
-        return state["step"]
 
     def _tensors(self, saved: set[str] | None = None) -> dict[str, Any]:
         """Trained weights, optimizer state and moving reference by name. ``saved``: names in a

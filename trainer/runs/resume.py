@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ and some methods."""
 
 
 def choose(config: Config, run: RunDirectory, console: Console) -> Path | None:
-    """The verified checkpoint that ``resume`` asks for; None for a new run.
+    """The verified checkpoint that ``resume`` asks for; None for a new run. Changes nothing.
 
     Raises:
-        ConfigError: no checkpoint of this run at that path, or ``resume`` together with
-            ``overwrite``.
+        ConfigError: no checkpoint of this run at that path, ``resume`` together with ``overwrite``,
+            or results under the name of a new run.
         CheckpointError: it is damaged; with "auto", all of them are.
     """
     if not config.resume:
+        run.check_free(replace=config.overwrite)
         return None
     if config.overwrite:
         raise ConfigError("overwrite: expected False together with resume, got True")
@@ -35,6 +35,8 @@ def choose(config: Config, run: RunDirectory, console: Console) -> Path | None:
         chosen = _latest_valid(there, console)
         if chosen is None and run.finished() is not None:
             raise ConfigError(f"resume: expected a checkpoint of the finished run {run.path} to resume from, got none")
+        if chosen is None:
+            run.check_free(replace=True)
     else:
         chosen = Path(config.resume).resolve()
         if chosen not in [path.resolve() for path in there]:
@@ -67,11 +69,11 @@ def settings_of(config: Config) -> dict[str, Any]:
     def visit(prefix: str, table: dict[str, Any]) -> None:
         for key, value in table.items():
             if isinstance(value, dict):
-                visit(prefix if key == "numbers" else f"{prefix}{key}.", value)
+                visit(f"{prefix}{key}.", value)
             else:
                 flat[f"{prefix}{key}"] = value
 
-    visit("", asdict(config))
+    visit("", config.model_dump())
     return flat
 
 

@@ -22,7 +22,12 @@ from .. import ranks
 from ..config import Config
 from ..config.settings import to_toml
 from ..errors import CheckpointError, ConfigError
+from .checkpoint import checkpoints, remove
 
+STREAMS = ("metrics", "samples", "evaluations")
+RESULTS = (*(f"{stream}.jsonl" for stream in STREAMS), "finished.json", "report.md", "curves.png", "diagnostics.png")
+"""Files of a run that the next one of its name does not write at its start. A new run removes an
+earlier one's files by name, so other files in its directory stay."""
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "numpy", "eapo-kernels")
 
 
@@ -43,33 +48,46 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def start(self, *, replace: bool) -> None:
-        """Begin a new run. ``replace`` removes an earlier run's results.
+    def check_free(self, *, replace: bool) -> None:
+        """Refuse a directory whose results or model must not be replaced. Changes nothing.
 
         Raises:
-            ConfigError: there are results and ``replace`` is False.
+            ConfigError: there are results and ``replace`` is False, or a model or checkpoints that
+                no run wrote.
         """
-        if any((self.path / name).exists() for name in ("metrics.jsonl", "evaluations.jsonl")):
-            if not replace:
-                raise ConfigError(
-                    f"name: expected a new run (or --overwrite True, or --resume auto), got {self.config.name!r}, "
-                    f"which is in {self.path}"
-                )
-            for stale in (
-                *self._streams(),
-                *(self.path / name for name in ("report.md", "curves.png", "diagnostics.png", "finished.json")),
-            ):
-                stale.unlink(missing_ok=True)
-            for stale in (self.model, self.checkpoints):
-                shutil.rmtree(stale, ignore_errors=True)
+        if not replace and any((self.path / name).exists() for name in ("metrics.jsonl", "evaluations.jsonl")):
+            raise ConfigError(
+                f"name: expected a new run (or --overwrite True, or --resume auto), got {self.config.name!r}, "
+                f"which is in {self.path}"
+            )
+        if not (self.path / "environment.json").exists() and (self.model.exists() or self.checkpoints.exists()):
+            raise ConfigError(f"name: expected a new directory or that of a run, got {self.path}, where no run wrote model/")
+
+    def start(self) -> None:
+        """Begin a new run in the place of an earlier one. Called when everything that the run needs
+        has been loaded, because the earlier run's files are removed.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        for name in RESULTS:
+            (self.path / name).unlink(missing_ok=True)
+        for stale in checkpoints(self.checkpoints):
+            remove(stale)
+        if self.model.exists():
+            shutil.rmtree(self.model)
         (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
         self.resume()
 
     def resume(self) -> None:
-        """Write the present configuration and mark the run as unfinished."""
-        (self.path / "config.toml").write_text(to_toml(self.config))
+        """Write the present configuration, without ``overwrite`` and ``resume``, and mark the run as
+        unfinished.
+        """
+        (self.path / "config.toml").write_text(to_toml(self.config.replace(overwrite=False, resume="")))
         (self.path / "finished.json").unlink(missing_ok=True)
+
+    def command(self) -> str:
+        """The command that resumes the run."""
+        start = f"torchrun --standalone --nproc-per-node {ranks.size()}" if ranks.size() > 1 else "python"
+        return f"{start} -m trainer train --config {self.path / 'config.toml'} --resume auto"
 
     def finish(self, step: int) -> None:
         """Mark the run as finished, after all its files have been written."""
@@ -106,7 +124,7 @@ class RunDirectory:
                 file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
 
     def _streams(self) -> list[Path]:
-        return sorted(self.path.glob("*.jsonl"))
+        return [file for stream in STREAMS if (file := self.path / f"{stream}.jsonl").exists()]
 
     def offsets(self) -> dict[str, int]:
         """Size in bytes of each log file."""
@@ -137,9 +155,11 @@ class RunDirectory:
 
 
 def read(path: Path, stream: str) -> list[dict[str, Any]]:
-    """The objects of ``<stream>.jsonl`` in a run's directory; none when it does not exist."""
+    """The objects of ``<stream>.jsonl`` in a run's directory; none when it does not exist. A last
+    line that a killed run left unfinished is skipped.
+    """
     file = path / f"{stream}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
 
 def _finite(value: Any) -> Any:

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eapo_kernels import EapoError
 from trainer.config.settings import parse_config
+from trainer.errors import TrainerError
 
 from . import page, runs
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         # Seed by seed, so that at any time every arm has about as many finished runs.
         configs = [runs.arm_config(config, arm, seed) for seed in options.seeds for arm in options.arms]
         failed = runs.train(configs, max(1, options.jobs))
-    except EapoError as error:
+    except TrainerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -15,12 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from trainer.config import Config, EntropyWeightConfig
-from trainer.config.checks import check
 from trainer.config.settings import to_toml
+from trainer.errors import check
 from trainer.runs.rundir import RunDirectory
 
 FIXED_WEIGHTS: Mapping[str, tuple[float, float]] = {
@@ -45,10 +44,10 @@ def arm_config(config: Config, arm: str, seed: int) -> Config:
     loss, weight = config.loss, config.eapo
     if arm in FIXED_WEIGHTS:
         positive, negative = FIXED_WEIGHTS[arm]
-        weight = EntropyWeightConfig(kappa=0.0, scale=positive)
-        loss = replace(loss, numbers={**loss.numbers, "negative_weight": negative})
+        weight = EntropyWeightConfig(kappa=0.0, scale=positive, low=0.0)
+        loss = loss.replace(negative_weight=negative)
     out = f"{config.out}/{config.name}"
-    return replace(config, out=out, name=f"{arm}-seed{seed}", seed=seed, resume="auto", loss=loss, eapo=weight)
+    return config.replace(out=out, name=f"{arm}-seed{seed}", seed=seed, resume="auto", loss=loss, eapo=weight)
 
 
 def is_finished(config: Config) -> bool:
