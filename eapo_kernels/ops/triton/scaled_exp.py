@@ -529,8 +529,7 @@ class ScaledExpChunk:
         """No pass over the matrix: its factors are the cotangent times those of the finalize."""
         assert self._matrix is not None, "gradient: expected one call per chunk, got a second one"
         assert cotangents.logp is not None
-        assert cotangents.entropy is None
-        assert cotangents.lse is None
+        assert (cotangents.entropy, cotangents.lse) == (None, None)
         matrix, self._matrix = self._matrix, None
         row_scale, at_target = (cotangents.logp * self._finalize(None)[1]).unbind()
         return LogitGradient(matrix, row_scale, Entries.one_a_row(self._targets, at_target))

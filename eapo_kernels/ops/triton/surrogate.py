@@ -83,8 +83,7 @@ def surrogate_arguments(terms: SurrogateTerms | None, like: Tensor, programs: in
     """The arguments of ``store_surrogate`` with its outputs allocated; all None without terms."""
     if terms is None:
         return dict.fromkeys(_ARGUMENTS) | {"SURROGATE": False}
-    given = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in vars(terms).items()}
-    return given | {
+    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in vars(terms).items()} | {
         "coefficient": like.new_empty(n_rows), "totals": like.new_empty(programs, len(SUMS)),
         "ratio_low": 1.0 - terms.clip_low, "ratio_high": 1.0 + terms.clip_high, "SURROGATE": True,
     }  # fmt: skip
