@@ -111,7 +111,7 @@ def pair(base: Config) -> Pair:
     failed = {name: straight.replace(name=name, resume="auto", checkpoint={"every": 2}) for name in FAILURES}
     launches = [
         # A rank's third save: before, in or after the write of its shards.
-        {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
+        {"name": "killed", "kill": 6, "recipes": [recipe(killed)]},
         *(
             {"name": name, "command": ["train", "--config", recipe(failed[name])], "fail": where}
             for name, where in FAILURES.items()

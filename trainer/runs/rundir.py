@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,15 +75,31 @@ class RunDirectory:
             remove(stale)
         if self.model.exists():
             shutil.rmtree(self.model)
-        (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-        self.resume()
+        self._describe(environment())
+        self._configure()
 
-    def resume(self) -> None:
+    def resume(self, step: int, changed: Mapping[str, Any]) -> None:
+        """Continue the run after ``step`` steps. The values before of changed settings are kept in
+        environment.json, under "resumed".
+        """
+        content, now = self._described(), environment()
+        entry = {"step": step, "changed": changed, **{key: now[key] for key in ("command", "commit", "processes")}}
+        self._describe({**content, "resumed": [*content.get("resumed", []), entry]})
+        self._configure()
+
+    def _configure(self) -> None:
         """Write the present configuration, without ``overwrite`` and ``resume``, and mark the run as
         unfinished.
         """
         (self.path / "config.toml").write_text(to_toml(self.config.replace(overwrite=False, resume="")))
         (self.path / "finished.json").unlink(missing_ok=True)
+
+    def _described(self) -> dict[str, Any]:
+        file = self.path / "environment.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def _describe(self, content: Mapping[str, Any]) -> None:
+        (self.path / "environment.json").write_text(json.dumps(content, indent=2) + "\n")
 
     def command(self) -> str:
         """The command that resumes the run."""
@@ -105,13 +122,12 @@ class RunDirectory:
         Another backend changes the last bits of a loss, so a resumed run may differ from one that
         was not interrupted.
         """
-        now = kernels()
+        now = {VARIABLE: os.environ.get(VARIABLE, "auto"), **used()}
         if not ranks.is_main() or now == self._kernels:
             return None
-        self._kernels, file = now, self.path / "environment.json"
-        content = json.loads(file.read_text()) if file.exists() else {}
+        self._kernels, content = now, self._described()
         before = content.get("kernels", now)
-        file.write_text(json.dumps(content | {"kernels": now}, indent=2) + "\n")
+        self._describe({**content, "kernels": now})
         changed = [
             f"{name}: {before[name]} before, {value} now" for name, value in now.items() if before.get(name, value) != value
         ]
@@ -172,40 +188,32 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def kernels() -> dict[str, str]:
-    """What ``backend="auto"`` is: as pinned by the environment, or by inputs and verdict."""
-    pinned = os.environ.get(VARIABLE, "auto")
-    return {VARIABLE: pinned} | used()
-
-
 def environment() -> dict[str, Any]:
     """Versions, machine, command and git commit."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    cuda = torch.cuda.is_available()
     return {
         "command": sys.argv,
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "processes": ranks.size(),
-        "versions": versions,
+        "versions": {package: _version(package) for package in PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:
     """Output of a git command in this checkout; None without git or a repository."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return None if done.returncode else done.stdout.strip()
