@@ -154,9 +154,9 @@ class Options:
             norm is measured, and at most the tolerance times the norm of its own gradient or, if
             that is larger, times a 64th of the chunk's mean norm. Losses and metrics stay exact.
             Where the distributions are concentrated this replaces most of the two gradient products.
-            Only the one-pass schedule does it, where log-probs alone carry the gradient, without a
-            soft-cap and on a whole head; elsewhere gradients stay exact. On CUDA the host then waits
-            for counts in every chunk.
+            Where log-probs alone carry the gradient, without a soft-cap and on a whole head; elsewhere,
+            and where the autograd schedule computes the logits again, gradients stay exact. On CUDA the
+            host then waits for counts in every chunk.
     """
 
     memory_budget: int | None = None

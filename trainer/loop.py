@@ -11,7 +11,8 @@
 - Before the updates, one pass over all completions computes the old log-probs and the statistics
   from which the method weights tokens. The weights are fixed there, over the whole step: EAPO's
   from the mean entropy (H_0 is that of the first step), others' from covariances, quantiles or
-  group statistics. The updates then use any split of the tokens.
+  group statistics. The updates then use any split of the tokens. A step with one update and an
+  engine that records entropies needs no such pass (``optim.old_logp``).
 - A method may also change how completions are sampled (``hooks``). Metrics of rewards, lengths and
   diversity cover the first samples, before a hook selects, replaces or adds some, because a
   selection would bias them.
@@ -60,10 +61,11 @@ from .evaluation.step_metrics import (
     reward_metrics,
     sample_record,
 )
+from .hooks import SAMPLES_OF_THE_POLICY
 from .learning.batching import Completions, select
 from .learning.experience import extra_statistics, per_token, weigh
 from .learning.learner import Learner
-from .learning.measure import NOTHING, Measurement, Wanted, measure, wanted_by
+from .learning.measure import NOTHING, Measurement, Wanted, measure, recorded, wanted_by
 from .models.policy import load_policy
 from .models.reference import Reference
 from .records import Tick, derive_seed
@@ -195,7 +197,17 @@ def _train(config: Config, console: Console) -> bool:
             completions = select(sampled.rollouts, range(len(sampled)))
             with console.phase("old_logp") as tick:
                 wanted = wanted_by(method, tempered=float(state.get("temperature", 1.0)), diagnose=diagnosed)
-                old = statistics(completions, tick, wanted)
+                known = None
+                if type(hook) in SAMPLES_OF_THE_POLICY:
+                    known = recorded(completions, method, config.optim, wanted, policy.device)
+                old = known or statistics(completions, tick, wanted)
+                if known:
+                    compared = [group[0] for group in sampled.groups()]
+                    logp = statistics(select(sampled.rollouts, compared), tick).logp.cpu()
+                else:
+                    compared = sampled.unmarked() or list(range(len(sampled)))
+                    own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(compared)), completions)
+                    logp = old.logp.cpu()[own]
                 ref_logp = None
                 if reference:
                     with reference.installed():
@@ -221,8 +233,6 @@ def _train(config: Config, console: Console) -> bool:
 
             step += 1
             seconds = dict(console.seconds)
-            ordinary = sampled.unmarked() or list(range(len(sampled)))
-            own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(ordinary)), completions)
             metrics = {
                 "step": step,
                 **reward_metrics(scored),
@@ -234,7 +244,7 @@ def _train(config: Config, console: Console) -> bool:
                 **dynamics,
                 **{f"rollout/{name}": sum(flags) / len(flags) for name, flags in sampled.marks.items()},
                 **completion_metrics(scored),
-                **engine_metrics(sampled.take(ordinary), old.logp.cpu()[own], method.config.importance_cap),
+                **engine_metrics(sampled.take(compared), logp, method.config.importance_cap),
                 **{f"seconds/{name}": value for name, value in seconds.items()},
                 "tokens_per_second": completions.tokens / sum(seconds.values()),
             }

@@ -75,10 +75,42 @@ def applies(projection: Projection, gradient: LogitGradient, cotangents: LogitCo
     return own and gradient.matrix is not None and len(gradient.matrix) > 0 and may_compact(gradient.matrix, True)
 
 
+def thinned(
+    projection: Projection, gradient: LogitGradient, targets: Tensor, live: Tensor | None, tolerance: float
+) -> tuple[LogitGradient, Tensor | None]:
+    """A chunk's gradient of log-probs whose matrix is kept: (gradient, live) as ``GradientSum.add`` takes them,
+    ``live`` being the dense rows if some are sparse."""
+    assert gradient.row_scale is not None
+    found = None
+    if applies(projection, gradient, LogitCotangents(gradient.row_scale)):
+        found, _ = select(gradient, targets, tolerance)
+    return (gradient, live) if found is None else (gradient._replace(entries=found[0]), (~found[1]).nonzero().squeeze(1))
+
+
 def sparsify(gradient: LogitGradient, targets: Tensor, tolerance: float) -> tuple[LogitGradient, Tensor | None, Tensor]:
-    """Replace rows of a chunk's gradient of log-probs by few entries (S1). Synchronizes on CUDA.
+    """Replace rows of a chunk's gradient of log-probs by few entries (S1), as ``select`` finds them.
 
     The matrix is used up: the dense rows move to its front.
+
+    Returns (gradient with the dense rows first, [C] the places that its rows had, tally), or (the same
+    gradient, None, tally) where no row is sparse.
+    """
+    found, tally = select(gradient, targets, tolerance)
+    matrix, row_scale, own = gradient
+    if found is None or matrix is None or row_scale is None:
+        return gradient, None, tally
+    few, sparse = found
+    places = fill_holes_(matrix, ~sparse)
+    order = torch.cat([places, sparse.nonzero().squeeze(1)])
+    rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))[few.rows]
+    few = few._replace(rows=rows) if own is None else _sorted(rows, few.ids, few.values)
+    if len(places) == 0:
+        return LogitGradient(None, None, few), order, tally
+    return LogitGradient(matrix[: len(places)], row_scale[places], few), order, tally
+
+
+def select(gradient: LogitGradient, targets: Tensor, tolerance: float) -> tuple[tuple[Entries, Tensor] | None, Tensor]:
+    """The sparse rows of a chunk's gradient of log-probs, and their entries (S1). Synchronizes on CUDA.
 
     Args:
         gradient: of C rows, s = ``row_scale``. The matrix has E, and at the target -R or, if there
@@ -86,8 +118,8 @@ def sparsify(gradient: LogitGradient, targets: Tensor, tolerance: float) -> tupl
         targets: [C] int64 in [0, V); the row of another one stays dense.
         tolerance: tol of S1.
 
-    Returns (gradient with the dense rows first, [C] the places that its rows had, tally), or (the same
-    gradient, None, tally) where too few rows would be sparse, which costs the search in 32 rows.
+    Returns ((the entries, those of dense rows included; [C] bool, which rows are sparse), tally), or
+    (None, tally) where too few rows would be sparse, which costs the search in 32 rows.
     tally: [5], the largest and the sum of the dropped shares, kept entries, sparse rows, C (``Sparsity``).
     """
     matrix, row_scale, entries = gradient
@@ -98,43 +130,40 @@ def sparsify(gradient: LogitGradient, targets: Tensor, tolerance: float) -> tupl
     own = matrix.gather(1, index)
     at_target = row_scale * own.squeeze(1) if entries is None else entries.values
     bound = _bounds(row_scale, at_target, tolerance).masked_fill_((targets < 0) | (targets >= columns), torch.nan)
-    most = int(columns * _MOST_KEPT[matrix.device.type != "cpu"])
-    matrix.scatter_(1, index, 0.0)
+    most, nothing = int(columns * _MOST_KEPT[matrix.device.type != "cpu"]), row_scale.new_tensor([0, 0, 0, 0, n_rows])
 
     some = slice(None, None, max(1, n_rows // _LOOKED_AT))
-    threshold, total = _thresholds(matrix[some], bound[some], most)
-    if float(threshold.isnan().float().mean()) <= 1 - _LEAST_SPARSE:
-        threshold, total = _thresholds(matrix, bound, most)
-        rows, ids, values = _select(matrix, threshold, index)
-        ends = torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
-        counts = ends.diff()
-        kept = torch.segment_reduce(values.double(), "sum", lengths=counts, unsafe=True)
-        dropped = (total - kept).clamp_min(0) + total * _ROUNDING
-        sparse = (dropped <= bound) & total.isfinite() & (counts <= most) & ~threshold.isnan()
-    else:
-        sparse = torch.zeros_like(targets, dtype=torch.bool)
-    matrix.scatter_(1, index, own)
+    threshold, total = _thresholds(matrix[some], bound[some], most, index[some])
+    if float(threshold.isnan().float().mean()) > 1 - _LEAST_SPARSE:
+        return None, nothing
+    threshold, total = _thresholds(matrix, bound, most, index)
+    rows, ids, values = _select(matrix, threshold, index)
+    is_target = ids == targets[rows]
+    ends = torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
+    counts = ends.diff()
+    kept = torch.segment_reduce(values.masked_fill(is_target, 0).double(), "sum", lengths=counts, unsafe=True)
+    dropped = (total - kept).clamp_min(0) + total * _ROUNDING
+    sparse = (dropped <= bound) & total.isfinite() & (counts <= most) & ~threshold.isnan()
     count = int(sparse.sum())
     if count == 0:
-        return gradient, None, row_scale.new_tensor([0, 0, 0, 0, n_rows])
-
-    places = fill_holes_(matrix, ~sparse)
-    order = torch.cat([places, sparse.nonzero().squeeze(1)])
-    now = torch.empty_like(order).scatter_(0, order, torch.arange(n_rows, device=order.device))
+        return None, nothing
     here = sparse[rows]
-    rows, ids, values = rows[here], ids[here], values[here]
-    values = torch.where(ids == targets[rows], at_target[rows], values * row_scale[rows])
+    rows, ids, values, is_target = rows[here], ids[here], values[here], is_target[here]
+    few = Entries(rows, ids, torch.where(is_target, at_target[rows], values * row_scale[rows]))
     shares = torch.where(sparse, dropped / bound * (2 * tolerance), 0)
     tally = torch.stack([shares.amax(), shares.sum(), *shares.new_tensor([len(rows), count, n_rows])]).to(row_scale.dtype)
-    few = Entries(now[rows], ids, values)
     if entries is not None:
-        dense = Entries.one_a_row(targets[places], at_target[places])
-        few = Entries(
-            torch.cat([dense.rows, few.rows]), torch.cat([dense.ids, few.ids]), torch.cat([dense.values, few.values])
+        dense = (~sparse).nonzero().squeeze(1)
+        few = _sorted(
+            torch.cat([dense, rows]), torch.cat([targets[dense], ids]), torch.cat([at_target[dense], few.values])
         )  # fmt: skip
-    if len(places) == 0:
-        return LogitGradient(None, None, few), order, tally
-    return LogitGradient(matrix[: len(places)], row_scale[places], few), order, tally
+    return (few, sparse), tally
+
+
+def _sorted(rows: Tensor, ids: Tensor, values: Tensor) -> Entries:
+    """Entries whose rows come in any order, [E] each."""
+    rows, order = rows.sort(stable=True)
+    return Entries(rows, ids[order], values[order])
 
 
 def _bounds(row_scale: Tensor, at_target: Tensor, tolerance: float) -> Tensor:
@@ -145,7 +174,7 @@ def _bounds(row_scale: Tensor, at_target: Tensor, tolerance: float) -> Tensor:
     return torch.where((row_scale.sign() * at_target.sign() <= 0) & norm.isfinite(), bound, torch.nan)
 
 
-def _thresholds(matrix: Tensor, bound: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def _thresholds(matrix: Tensor, bound: Tensor, most: int, index: Tensor) -> tuple[Tensor, Tensor]:
     """([C] the largest theta with which the dropped mass is at most the bound, as far as the groups tell,
     [C] fp64 the sums of the rows).
 
@@ -154,7 +183,7 @@ def _thresholds(matrix: Tensor, bound: Tensor, most: int) -> tuple[Tensor, Tenso
     The groups whose maximum is below theta are dropped whole; their sums, scaled up to all groups,
     estimate the dropped mass, and the row's sum without the other groups' maxima is never below it.
     """
-    largest, sums, width = _groups(matrix, bound.dtype)
+    largest, sums, width = _groups(matrix, bound.dtype, index)
     n_groups, total, top = sums.shape[1], sums.sum(1), largest.sum(1)
     low, high = (bound / matrix.shape[1]).log2(), bound.log2()
     for _ in range(_STEPS):
@@ -170,9 +199,12 @@ def _thresholds(matrix: Tensor, bound: Tensor, most: int) -> tuple[Tensor, Tenso
     return torch.where(expected <= most, threshold, torch.nan), sums.sum(1, dtype=torch.float64)
 
 
-def _groups(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """(maxima, sums, each [C, G] in ``dtype``, columns of a group). The columns of a group are far from each
-    other, because neighbours in a vocabulary are alike; those that fill no group are groups of one."""
+def _groups(matrix: Tensor, dtype: torch.dtype, index: Tensor) -> tuple[Tensor, Tensor, int]:
+    """(maxima, sums, each [C, G] in ``dtype``, columns of a group) without the targets, columns ``index`` [C, 1].
+
+    The columns of a group are far from each other, because neighbours in a vocabulary are alike; those
+    that fill no group are groups of one.
+    """
     columns = matrix.shape[1]
     width = min(_GROUP, max(1, columns // _LEAST_GROUPS))
     count = columns // width
@@ -181,7 +213,9 @@ def _groups(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
         part, rest = matrix[block, : width * count].unflatten(1, (width, count)), matrix[block, width * count :].to(dtype)
         largest.append(torch.cat([part.amax(1).to(dtype), rest], 1))
         sums.append(torch.cat([part.sum(1, dtype=dtype), rest], 1))
-    return torch.cat(largest), torch.cat(sums), width
+    group = torch.where(index < width * count, index % count, index - (width - 1) * count)
+    own = matrix.gather(1, index).to(dtype)  # -R, whose size is that of all others
+    return torch.cat(largest).clamp_min_(0), torch.cat(sums).scatter_add_(1, group, -own), width
 
 
 def _select(matrix: Tensor, threshold: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,9 +4,7 @@ The forward reads each logit once (2NDV operations). If the gradient of the log-
 to all logits fits the memory budget, the forward saves it and the backward computes two products
 (4NDV). Else the backward recomputes the logits (6NDV), a slab of the vocabulary at a time: a slab
 of d_weight is then complete after one sum over all tokens and rounded once, without an fp32 copy of
-d_weight.
-
-In this file: the forward, the two backwards, the custom op with its autograd, the public function.
+d_weight. ``Options.gradient_tolerance`` applies to rows that were saved.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from ..types import IGNORE_INDEX, Options, TokenStats
 from . import chunking, collective_checks, dispatch, gemm, sparse, statistics_op
 from .dispatch import Backend, Entries, LogitCotangents, LogitGradient, RowStatistics
 from .gradients import Gradients, GradientSum
+from .sparsify import thinned
 from .vocab_shard import VocabShard
 
 from .lm_head import (  # isort: skip
@@ -61,8 +60,7 @@ def compute_statistics(
         targets, valid = targets[index], valid[index]
     if projection.n_rows == 0:
         zeros = projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype)
-        moment = zeros if second_moments else None
-        mean = zeros if entropy else None
+        moment, mean = zeros if second_moments else None, zeros if entropy else None
         return RowStatistics(zeros, mean, zeros, zeros, zeros, mean, moment, moment, moment), None
     targets = projection.local_targets(targets, valid)
     budget, saved = chunking.workspace_bytes(options, targets.device), None
@@ -94,12 +92,13 @@ def gradients_of_saved(
     rows = slice(0, projection.n_rows) if index is None else index
     grad = torch.where(valid, grad_logp.to(projection.statistics_dtype), 0)[rows]
     row_scale, *target_grads = grad * saved.scales
-    entries = None
-    if target_grads:
-        entries = Entries.one_a_row(projection.local_targets(targets, valid)[rows], *target_grads)
-    total = GradientSum(projection, backend, needs, dtype=projection.hidden.dtype, one_chunk=True)
+    targets = projection.local_targets(targets, valid)[rows]
+    gradient = LogitGradient(saved.matrix, row_scale, Entries.one_a_row(targets, *target_grads) if target_grads else None)
     live = valid_index(grad != 0) if may_compact(grad, options.compact) else None
-    total.add(LogitGradient(saved.matrix, row_scale, entries), rows, live)
+    if options.gradient_tolerance is not None:
+        gradient, live = thinned(projection, gradient, targets, live, options.gradient_tolerance)
+    total = GradientSum(projection, backend, needs, dtype=projection.hidden.dtype, one_chunk=True)
+    total.add(gradient, rows, live)
     return total.result()
 
 
@@ -174,7 +173,8 @@ def gradients_by_recomputing(
 def _forward_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_inv_temperature: Tensor | None,
     inv_temperature: float, logit_scale: float, softcap: float | None, group: str, shard: Sequence[int], backend: str,
-    memory_budget: int | None, compact: bool, plan: str, debug: bool, entropy: bool, second_moments: bool, save: bool,
+    memory_budget: int | None, compact: bool, plan: str, tolerance: float | None, debug: bool, entropy: bool,
+    second_moments: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """logp, entropy, lse [N], moments, state [3, N], and the three fields of ``SavedRows``.
 
@@ -194,7 +194,7 @@ def _forward_op(
 @_forward_op.register_fake
 def _forward_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard, backend,
-    memory_budget, compact, plan, debug, entropy, second_moments, save,
+    memory_budget, compact, plan, tolerance, debug, entropy, second_moments, save,
 ):  # fmt: skip
     n, rows, scales = hidden.shape[0], 0, 2
     projection = Projection.of(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
@@ -219,12 +219,13 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 def _backward_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_inv_temperature: Tensor | None,
     inv_temperature: float, logit_scale: float, softcap: float | None, group: str, shard: Sequence[int], backend: str,
-    memory_budget: int | None, compact: bool, plan: str, logp: Tensor, state: Tensor, matrix: Tensor, scales: Tensor,
-    index: Tensor, grad_logp: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None, needs: Sequence[bool],
+    memory_budget: int | None, compact: bool, plan: str, tolerance: float | None, logp: Tensor, state: Tensor,
+    matrix: Tensor, scales: Tensor, index: Tensor, grad_logp: Tensor | None, grad_entropy: Tensor | None,
+    grad_lse: Tensor | None, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(d_hidden, d_weight, d_bias); a gradient that is not needed is empty."""
     projection = Projection.of(hidden, weight, bias, row_inv_temperature, inv_temperature, logit_scale, softcap, group, shard)
-    resolved, options = dispatch.resolved(backend, projection), Options(memory_budget, compact, plan=plan)
+    resolved, options = dispatch.resolved(backend, projection), Options(memory_budget, compact, False, plan, tolerance)
     wanted = (needs[0], needs[1], needs[2])
     if scales.numel() and grad_entropy is None and grad_lse is None and grad_logp is not None:
         saved = SavedRows(matrix, scales, index)
@@ -237,7 +238,7 @@ def _backward_op(
     return d_hidden, d_weight, d_bias
 
 
-statistics_op.register_gradients(_forward_op, _backward_op, operands=5, others=9, entropy=15)
+statistics_op.register_gradients(_forward_op, _backward_op, operands=5, others=10, entropy=16)
 
 
 def project_stats(
@@ -261,12 +262,11 @@ def project_stats(
     assert isinstance(options.compact, bool)
     found = _forward_op(
         p.hidden, p.weight, p.bias, targets, p.row_inv_temperature, *p.op_numbers(),
-        backend, options.memory_budget, options.compact, options.plan, options.debug,
+        backend, options.memory_budget, options.compact, options.plan, options.gradient_tolerance, options.debug,
         entropy != "none", second_moments, save,
     )  # fmt: skip
-    return _detached_entropy(
-        statistics_op.token_stats_of(found, entropy=entropy != "none", second_moments=second_moments), entropy
-    )
+    stats = statistics_op.token_stats_of(found, entropy=entropy != "none", second_moments=second_moments)
+    return _detached_entropy(stats, entropy)
 
 
 def _detached_entropy(stats: TokenStats, mode: str) -> TokenStats:

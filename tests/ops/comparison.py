@@ -116,7 +116,7 @@ def check_custom_op(
     if not save:
         targets[2] = -100
     transform = (rows, 1.0, 1.0, softcap, "", ())
-    how = (backend, 2**20, True, "one_chunk" if save else "recompute", False)
+    how = (backend, 2**20, True, "one_chunk" if save else "recompute", None, False)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     torch.library.opcheck(
         torch.ops.eapo_kernels.token_stats.default,

@@ -116,6 +116,7 @@ def test_measurement_equals_dense_logits(policy: Policy, rollouts: Rollouts, bud
                                    atol=2e-5, rtol=0)  # fmt: skip
         torch.testing.assert_close(found.entropy[own].double(), -(full.exp() * full).sum(-1), atol=2e-5, rtol=0)
     torch.testing.assert_close(found.logp, completions.rollout_logp, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found.entropy, completions.rollout_entropy, atol=2e-5, rtol=0)
 
 
 def test_batches_hold_the_support_of_their_tokens(cut: Rollouts) -> None:
@@ -153,6 +154,7 @@ def test_measurement_over_a_support_equals_dense_logits(policy: Policy, cut: Rol
     got = torch.stack([found.logp, found.entropy, found.p2, found.tempered_logp], 1)
     torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), atol=2e-5, rtol=0)
     torch.testing.assert_close((found.logp - completions.rollout_logp).exp(), torch.ones(completions.tokens), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.entropy, completions.rollout_entropy, atol=2e-5, rtol=0)
 
 
 def gradients(policy: Policy, experience: Experience, budget: int, method: str, **changes: Any) -> tuple[list, dict]:

@@ -166,11 +166,12 @@ class Evaluator:
             scores = self.rewards.score(prompts.columns(indices, k), texts, rollouts.completion_ids, tick)
         for line in scores.failure_lines():
             console.line(line)
-        with console.phase(f"{title}: entropy") as tick:
-            completions = select(rollouts, range(len(texts)))
-            budget = config.optim.micro_batch_tokens
-            found = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick)
-            entropies = found.entropy.cpu().split(list(map(len, rollouts.completion_ids)))
+        entropies = rollouts.entropy
+        if entropies is None:
+            with console.phase(f"{title}: entropy") as tick:
+                completions, budget = select(rollouts, range(len(texts))), config.optim.micro_batch_tokens
+                found = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick)
+                entropies = list(found.entropy.cpu().split(list(map(len, rollouts.completion_ids))))
         groups = [slice(q * k, (q + 1) * k) for q in indices]
         verified = bool(((scores.total == 0) | (scores.total == 1) | scores.total.isnan()).all())
         with console.phase(f"{title}: diversity", alone=True) as tick:

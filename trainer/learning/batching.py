@@ -29,6 +29,7 @@ class Completions:
         rollout_logp: [T] fp32, the engine's log-probs (nats).
         starts: B + 1 offsets into the row of T tokens.
         support: B entries, or None: the whole vocabulary.
+        rollout_entropy: [T] fp32, the engine's entropies (nats), or None.
     """
 
     prompt_ids: list[list[int]]
@@ -36,6 +37,7 @@ class Completions:
     rollout_logp: Tensor
     starts: list[int]
     support: list[Support] | None = None
+    rollout_entropy: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -55,7 +57,8 @@ def select(rollouts: Rollouts, indices: Sequence[int]) -> Completions:
     logp = torch.cat([rollouts.logp[i] for i in indices])
     starts = list(accumulate(map(len, ids), initial=0))
     support = None if rollouts.support is None else [rollouts.support[i] for i in indices]
-    return Completions([rollouts.prompt_ids[i] for i in indices], ids, logp, starts, support)
+    entropy = None if rollouts.entropy is None else torch.cat([rollouts.entropy[i] for i in indices])
+    return Completions([rollouts.prompt_ids[i] for i in indices], ids, logp, starts, support, entropy)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def weigh(
         sequence_ids=per_token(torch.arange(len(completions)), completions).to(device),
         rewards=rewards.to(device),
         group_ids=group_ids.to(device),
-        old_logp=old.logp,
+        old_logp=None if old.on_policy else old.logp,
         ref_logp=ref_logp,
         rollout_logp=completions.rollout_logp.to(device),
         advantages=None if advantages is None else advantages.to(device),

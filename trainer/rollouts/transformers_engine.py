@@ -52,14 +52,17 @@ class TransformersEngine:
         with unsharded(self.policy):
             shares = ranks.all_gather(lambda: self._complete(repeated, own, sampling, tick))
         found = {index: completion for share in shares for index, completion in share.items()}
-        tokens, logp, truncated, support = zip(*(found[index] for index in range(len(repeated))), strict=True)
-        return Rollouts(repeated, list(tokens), list(logp), list(truncated), list(support) if sampling.support else None)
+        columns = zip(*(found[index] for index in range(len(repeated))), strict=True)
+        tokens, logp, truncated, support, entropy = map(list, columns)
+        cut = sampling.filtered and not sampling.support  # the loss is on the whole vocabulary, the entropy is not
+        supports, entropies = support if sampling.support else None, None if cut else entropy
+        return Rollouts(repeated, tokens, logp, truncated, supports, entropies)
 
     def _complete(
         self, prompts: Sequence[list[int]], indices: Sequence[int], sampling: Sampling, tick: Tick
-    ) -> dict[int, tuple[list[int], Tensor, bool, Support | None]]:
-        """Index -> tokens, their log-probs, whether the completion was truncated, and its support,
-        for the completions ``indices``.
+    ) -> dict[int, tuple[list[int], Tensor, bool, Support | None, Tensor]]:
+        """Index -> tokens, their log-probs, whether the completion was truncated, its support, and
+        entropies, for the completions ``indices``.
         """
         result = {}
         starts = range(0, len(indices), self.batch)
@@ -71,19 +74,21 @@ class TransformersEngine:
                 tick(done + tokens, total)
 
             chunk = indices[start : start + self.batch]
-            tokens, logp, supports = self._sample([prompts[i] for i in chunk], chunk, sampling, tick_token)
-            for index, row, row_logp, support in zip(chunk, tokens.tolist(), logp, supports, strict=True):
+            tokens, logp, supports, entropy = self._sample([prompts[i] for i in chunk], chunk, sampling, tick_token)
+            found = zip(chunk, tokens.tolist(), logp, supports, entropy, strict=True)
+            for index, row, row_logp, support, row_entropy in found:
                 length = next((i + 1 for i, token in enumerate(row) if token in self.policy.eos_ids), None)
                 kept = None if support is None else support.first(length or len(row))
-                result[index] = (row[:length], row_logp[:length].clone(), length is None, kept)
+                own = slice(length)
+                result[index] = (row[own], row_logp[own].clone(), length is None, kept, row_entropy[own].clone())
         return result
 
     @torch.no_grad()
     def _sample(
         self, prompts: list[list[int]], indices: Sequence[int], sampling: Sampling, tick: _TokenTick
-    ) -> tuple[Tensor, Tensor, Sequence[Support | None]]:
-        """Sampled tokens and their log-probs, both [b, T] CPU, and b supports of T tokens; entries
-        after an end-of-sequence token are undefined.
+    ) -> tuple[Tensor, Tensor, Sequence[Support | None], Tensor]:
+        """Sampled tokens, their log-probs, b supports of T tokens, and entropies; tensors are [b, T]
+        CPU. Entries after an end-of-sequence token are undefined.
         """
         policy = self.policy
         width = max(map(len, prompts))
@@ -115,11 +120,13 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([*warpers, sampler]),
                 synced_gpus=False,  # otherwise transformers synchronizes the ranks at every token of a sharded model
             )
-        return sequences[:, width:].cpu(), torch.cat(sampler.logp, 1).cpu(), sampler.supports()
+        logp, entropy = torch.cat(sampler.logp, 1).cpu(), torch.stack(sampler.entropy, 1).cpu()
+        return sequences[:, width:].cpu(), logp, sampler.supports(), entropy
 
 
 class _Sampler(LogitsProcessor):
-    """Draws a token for every completion, records its log-prob, and masks all other tokens.
+    """Draws a token for every completion, records its log-prob and the entropy, and masks all other
+    tokens.
 
     The draw uses exponential variables E_v: argmin of E_v / p_v is v with probability p_v. Each
     completion has a generator of its own.
@@ -130,7 +137,8 @@ class _Sampler(LogitsProcessor):
     def __init__(self, seeds: Sequence[int], device: torch.device, tick: _TokenTick, *, support: bool) -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.tick, self.support = tick, support
-        self.logp: list[Tensor] = []
+        self.logp: list[Tensor] = []  # for each token [b, 1]
+        self.entropy: list[Tensor] = []  # for each token [b]
         self._ids: list[Tensor] = []  # for each token [E] int32: the ids of the first completion, of the second, ...
         self._counts: list[Tensor] = []  # for each token [b] int32
         self._times: Tensor | None = None
@@ -143,6 +151,7 @@ class _Sampler(LogitsProcessor):
             row.exponential_(generator=generator)
         drawn = (logp - times.clamp_min(torch.finfo(times.dtype).tiny).log_()).argmax(-1, keepdim=True)
         self.logp.append(logp.gather(1, drawn))
+        self.entropy.append(-(logp.exp() * logp.clamp_min_(torch.finfo(logp.dtype).min)).sum(-1))  # 0 where p is 0
         if self.support:
             kept = scores > -torch.inf
             self._ids.append(kept.nonzero()[:, 1].int().cpu())
