@@ -128,10 +128,10 @@ class Progress:
         reference by name, in the memory that the run uses.
         """
         weights = {name: p.detach() for name, p in self.policy.named_parameters() if p.requires_grad}
-        optimizer = get_optimizer_state_dict(self.policy, self.optimizer, options=BY_NAME)
+        state = get_optimizer_state_dict(self.policy, self.optimizer, options=BY_NAME)
         tensors: dict[str, dict[str, Any]] = {
             "weights": weights,
-            "optimizer": {k: v for k, v in optimizer.items() if k.startswith("state.")},
+            "optimizer": {k: v for k, v in state.items() if k.startswith("state.")},
         }
         if self.reference is not None and self.reference.keep < 1:
             tensors["reference"] = dict(zip(weights, self.reference.weights, strict=True))
