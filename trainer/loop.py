@@ -49,7 +49,7 @@ from eapo_kernels import make_controller
 from . import ranks
 from .config import Config
 from .config.advice import advice, advice_on_rewards
-from .dataset import PromptSampler, encode_prompt, fingerprint, load_prompts
+from .dataset import PromptSampler, fingerprint, load_prompts
 from .errors import Interrupted, RewardError
 from .evaluation.evaluate import Evaluator
 from .evaluation.report import summary_table, write_report
@@ -102,9 +102,8 @@ def train(config: Config) -> bool:
 def _train(config: Config, console: Console) -> bool:
     rollout, budget = config.rollout, config.optim.micro_batch_tokens
 
-    train_set = load_prompts(config.data.train, config.data.train_limit)
-    held_out = load_prompts(config.data.eval, config.data.eval_limit) if config.data.eval else None
-    sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
+    train_set = load_prompts(config.data, "train")
+    held_out = load_prompts(config.data, "eval") if config.data.eval else None
     seed_generators(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
     run = RunDirectory(config)
     done = ranks.run_on_main(run.finished)
@@ -121,7 +120,9 @@ def _train(config: Config, console: Console) -> bool:
     with console.phase("loading the rewards"):
         rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
     with console.phase("encoding the prompts"):
-        prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in train_set.rows]
+        train_set = train_set.encoded(policy.tokenizer, config.data, console.line)
+        held_out = held_out and held_out.encoded(policy.tokenizer, config.data, console.line)
+    sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
 
     for line in advice(config):
         console.line(f"advice: {line}")
@@ -139,7 +140,7 @@ def _train(config: Config, console: Console) -> bool:
 
     def next_prompts() -> tuple[list[list[int]], dict[str, list[Any]]]:
         indices = sampler.next()
-        return [prompts[i] for i in indices], train_set.columns(indices, 1)
+        return [train_set.ids[i] for i in indices], train_set.columns(indices, 1)
 
     source = RolloutSource(config, method, policy, engine, rewards, console, next_prompts)
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
@@ -160,7 +161,7 @@ def _train(config: Config, console: Console) -> bool:
 
     progress = Progress(
         config, run, policy, learner.optimizer, parts={"sampler": sampler, "controller": controller, "hook": hook},
-        reference=reference, prompts=fingerprint(prompts),
+        reference=reference, prompts=fingerprint(train_set.ids),
     )  # fmt: skip
     step, finished = step_of(checkpoint), False
     trackers.start(run.path, step)

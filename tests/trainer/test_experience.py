@@ -15,7 +15,7 @@ from tiny import make_model, make_tokenizer, no_tick
 
 from eapo_kernels import TokenStats, diagnostics, get_method, make_controller, observed_entropy, weight_tokens
 from trainer.config import Config, OptimConfig
-from trainer.dataset import teacher_prompt
+from trainer.dataset import fill
 from trainer.learning.batching import Completions, select
 from trainer.learning.experience import extra_statistics, final_answer, per_token, weigh
 from trainer.learning.measure import Wanted, measure, recorded, wanted_by
@@ -98,9 +98,9 @@ def test_the_final_answer_follows_the_marker() -> None:
 
 
 def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: Config, completions: Completions) -> None:
-    assert teacher_prompt("what ?", "n1", "{prompt} is {answer}") == "what ? is n1"
+    assert fill("{prompt} is {answer}", "what ?", "n1") == "what ? is n1"
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "what ?"}]
-    assert teacher_prompt(messages, 3, "{answer} {prompt}")[1] == {"role": "user", "content": "3 what ?"}
+    assert fill("{answer} {prompt}", messages, 3)[1] == {"role": "user", "content": "3 what ?"}
     columns = {"prompt": ["what is n1 ?"] * 12, "answer": ["n2 n3"] * 12}
     scores = Scores(torch.zeros(12), {}, [])
     rollouts = Rollouts(completions.prompt_ids, completions.completion_ids, [torch.zeros(1)] * 12, [False] * 12)
