@@ -17,6 +17,7 @@ import os
 import sys
 import traceback
 import weakref
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -48,23 +49,27 @@ def train(config: Config) -> bool:
 
 
 class FullTensors(TorchDispatchMode):
-    """Counts the tensors with the shape of a full matrix of ``model`` that are alive at once."""
+    """Counts the memories of full matrices of ``model`` that are alive at once."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.shapes = {p.shape for p in model.parameters() if p.dim() == 2}
-        self.alive = self.most = 0
+        full = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+        self.shapes = full - {((rows + 1) // 2, columns) for rows, columns in full}  # those are shards too
+        assert len(self.shapes) > 1
+        self.alive: Counter[int] = Counter()
+        self.most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not isinstance(out, DTensor) and not out.is_meta and out.shape in self.shapes:
-            self.alive += 1
-            self.most = max(self.most, self.alive)
-            weakref.finalize(out, self._gone)
+        if isinstance(out, torch.Tensor) and not isinstance(out, DTensor) and not out.is_meta and (*out.shape,) in self.shapes:
+            place = out.untyped_storage().data_ptr()
+            self.alive[place] += 1
+            self.most = max(self.most, len(+self.alive))
+            weakref.finalize(out, self._gone, place)
         return out
 
-    def _gone(self) -> None:
-        self.alive -= 1
+    def _gone(self, place: int) -> None:
+        self.alive[place] -= 1
 
 
 def load(recipe: str) -> None:

@@ -165,10 +165,11 @@ class Policy(nn.Module):
         scratch = directory.with_name(f"{directory.name}.tmp")
 
         def write() -> None:
-            for stale in (scratch, directory):
-                shutil.rmtree(stale, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
             self.model.save_pretrained(scratch, state_dict=weights, **options)
             self.tokenizer.save_pretrained(scratch)
+            if directory.exists():
+                shutil.rmtree(directory)
             scratch.rename(directory)
 
         ranks.run_on_main(write)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import to_json
 
 from eapo_kernels.ops.dispatch import VARIABLE
 from eapo_kernels.ops.verdicts import used
@@ -137,7 +137,7 @@ class RunDirectory:
         """Append one JSON object to ``<stream>.jsonl``. NaN becomes null."""
         if ranks.is_main():
             with (self.path / f"{stream}.jsonl").open("a") as file:
-                file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+                file.write(to_json(record, inf_nan_mode="null").decode() + "\n")
 
     def _streams(self) -> list[Path]:
         return [file for stream in STREAMS if (file := self.path / f"{stream}.jsonl").exists()]
@@ -164,10 +164,7 @@ class RunDirectory:
             if got < size:
                 raise CheckpointError(f"{self.path / name}: expected at least the {size} bytes of the checkpoint, got {got}")
         for file in self._streams():
-            if file.name in offsets:
-                os.truncate(file, offsets[file.name])
-            else:
-                file.unlink()
+            os.truncate(file, offsets.get(file.name, 0))
 
 
 def read(path: Path, stream: str) -> list[dict[str, Any]]:
@@ -178,22 +175,11 @@ def read(path: Path, stream: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
-
-
 def environment() -> dict[str, Any]:
     """Versions, machine, command and git commit."""
     return {
         "command": sys.argv,
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": _commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -210,10 +196,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of a git command in this checkout; None without git or a repository."""
+def _commit() -> str | None:
+    """Git commit of this checkout, with "-dirty" where files differ from it; None outside one."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return None if done.returncode else done.stdout.strip()
+    return done.stdout.strip() or None
