@@ -214,8 +214,9 @@ def test_settings_of_time_memory_and_evaluation_may_change(
     train(short)
     seen = {"samples_per_step": 1, "diagnose_every": 2, "data": {"eval": str(prompts)}, "eval": {"responses": 2, "every": 4}}
     moved = {
-        "model": {"attention": "eager", "gradient_checkpointing": True}, "rollout": {"batch": 5, "vllm": {"gpu_memory_utilization": 0.3}},
+        "model": {"attention": "eager", "gradient_checkpointing": True}, "rollout": {"batch": 5},
         "optim": {"micro_batch_tokens": 40}, "rewards": {"timeout": 5.0}, "checkpoint": {"every": 2},
+        "log": {"wandb_project": "x"},
     }  # fmt: skip
     longer, straight = short.replace(steps=5, resume="auto", **seen, **moved), short.replace(name="straight", steps=5)
     assert train(longer)
@@ -234,7 +235,7 @@ def test_settings_of_time_memory_and_evaluation_may_change(
     assert entry["step"] == 3
     assert entry["processes"] == 1
     assert entry["changed"]["optim.micro_batch_tokens"] == [8192, 40]
-    assert entry["changed"]["rollout.vllm.gpu_memory_utilization"] == [0.4, 0.3]
+    assert entry["changed"]["log.wandb_project"] == ["eapo", "x"]
     assert entry["changed"]["steps"] == [3, 5]
 
 

@@ -32,7 +32,10 @@ HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 CASES: dict[str, dict[str, Any]] = {
-    "full": {"rollout": {"top_p": 0.9}, "optim": {"minibatches": 2, "epochs": 2}, "eval": {"every": 2}},
+    "full": {
+        "rollout": {"top_p": 0.9}, "model": {"packing": "always"}, "optim": {"minibatches": 2, "epochs": 2},
+        "eval": {"every": 2},
+    },
     # Weights over the whole step (quantiles of all tokens); minibatches of two or three completions, unevenly shared.
     "batch_scope": {"loss": {"method": "clip_cov"}, "optim": {"minibatches": 5, "micro_batch_tokens": 30}},
     "adapters": {

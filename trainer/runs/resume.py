@@ -13,8 +13,8 @@ from .rundir import RunDirectory
 
 FREE = (
     "name", "out", "overwrite", "resume", "steps", "samples_per_step", "diagnose_every", "log.", "checkpoint.", "eval.",
-    "data.eval", "data.eval_limit", "model.cache", "model.device", "model.attention", "model.gradient_checkpointing",
-    "rollout.engine", "rollout.batch", "rollout.vllm.", "optim.micro_batch_tokens", "rewards.concurrency", "rewards.timeout",
+    "data.eval", "data.eval_limit", "model.cache", "model.device", "model.attention", "model.packing",
+    "model.gradient_checkpointing", "rollout.engine", "rollout.batch", "rollout.vllm.", "optim.micro_batch_tokens", "rewards.concurrency", "rewards.timeout",
     "rewards.judge.url", "rewards.judge.api_key_env", "rewards.judge.concurrency", "rewards.judge.timeout",
     "rewards.judge.retries", "rewards.reward_model.batch", "rewards.reward_model.device",
 )  # fmt: skip
