@@ -14,9 +14,9 @@ from .rundir import RunDirectory
 FREE = (
     "name", "out", "overwrite", "resume", "steps", "samples_per_step", "diagnose_every", "log.", "checkpoint.", "eval.",
     "data.eval", "data.eval_limit", "model.cache", "model.device", "model.attention", "model.packing",
-    "model.gradient_checkpointing", "rollout.engine", "rollout.batch", "rollout.vllm.", "optim.micro_batch_tokens", "rewards.concurrency", "rewards.timeout",
-    "rewards.judge.url", "rewards.judge.api_key_env", "rewards.judge.concurrency", "rewards.judge.timeout",
-    "rewards.judge.retries", "rewards.reward_model.batch", "rewards.reward_model.device",
+    "model.gradient_checkpointing", "rollout.engine", "rollout.batch", "rollout.vllm.", "optim.micro_batch_tokens",
+    "rewards.concurrency", "rewards.timeout", "rewards.judge.url", "rewards.judge.api_key_env", "rewards.judge.concurrency",
+    "rewards.judge.timeout", "rewards.judge.retries", "rewards.reward_model.batch", "rewards.reward_model.device",
 )  # fmt: skip
 """Settings that may change at a resume, because they move time, memory or what is seen of a run (a
 trailing dot: all settings of a section). The run remains the same up to rounding."""
