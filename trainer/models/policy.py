@@ -24,7 +24,7 @@ from eapo_kernels import token_stats
 from .. import ranks
 from ..config import LoraConfig, ModelConfig
 from ..errors import ModelError
-from .embedded import EMBEDDED, resolve
+from .embedded import resolve
 from .sharding import full_tensor, shard, unsharded
 
 T = TypeVar("T")
@@ -188,7 +188,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
     transformers_logging.disable_progress_bar()
     device = find_device(config.device, "model.device")
     dtype = getattr(torch, config.dtype)
-    ranks.run_on_main(lambda: resolve(config.path, config.cache))  # converts an embedded model, once
+    ranks.run_on_main(lambda: resolve(config.path, config.cache))  # converts or downloads it, once
     directory = resolve(config.path, config.cache)
     adapter = directory / "adapter_config.json"
     base = directory
@@ -209,7 +209,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
             model = PeftModel.from_pretrained(model, directory, is_trainable=True)
     elif lora.rank:
         model = _with_adapters(model, lora, seed)
-        name = config.path if config.path in EMBEDDED else str(base.resolve())
+        name = str(base.resolve()) if Path(config.path).expanduser().is_dir() else config.path
         model.peft_config["default"].base_model_name_or_path = name
     if config.gradient_checkpointing:
         with _renames_ignored():

@@ -169,7 +169,7 @@ def _function(name: str, config: RewardsConfig, cache: str, device: torch.device
     if name == "reward_model":
         from .reward_model import RewardModel
 
-        return RewardModel(config.reward_model, device)
+        return RewardModel(config.reward_model, cache, device)
     if name == "math_verify":
         from .math_answers import MathVerify
 
