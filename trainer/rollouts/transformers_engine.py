@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .. import ranks
 from ..models.policy import Policy
 from ..models.sharding import unsharded
 from ..records import Rollouts, Sampling, Support, Tick, derive_seed
+from .engines import sample_shares
 
 _TokenTick = Callable[[int], None]
 
@@ -47,49 +48,25 @@ class TransformersEngine:
         """Nothing to free: the module belongs to the learner."""
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
-        repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
-        own = range(ranks.rank(), len(repeated), ranks.size())
         with unsharded(self.policy):
-            shares = ranks.all_gather(lambda: self._complete(repeated, own, sampling, tick))
-        found = {index: completion for share in shares for index, completion in share.items()}
-        columns = zip(*(found[index] for index in range(len(repeated))), strict=True)
-        tokens, logp, truncated, support, entropy = map(list, columns)
+            return sample_shares(prompts, sampling, partial(self._complete, sampling=sampling, tick=tick))
+
+    def _complete(self, prompts: list[list[int]], numbers: range, *, sampling: Sampling, tick: Tick) -> Rollouts:
+        """The completions ``numbers``, one for each of ``prompts``, in batches."""
+        starts, longest = range(0, len(prompts), self.batch), sampling.max_new_tokens
         cut = sampling.filtered and not sampling.support  # the loss is on the whole vocabulary, the entropy is not
-        supports, entropies = support if sampling.support else None, None if cut else entropy
-        return Rollouts(repeated, tokens, logp, truncated, supports, entropies)
+        result = Rollouts([], [], [], [], [] if sampling.support else None, None if cut else [])
+        for done, start in enumerate(starts):
+            own = slice(start, start + self.batch)
 
-    def _complete(
-        self, prompts: Sequence[list[int]], indices: Sequence[int], sampling: Sampling, tick: Tick
-    ) -> dict[int, tuple[list[int], Tensor, bool, Support | None, Tensor]]:
-        """Index -> tokens, their log-probs, whether the completion was truncated, its support, and
-        entropies, for the completions ``indices``.
-        """
-        result = {}
-        starts = range(0, len(indices), self.batch)
-        total = len(starts) * sampling.max_new_tokens
-        for number, start in enumerate(starts):
-            done = number * sampling.max_new_tokens
+            def tick_token(tokens: int, before: int = done * longest) -> None:
+                tick(before + tokens, len(starts) * longest)
 
-            def tick_token(tokens: int, done: int = done) -> None:
-                tick(done + tokens, total)
-
-            chunk = indices[start : start + self.batch]
-            tokens, logp, supports, entropy = self._sample([prompts[i] for i in chunk], chunk, sampling, tick_token)
-            found = zip(chunk, tokens.tolist(), logp, supports, entropy, strict=True)
-            for index, row, row_logp, support, row_entropy in found:
-                length = next((i + 1 for i, token in enumerate(row) if token in self.policy.eos_ids), None)
-                kept = None if support is None else support.first(length or len(row))
-                own = slice(length)
-                result[index] = (row[own], row_logp[own].clone(), length is None, kept, row_entropy[own].clone())
+            result = result.concat(self._sample(prompts[own], numbers[own], sampling, tick_token))
         return result
 
     @torch.no_grad()
-    def _sample(
-        self, prompts: list[list[int]], indices: Sequence[int], sampling: Sampling, tick: _TokenTick
-    ) -> tuple[Tensor, Tensor, Sequence[Support | None], Tensor]:
-        """Sampled tokens, their log-probs, b supports of T tokens, and entropies; tensors are [b, T]
-        CPU. Entries after an end-of-sequence token are undefined.
-        """
+    def _sample(self, prompts: list[list[int]], numbers: range, sampling: Sampling, tick: _TokenTick) -> Rollouts:
         policy = self.policy
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), policy.pad_id)
@@ -97,7 +74,7 @@ class TransformersEngine:
         for row, prompt in enumerate(prompts):  # left padding, as generation needs it
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        seeds = [derive_seed(sampling.seed, index) for index in indices]
+        seeds = [derive_seed(sampling.seed, number) for number in numbers]
         sampler = _Sampler(seeds, policy.device, tick, support=sampling.support)
         warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
         if sampling.top_k > 0:
@@ -120,8 +97,17 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([*warpers, sampler]),
                 synced_gpus=False,  # otherwise transformers synchronizes the ranks at every token of a sharded model
             )
+        tokens, support = sequences[:, width:].tolist(), sampler.supports()
         logp, entropy = torch.cat(sampler.logp, 1).cpu(), torch.stack(sampler.entropy, 1).cpu()
-        return sequences[:, width:].cpu(), logp, sampler.supports(), entropy
+        ends = [next((i + 1 for i, token in enumerate(row) if token in policy.eos_ids), None) for row in tokens]
+        return Rollouts(
+            prompts,
+            [row[:end] for row, end in zip(tokens, ends, strict=True)],
+            [row[:end].clone() for row, end in zip(logp, ends, strict=True)],
+            [end is None for end in ends],
+            support and [own.first(end or len(own.counts)) for own, end in zip(support, ends, strict=True)],
+            [row[:end].clone() for row, end in zip(entropy, ends, strict=True)],
+        )
 
 
 class _Sampler(LogitsProcessor):
@@ -158,10 +144,10 @@ class _Sampler(LogitsProcessor):
             self._counts.append(kept.sum(1).int().cpu())
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
-    def supports(self) -> Sequence[Support | None]:
-        """b supports of all T tokens; None where they are not recorded."""
+    def supports(self) -> list[Support] | None:
+        """b supports of all T tokens, if they are recorded."""
         if not self.support:
-            return [None] * len(self.generators)
+            return None
         counts = torch.stack(self._counts)  # [T, b]
         completions = torch.arange(counts.shape[1]).repeat(counts.shape[0]).repeat_interleave(counts.flatten())
         ids = torch.cat(self._ids)[completions.argsort(stable=True)]
