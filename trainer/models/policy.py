@@ -208,7 +208,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
         with _renames_ignored():
             model = PeftModel.from_pretrained(model, directory, is_trainable=True)
     elif lora.rank:
-        model = _with_adapters(model, lora, seed)
+        model = with_adapters(model, lora, seed)
         name = str(base.resolve()) if Path(config.path).expanduser().is_dir() else config.path
         model.peft_config["default"].base_model_name_or_path = name
     if config.gradient_checkpointing:
@@ -227,7 +227,7 @@ def _renames_ignored() -> Iterator[None]:
         yield
 
 
-def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     peft_config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

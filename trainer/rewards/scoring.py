@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Rewards:
 
     def __init__(self, config: RewardsConfig, *, cache: str, device: torch.device) -> None:
         self.config = config
+        check_functions(config)
         self.functions: dict[str, RewardFunction] = {}
         for name in config.functions:
             self.functions[name] = _function(name, config, cache, device)
@@ -181,6 +183,27 @@ def _function(name: str, config: RewardsConfig, cache: str, device: torch.device
         judge.check()
         return judge
     return BUILT_IN[name] if name in BUILT_IN else import_function(name)
+
+
+PACKAGES = {"judge": "openai", "math_verify": "math_verify"}
+
+
+def check_functions(config: RewardsConfig) -> None:
+    """Look for the configured functions, their packages and the judge's key, without loading models.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    for name in config.functions:
+        if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+            expected = f"the package {PACKAGES[name]} (pip install '.[train]')"
+            raise ConfigError(f"rewards.functions: expected {expected} for {name}, got none")
+        if name == "judge":
+            from .judge import Judge
+
+            Judge(config.judge)
+        elif name not in (*BUILT_IN, "similarity", "math_verify", "reward_model"):
+            import_function(name)
 
 
 def import_function(path: str) -> RewardFunction:
