@@ -5,12 +5,13 @@ needs no weights.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .config import Config
@@ -121,18 +122,18 @@ def _title(trained: int, frozen: int, processes: int) -> str:
     return f"memory of {each}, estimated ({trained + frozen:,} weights, {trained:,} of them trained):"
 
 
-def _skeleton(config: Config) -> nn.Module:
+def _skeleton(config: Config) -> Any:
     """The model with its adapters, without memory for its weights."""
     directory = base = resolve(config.model.path, config.model.cache, weights=False)
     if (adapter := directory / "adapter_config.json").is_file():
         name = json.loads(adapter.read_text())["base_model_name_or_path"]
         base = resolve(name, config.model.cache, weights=False)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings(action="ignore", category=FutureWarning):  # as in ``load_policy``
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
             if adapter.is_file():
                 peft = PeftConfig.from_pretrained(directory)
-                peft.inference_mode = False
+                peft.inference_mode, peft.base_model_name_or_path = False, str(base)
                 return get_peft_model(model, peft)
             return with_adapters(model, config.lora, 0) if config.lora.rank else model
     except (ImportError, ValueError, OSError) as error:
