@@ -148,7 +148,8 @@ def _train(config: Config, console: Console) -> bool:
 
     source = RolloutSource(config, method, policy, engine, rewards, console, next_prompts)
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
-    console.line(f"training {trained:,} of {weights:,} weights on {policy.device}")
+    rows = "packed" if policy.packed else "padded"
+    console.line(f"training {trained:,} of {weights:,} weights on {policy.device}, micro-batches {rows}")
 
     evaluator = Evaluator(
         config,

@@ -150,6 +150,16 @@ def test_stated_lengths_follow_a_narrower_mask(name: str) -> None:
     assert losses[0] == losses[1]
 
 
+def test_stated_lengths_cannot_know_which_single_tokens_are_dropped() -> None:
+    step = make_step()
+    method = get_method("nsr", split="advantage", reduction="seq_mean_token_mean")
+    batch = replace(step.batch, advantages=torch.linspace(-1, 1, len(step.ids)), token_advantages=True)
+    lengths = torch.zeros(len(SIZES)).index_add_(0, step.ids, step.valid.float())
+    assert policy_loss(step.hidden, step.weight, batch, method=method).loss.isfinite()
+    with pytest.raises(EapoError, match=r"batch.sequence_lengths: expected None where drop_zero_weight drops single tokens"):
+        policy_loss(step.hidden, step.weight, replace(batch, sequence_lengths=lengths), method=method)
+
+
 @pytest.mark.parametrize("name", [n for n in WEIGHTED if n not in ("clip_cov", "spear")])  # they draw by the token's place
 def test_the_order_of_the_responses_does_not_matter(name: str) -> None:
     step, method = make_step(4, binary=True), get_method(name, fixed_length=12)

@@ -34,7 +34,7 @@ class OptimConfig(Section):
     that records entropies (transformers), a method without token weights and importance_cap. Then the
     engine's log-probs are compared with the trainer's on one completion of each group."""
     micro_batch_tokens: Count = 8192
-    """Most padded tokens in one forward pass. It determines memory and speed, not the result."""
+    """Most tokens, padding included, in one forward pass. It determines memory and speed, not the result."""
 
 
 class EvalConfig(Section):
