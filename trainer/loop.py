@@ -114,7 +114,7 @@ def _train(config: Config, console: Console) -> bool:
         console.line(f"run {run.path} is finished ({done} steps): nothing to resume; a larger --steps continues it")
         return True
     with console.phase("checking checkpoints"):
-        checkpoint = ranks.run_on_main(lambda: choose(config, run, console))
+        checkpoint, changes = ranks.run_on_main(lambda: choose(config, run, console))
     trackers = Trackers(config)
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training prompts")
 
@@ -168,7 +168,7 @@ def _train(config: Config, console: Console) -> bool:
         with console.phase(f"reading {checkpoint}"):
             progress.restore(checkpoint)
         console.line(f"resuming from {checkpoint.name}: {step} of {config.steps} steps are done")
-    ranks.run_on_main(run.resume if checkpoint else run.start)
+    ranks.run_on_main(lambda: run.resume(step, changes) if checkpoint else run.start())
     progress.mark(step)
 
     try:
