@@ -26,7 +26,7 @@ from eapo_kernels import token_stats
 from .. import ranks
 from ..config import LoraConfig, ModelConfig
 from ..errors import ModelError
-from .embedded import EMBEDDED, resolve
+from .embedded import resolve
 from .sharding import fill, full_tensor, shard, skeleton, unsharded
 
 T = TypeVar("T")
@@ -255,7 +255,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
         return skeleton(whole) if ranks.size() > 1 else whole
 
     model = ranks.run_on_main(load)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(config.path, config.cache))
+    tokenizer = AutoTokenizer.from_pretrained(resolve(config.path, config.cache, weights=False))
     if config.gradient_checkpointing:
         with _renames_ignored():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -265,7 +265,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
 
 def _load(config: ModelConfig, lora: LoraConfig, device: torch.device, seed: int) -> PreTrainedModel | PeftModel:
     """The whole model on the CPU, with its adapters."""
-    directory = resolve(config.path, config.cache)  # converts an embedded model, once
+    directory = resolve(config.path, config.cache)  # converts or downloads it, once
     adapter = directory / "adapter_config.json"
     base = directory
     if adapter.is_file():
@@ -281,8 +281,8 @@ def _load(config: ModelConfig, lora: LoraConfig, device: torch.device, seed: int
         with _renames_ignored():
             return PeftModel.from_pretrained(model, directory, is_trainable=True)
     if lora.rank:
-        model = _with_adapters(model, lora, seed)
-        name = config.path if config.path in EMBEDDED else str(base.resolve())
+        model = with_adapters(model, lora, seed)
+        name = str(base.resolve()) if Path(config.path).expanduser().is_dir() else config.path
         model.peft_config["default"].base_model_name_or_path = name
     return model
 
@@ -297,7 +297,7 @@ def _renames_ignored() -> Iterator[None]:
         yield
 
 
-def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     peft_config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
