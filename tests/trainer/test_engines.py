@@ -4,11 +4,13 @@ updates.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import WORDS, no_tick
@@ -22,6 +24,7 @@ from trainer.rollouts import vllm_engine
 from trainer.rollouts.engines import make_engine, share
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.rollouts.vllm_engine import VllmEngine
+from trainer.runs.randomness import seed_generators
 
 
 class FakeLLM:
@@ -143,6 +146,26 @@ def test_several_processes_have_an_engine_each(policy: Policy, monkeypatch: pyte
     assert "shutdown" not in engine.llm.calls
     ended[0]()
     assert engine.llm.calls[-1] == "shutdown"
+
+
+def test_the_engine_leaves_the_global_generators_alone(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM seeds them with the same number in every run and process; rewards may draw from them."""
+
+    class Seeds(FakeLLM):
+        def __init__(self, **options: Any) -> None:
+            seed_generators(0)
+            super().__init__(**options)
+
+    def draws() -> list[float]:
+        return [random.random(), np.random.random(), torch.rand(()).item()]
+
+    install(monkeypatch, fake_vllm(LLM=Seeds))
+    monkeypatch.setattr(VllmEngine, "_check", lambda self: None)
+    seed_generators(7)
+    expected = draws()
+    seed_generators(7)
+    VllmEngine(policy, RolloutConfig(), 64)
+    assert draws() == expected
 
 
 @pytest.mark.parametrize(("batch", "own", "wanted"), [(64, 0, None), (4, 512, 512)])

@@ -45,16 +45,23 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     killed, failed = (straight.replace(name=name, resume="auto") for name in ("killed", "failed"))
     third_step = ("trainer.rollouts.vllm_engine.VllmEngine._sample", 5)  # after the check at the start and an evaluation
     launches = [
-        {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
+        {"name": "killed", "kill": 6, "recipes": [recipe(killed)]},
         {"name": "failed", "command": ["train", "--config", recipe(failed)], "fail": third_step},
         {"name": "all", "recipes": [recipe(config) for config in (two["full"], two["adapters"], straight, killed, failed)]},
         {"name": "parallel", "recipes": [recipe(two["parallel"])]},
     ]
-    # On CPUs vLLM 0.32 gives the shared memory of a tensor-parallel group a constant name, and a process that does not run its
-    # destructors (these end with os._exit) leaves it behind.
+    drop_shared_memory()
+    result = run_launches(directory, launches)
+    drop_shared_memory()
+    return Pair(two, straight, killed, failed, *result)
+
+
+def drop_shared_memory() -> None:
+    """On CPUs vLLM 0.32 gives the shared memory of a tensor-parallel group a constant name, and a
+    process that ends without its destructors, as a killed one and these do, leaves it behind.
+    """
     for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
         left.unlink()
-    return Pair(two, straight, killed, failed, *run_launches(directory, launches))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,12 +13,17 @@ class ModelConfig(Section):
     """The language model that is trained."""
 
     path: str = "smollm2-135m"
-    """A directory in Hugging Face format (a model, or an adapter saved by a run), or the name of an embedded model."""
+    """A folder in Hugging Face format (a model, or an adapter saved by a run), an id of the hub (Qwen/Qwen3-4B), or the name
+    of an embedded model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; the trained weights themselves always stay in fp32."""
     attention: str = "auto"
-    """Attention implementation as transformers names it: sdpa, eager, flash_attention_2; auto is flash_attention_2 on a GPU
-    with flash-attn installed and dtype bfloat16, else sdpa."""
+    """Attention implementation as transformers names it: sdpa, eager, flash_attention_2, flash_attention_3. auto is flash
+    attention where its package is installed and dtype is bfloat16 (3 on Hopper), else transformers' choice: sdpa, or eager
+    for a model that sdpa cannot compute (Gemma 2)."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """A micro-batch is one row of sequences without padding (always), or a row for each, padded to the longest (never).
+    auto packs with flash attention: sdpa would compute the attention between all sequences of the row and mask it."""
     device: str = "auto"
     """auto (cuda where there is one, else cpu), cpu, cuda, or cuda:N."""
     gradient_checkpointing: bool = False

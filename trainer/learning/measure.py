@@ -101,16 +101,16 @@ def measure(
     policy: Policy, completions: Completions, *, temperature: float, budget: int, tick: Tick, wanted: Wanted = NOTHING
 ) -> Measurement:
     """Teacher-forced statistics of ``completions`` at the sampling temperature, in micro-batches of
-    ``budget`` padded tokens.
+    ``budget`` tokens.
 
     Every rank measures a share and receives the statistics of all completions.
     """
     columns: dict[str, Tensor] = {}
-    groups, repeated = plan_shares(completions, range(len(completions)), budget)
+    groups, repeated = plan_shares(completions, range(len(completions)), budget, policy.packed)
 
     for number, group in enumerate(groups + repeated):
         tick(number, len(groups + repeated))
-        batch = collate(completions, group, policy.device)
+        batch = collate(completions, group, policy.device, policy.packed)
 
         def head(hidden: Tensor, weight: Tensor, batch: MicroBatch = batch, **options: Any) -> dict[str, Tensor | None]:
             targets, support = batch.targets, batch.support
@@ -129,7 +129,7 @@ def measure(
                 )
             return found
 
-        for name, values in policy(batch.input_ids, batch.attention_mask, batch.rows, head).items():
+        for name, values in policy(batch.input_ids, batch.attention_mask, batch.rows, head, batch.lengths).items():
             if values is not None:
                 column = columns.setdefault(name, torch.zeros(completions.tokens, device=policy.device))
                 if number < len(groups):

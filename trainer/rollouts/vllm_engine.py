@@ -31,6 +31,7 @@ from ..learning.measure import measure
 from ..models.checkpoint_weights import checkpoint_weights
 from ..models.policy import Policy
 from ..records import Rollouts, Sampling, Support, Tick, derive_seed
+from ..runs.randomness import random_state, restore_random_state
 from .engines import sample_shares
 
 OLDEST = (0, 30)
@@ -83,6 +84,7 @@ class VllmEngine:
         limit = getattr(text, "max_position_embeddings", None) or longest
         gib = self.own.kv_cache_gib or (1.0 if cpu else 0.0)
         self.dtype = policy.dtype if self.own.dtype == "auto" else getattr(torch, self.own.dtype)
+        generators = random_state()  # vLLM seeds them all
         with tempfile.TemporaryDirectory(prefix="vllm-") as directory:  # only the configuration is read
             config = policy.language_model.config.to_dict()
             type(policy.language_model.config).from_dict(
@@ -113,6 +115,7 @@ class VllmEngine:
                 if reason.startswith("sampling distribution replay"):
                     raise ConfigError(f"{NO_MASKS}, got: {reason}") from error
                 raise ModelError(f"rollout.engine: expected a model and settings that vLLM accepts, got: {reason}") from error
+        restore_random_state(generators)
         try:
             self._load()
             self._check()
