@@ -131,7 +131,9 @@ class VllmEngine:
             raise ModelError(f"{key}: expected room for a completion to {longest} tokens, got {room} in all")
         if sampling.support and not self.masks:
             raise ModelError("rollout.record_support: expected an engine that was started with a filter, got one without")
-        self._wake()
+        if self._wake("weights") and self.sleep_level == 2:
+            self._load()
+        self._wake("kv_cache")
         try:
             return self._share(prompts, sampling, tick)
         finally:
@@ -139,9 +141,7 @@ class VllmEngine:
 
     def sync_weights(self, policy: Policy) -> None:
         self.policy = policy
-        if "weights" in self._asleep:
-            self.llm.wake_up(tags=["weights"])
-            self._asleep.remove("weights")
+        self._wake("weights")
         self._load()
 
     def close(self) -> None:
@@ -160,15 +160,14 @@ class VllmEngine:
         if not self.llm.reset_prefix_cache():
             raise ModelError("rollout.engine: expected an idle engine at the change of weights, got requests under way")
 
-    def _wake(self) -> None:
-        if not self._asleep:
-            return
+    def _wake(self, tag: str) -> bool:
+        """Returns whether it was asleep."""
+        if tag not in self._asleep:
+            return False
         torch.cuda.empty_cache()  # so that the engine can allocate it
-        for tag in list(self._asleep):
-            self.llm.wake_up(tags=[tag])
-            self._asleep.remove(tag)
-            if tag == "weights" and self.sleep_level == 2:
-                self._load()
+        self.llm.wake_up(tags=[tag])
+        self._asleep.remove(tag)
+        return True
 
     def _sleep(self) -> None:
         if self.sleep_level:
