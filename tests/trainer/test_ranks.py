@@ -18,7 +18,7 @@ from runs_on_ranks import train
 from safetensors.torch import load_file
 from test_checkpoints import assert_same_run, names, path_of
 from test_loop import rows, without_times
-from tiny import make_model, make_tokenizer
+from tiny import PAPER, make_model, make_tokenizer
 
 from trainer import ranks
 from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
@@ -94,7 +94,7 @@ def base_config(directory: Path, **sizes: Any) -> Config:
         out=str(directory / "runs"), steps=2, diagnose_every=2, model=ModelConfig(path=str(directory / "tiny"), device="cpu"),
         data=DataConfig(train=data, eval=data, eval_limit=3), rollout=RolloutConfig(prompts=3, responses=4, max_new_tokens=6),
         rewards=RewardsConfig(functions=("reward_functions:low_numbers",)), optim=OptimConfig(lr=1e-2),
-        eval=EvalConfig(responses=3, resamples=50),
+        eapo=PAPER, eval=EvalConfig(responses=3, resamples=50),
     )  # fmt: skip
 
 
