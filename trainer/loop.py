@@ -50,6 +50,7 @@ from . import ranks
 from .config import Config
 from .config.advice import advice, advice_on_rewards
 from .dataset import PromptSampler, fingerprint, load_prompts
+from .dry_run import check, estimate
 from .errors import Interrupted, RewardError
 from .evaluation.cost import cost_metrics
 from .evaluation.evaluate import Evaluator
@@ -103,6 +104,7 @@ def train(config: Config) -> bool:
 def _train(config: Config, console: Console) -> bool:
     rollout, budget = config.rollout, config.optim.micro_batch_tokens
 
+    check(config)
     train_set = load_prompts(config.data, "train")
     held_out = load_prompts(config.data, "eval") if config.data.eval else None
     seed_generators(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
@@ -112,10 +114,12 @@ def _train(config: Config, console: Console) -> bool:
         console.line(f"run {run.path} is finished ({done} steps): nothing to resume; a larger --steps continues it")
         return True
     with console.phase("checking checkpoints"):
-        checkpoint = ranks.run_on_main(lambda: choose(config, run, console))
+        checkpoint, changes = ranks.run_on_main(lambda: choose(config, run, console))
     trackers = Trackers(config)
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training prompts")
 
+    with console.phase("estimating the memory"):
+        console.line(ranks.run_on_main(lambda: estimate(config, ranks.size()).line()))
     with console.phase(f"loading {config.model.path} (an embedded model is converted the first time)"):
         policy = load_policy(config.model, config.lora, seed=derive_seed(config.seed, ADAPTER_SEED))
     with console.phase("loading the rewards"):
@@ -164,7 +168,7 @@ def _train(config: Config, console: Console) -> bool:
         with console.phase(f"reading {checkpoint}"):
             progress.restore(checkpoint)
         console.line(f"resuming from {checkpoint.name}: {step} of {config.steps} steps are done")
-    ranks.run_on_main(run.resume if checkpoint else run.start)
+    ranks.run_on_main(lambda: run.resume(step, changes) if checkpoint else run.start())
     progress.mark(step)
 
     try:
@@ -229,6 +233,7 @@ def _train(config: Config, console: Console) -> bool:
 
             step += 1
             seconds = dict(console.seconds)
+            passes = (len(compared) / len(sampled) if known else 1) + bool(reference) + diagnosed
             metrics = {
                 "step": step,
                 **reward_metrics(scored),
@@ -242,9 +247,7 @@ def _train(config: Config, console: Console) -> bool:
                 **completion_metrics(scored),
                 **engine_metrics(sampled.take(compared), logp, method.config.importance_cap),
                 **{f"seconds/{name}": value for name, value in seconds.items()},
-                **cost_metrics(
-                    policy, drawn, sampled, seconds, passes=1 + bool(reference) + diagnosed, epochs=config.optim.epochs
-                ),
+                **cost_metrics(policy, drawn, sampled, seconds, passes=passes, epochs=config.optim.epochs),
                 "tokens_per_second": completions.tokens / sum(seconds.values()),
             }
             for line in advice_on_rewards(config, sampled.scores.total) if step == 1 else ():
