@@ -40,7 +40,9 @@ class Learner:
         self.options = Options(gradient_tolerance=gradient_tolerance)
         self.inv_temperature, self.steps = 1 / temperature, steps
         self.one_pass = method.config.scope == "token" and method.config.entropy_top_p is None
-        self.optimizer = torch.optim.AdamW(policy.trainable(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            policy.trainable(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+        )
 
     def learning_rate(self, step: int) -> float:
         """The rate of training step ``step`` (from 0)."""
