@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, tiny_batch, tiny_model
 
 from eapo_kernels import EAPOConfig, EapoError, ShapeError, TokenBatch, TokenStats, eapo_loss
 from eapo_kernels.integrations import FusedLMHead
-from eapo_kernels.integrations.hf import logit_options, next_token_targets, patch_causal_lm, unpatch_causal_lm
+from eapo_kernels.integrations.hf import next_token_targets, patch_causal_lm, unpatch_causal_lm
 
 
 def _from_logits(model: Any, ids: torch.Tensor, attention: torch.Tensor, targets: torch.Tensor, inv_temperature: float) -> Any:
@@ -65,13 +65,6 @@ def test_statistics_and_gradients_are_those_of_the_logits(family: str) -> None:
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     assert "forward" not in vars(model)
     assert torch.equal(model(input_ids=ids, attention_mask=attention).logits, logits)
-
-
-def test_options_come_from_the_config() -> None:
-    assert logit_options(tiny_model("gemma2_softcap").config) == (0.5, None)
-    assert logit_options(tiny_model("granite_scaling").config) == (None, 20.0)
-    assert logit_options(tiny_model("cohere_scale").config) == (None, 7.5)
-    assert logit_options(tiny_model("llama").config) == (None, None)
 
 
 def test_check_rejects_a_wrong_scale() -> None:
