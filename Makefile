@@ -91,7 +91,7 @@ test-verl: .venv-verl/.created
 	touch $@
 
 test-vllm: .venv-vllm/.created
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/trainer/test_vllm_engine.py -o pythonpath=tests/trainer
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/trainer/test_vllm_engine.py tests/trainer/test_vllm_ranks.py -o pythonpath=tests/trainer
 
 .venv-zero3/.created: requirements-zero3.txt pyproject.toml
 	$(PYTHON) -m venv .venv-zero3

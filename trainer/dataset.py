@@ -1,45 +1,51 @@
-"""Prompts from JSONL or Parquet, the chat template, and the sampler."""
+"""Prompts from files, folders and hub datasets, the chat template, and the sampler."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, disable_progress_bars
-from datasets import logging as datasets_logging
-from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from . import ranks
 from .config import DataConfig
 from .errors import DataError
 
 Prompt = str | list[dict[str, str]]
 """Text, or chat messages with the keys role and content."""
+TAKEN = ("prompts", "completions", "completion_ids")
+"""Arguments of reward functions that no column may be named like."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Rows of a data file.
+    """Prompts and their other columns.
 
     Attributes:
         rows: one mapping a prompt, column name -> value; always with ``prompt`` and ``answer``.
-        source: the file they were read from, for messages.
+        setting: data.train or data.eval, for messages.
+        ids: the prompts' token ids, once they are encoded.
     """
 
     rows: Sequence[Mapping[str, Any]]
-    source: str
+    setting: str
+    ids: Sequence[list[int]] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def head(self, count: int) -> PromptSet:
         """The first ``count`` prompts."""
-        return PromptSet(self.rows[:count], self.source)
+        return PromptSet(self.rows[:count], self.setting, self.ids[:count])
 
     def columns(self, indices: Sequence[int], repeats: int) -> dict[str, list[Any]]:
         """Columns of the chosen rows, each row ``repeats`` times in a row, as reward functions
@@ -48,41 +54,98 @@ class PromptSet:
         chosen = [self.rows[i] for i in indices for _ in range(repeats)]
         return {name: [row[name] for row in chosen] for name in chosen[0]}
 
+    def encoded(
+        self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, report: Callable[[str], None] = print
+    ) -> PromptSet:
+        """These prompts with their token ids, without those longer than ``max_prompt_tokens``, which
+        are reported in one line.
 
-def load_prompts(path: str, limit: int = 0) -> PromptSet:
-    """Read ``path`` (.jsonl, .json or .parquet; ``limit`` > 0 keeps the first rows).
+        Raises:
+            DataError: as ``encode``, or none is short enough.
+        """
+        found, most = encode([row["prompt"] for row in self.rows], tokenizer, config), config.max_prompt_tokens
+        kept = [i for i, ids in enumerate(found) if 0 < len(ids) <= most]
+        if not kept:
+            expected = f"at least one prompt of {self.setting} with 1 to that many tokens"
+            raise DataError(f"data.max_prompt_tokens: expected {expected}, got {most} and {min(map(len, found))} or more")
+        if left := len(found) - len(kept):
+            longest = max(map(len, found))
+            report(f"{self.setting}: {left} of {len(found)} prompts left out: more than {most} tokens (longest: {longest})")
+        return PromptSet([self.rows[i] for i in kept], self.setting, [found[i] for i in kept])
+
+
+def load_prompts(config: DataConfig, which: Literal["train", "eval"], limit: int | None = None) -> PromptSet:
+    """Read ``data.train`` or ``data.eval``. limit: keep the first rows, 0 for all; None is the
+    setting ``<which>_limit``. With several processes rank 0 reads, and downloads, for all.
 
     Raises:
-        DataError: the file is missing, empty, unreadable or of another format, or lacks a column.
+        DataError: nothing to read there, no rows, a missing column, or a value that is no prompt.
     """
-    file = Path(path)
-    readers = {".jsonl": Dataset.from_json, ".json": Dataset.from_json, ".parquet": Dataset.from_parquet}
-    if not file.is_file():
-        raise DataError(f"data: expected a file, got {path}")
-    if file.suffix not in readers:
-        raise DataError(f"data: expected a file ending in {', '.join(readers)}, got {path}")
-    if file.stat().st_size == 0:
-        raise DataError(f"data: expected at least one row, got the empty file {path}")
-    disable_progress_bars()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # its errors are raised as well
-    try:
-        table = readers[file.suffix](str(file))
-    except (DatasetsError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise DataError(f"data: expected rows that datasets can read, got {path} ({reason})") from error
-    for column in ("prompt", "answer"):
-        if column not in table.column_names:
-            raise DataError(f"data: expected a column {column!r} in {path}, got {', '.join(table.column_names)}")
-    for column in {"prompts", "completions", "completion_ids"} & set(table.column_names):
-        raise DataError(f"data: expected no column with a name that reward functions use already, got {column!r} in {path}")
-    rows = list(table.select(range(min(limit, len(table)))) if limit else table)
+    source, key = getattr(config, which), f"data.{which}"
+    limit = getattr(config, f"{which}_limit") if limit is None else limit
+    rows = list(islice(ranks.run_on_main(lambda: _read(source, key)), limit or None))
     if not rows:
-        raise DataError(f"data: expected at least one row, got none in {path}")
+        raise DataError(f"{key}: expected at least one row, got none in {source}")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in set(TAKEN) & set(names):
+        raise DataError(f"{key}: expected no column with a name that reward functions use already, got {name!r} in {source}")
+    found = []
     for number, row in enumerate(rows):
-        if not _is_prompt(row["prompt"]):
-            expected = "text or messages with role and content"
-            raise DataError(f"data: row {number} of {path}: prompt: expected {expected}, got {row['prompt']!r}")
-    return PromptSet(rows, path)
+        where = f"{key}: row {number} of {source}"
+        prompt, answer = _at(row, config.columns.prompt, where, "prompt"), ""
+        if config.columns.answer:
+            answer = _at(row, config.columns.answer, where, "answer")
+        if not _is_prompt(prompt):
+            raise DataError(f"{where}: expected a prompt (text, or messages with role and content), got {prompt!r:.200}")
+        if config.answer_after:
+            _, marker, answer = str(answer).rpartition(config.answer_after)
+            if not marker:
+                raise DataError(f"{where}: expected {config.answer_after!r} (data.answer_after) in its answer, got none")
+            answer = answer.strip()
+        found.append({**{name: row.get(name) for name in names}, "prompt": prompt, "answer": answer})
+    return PromptSet(found, key)
+
+
+def _read(source: str, key: str) -> Sequence[Mapping[str, Any]]:
+    """The rows of a file, a folder or a hub dataset. JSON and CSV are read as they are written:
+    ``datasets`` would make dates of texts that look like one, and numbers of CSV's texts.
+    """
+    path = Path(source).expanduser()
+    try:
+        if not source:
+            raise ValueError("nothing")
+        if path.is_file() and path.suffix in (".jsonl", ".json", ".csv"):
+            with path.open(encoding="utf-8", newline="") as file:
+                if path.suffix == ".csv":
+                    rows: Any = list(csv.DictReader(file, strict=True))
+                else:
+                    rows = json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
+            if not isinstance(rows, list) or not all(isinstance(row, dict) and None not in row for row in rows):
+                raise ValueError("expected one object a row")
+            return rows
+        from datasets import disable_progress_bars, load_dataset
+        from datasets import logging as datasets_logging
+
+        disable_progress_bars()
+        datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # its errors are raised as well
+        if path.is_file():
+            return load_dataset("parquet", data_files=str(path), split="train")
+        name, *parts = re.split(r":(?![^\[]*\])", str(path))  # train[:200] is one part
+        return load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train")
+    except (ValueError, TypeError, OSError, csv.Error, ImportError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        expected = "a JSONL, JSON, CSV or Parquet file, a folder, or a reachable hub dataset (ID, ID:SPLIT, ID:CONFIG:SPLIT)"
+        raise DataError(f"{key}: expected {expected}, got {source!r} ({reason})") from error
+
+
+def _at(row: Mapping[str, Any], column: str, where: str, key: str) -> Any:
+    """The value of a column; a dot leads into a nested one."""
+    value: Any = row
+    for part in [column] if column in row else column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise DataError(f"{where}: expected the column {column!r} (data.columns.{key}), got {', '.join(map(str, row))}")
+        value = value[part]
+    return value
 
 
 def _is_prompt(prompt: object) -> bool:
@@ -95,38 +158,40 @@ def _is_prompt(prompt: object) -> bool:
     )
 
 
-def teacher_prompt(prompt: Prompt, answer: object, template: str) -> Prompt:
-    """Insert a prompt and its reference answer into ``template`` ({prompt}, {answer}). In chat
-    messages the last message is replaced.
-    """
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    changed = template.replace("{prompt}", text).replace("{answer}", str(answer))
-    return changed if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": changed}]
+def fill(template: str, prompt: Prompt, answer: object = "") -> Prompt:
+    """``template`` with {prompt} and {answer} replaced. In chat messages it becomes the last message."""
+    values = {"{prompt}": prompt if isinstance(prompt, str) else prompt[-1]["content"], "{answer}": str(answer)}
+    text = re.sub(r"\{prompt\}|\{answer\}", lambda found: values[found[0]], template)
+    return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[int]:
-    """Token ids of a prompt, up to where the completion starts.
+def encode(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[list[int]]:
+    """Token ids of prompts in ``data.prompt_template``, up to where the completion starts.
 
     Messages go through the chat template. Text becomes one user message where the tokenizer has a
     template; without one it is encoded as it is, with the tokenizer's special tokens.
 
     Raises:
-        DataError: messages without a chat template, or a prompt longer than ``max_prompt_tokens``.
+        DataError: messages without a chat template, or that the template refuses.
     """
-    if isinstance(prompt, str) and tokenizer.chat_template is None:
-        ids = tokenizer(config.system_prompt + prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
-        raise DataError("data: expected text prompts (this tokenizer has no chat template), got chat messages")
-    else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if isinstance(prompt, str) and config.system_prompt:
-            messages = [{"role": "system", "content": config.system_prompt}, *messages]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not 0 < len(ids) <= config.max_prompt_tokens:
-        expected = f"1 to {config.max_prompt_tokens} tokens (data.max_prompt_tokens)"
-        raise DataError(f"data: prompt: expected {expected}, got {len(ids)}: {str(prompt)[:80]!r}")
-    return list(ids)
+    plain, texts = tokenizer.chat_template is None, []
+    for prompt in prompts:
+        asked = fill(config.prompt_template, prompt)
+        if isinstance(asked, str) and plain:
+            texts.append(f"{config.system_prompt}\n\n{asked}" if config.system_prompt else asked)
+            continue
+        if plain:
+            raise DataError("data: expected text prompts (this tokenizer has no chat template), got chat messages")
+        system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+        messages = [*system, {"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        try:
+            options = {"add_generation_prompt": True, "tokenize": False, **config.chat_template_kwargs}
+            texts.append(tokenizer.apply_chat_template(messages, **options))
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(
+                f"data: expected messages that the chat template accepts, got {messages!r:.200} ({error})"
+            ) from error
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=plain)["input_ids"]]
 
 
 def fingerprint(prompts: Sequence[Sequence[int]]) -> str:

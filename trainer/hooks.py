@@ -210,6 +210,7 @@ class CutRollouts(RolloutHook):
             [prompt + prefix for prompt, prefix in zip(rollouts.prompt_ids, prefixes, strict=True)],
             replace(sampling, responses=self.continuations, max_new_tokens=sampling.max_new_tokens - min(cuts), seed=seed),
         )
+        continued = replace(continued, entropy=None)
         parents = [i for i in range(len(sampled)) for _ in range(self.continuations)]
         for number, i in enumerate(parents):
             room = sampling.max_new_tokens - cuts[i]
@@ -326,6 +327,9 @@ HOOKS: MappingProxyType[str, type[RolloutHook]] = MappingProxyType(
     {"dapo": SpreadRollouts, "aepo": TargetRollouts, "cure": CutRollouts, "t1": OversampledRollouts, "spear": ReplayRollouts}
 )
 """Method -> its hook; the others have none."""
+
+SAMPLES_OF_THE_POLICY = (RolloutHook, SpreadRollouts)
+"""Hooks whose completions are all sampled from the present policy as ``rollout`` says."""
 
 
 def hook_numbers(method: str) -> list[str]:

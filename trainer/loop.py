@@ -11,7 +11,8 @@
 - Before the updates, one pass over all completions computes the old log-probs and the statistics
   from which the method weights tokens. The weights are fixed there, over the whole step: EAPO's
   from the mean entropy (H_0 is that of the first step), others' from covariances, quantiles or
-  group statistics. The updates then use any split of the tokens.
+  group statistics. The updates then use any split of the tokens. A step with one update and an
+  engine that records entropies needs no such pass (``optim.old_logp``).
 - A method may also change how completions are sampled (``hooks``). Metrics of rewards, lengths and
   diversity cover the first samples, before a hook selects, replaces or adds some, because a
   selection would bias them.
@@ -48,7 +49,7 @@ from eapo_kernels import make_controller
 from . import ranks
 from .config import Config
 from .config.advice import advice, advice_on_rewards
-from .dataset import PromptSampler, encode_prompt, fingerprint, load_prompts
+from .dataset import PromptSampler, fingerprint, load_prompts
 from .errors import Interrupted, RewardError
 from .evaluation.evaluate import Evaluator
 from .evaluation.report import summary_table, write_report
@@ -60,10 +61,11 @@ from .evaluation.step_metrics import (
     reward_metrics,
     sample_record,
 )
+from .hooks import SAMPLES_OF_THE_POLICY
 from .learning.batching import Completions, select
 from .learning.experience import extra_statistics, per_token, weigh
 from .learning.learner import Learner
-from .learning.measure import NOTHING, Measurement, Wanted, measure, wanted_by
+from .learning.measure import NOTHING, Measurement, Wanted, measure, recorded, wanted_by
 from .models.policy import load_policy
 from .models.reference import Reference
 from .records import Tick, derive_seed
@@ -100,9 +102,8 @@ def train(config: Config) -> bool:
 def _train(config: Config, console: Console) -> bool:
     rollout, budget = config.rollout, config.optim.micro_batch_tokens
 
-    train_set = load_prompts(config.data.train, config.data.train_limit)
-    held_out = load_prompts(config.data.eval, config.data.eval_limit) if config.data.eval else None
-    sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
+    train_set = load_prompts(config.data, "train")
+    held_out = load_prompts(config.data, "eval") if config.data.eval else None
     seed_generators(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
     run = RunDirectory(config)
     done = ranks.run_on_main(run.finished)
@@ -119,7 +120,9 @@ def _train(config: Config, console: Console) -> bool:
     with console.phase("loading the rewards"):
         rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
     with console.phase("encoding the prompts"):
-        prompts = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in train_set.rows]
+        train_set = train_set.encoded(policy.tokenizer, config.data, console.line)
+        held_out = held_out and held_out.encoded(policy.tokenizer, config.data, console.line)
+    sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
 
     for line in advice(config):
         console.line(f"advice: {line}")
@@ -137,11 +140,12 @@ def _train(config: Config, console: Console) -> bool:
 
     def next_prompts() -> tuple[list[list[int]], dict[str, list[Any]]]:
         indices = sampler.next()
-        return [prompts[i] for i in indices], train_set.columns(indices, 1)
+        return [train_set.ids[i] for i in indices], train_set.columns(indices, 1)
 
     source = RolloutSource(config, method, policy, engine, rewards, console, next_prompts)
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
-    console.line(f"training {trained:,} of {weights:,} weights on {policy.device}")
+    rows = "packed" if policy.packed else "padded"
+    console.line(f"training {trained:,} of {weights:,} weights on {policy.device}, micro-batches {rows}")
 
     evaluator = Evaluator(
         config,
@@ -158,7 +162,7 @@ def _train(config: Config, console: Console) -> bool:
 
     progress = Progress(
         config, run, policy, learner.optimizer, parts={"sampler": sampler, "controller": controller, "hook": hook},
-        reference=reference, prompts=fingerprint(prompts),
+        reference=reference, prompts=fingerprint(train_set.ids),
     )  # fmt: skip
     step, finished = step_of(checkpoint), False
     trackers.start(run.path, step)
@@ -195,7 +199,17 @@ def _train(config: Config, console: Console) -> bool:
             completions = select(sampled.rollouts, range(len(sampled)))
             with console.phase("old_logp") as tick:
                 wanted = wanted_by(method, tempered=float(state.get("temperature", 1.0)), diagnose=diagnosed)
-                old = statistics(completions, tick, wanted)
+                known = None
+                if type(hook) in SAMPLES_OF_THE_POLICY:
+                    known = recorded(completions, method, config.optim, wanted, policy.device)
+                old = known or statistics(completions, tick, wanted)
+                if known:
+                    compared = [group[0] for group in sampled.groups()]
+                    logp = statistics(select(sampled.rollouts, compared), tick).logp.cpu()
+                else:
+                    compared = sampled.unmarked() or list(range(len(sampled)))
+                    own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(compared)), completions)
+                    logp = old.logp.cpu()[own]
                 ref_logp = None
                 if reference:
                     with reference.installed():
@@ -221,8 +235,6 @@ def _train(config: Config, console: Console) -> bool:
 
             step += 1
             seconds = dict(console.seconds)
-            ordinary = sampled.unmarked() or list(range(len(sampled)))
-            own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(ordinary)), completions)
             metrics = {
                 "step": step,
                 **reward_metrics(scored),
@@ -234,7 +246,7 @@ def _train(config: Config, console: Console) -> bool:
                 **dynamics,
                 **{f"rollout/{name}": sum(flags) / len(flags) for name, flags in sampled.marks.items()},
                 **completion_metrics(scored),
-                **engine_metrics(sampled.take(ordinary), old.logp.cpu()[own], method.config.importance_cap),
+                **engine_metrics(sampled.take(compared), logp, method.config.importance_cap),
                 **{f"seconds/{name}": value for name, value in seconds.items()},
                 "tokens_per_second": completions.tokens / sum(seconds.values()),
             }

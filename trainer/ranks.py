@@ -29,6 +29,7 @@ MEETING = datetime.timedelta(seconds=30)
 """How long a rank that failed waits for the others to fail at the same point."""
 _exchanged: BaseException | None = None
 """The error of this rank that ``all_gather`` has made known to all ranks."""
+_at_end: list[Callable[[], Any]] = []
 
 
 def rank() -> int:
@@ -80,7 +81,18 @@ def init_distributed(device: str) -> Iterator[None]:
         error.add_note(f"(rank {rank()} of {size()})")
         raise
     dist.barrier()
-    dist.destroy_process_group()
+    for call in _at_end:
+        call()
+    _at_end.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def at_end(call: Callable[[], Any]) -> None:
+    """Call ``call`` when all ranks are done: it may destroy process groups, the default one too. It
+    is not called after an error.
+    """
+    _at_end.append(call)
 
 
 def _failed_before() -> bool:

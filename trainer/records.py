@@ -84,6 +84,8 @@ class Rollouts:
             (temperature, top-k, top-p and min-p applied, nats), as the engine computed it.
         truncated: B flags, True where max_new_tokens was reached before an end-of-sequence token.
         support: B entries where ``Sampling.support`` asked for it, else None.
+        entropy: B [length] fp32 CPU, entropy of the distribution that each token was drawn from (nats);
+            None from an engine that does not give it.
     """
 
     prompt_ids: list[list[int]]
@@ -91,6 +93,7 @@ class Rollouts:
     logp: list[Tensor]
     truncated: list[bool]
     support: list[Support] | None = None
+    entropy: list[Tensor] | None = None
 
     def take(self, indices: Sequence[int]) -> Rollouts:
         """The completions ``indices``, in that order."""
@@ -100,10 +103,13 @@ class Rollouts:
             [self.logp[i] for i in indices],
             [self.truncated[i] for i in indices],
             None if self.support is None else [self.support[i] for i in indices],
+            None if self.entropy is None else [self.entropy[i] for i in indices],
         )
 
     def concat(self, other: Rollouts) -> Rollouts:
-        """These completions followed by ``other``. Both have a support or none has."""
+        """These completions followed by ``other``. Both have a support or none has. Entropies are kept
+        where both have them.
+        """
         have = [rollouts.support for rollouts in (self, other) if rollouts.support is not None]
         require(len(have) != 1, "support", "one of all completions or of none", "one of some")
         return Rollouts(
@@ -112,6 +118,7 @@ class Rollouts:
             self.logp + other.logp,
             self.truncated + other.truncated,
             have[0] + have[1] if have else None,
+            None if self.entropy is None or other.entropy is None else self.entropy + other.entropy,
         )
 
 

@@ -63,6 +63,9 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
     ):  # fmt: skip
         if getattr(batch, name) is not None:
             require_tensor(f"batch.{name}", getattr(batch, name), shape, dtypes, targets)
+    single = config.drop_zero_weight and config.split == "advantage" and has_token_advantages(batch)
+    if single and config.reduction == "seq_mean_token_mean" and batch.sequence_lengths is not None:
+        raise EapoError("batch.sequence_lengths: expected None where drop_zero_weight drops single tokens, got a tensor")
     if batch.support is not None:
         require_support(batch.support, targets, "batch.support")
     if may_read(targets, debug):
@@ -81,8 +84,7 @@ def _check_values(batch: TokenBatch, config: EAPOConfig, size: int) -> None:
     if batch.advantages is not None and batch.token_advantages is None and batch.advantages.numel() == n and ids.numel():
         ambiguous = not per_token or (size == n and high == n - 1)
         if ambiguous and not torch.equal(batch.sequence_ids, torch.arange(n, device=ids.device)):
-            expected = "[B] or [N] with B != N (or sequence_ids 0, 1, 2, ...)"
-            raise EapoError(f"batch.advantages: expected {expected}, got B = N = {n}")
+            raise EapoError(f"batch.advantages: expected [B] or [N] with B != N (or ids 0, 1, 2, ...), got B = N = {n}")
     if batch.denominator is not None:
         value = float(batch.denominator)
         require(0 < value < math.inf, "batch.denominator", "a positive finite number", value)
@@ -91,8 +93,7 @@ def _check_values(batch: TokenBatch, config: EAPOConfig, size: int) -> None:
         short = ~(lengths >= counts)
         if bool(short.any()):
             i = int(short.nonzero()[0, 0])
-            expected = f"at least {int(counts[i])}, the tokens here"
-            raise EapoError(f"batch.sequence_lengths: expected {expected}, got {float(lengths[i])} at {i}")
+            raise EapoError(f"batch.sequence_lengths: expected at least {int(counts[i])} at {i}, got {float(lengths[i])}")
         if config.scope == "sequence" and bool(((lengths != counts) & (counts > 0)).any()):
             raise EapoError(f"batch.sequence_lengths: expected whole responses with surrogate {config.surrogate!r}, got parts")
 
@@ -101,5 +102,4 @@ def _require_finite(name: str, values: Tensor | None, where: Tensor | None) -> N
     if values is not None:
         bad = ~values.isfinite() if where is None else ~values.isfinite() & where
         if bool(bad.any()):
-            place = int(bad.nonzero()[0, 0])
-            raise EapoError(f"batch.{name}: expected finite numbers, got {float(values[place])} at {place}")
+            raise EapoError(f"batch.{name}: expected finite numbers, got {float(values[bad][0])} at {int(bad.nonzero()[0, 0])}")

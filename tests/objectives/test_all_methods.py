@@ -198,7 +198,7 @@ FLAT = {"entropy": 0.7, "logp": -1.0, "p2": 0.3, "p2_logp": -0.3}  # a step whos
     ("pear", {}, {"entropy": 0.0}),
     ("aem", {"strength": 0.0}, {}),
     ("aepo", {}, {}),
-    ("spear", {}, {}),
+    ("spear", {"fresh_low": 5.0}, {}),
     ("trace", {"forward": 0.0}, {}),
 ], ids=str)  # fmt: skip
 def test_without_its_effect_a_method_is_its_base(name: str, settings: dict[str, object], stats: dict[str, float]) -> None:
@@ -214,10 +214,9 @@ def test_without_its_effect_a_method_is_its_base(name: str, settings: dict[str, 
 
 def test_marks_without_a_marked_response_change_nothing() -> None:
     step = make_step()
-    for name, mark in (("aepo", "reinforce"), ("spear", "replayed")):
-        weighted = weight_tokens(
-            METHODS[name], step.batch, step.stats, extras={mark: torch.zeros_like(step.valid)}, progress=0.3
-        )
+    for name, mark, settings in (("aepo", "reinforce", {}), ("spear", "replayed", {"fresh_low": 5.0})):
+        method, none = get_method(name, **settings), torch.zeros_like(step.valid)
+        weighted = weight_tokens(method, step.batch, step.stats, extras={mark: none}, progress=0.3)
         torch.testing.assert_close(weighted.advantages, base_advantages(step))
 
 

@@ -91,24 +91,29 @@ def _with_replay(seed: int):
 
 @pytest.mark.parametrize(("progress", "ramp"), [(0.1, 0.5 * (1 - math.cos(0.25 * math.pi))), (0.9, 1.0)])
 def test_spear(progress: float, ramp: float) -> None:
-    """arXiv 2509.22601: L_GRPO + coef (1 - cos(pi u / U)) / 2 L_replay, Clip-Cov in the replayed, positive advantages only."""
+    """arXiv 2509.22601: L_GRPO + coef (1 - cos(pi u / U)) / 2 L_replay, Clip-Cov in both (its release), in the replayed
+    positive advantages only."""
     step, replayed, given = _with_replay(0)
-    method = get_method("spear", full_at=0.4, coef=0.8, ratio=0.1, low=0.1, high=60.0)
+    method = get_method(
+        "spear", full_at=0.4, coef=0.8, ratio=0.1, low=0.1, high=60.0, fresh_ratio=0.2, fresh_low=0.05, fresh_high=9.0
+    )
     ok, a = step.valid, given[step.ids]
     old, fresh = ok & replayed, ok & ~replayed
-    cov = _covariance(a, step.old["logp"], old)
-    candidates = old & (cov > 0.1) & (cov < 60.0)
     drawn = torch.rand(len(a), generator=torch.Generator().manual_seed(5))
-    chosen = sorted(candidates.nonzero()[:, 0].tolist(), key=lambda t: -float(drawn[t]))[: int(0.1 * int(old.sum()))]
-    assert 0 < len(chosen) < int(candidates.sum())
     dropped = torch.zeros_like(old)
-    dropped[chosen] = True
-    assert (dropped & (a > 0)).any()
-    imitated = a.clamp_min(0) * ~dropped
+    for part, share, low, high in ((old, 0.1, 0.1, 60.0), (fresh, 0.2, 0.05, 9.0)):
+        cov = _covariance(a, step.old["logp"], part)
+        candidates = part & (cov > low) & (cov < high)
+        chosen = sorted(candidates.nonzero()[:, 0].tolist(), key=lambda t: -float(drawn[t]))[: int(share * int(part.sum()))]
+        assert 0 < len(chosen) < int(candidates.sum())
+        dropped[chosen] = True
+        assert (dropped & part & (a > 0)).any()
+    kept = a * ~dropped
+    imitated = kept.clamp_min(0)
 
     def loss(hidden, weight):
         ratio = (step.logp(hidden, weight) - step.old["logp"]).exp()
-        on_policy = -clipped(ratio, a)[fresh].mean()
+        on_policy = -clipped(ratio, kept)[fresh].mean()
         replay = -clipped(ratio, imitated)[old].mean()
         return on_policy + 0.8 * ramp * replay
 

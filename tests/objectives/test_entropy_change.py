@@ -41,17 +41,18 @@ def test_steer(form: str) -> None:
 
 
 def test_clip_b() -> None:
-    """arXiv 2602.03392, released: A < 0 and S - mean S < -mu std S (population): no gradient."""
+    """arXiv 2602.03392, released: A < 0 and S - mean S < -mu std S (population) leave the mask, and so the token mean."""
     step, method = make_step(), get_method("clip_b", mu=0.4)
     a, ok, (own, _) = group_normalised(step)[step.ids], step.valid, _parts(step)
     dropped = (a < 0) & (own - own[ok].mean() < -0.4 * own[ok].std(unbiased=False))
     assert 0 < int((dropped & ok).sum()) < int(((a < 0) & ok).sum())
-    compare(step, method, of_policy(step, torch.where(dropped, 0.0, a)))
+    compare(step, method, of_policy(step, a, keep=~dropped))
 
 
 @pytest.mark.parametrize("max_share", [0.02, 1.0])
 def test_clip_v(max_share: float) -> None:
-    """arXiv 2602.03392, released: A < 0 and N - S > mu std(N - S), the largest first, at most a share of the tokens."""
+    """arXiv 2602.03392, released: A < 0 and N - S > mu std(N - S), the largest first, at most a share of the tokens, leave
+    the mask."""
     step, method = make_step(3), get_method("clip_v", mu=0.4, max_share=max_share)
     a, ok, (own, expected) = group_normalised(step)[step.ids], step.valid, _parts(step)
     x = expected - own
@@ -60,8 +61,9 @@ def test_clip_v(max_share: float) -> None:
     chosen = candidates[: max(1, int(max_share * int(ok.sum())))]
     assert len(chosen) == (1 if max_share < 0.1 else len(candidates))
     assert len(candidates) > 2
-    a[chosen] = 0
-    compare(step, method, of_policy(step, a))
+    keep = torch.ones_like(ok)
+    keep[chosen] = False
+    compare(step, method, of_policy(step, a, keep=keep))
 
 
 @pytest.mark.parametrize("trend", [-0.3, 0.02])

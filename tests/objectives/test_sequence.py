@@ -24,9 +24,10 @@ def _mean(values: torch.Tensor) -> torch.Tensor:
     return values.mean()
 
 
-@pytest.mark.parametrize(("inter", "alpha", "split_by"), [(1.0, 1.0, "length"), (0.3, 1.4, "entropy")])
+@pytest.mark.parametrize(("inter", "alpha", "split_by"), [(0.8, 1.3, "length"), (0.3, 1.4, "entropy")])
 def test_canon(inter: float, alpha: float, split_by: str) -> None:
-    """arXiv 2509.23962: sort the group by mean entropy (or length), low half n // 2; baselines across and within the halves."""
+    """arXiv 2509.23962: sort the group by mean entropy (or length), low half n // 2; baselines across and within the halves.
+    alpha is at the rewards of the low entropies, but of the long responses, as in the release."""
     step = make_step(1)
     ids = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])  # an odd group: 1 low, 2 high
     step = replace(step, batch=replace(step.batch, group_ids=ids))
@@ -37,10 +38,11 @@ def test_canon(inter: float, alpha: float, split_by: str) -> None:
         order = sorted((ids == group).nonzero()[:, 0].tolist(), key=lambda i: float(key[i]))
         low, high = order[: len(order) // 2], order[len(order) // 2 :]
         for i in order:
+            at_high, at_low = (alpha, 1) if split_by == "length" else (1, alpha)
             if i in high:
-                a[i] = inter * (r[i] - alpha * r[low].mean()) + (1 - inter) * (r[i] - r[high].mean())
+                a[i] = inter * (at_high * r[i] - at_low * r[low].mean()) + (1 - inter) * (r[i] - r[high].mean())
             else:
-                a[i] = inter * (alpha * r[i] - r[high].mean()) + (1 - inter) * (r[i] - r[low].mean())
+                a[i] = inter * (at_low * r[i] - at_high * r[high].mean()) + (1 - inter) * (r[i] - r[low].mean())
     token_mean = of_policy(step, a[step.ids])
     tokens = int(step.valid.sum())
     compare(step, method, lambda hidden, weight: token_mean(hidden, weight) * tokens / (len(SIZES) * 40))

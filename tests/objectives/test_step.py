@@ -114,6 +114,53 @@ def test_as_many_tokens_as_responses_are_still_per_token() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in WEIGHTED if n not in ("clip_cov", "spear")])  # they draw by the token's place
+def test_a_response_without_tokens_is_in_no_statistic(name: str) -> None:
+    """The others have the weights that they have in a step without it, whatever its reward. Where the method keeps the
+    config's advantages these are given, because its reward is in their baselines."""
+    step, method, gone = make_step(4, binary=True), get_method(name, fixed_length=12), 3
+    given = None if name in ("pear", "canon") else torch.linspace(-1, 1, len(SIZES))
+    empty = replace(step.batch, mask=step.valid & (step.ids != gone), advantages=given)
+    tokens, rest = (step.ids != gone).nonzero()[:, 0], torch.arange(len(SIZES)) != gone
+    b = empty.select(tokens)
+    without = replace(
+        b, sequence_ids=b.sequence_ids - (b.sequence_ids > gone).long(), rewards=b.rewards[rest],
+        group_ids=b.group_ids[rest], advantages=None if given is None else given[rest],
+    )  # fmt: skip
+    stats = type(step.stats)(*(None if t is None else t[tokens] for t in step.stats))
+    extras, state = extras_of(step, method), state_of(method)
+    ours = weight_tokens(method, empty, step.stats, state=state, extras=extras, progress=0.3)
+    theirs = weight_tokens(method, without, stats, state=state, extras={k: v[tokens] for k, v in extras.items()}, progress=0.3)
+    assert torch.equal(theirs.mask, ours.mask[tokens])
+    for field in ("advantages", "entropy_coef", "ratio_penalty"):
+        one, other = getattr(ours, field), getattr(theirs, field)
+        if one is not None:
+            torch.testing.assert_close(other, one[tokens], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_stated_lengths_follow_a_narrower_mask(name: str) -> None:
+    """``sequence_lengths`` says what is counted anyway: it changes neither the weights nor the loss."""
+    step = make_step(4, binary=True)
+    method = get_method(name, fixed_length=12, reduction="seq_mean_token_mean")
+    lengths = torch.zeros(len(SIZES)).index_add_(0, step.ids, step.valid.float())
+    losses = []
+    for batch in (replace(step.batch, sequence_lengths=None), replace(step.batch, sequence_lengths=lengths)):
+        weighted = weight_tokens(method, batch, step.stats, state=state_of(method), extras=extras_of(step, method))
+        losses.append(policy_loss(step.hidden, step.weight, weighted, method=method).loss)
+    assert losses[0] == losses[1]
+
+
+def test_stated_lengths_cannot_know_which_single_tokens_are_dropped() -> None:
+    step = make_step()
+    method = get_method("nsr", split="advantage", reduction="seq_mean_token_mean")
+    batch = replace(step.batch, advantages=torch.linspace(-1, 1, len(step.ids)), token_advantages=True)
+    lengths = torch.zeros(len(SIZES)).index_add_(0, step.ids, step.valid.float())
+    assert policy_loss(step.hidden, step.weight, batch, method=method).loss.isfinite()
+    with pytest.raises(EapoError, match=r"batch.sequence_lengths: expected None where drop_zero_weight drops single tokens"):
+        policy_loss(step.hidden, step.weight, replace(batch, sequence_lengths=lengths), method=method)
+
+
+@pytest.mark.parametrize("name", [n for n in WEIGHTED if n not in ("clip_cov", "spear")])  # they draw by the token's place
 def test_the_order_of_the_responses_does_not_matter(name: str) -> None:
     step, method = make_step(4, binary=True), get_method(name, fixed_length=12)
     order = torch.tensor([6, 2, 0, 7, 1, 5, 4, 3])

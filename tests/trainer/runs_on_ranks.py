@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tiny import GivenCompletions, raised_by, without_report
 from trainer import commands, loop, ranks
 from trainer.config import Config
 from trainer.config.settings import parse_config
+from trainer.rollouts.vllm_engine import _import_vllm
 
 
 def train(config: Config) -> bool:
@@ -77,6 +79,8 @@ def fork(launch: dict[str, Any], rank: int, port: int, directory: Path) -> int:
 
 
 def main(file: Path) -> None:
+    if find_spec("vllm"):  # once, instead of in every rank
+        _import_vllm(torch.device("cpu"))
     for launch in json.loads(file.read_text()):
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         children = [fork(launch, rank, store.port, file.parent) for rank in range(2)]

@@ -1,28 +1,103 @@
-"""Data files, the chat template, and the sampler's state."""
+"""Data files, columns, the chat template, and the sampler's state."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
 from tiny import make_tokenizer
 
-from trainer.config import DataConfig
-from trainer.dataset import PromptSampler, encode_prompt, load_prompts
+from trainer.config import ColumnsConfig, DataConfig
+from trainer.config.settings import parse_config
+from trainer.dataset import PromptSampler, PromptSet, encode, fill, load_prompts
 from trainer.errors import DataError
 
+GSM8K = [
+    {"question": "Natalia sold 48 clips, then half as many. How many?", "answer": "48/2 = <<48/2=24>>24\n48+24 = 72\n#### 72"},
+    {"question": "A price of $1,200 falls by $200.", "answer": "1200 - 200 = 1000\n#### 1,000"},
+]  # fmt: skip
+DAPO = [
+    {"prompt": "What is 2+2?", "solution": "4", "data_source": "math_dapo",
+     "source_prompt": [{"role": "user", "content": "Solve: What is 2+2?"}], "ability": "MATH",
+     "reward_model": {"ground_truth": "4", "style": "rule-lighteval/MATH_v2"}, "extra_info": {"index": "a"}},
+]  # fmt: skip
 
-def test_jsonl_and_parquet_give_the_same_rows(prompts: Path, tmp_path: Path) -> None:
-    rows = load_prompts(str(prompts))
-    parquet = tmp_path / "prompts.parquet"
-    Dataset.from_list([dict(row) for row in rows.rows]).to_parquet(parquet)
-    assert [dict(row) for row in load_prompts(str(parquet)).rows] == [dict(row) for row in rows.rows]
-    assert len(load_prompts(str(prompts), limit=5)) == 5
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(source: str, **settings: Any) -> PromptSet:
+    return load_prompts(DataConfig(train=source, **settings), "train")
+
+
+def test_every_kind_of_source_gives_the_same_rows(prompts: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "train.jsonl", rows)
+    write(folder / "test.jsonl", rows[:2])
+    Dataset.from_list(rows).to_parquet(tmp_path / "all.parquet")
+    for source in (prompts, tmp_path / "all.json", tmp_path / "all.parquet", folder):
+        assert [dict(row) for row in load(str(source)).rows] == rows
+    assert [dict(row) for row in load(f"{folder}:test").rows] == rows[:2]
+    assert [dict(row) for row in load(f"{folder}:default:train[:3]").rows] == rows[:3]
+    assert len(load(str(prompts), train_limit=5)) == 5
+    assert len(load_prompts(DataConfig(train=str(prompts), train_limit=5), "train", 3)) == 3
+
+
+def test_values_are_exactly_those_of_the_file(tmp_path: Path) -> None:
+    """No dates made of texts, no numbers of texts, no floats of integers."""
+    rows = [
+        {"prompt": "when?", "answer": "2021-05-01", "level": 1, "id": "007", "at": "2021-05-01T10:00:00"},
+        {"prompt": "a\u2028b", "answer": "1e5", "level": 2.5, "id": "NA", "extra": [1, {"x": None}]},
+    ]
+    found = load(write(tmp_path / "a.jsonl", rows)).rows
+    assert found == [{**rows[0], "extra": None}, {**rows[1], "at": None}]
+    assert type(found[0]["level"]) is int
+    (tmp_path / "a.csv").write_text('prompt,answer\n"one, two\nthree",007\nNA,\n')
+    assert load(str(tmp_path / "a.csv")).rows == [
+        {"prompt": "one, two\nthree", "answer": "007"},
+        {"prompt": "NA", "answer": ""},
+    ]
+
+
+def test_columns_by_name_nested_and_after_a_marker(tmp_path: Path) -> None:
+    gsm8k = load(write(tmp_path / "g.jsonl", GSM8K), columns=ColumnsConfig(prompt="question"), answer_after="####")
+    assert [(row["prompt"], row["answer"]) for row in gsm8k.rows] == [
+        (r["question"], a) for r, a in zip(GSM8K, ("72", "1,000"), strict=True)
+    ]
+    source = write(tmp_path / "d.jsonl", DAPO)
+    flat = load(source, columns=ColumnsConfig(answer="solution")).rows[0]
+    nested = load(source, columns=ColumnsConfig(prompt="source_prompt", answer="reward_model.ground_truth")).rows[0]
+    assert (flat["prompt"], flat["answer"]) == ("What is 2+2?", "4")
+    assert (nested["prompt"], nested["answer"]) == (DAPO[0]["source_prompt"], "4")
+    assert nested["reward_model"] == DAPO[0]["reward_model"], "the other columns stay"
+    assert load(source, columns=ColumnsConfig(answer="")).rows[0]["answer"] == ""
+    literal = write(tmp_path / "l.jsonl", [{"prompt": "x", "a.b": "y"}])
+    assert load(literal, columns=ColumnsConfig(answer="a.b")).rows[0]["answer"] == "y"
+    for settings, message in (
+        (
+            {"columns": ColumnsConfig(answer="reward_model.truth")},
+            "row 0 of .*: expected the column 'reward_model.truth' .data.columns.answer",
+        ),
+        ({"columns": ColumnsConfig(answer="nothing")}, r"data\.columns\.answer\), got prompt, solution, data_source"),
+        (
+            {"columns": ColumnsConfig(answer="solution"), "answer_after": "####"},
+            "row 0 of .*: expected '####' .data.answer_after",
+        ),
+    ):
+        with pytest.raises(DataError, match=message):
+            load(source, **settings)
 
 
 def test_columns_repeat_each_row_for_its_completions(prompts: Path) -> None:
-    columns = load_prompts(str(prompts)).columns([4, 0], repeats=2)
+    columns = load(str(prompts)).columns([4, 0], repeats=2)
     assert columns["number"] == [4, 4, 0, 0]
     assert set(columns) == {"prompt", "answer", "number"}
 
@@ -30,38 +105,95 @@ def test_columns_repeat_each_row_for_its_completions(prompts: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"prompt": "x"}\n', "expected a column 'answer'"),
-        ("a.jsonl", '{"question": "x", "answer": "y"}\n', "expected a column 'prompt'"),
+        ("a.jsonl", '{"prompt": "x"}\n', "expected the column 'answer'"),
+        ("a.jsonl", '{"question": "x", "answer": "y"}\n', "expected the column 'prompt'"),
         ("a.jsonl", '{"prompt": "x", "answer": "y", "completions": 1}\n', "got 'completions'"),
-        ("a.jsonl", "", "empty file"),
-        ("a.jsonl", "{not json", "expected rows that datasets can read"),
-        ("a.csv", "prompt,answer\n", "expected a file ending in .jsonl, .json, .parquet"),
+        ("a.jsonl", "", "expected at least one row"),
+        ("a.jsonl", "{not json", "expected a JSONL, JSON, CSV or Parquet file"),
+        ("a.jsonl", "[1]\n", "expected one object a row"),
+        ("a.csv", "prompt,answer\n", "expected at least one row"),
+        ("a.csv", "prompt,answer\na,b,c\n", "expected one object a row"),
+        ("a.txt", "hello", "Parquet file"),
         ("a.jsonl", '{"prompt": "", "answer": "y"}\n', "row 0"),
-        ("a.jsonl", '{"prompt": [{"role": "user"}], "answer": "y"}\n', "expected text or messages"),
+        ("a.jsonl", '{"prompt": [{"role": "user"}], "answer": "y"}\n', "expected a prompt"),
     ],
 )  # fmt: skip
 def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(DataError, match="data: ") as error:
-        load_prompts(str(path))
+    with pytest.raises(DataError, match=r"data\.train: ") as error:
+        load(str(path))
     assert message in str(error.value)
-    with pytest.raises(DataError, match="expected a file"):
-        load_prompts(str(tmp_path / "missing.jsonl"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["", "missing.jsonl", "no/such-dataset", "no/such-dataset:main:train", "/no/such/folder"])
+def test_what_is_not_there_is_one_line(source: str) -> None:
+    with pytest.raises(DataError, match=r"data\.train: expected a .* file, a folder, or a reachable hub dataset") as error:
+        load(source)
+    assert repr(source) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_text_becomes_one_user_message_where_there_is_a_template() -> None:
     chat, plain = make_tokenizer(), make_tokenizer(chat=False)
-    config = DataConfig()
-    decode = chat.decode
-    assert decode(encode_prompt("what is n1 ?", chat, config)) == "user: what is n1 ? assistant:"
-    assert decode(encode_prompt("what is n1 ?", plain, config)) == "what is n1 ?"
+
+    def text(prompt: Any, tokenizer: Any = chat, **settings: Any) -> str:
+        return chat.decode(encode([prompt], tokenizer, DataConfig(**settings))[0])
+
+    assert text("what is n1 ?") == "user: what is n1 ? assistant:"
+    assert text("what is n1 ?", plain) == "what is n1 ?"
     messages = [{"role": role, "content": text} for role, text in (("user", "n1"), ("assistant", "n2"), ("user", "n3"))]
-    assert decode(encode_prompt(messages, chat, config)) == "user: n1 assistant: n2 user: n3 assistant:"
+    assert text(messages) == "user: n1 assistant: n2 user: n3 assistant:"
     with pytest.raises(DataError, match="no chat template"):
-        encode_prompt(messages, plain, config)
-    with pytest.raises(DataError, match=r"expected 1 to 3 tokens .* got 6"):
-        encode_prompt("what is n1 ?", chat, DataConfig(max_prompt_tokens=3))
+        text(messages, plain)
+    assert text("n1", prompt_template="{prompt} is what ?") == "user: n1 is what ? assistant:"
+    assert text(messages, prompt_template="after {prompt}") == "user: n1 assistant: n2 user: after n3 assistant:"
+    assert fill("{prompt} {answer}", "a {answer}", "b") == "a {answer} b", "the prompt's own braces stay"
+
+
+def test_a_system_prompt_is_a_message_or_a_paragraph() -> None:
+    class Plain:
+        chat_template = None
+
+        def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[str]]:
+            assert add_special_tokens
+            return {"input_ids": texts}
+
+    config = DataConfig(system_prompt="Think.")
+    assert "".join(encode(["What is 1+1?"], Plain(), config)[0]) == "Think.\n\nWhat is 1+1?"  # type: ignore[arg-type]
+    chat = make_tokenizer()
+    system = chat.apply_chat_template(
+        [{"role": "system", "content": "n1"}, {"role": "user", "content": "n2"}], tokenize=False, add_generation_prompt=True
+    )
+    assert encode(["n2"], chat, DataConfig(system_prompt="n1"))[0] == chat(system)["input_ids"]
+
+
+def test_keywords_of_the_chat_template_and_its_refusals() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking is defined and enable_thinking is false %} n9{% endif %}"
+    for switch, expected in (("false", "user: n1 assistant: n9"), ("true", "user: n1 assistant:")):
+        data = parse_config(["--data.chat_template_kwargs.enable_thinking", switch]).data
+        assert tokenizer.decode(encode(["n1"], tokenizer, data)[0]) == expected
+    tokenizer.chat_template = "{{ raise_exception('system messages are not supported') }}"
+    with pytest.raises(
+        DataError, match=r"expected messages that the chat template accepts, got .*system messages are not supported"
+    ):
+        encode(["n1"], tokenizer, DataConfig())
+
+
+def test_long_prompts_are_left_out_and_counted() -> None:
+    rows = [{"prompt": text, "answer": ""} for text in ("n1", "n1 n2 n3 n4", "n2")]
+    lines: list[str] = []
+    found = PromptSet(rows, "data.train").encoded(make_tokenizer(), DataConfig(max_prompt_tokens=4), lines.append)
+    assert [row["prompt"] for row in found.rows] == ["n1", "n2"]
+    assert [len(ids) for ids in found.ids] == [3, 3]
+    assert lines == ["data.train: 1 of 3 prompts left out: more than 4 tokens (longest: 6)"]
+    assert len(found.head(1).ids) == 1
+    with pytest.raises(
+        DataError, match=r"data\.max_prompt_tokens: expected at least one prompt of data\.train .* got 2 and 3 or more"
+    ):
+        PromptSet(rows, "data.train").encoded(make_tokenizer(), DataConfig(max_prompt_tokens=2), lines.append)
 
 
 def test_sampler_covers_every_epoch_and_continues_from_its_state() -> None:

@@ -10,7 +10,7 @@ import torch
 from tiny import no_tick
 
 from trainer.config import DataConfig, LoraConfig, ModelConfig
-from trainer.dataset import encode_prompt
+from trainer.dataset import encode
 from trainer.errors import ModelError
 from trainer.models import embedded
 from trainer.models.embedding import SentenceEmbedding
@@ -34,7 +34,7 @@ def test_smollm2_converts_once_and_answers(tmp_path: Path) -> None:
     assert [path.name for path in cache.iterdir()] == ["smollm2-135m-instruct-q4_1-v1"]
     assert policy.language_model.config.vocab_size == 49152
     assert policy.language_model.lm_head.weight is policy.language_model.model.embed_tokens.weight
-    prompt = encode_prompt("What is the capital of France? Answer in one word.", policy.tokenizer, DataConfig())
+    prompt = encode(["What is the capital of France? Answer in one word."], policy.tokenizer, DataConfig())[0]
     rollouts = TransformersEngine(policy, 8).generate([prompt], Sampling(4, 8, 0.1, 1.0, seed=0), no_tick)
     texts = policy.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
     assert sum("Paris" in text for text in texts) >= 3

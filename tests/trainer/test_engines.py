@@ -13,12 +13,13 @@ import pytest
 import torch
 from tiny import WORDS, no_tick
 
+from trainer import ranks
 from trainer.config import Config, RolloutConfig, VllmConfig
 from trainer.errors import ConfigError, ModelError
 from trainer.models.policy import Policy
 from trainer.records import Sampling
 from trainer.rollouts import vllm_engine
-from trainer.rollouts.engines import make_engine
+from trainer.rollouts.engines import make_engine, share
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.rollouts.vllm_engine import VllmEngine
 
@@ -120,9 +121,60 @@ def test_what_is_refused(changed: Callable[..., Config], policy: Policy, monkeyp
         vllm_engine._import_vllm(torch.device("cuda:0"))
     with pytest.raises(ConfigError, match=r"model\.device: expected cuda or cuda:0 with vllm .*, got cuda:1"):
         vllm_engine._import_vllm(torch.device("cuda:1"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"rollout\.engine: expected transformers where several processes train, got vllm"):
-        make_engine(vllm_config(changed), policy)
+    key = r"rollout\.vllm\.tensor_parallel_size"
+    with pytest.raises(ConfigError, match=rf"^{key}: expected a divisor of the number of processes, 1, got 2$"):
+        VllmEngine(policy, RolloutConfig(vllm=VllmConfig(tensor_parallel_size=2)), 64)
+
+
+def test_several_processes_have_an_engine_each(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the GPU of the rank, and with the trainer's process group to the end of the job."""
+    cuda = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+    install(monkeypatch, {**fake_vllm(), "vllm.platforms": SimpleNamespace(current_platform=cuda)})
+    monkeypatch.setattr(ranks, "size", lambda: 4)
+    vllm_engine._import_vllm(torch.device("cuda:1"))
+    install(monkeypatch, fake_vllm())
+    monkeypatch.setattr(VllmEngine, "_check", lambda self: None)
+    engine = VllmEngine(policy, RolloutConfig(vllm=VllmConfig(tensor_parallel_size=2)), 64)
+    assert engine.llm.options["distributed_executor_backend"] == "external_launcher"
+    assert engine.llm.options["tensor_parallel_size"] == 2
+    ended: list[Callable[[], None]] = []
+    monkeypatch.setattr(ranks, "at_end", ended.append)
+    engine.close()
+    assert "shutdown" not in engine.llm.calls
+    ended[0]()
+    assert engine.llm.calls[-1] == "shutdown"
+
+
+@pytest.mark.parametrize(("batch", "own", "wanted"), [(64, 0, None), (4, 512, 512)])
+def test_vllm_chooses_its_batch_unless_it_is_set(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, batch: int, own: int, wanted: int | None
+) -> None:
+    """``rollout.batch`` is of the engine transformers."""
+    install(monkeypatch, fake_vllm())
+    monkeypatch.setattr(VllmEngine, "_check", lambda self: None)
+    engine = VllmEngine(policy, RolloutConfig(batch=batch, vllm=VllmConfig(max_num_seqs=own)), 64)
+    assert engine.llm.options["max_num_seqs"] == wanted
+    assert engine.llm.options["distributed_executor_backend"] is None
+
+
+@pytest.mark.parametrize(
+    ("size", "together", "wanted"),
+    [
+        (1, 1, [range(6)]),
+        (4, 1, [range(1), range(1, 3), range(3, 4), range(4, 6)]),
+        (4, 2, [range(3), range(3), range(3, 6), range(3, 6)]),
+        (8, 1, [range(0), *(range(i, j) for i, j in [(0, 1), (1, 2), (2, 3), (3, 3), (3, 4), (4, 5), (5, 6)])]),
+    ],
+)
+def test_ranks_share_completions(monkeypatch: pytest.MonkeyPatch, size: int, together: int, wanted: list[range]) -> None:
+    """Every completion is sampled once."""
+    monkeypatch.setattr(ranks, "size", lambda: size)
+    found = []
+    for rank in range(size):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        found.append(share(6, together))
+    assert found == wanted
+    assert [number for own in found[::together] for number in own] == list(range(6))
 
 
 def start(policy: Policy, monkeypatch: pytest.MonkeyPatch, level: int) -> tuple[VllmEngine, FakeLLM]:

@@ -32,7 +32,7 @@ Change = Callable[..., Config]
 
 
 def _evaluate(config: Config, policy: Policy, rewards: Rewards) -> tuple[Evaluation, list[dict[str, Any]]]:
-    sets = {"train": load_prompts(config.data.train, 3), "held-out": None}
+    sets = {"train": load_prompts(config.data, "train", 3).encoded(policy.tokenizer, config.data), "held-out": None}
     engine, run = TransformersEngine(policy, batch=64), RunDirectory(config)
     return Evaluator(config, policy, engine, rewards, sets, run, Console(StopRequest())).evaluate("train", step=0)
 

@@ -14,11 +14,11 @@ import torch
 from tiny import make_model, make_tokenizer, no_tick
 
 from eapo_kernels import TokenStats, diagnostics, get_method, make_controller, observed_entropy, weight_tokens
-from trainer.config import Config
-from trainer.dataset import teacher_prompt
+from trainer.config import Config, OptimConfig
+from trainer.dataset import fill
 from trainer.learning.batching import Completions, select
 from trainer.learning.experience import extra_statistics, final_answer, per_token, weigh
-from trainer.learning.measure import Wanted, measure, wanted_by
+from trainer.learning.measure import Wanted, measure, recorded, wanted_by
 from trainer.loop import train
 from trainer.models.policy import Policy
 from trainer.models.reference import Reference
@@ -98,9 +98,9 @@ def test_the_final_answer_follows_the_marker() -> None:
 
 
 def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: Config, completions: Completions) -> None:
-    assert teacher_prompt("what ?", "n1", "{prompt} is {answer}") == "what ? is n1"
+    assert fill("{prompt} is {answer}", "what ?", "n1") == "what ? is n1"
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "what ?"}]
-    assert teacher_prompt(messages, 3, "{answer} {prompt}")[1] == {"role": "user", "content": "3 what ?"}
+    assert fill("{answer} {prompt}", messages, 3)[1] == {"role": "user", "content": "3 what ?"}
     columns = {"prompt": ["what is n1 ?"] * 12, "answer": ["n2 n3"] * 12}
     scores = Scores(torch.zeros(12), {}, [])
     rollouts = Rollouts(completions.prompt_ids, completions.completion_ids, [torch.zeros(1)] * 12, [False] * 12)
@@ -237,3 +237,57 @@ def test_what_the_loop_hands_over(changed: Change, monkeypatch: pytest.MonkeyPat
         assert call["advantages"].shape == call["rewards"].shape == (call["completions"],)
         assert call["advantages"].isfinite().all()
     assert seen[1]["completions"] > 12
+
+
+def test_a_step_without_the_measurement_is_the_step_with_it(changed: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H from the engine, the ratio to the update's own log-probs: every number is the same up to
+    rounding, with one completion of each group measured instead of all.
+    """
+    tokens: list[int] = []
+
+    def spy(policy: Policy, completions: Completions, **options: Any) -> Any:
+        tokens.append(len(completions))
+        return measure(policy, completions, **options)
+
+    monkeypatch.setattr("trainer.loop.measure", spy)
+    cut = {"top_p": 0.9, "temperature": TEMPERATURE}
+    for number, (loss, rollout) in enumerate([({}, {}), ({}, cut), ({"method": "grpo", "kl_coef": 0.1}, cut)]):
+        both = []
+        for old_logp in ("auto", "always"):
+            config = changed(
+                name=f"{old_logp}-{number}", data={"eval": ""}, loss=loss, rollout=rollout, diagnose_every=0,
+                optim={"old_logp": old_logp}, steps=4,
+            )  # fmt: skip
+            tokens.clear()
+            assert train(config)
+            reference = [12] if loss else []
+            assert tokens == [3 if old_logp == "auto" else 12, *reference] * 4
+            both.append(read(Path(config.out) / config.name, "metrics"))
+        for ours, theirs in zip(*both, strict=True):
+            assert ours["ratio_mean"] == 1
+            assert ours["rollout/logp_gap_max"] < 1e-4
+            for name, value in theirs.items():
+                if not name.startswith(("seconds/", "rollout/", "old_kl", "tokens_per_second")) and not name.endswith(
+                    "/seconds"
+                ):
+                    assert ours[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
+
+
+@pytest.mark.parametrize(
+    ("method", "optim", "wanted"),
+    [
+        ("grpo", {"minibatches": 2}, Wanted()),
+        ("grpo", {"epochs": 2}, Wanted()),
+        ("grpo", {"old_logp": "always"}, Wanted()),
+        ("grpo", {}, Wanted(second_moments=True)),
+        ("epo", {}, Wanted()),
+    ],
+)
+def test_what_needs_the_measurement_has_it(
+    policy: Policy, completions: Completions, method: str, optim: dict[str, Any], wanted: Wanted
+) -> None:
+    built, settings, device = get_method(method), OptimConfig(**optim), torch.device("cpu")
+    assert recorded(completions, built, settings, wanted, device) is None
+    assert recorded(completions, get_method("grpo", importance_cap=2.0), OptimConfig(), Wanted(), device) is None
+    assert recorded(replace(completions, rollout_entropy=None), get_method("grpo"), OptimConfig(), Wanted(), device) is None
+    assert recorded(completions, get_method("grpo"), OptimConfig(), Wanted(), device) is not None

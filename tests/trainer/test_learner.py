@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_model, make_tokenizer, no_tick
+from tiny import WORDS, make_model, make_tokenizer, no_tick
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from eapo_kernels import METHODS, TokenSupport, get_method, idle_sequences, make_controller
 from trainer.config import OptimConfig
@@ -23,6 +24,10 @@ from trainer.records import Rollouts, Sampling
 from trainer.rollouts.transformers_engine import TransformersEngine
 
 TEMPERATURE = 0.8
+SIZES = {
+    "vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -116,6 +121,7 @@ def test_measurement_equals_dense_logits(policy: Policy, rollouts: Rollouts, bud
                                    atol=2e-5, rtol=0)  # fmt: skip
         torch.testing.assert_close(found.entropy[own].double(), -(full.exp() * full).sum(-1), atol=2e-5, rtol=0)
     torch.testing.assert_close(found.logp, completions.rollout_logp, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found.entropy, completions.rollout_entropy, atol=2e-5, rtol=0)
 
 
 def test_batches_hold_the_support_of_their_tokens(cut: Rollouts) -> None:
@@ -153,6 +159,7 @@ def test_measurement_over_a_support_equals_dense_logits(policy: Policy, cut: Rol
     got = torch.stack([found.logp, found.entropy, found.p2, found.tempered_logp], 1)
     torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), atol=2e-5, rtol=0)
     torch.testing.assert_close((found.logp - completions.rollout_logp).exp(), torch.ones(completions.tokens), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.entropy, completions.rollout_entropy, atol=2e-5, rtol=0)
 
 
 def gradients(policy: Policy, experience: Experience, budget: int, method: str, **changes: Any) -> tuple[list, dict]:
@@ -281,6 +288,48 @@ def test_a_step_with_nothing_to_learn_leaves_the_weights(policy: Policy, rollout
     metrics = own.update(experience, step=0, seed=0, tick=no_tick)
     assert metrics["loss"] == metrics["grad_norm"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
+
+
+PACKED = {
+    "llama": lambda: make_model(),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, sliding_window=4, attn_logit_softcapping=1.0, final_logit_softcapping=2.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("family", PACKED)
+def test_packing_changes_nothing(family: str, filtered: bool) -> None:
+    """Old log-probs, loss and gradients within 1e-6 of their size, for any budget, with sdpa or eager
+    attention (Gemma 2: a sliding window shorter than the completions, capped attention scores).
+    """
+    torch.manual_seed(0)
+    padded = Policy(PACKED[family]().eval(), make_tokenizer())
+    packed = Policy(padded.model, padded.tokenizer, packing="always")
+    assert padded.language_model.config._attn_implementation == ("eager" if family == "gemma2" else "sdpa")
+    sampling = Sampling(4, 9, TEMPERATURE, 0.7 if filtered else 1.0, seed=2)
+    rollouts = TransformersEngine(padded, 64).generate([[5, 6, 7, 12, 8], [9], [10, 11, 12]], sampling, no_tick)
+    ours, theirs = (weighed(policy, rollouts, "eapo", torch.arange(12.0) % 2) for policy in (packed, padded))
+    torch.testing.assert_close(ours.old.logp, theirs.old.logp, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(ours.old.entropy, theirs.old.entropy, atol=2e-6, rtol=1e-6)
+    expected, metrics = gradients(padded, theirs, 10_000, "eapo")
+    for budget in (1, 33, 10_000):
+        found, packed_metrics = gradients(packed, theirs, budget, "eapo")
+        assert packed_metrics["loss"] == pytest.approx(metrics["loss"], rel=1e-6, abs=1e-6)
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).norm() <= 1e-6 * torch.cat([g.flatten() for g in expected]).norm()
+
+
+def test_a_packed_micro_batch_has_no_padding() -> None:
+    completions = completions_of([(1, 1), (1, 99), (2, 1), (2, 98), (1, 2)])
+    assert plan(completions, range(5), budget=203, packed=True) == [[1, 3, 2], [4, 0]]
+    batch = collate(completions, [1, 3, 2], torch.device("cpu"), packed=True)
+    assert batch.input_ids.shape == (1, 203)
+    assert (batch.attention_mask, batch.lengths) == (None, [100, 100, 3])
+    assert batch.rows.tolist() == [*range(99), *range(101, 199), 201]
+    assert batch.targets.tolist() == [3] * 198
 
 
 def one_spread(groups: int, values: tuple[float, ...]) -> torch.Tensor:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from tiny import WORDS, make_model, make_tokenizer
+from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -20,6 +22,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from eapo_kernels import token_stats
@@ -144,17 +148,93 @@ def test_a_completion_ends_at_any_of_the_ids(config: int | list[int] | None, exp
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "dtype", "installed", "expected"),
+    ("setting", "device", "dtype", "installed", "capability", "expected"),
     [
-        ("auto", "cuda", "bfloat16", True, "flash_attention_2"),
-        ("auto", "cuda", "bfloat16", False, "sdpa"),
-        ("auto", "cuda", "float32", True, "sdpa"),
-        ("auto", "cpu", "bfloat16", True, "sdpa"),
-        ("eager", "cuda", "bfloat16", True, "eager"),
+        ("auto", "cuda", "bfloat16", (2,), 9, "flash_attention_2"),
+        ("auto", "cuda", "bfloat16", (2, 3), 9, "flash_attention_3"),
+        ("auto", "cuda", "bfloat16", (2, 3), 8, "flash_attention_2"),
+        ("auto", "cuda", "bfloat16", (3,), 10, None),
+        ("auto", "cuda", "bfloat16", (), 9, None),
+        ("auto", "cuda", "float32", (2, 3), 9, None),
+        ("auto", "cpu", "bfloat16", (2, 3), 9, None),
+        ("eager", "cuda", "bfloat16", (2, 3), 9, "eager"),
     ],
 )
 def test_flash_attention_is_taken_where_it_can_run(
-    monkeypatch: pytest.MonkeyPatch, setting: str, device: str, dtype: Any, installed: bool, expected: str
-) -> None:
-    monkeypatch.setattr("trainer.models.policy.is_flash_attn_2_available", lambda: installed)
+    monkeypatch: pytest.MonkeyPatch, setting: str, device: str, dtype: Any, installed: tuple[int, ...], capability: int,
+    expected: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("trainer.models.policy.is_flash_attn_2_available", lambda: 2 in installed)
+    monkeypatch.setattr("trainer.models.policy.is_flash_attn_3_available", lambda: 3 in installed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
     assert attention(ModelConfig(attention=setting, dtype=dtype), torch.device(device)) == expected
+
+
+def test_a_model_that_sdpa_cannot_compute_is_loaded_with_eager_attention(tmp_path: Path) -> None:
+    FAMILIES["gemma2 (softcap)"]().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    policy = load_policy(ModelConfig(path=str(tmp_path), device="cpu"), LoraConfig(), seed=0)
+    assert policy.language_model.config._attn_implementation == "eager"
+
+
+def by_sequence(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    """Causal attention inside the sequences that ``cu_seq_lens_q`` bounds, as variable-length kernels
+    compute it.
+    """
+    assert mask is None
+    ends = options["cu_seq_lens_q"]
+    assert ends is options["cu_seq_lens_k"]
+    assert ends.dtype is torch.int32
+    sizes = ends.diff()
+    assert options["max_length_q"] == options["max_length_k"] == sizes.max()
+    groups = query.shape[1] // key.shape[1]
+    parts = (t.split(sizes.tolist(), 2) for t in (query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)))
+    rows = [
+        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options["scaling"])
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(rows, 2).transpose(1, 2), None
+
+
+def test_flash_attention_gets_the_bounds_of_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.models.policy.Policy._keeps_apart", lambda _: True)
+    model = make_model()
+    plain, ids, lengths = Policy(model, make_tokenizer()), torch.arange(12)[None], (3, 5, 4)
+    last = torch.arange(12)
+    with torch.no_grad():
+        expected = plain(ids, None, last, lambda h, w, **_: h, lengths)
+    AttentionInterface.register("flash_attention_by_sequence", by_sequence)
+    policy = Policy(model, make_tokenizer())
+    model.config._attn_implementation = "flash_attention_by_sequence"
+    policy.flash = True
+    with torch.no_grad():
+        found = policy(ids, None, last, lambda h, w, **_: h, lengths)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_auto_packs_with_flash_attention_alone(monkeypatch: pytest.MonkeyPatch, flash: bool) -> None:
+    model = make_model()
+    if flash:
+        monkeypatch.setattr("trainer.models.policy.Policy._keeps_apart", lambda _: True)
+        monkeypatch.setattr("trainer.models.policy.Policy._check_head", lambda _: None)
+        model.config._attn_implementation = "flash_attention_2"
+    assert Policy(model, make_tokenizer()).packed is flash
+    assert not Policy(model, make_tokenizer(), packing="never").packed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_sequences_are_kept_apart(family: str) -> None:
+    torch.manual_seed(0)
+    assert Policy(FAMILIES[family]().eval(), make_tokenizer(), packing="always").packed
+
+
+def test_layers_with_a_state_along_the_row_are_not_packed() -> None:
+    torch.manual_seed(0)
+    linear = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    sparse = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    model = Qwen3NextForCausalLM(
+        Qwen3NextConfig(**SIZES, **linear, **sparse, layer_types=["linear_attention", "full_attention"])
+    )
+    with pytest.raises(ModelError, match=r"model\.packing: expected auto or never with Qwen3NextForCausalLM"):
+        Policy(model.eval(), make_tokenizer(), packing="always")

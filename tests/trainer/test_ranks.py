@@ -30,7 +30,10 @@ HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 CASES: dict[str, dict[str, Any]] = {
-    "full": {"rollout": {"top_p": 0.9}, "optim": {"minibatches": 2, "epochs": 2}, "eval": {"every": 2}},
+    "full": {
+        "rollout": {"top_p": 0.9}, "model": {"packing": "always"}, "optim": {"minibatches": 2, "epochs": 2},
+        "eval": {"every": 2},
+    },
     # Weights over the whole step (quantiles of all tokens); minibatches of two or three completions, unevenly shared.
     "batch_scope": {"loss": {"method": "clip_cov"}, "optim": {"minibatches": 5, "micro_batch_tokens": 30}},
     "adapters": {
@@ -80,10 +83,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    directory = tmp_path_factory.mktemp("ranks")
-    make_model().save_pretrained(directory / "tiny")
+def base_config(directory: Path, **sizes: Any) -> Config:
+    """Two steps on a tiny model of these ``sizes``, with its files in ``directory``."""
+    make_model(**sizes).save_pretrained(directory / "tiny")
     make_tokenizer().save_pretrained(directory / "tiny")
     prompts = [{"prompt": f"what is after n{i} ?" + " is" * (i % 3), "answer": f"n{i + 1}"} for i in range(9)]
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
@@ -96,10 +98,32 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return base_config(tmp_path_factory.mktemp("ranks"))
+
+
 def recipe(config: Config, name: str = "") -> str:
     path = Path(config.out).parent / f"{name or config.name}.toml"
     path.write_text(to_toml(config))
     return str(path)
+
+
+Statuses, Texts = dict[str, list[int]], dict[str, list[str]]
+
+
+def run_launches(directory: Path, launches: list[dict[str, Any]]) -> tuple[Statuses, Texts, Texts]:
+    """Name of each launch -> exit status, output and errors of its two ranks."""
+    (directory / "launches.json").write_text(json.dumps(launches))
+    command = [sys.executable, str(HERE / "runs_on_ranks.py"), str(directory / "launches.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment())
+    assert done.returncode == 0, done.stderr
+    statuses = {name: [int(a), int(b)] for name, a, b in (line.split() for line in done.stdout.splitlines())}
+    out, err = (
+        {name: [(directory / f"{name}-{rank}.{kind}").read_text() for rank in range(2)] for name in statuses}
+        for kind in ("out", "err")
+    )
+    return statuses, out, err
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +143,7 @@ def pair(base: Config) -> Pair:
         {"name": "all", "recipes": [recipe(config) for config in (*two.values(), straight, killed, half, *failed.values())]},
         {"name": "broken", "command": ["train", "--config", recipe(broken)]},
     ]
-    directory = Path(base.out).parent
-    (directory / "launches.json").write_text(json.dumps(launches))
-    command = [sys.executable, str(HERE / "runs_on_ranks.py"), str(directory / "launches.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
-    assert done.returncode == 0, done.stderr
-    statuses = {name: [int(a), int(b)] for name, a, b in (line.split() for line in done.stdout.splitlines())}
-    out, err = (
-        {name: [(directory / f"{name}-{rank}.{kind}").read_text() for rank in range(2)] for name in statuses}
-        for kind in ("out", "err")
-    )
+    statuses, out, err = run_launches(Path(base.out).parent, launches)
     assert statuses["all"] == [0, 0], err["all"]
     one = {name: config.replace(name=f"one-{name}") for name, config in two.items()}
     for config in one.values():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from trainer.config import Config
 from trainer.config.settings import to_toml
 from trainer.errors import DataError
 from trainer.evaluation.diversity import bootstrap
 from trainer.evaluation.evaluate import Evaluation, difference
-from trainer.evaluation.pictures import CONTRACTING, GAP, MEASURED, PREDICTED, SHARE, sign_agreement
 from trainer.evaluation.report import markdown_table, summary_table, write_report
 
 NAMES = ("reward", "reward_best", "distinct_1", "distinct_2", "self_bleu", "entropy", "length", "truncated")
@@ -56,37 +59,57 @@ def test_summary_has_before_after_and_change(run: Path) -> None:
     assert cells[4] == "0.500 [0.500, 0.500]"
 
 
-def test_report_draws_runs_with_gaps_and_refuses_runs_without_steps(run: Path, tmp_path: Path) -> None:
-    picture, page = write_report([run], tmp_path / "out", resamples=50)
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are drawn."""
+    found: list[Figure] = []
+    monkeypatch.setattr(plt, "close", found.append)
+    return found
+
+
+def test_report_draws_runs_with_gaps_and_refuses_runs_without_steps(run: Path, tmp_path: Path, figures: list[Figure]) -> None:
+    other = shutil.copytree(run, tmp_path / "elsewhere" / run.name)
+    picture, page = write_report([run, other], tmp_path / "out", resamples=50)
     assert picture.stat().st_size > 10_000
-    rows = [line for line in page.read_text().splitlines() if line.startswith(("| 1 ", "| 25 "))]
-    assert len(rows) == 2
+    assert f"## {run}" in page.read_text(), "runs of one name are told apart by their paths"
+    reward, *hidden = figures[0].axes
+    assert reward.get_title() == "reward"
+    assert not any(axis.axison for axis in hidden), "the entropy was never measured"
+    assert [line.get_label() for line in reward.lines if not line.get_label().startswith("_")] == [str(run), str(other)]
     with pytest.raises(DataError, match="expected a run with metrics"):
         write_report([tmp_path], tmp_path / "out")
 
 
-def test_the_best_and_the_worst_completion_of_some_steps_are_shown(run: Path) -> None:
-    _, page = write_report([run], run, resamples=50)
-    text = page.read_text()
-    shown = [line.removeprefix("- step ") for line in text.splitlines() if line.startswith("- step ")]
-    assert shown == ["1", "7", "13", "19", "25"]
-    assert "  - best, reward 0.900: q -> 'splendid 13'\n  - worst, reward 0.220: q -> 'poor 13'" in text
-    assert "middling" not in text
-
-
-def test_diagnostics_are_drawn_where_they_were_measured(run: Path) -> None:
+def test_curves_are_smooth_over_the_raw_values_with_evaluations_and_whole_steps(run: Path, figures: list[Figure]) -> None:
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1, "reward/mean": i % 2}) + "\n" for i in range(40)))
     write_report([run], run, resamples=50)
-    picture, metrics = run / "diagnostics.png", run / "metrics.jsonl"
-    assert not picture.exists()
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    for i, row in enumerate(rows[::2]):
-        row |= {SHARE: 0.4, PREDICTED: -0.1, MEASURED: 0.02 if i < 3 else -0.02, GAP: 1e-5, **dict.fromkeys(CONTRACTING, 0.6)}
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert sign_agreement(rows) == pytest.approx(10 / 13)
-    assert sign_agreement(rows[1::2]) is None
-    _, page = write_report([run, run], run, resamples=50)
-    assert picture.stat().st_size > 20_000
-    assert "![diagnostics](diagnostics.png)" in page.read_text()
+    reward = figures[0].axes[0]
+    raw, smooth = (line.get_ydata().tolist() for line in reward.lines[:2])
+    assert raw == [i % 2 for i in range(40)]
+    assert smooth[0] == pytest.approx(1 / 3)  # of 0 1 0
+    assert smooth[10] == pytest.approx(2 / 5)  # of 0 1 0 1 0
+    assert [tick for tick in reward.get_xticks() if tick % 1] == []
+    (points,) = reward.containers
+    assert points.lines[0].get_xdata().tolist() == [0, 25]
+    assert points.lines[0].get_ydata().tolist() == [2.0, 2.5], "means of the evaluations; None is left out"
+
+
+def test_completions_of_some_steps_and_of_the_evaluations_are_shown(run: Path) -> None:
+    file = run / "samples.jsonl"
+    evaluated = [
+        {"step": step, "dataset": "held-out", "prompt": [{"content": "q"}], "completion": f"c{step}", "reward": reward}
+        for step, reward in ((0, None), (10, 0.5), (25, 1.0))
+    ]
+    file.write_text(file.read_text() + "".join(json.dumps(row) + "\n" for row in evaluated))
+    _, page = write_report([run], run, resamples=50)
+    best_and_worst, before_and_after = (
+        page.read_text().split("Best and worst completion of a step:")[1].split("Held-out prompts")
+    )
+    assert re.findall(r"step (\d+), reward (\S+): q -> '(\w+)", best_and_worst)[:4] == [
+        ("1", "0.900", "splendid"), ("1", "0.100", "poor"), ("7", "0.900", "splendid"), ("7", "0.160", "poor"),
+    ]  # fmt: skip
+    assert "middling" not in best_and_worst
+    assert re.findall(r"- (.*)", before_and_after) == ["step 0, reward none: q -> 'c0'", "step 25, reward 1.000: q -> 'c25'"]
 
 
 def test_markdown_table_is_aligned() -> None:

@@ -28,8 +28,13 @@ class OptimConfig(Section):
     """Optimizer updates in one pass over the completions of a step; with more than one the later updates are off-policy."""
     epochs: Count = 1
     """Passes over the step's completions."""
+    old_logp: Literal["auto", "always"] = "auto"
+    """always measures the old log-probs and H with a forward pass over all completions before the
+    update. auto leaves it out where it changes nothing but rounding: one minibatch and epoch, an engine
+    that records entropies (transformers), a method without token weights and importance_cap. Then the
+    engine's log-probs are compared with the trainer's on one completion of each group."""
     micro_batch_tokens: Count = 8192
-    """Most padded tokens in one forward pass. It determines memory and speed, not the result."""
+    """Most tokens, padding included, in one forward pass. It determines memory and speed, not the result."""
 
 
 class EvalConfig(Section):

@@ -15,7 +15,7 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class VllmConfig(Section):
-    """The engine ``vllm``: in this process, on the device of the trained model, with its own copy of the weights."""
+    """The engine ``vllm``: one in every process, on the device of the trained model, with its own copy of the weights."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the engine's weights and computation; auto is model.dtype. With another dtype than the trainer's, the engine
@@ -24,14 +24,19 @@ class VllmConfig(Section):
     """Share of the GPU's memory for the engine's weights and KV cache; the trainer uses the rest."""
     kv_cache_gib: NonNegative = 0.0
     """Memory of the KV cache; 0 is what gpu_memory_utilization leaves, on a CPU 1 GiB."""
+    max_num_seqs: Natural = 0
+    """Most completions computed at once by one engine; 0 is vLLM's own default (256, on an H100 1024)."""
+    tensor_parallel_size: Count = 1
+    """Consecutive processes of torchrun that hold one copy of the engine's weights together and sample the same completions."""
     max_model_len: Natural = 0
     """Longest prompt and completion together; 0 is data.max_prompt_tokens + rollout.max_new_tokens, or the model's limit if
     that is smaller."""
     enforce_eager: bool = False
     """Disable compilation and CUDA graphs: faster start, slower generation. Always set on a CPU."""
-    sleep_level: Annotated[int, Field(ge=0, le=2)] = 1
+    sleep_level: Annotated[int, Field(ge=0, le=2)] = 2
     """Memory that the engine frees between rollouts on a GPU. 0: none. 1: the KV cache, and the weights by moving them to host
-    memory. 2: both; the weights are discarded and copied from the trainer again."""
+    memory, once for every process. 2: both; the weights are discarded and copied from the trainer again, which every step does
+    in any case."""
 
 
 class RolloutConfig(Section):

@@ -67,8 +67,8 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
         config = config.replace(lora={"rank": 0})
     else:
         verify(checkpoint)
-    train_set = load_prompts(config.data.train, config.eval.train_prompts) if config.eval.train_prompts else None
-    held_out = load_prompts(config.data.eval, config.data.eval_limit) if config.data.eval else None
+    train_set = load_prompts(config.data, "train", config.eval.train_prompts) if config.eval.train_prompts else None
+    held_out = load_prompts(config.data, "eval") if config.data.eval else None
     if not (train_set or held_out):
         raise ConfigError("data.eval: expected a file, or eval.train_prompts of at least 1; got neither")
     try:
@@ -81,8 +81,12 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
                     read_weights(checkpoint, policy)
                 rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
                 engine = make_engine(config, policy)
+            sets = {
+                name: prompts and prompts.encoded(policy.tokenizer, config.data, console.line)
+                for name, prompts in {"held-out": held_out, "train": train_set}.items()
+            }
             ranks.run_on_main(run.start)
-            evaluator = Evaluator(config, policy, engine, rewards, {"held-out": held_out, "train": train_set}, run, console)
+            evaluator = Evaluator(config, policy, engine, rewards, sets, run, console)
             for name in evaluator.sets:
                 result, samples = evaluator.evaluate(name, step_of(checkpoint))
                 run.append("evaluations", asdict(result))

@@ -17,7 +17,7 @@ from eapo_kernels import EapoError
 
 from .. import ranks
 from ..config import Config
-from ..dataset import PromptSet, encode_prompt
+from ..dataset import PromptSet
 from ..errors import TrainerError
 from ..learning.batching import select
 from ..learning.measure import measure
@@ -86,7 +86,7 @@ class Evaluator:
     """Evaluates the policy of a run on its sets of prompts, with the sampling of ``rollout``.
 
     Args:
-        sets: dataset -> its prompts; None or none are left out.
+        sets: dataset -> its encoded prompts; None or none are left out.
     """
 
     def __init__(
@@ -156,21 +156,21 @@ class Evaluator:
     def _evaluate(self, dataset: str, step: int) -> tuple[Evaluation, list[dict[str, Any]]]:
         config, policy, console, prompts = self.config, self.policy, self.console, self.sets[dataset]
         k, indices = config.eval.responses, range(len(prompts))
-        ids = [encode_prompt(row["prompt"], policy.tokenizer, config.data) for row in prompts.rows]
         sampling = config.rollout.sampling(k, derive_seed(config.seed, EVALUATION_SEED))
         title = f"evaluation on {dataset} prompts"
         with console.phase(f"{title}: completions", alone=True) as tick:
-            rollouts = self.engine.generate(ids, sampling, tick)
+            rollouts = self.engine.generate(prompts.ids, sampling, tick)
         texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
         with console.phase(f"{title}: rewards", alone=True) as tick:
             scores = self.rewards.score(prompts.columns(indices, k), texts, rollouts.completion_ids, tick)
         for line in scores.failure_lines():
             console.line(line)
-        with console.phase(f"{title}: entropy") as tick:
-            completions = select(rollouts, range(len(texts)))
-            budget = config.optim.micro_batch_tokens
-            found = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick)
-            entropies = found.entropy.cpu().split(list(map(len, rollouts.completion_ids)))
+        entropies = rollouts.entropy
+        if entropies is None:
+            with console.phase(f"{title}: entropy") as tick:
+                completions, budget = select(rollouts, range(len(texts))), config.optim.micro_batch_tokens
+                found = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick)
+                entropies = list(found.entropy.cpu().split(list(map(len, rollouts.completion_ids))))
         groups = [slice(q * k, (q + 1) * k) for q in indices]
         verified = bool(((scores.total == 0) | (scores.total == 1) | scores.total.isnan()).all())
         with console.phase(f"{title}: diversity", alone=True) as tick:

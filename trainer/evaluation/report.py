@@ -1,19 +1,19 @@
-"""Figures and a Markdown page from run directories."""
+"""A figure and a Markdown page from run directories."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from ..runs.rundir import read
 from .evaluate import Evaluation, difference
-from .pictures import CURVES, draw_curves, draw_diagnostics
+from .pictures import draw_curves
 
 METRICS = {
-    "reward": "reward",
     "reward_best": "best reward of {k} completions",
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
@@ -21,38 +21,8 @@ METRICS = {
     "dispersion": "dispersion of sentence embeddings",
     "entropy": "token entropy (nats)",
     "length": "length (tokens)",
-    "truncated": "truncated",
 }
-"""Metric of an evaluation -> name in the table; pass@k is its own name."""
-
-
-DIAGNOSTICS = """\
-How the updates changed the entropy (docs/math.md, E7). Raising the probability of a token with polarity D > 0 contracts the
-entropy, with D < 0 it expands it. The gradient share is the part of the squared gradient that comes from positive completions.
-The prediction is first order in each token's logits, so only its sign and relative size are meaningful."""
-
-
-def metric_name(metric: str, responses: int) -> str:
-    """Name of a metric in a table; ``responses`` is the number of completions of each prompt."""
-    return METRICS.get(metric, metric).format(k=responses)
-
-
-def first_and_last(run: Path) -> list[tuple[Evaluation, Evaluation]]:
-    """The first and the last evaluation of every dataset that was evaluated at least twice."""
-    by_set: dict[str, list[Evaluation]] = {}
-    for row in read(run, "evaluations"):
-        by_set.setdefault(row["dataset"], []).append(Evaluation(**row))
-    return [(found[0], found[-1]) for found in by_set.values() if len(found) > 1]
-
-
-def comparison(before: Evaluation, after: Evaluation, resamples: int) -> list[list[str]]:
-    """Rows of metric, before, after and change, each mean with its 95 % interval."""
-    first, last = before.estimates(resamples), after.estimates(resamples)
-    return [
-        [metric_name(key, before.responses), *map(str, (first[key], last[key], difference(before, after, key, resamples)))]
-        for key in first
-        if key in last  # pass@k is measured only where all rewards are 0 or 1
-    ]
+"""Metric of an evaluation -> name in the table; the others are their own."""
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -64,111 +34,86 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def estimates_table(evaluation: Evaluation, resamples: int) -> str:
     """One evaluation as a Markdown table."""
-    found = evaluation.estimates(resamples)
-    rows = [[metric_name(name, evaluation.responses), str(estimate)] for name, estimate in found.items()]
-    prompts = len(evaluation.values["reward"])
-    return markdown_table(
-        [f"{prompts} {evaluation.dataset} prompts, {evaluation.responses} completions each", "mean [95 % interval]"],
-        rows,
-    )
+    rows = [[_name(name, evaluation), str(found)] for name, found in evaluation.estimates(resamples).items()]
+    return markdown_table([str(evaluation), "mean [95 % interval]"], rows)
 
 
 def summary_table(run: Path, resamples: int) -> str:
-    """Before/after tables of one run as Markdown; empty when it was not evaluated twice."""
-    parts = []
-    for before, after in first_and_last(run):
-        prompts = len(before.values["reward"])
-        title = f"{run.name}: {prompts} {before.dataset} prompts, {before.responses} completions each, mean [95 % interval]"
-        header = ["", f"before (step {before.step})", f"after (step {after.step})", "change"]
-        parts.append(f"{title}\n\n{markdown_table(header, comparison(before, after, resamples))}")
+    """The first and the last evaluation of every dataset and the change, as Markdown; empty where
+    there is only one.
+    """
+    evaluations, parts = [Evaluation(**row) for row in read(run, "evaluations")], []
+    for dataset in dict.fromkeys(e.dataset for e in evaluations):
+        before, *_, after = [e for e in evaluations if e.dataset == dataset] * 2
+        first, last = before.estimates(resamples), after.estimates(resamples)
+        rows = [
+            [_name(key, after), *map(str, (first[key], last[key], difference(before, after, key, resamples)))]
+            for key in first
+            if key in last  # pass@k is measured only where all rewards are 0 or 1
+        ]
+        if before.step < after.step:
+            header = ["", f"before (step {before.step})", f"after (step {after.step})", "change"]
+            parts.append(f"{run.name}: {after}, mean [95 % interval]\n\n{markdown_table(header, rows)}")
     return "\n\n".join(parts)
 
 
 def write_report(runs: Sequence[Path], directory: Path, *, resamples: int = 2000) -> tuple[Path, Path]:
-    """Write curves.png, report.md and, where they were measured, diagnostics.png to ``directory``.
-
-    Returns:
-        The paths of the curves and of the page.
+    """Write curves.png and report.md to ``directory``, and return their paths.
 
     Raises:
         DataError: a run without a single finished step.
     """
-    rows = {run: read(run, "metrics") for run in runs}
-    for run, found in rows.items():
-        if not found:
-            raise DataError(f"report: expected a run with metrics.jsonl, got {run}")
-    directory.mkdir(parents=True, exist_ok=True)
-    picture, page, diagnostics = (directory / name for name in ("curves.png", "report.md", "diagnostics.png"))
-    diagnostics.unlink(missing_ok=True)
     unique = len({run.name for run in runs}) == len(runs)
-    named = {run.name if unique else str(run): found for run, found in rows.items()}
-    draw_curves(named, picture)
-    sections = ["# " + ", ".join(named), "![curves](curves.png)"]
-    if draw_diagnostics(named, diagnostics):
-        sections += [DIAGNOSTICS, "![diagnostics](diagnostics.png)"]
-    for run in runs:
-        sections += _run_section(run, resamples)
-    page.write_text("\n\n".join(sections) + "\n")
+    named = {run.name if unique else str(run): run for run in runs}
+    drawn = {n: (read(run, "metrics"), [Evaluation(**row) for row in read(run, "evaluations")]) for n, run in named.items()}
+    for name, (rows, _) in drawn.items():
+        if not rows:
+            raise DataError(f"report: expected a run with metrics.jsonl, got {named[name]}")
+    directory.mkdir(parents=True, exist_ok=True)
+    picture, page = directory / "curves.png", directory / "report.md"
+    draw_curves(drawn, picture)
+    sections = [f"# {', '.join(named)}\n\n![curves](curves.png)"]
+    for name, run in named.items():
+        c = tomllib.loads((run / "config.toml").read_text())
+        about = (
+            f"{c['model']['path']}, method {c['loss']['method']}, seed {c['seed']}, {drawn[name][0][-1]['step']} of "
+            f"{c['steps']} steps, {c['rollout']['prompts']} prompts x {c['rollout']['responses']} completions a step, learning "
+            f"rate {c['optim']['lr']}, LoRA rank {c['lora']['rank']} (0 = all weights)."
+        )
+        sections += [f"## {name}", about, summary_table(run, resamples), *_samples(read(run, "samples"))]
+    page.write_text("\n\n".join(filter(None, sections)) + "\n")
     return picture, page
 
 
-def _run_section(run: Path, resamples: int) -> list[str]:
-    config = tomllib.loads((run / "config.toml").read_text())
-    rows = read(run, "metrics")
-    picked = [*CURVES, "clip_fraction"]
-    header = ["step", *picked]
-    shown = rows[:: max(1, len(rows) // 10)]
-    shown = shown if shown[-1] is rows[-1] else [*shown, rows[-1]]
-    curve = [[str(row["step"]), *(_number(row.get(name)) for name in picked)] for row in shown]
-    about = (
-        f"{config['model']['path']}, method {config['loss']['method']}, seed {config['seed']}, {rows[-1]['step']} of "
-        f"{config['steps']} steps, {config['rollout']['prompts']} prompts x {config['rollout']['responses']} completions "
-        f"a step, learning rate {config['optim']['lr']}, LoRA rank {config['lora']['rank']} (0 = all weights)."
-    )
-    sections = [f"## {run.name}", about, summary_table(run, resamples), markdown_table(header, curve), _best_and_worst(run)]
-    return [section for section in [*sections, _samples(run)] if section]
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _samples(run: Path) -> str:
-    """Completions of the same evaluation prompts, first and last."""
-    rows = [row for row in read(run, "samples") if row.get("dataset") == "held-out"]
-    if not rows:
-        return ""
-    first, last = rows[0]["step"], rows[-1]["step"]
-    lines = ["One completion each to the first held-out prompts:"]
-    for before in [row for row in rows if row["step"] == first][:3]:
-        after = next(row for row in rows if row["step"] == last and row["prompt"] == before["prompt"])
-        lines.append(
-            f"- {_text(before['prompt'])}\n  - step {first}: {before['completion']!r}\n  - step {last}: {after['completion']!r}"
-        )
-    return "\n".join(lines)
-
-
-def _best_and_worst(run: Path, most: int = 5) -> str:
-    """The best and the worst completion of up to ``most`` steps, evenly spaced, the first and the
-    last step included.
+def _samples(samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The best and the worst completion of some steps, and completions of the same held-out prompts
+    at the first and the last evaluation.
     """
-    by_step: dict[int, list[dict[str, Any]]] = {}
-    for row in read(run, "samples"):
+    steps, prompts = defaultdict(list), defaultdict(list)
+    for row in samples:
         if "dataset" not in row:
-            by_step.setdefault(row["step"], []).append(row)
-    if not by_step:
-        return ""
-    steps = sorted(by_step)
-    chosen = sorted({steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)})
-    lines = ["Best and worst completion of a step:"]
-    for step in chosen:
-        ranked = sorted(by_step[step], key=lambda row: -row["reward"])
-        lines.append(f"- step {step}")
-        for name, row in {"best": ranked[0], "worst": ranked[-1]}.items():
-            lines.append(f"  - {name}, reward {row['reward']:.3f}: {_text(row['prompt'])} -> {row['completion']!r}")
-    return "\n".join(lines)
+            steps[row["step"]].append(row)
+        elif row["dataset"] == "held-out":
+            prompts[str(row["prompt"])].append(row)
+    ranked = [sorted(steps[step], key=lambda row: row["reward"]) for step in _spread(sorted(steps), 5)]
+    for title, rows in {
+        "Best and worst completion of a step": [row for own in ranked for row in (own[-1], own[0])],
+        "Held-out prompts, before and after": [row for own in list(prompts.values())[:3] for row in _spread(own, 2)],
+    }.items():
+        lines = []
+        for row in rows:
+            asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            reward = "none" if row["reward"] is None else f"{row['reward']:.3f}"
+            lines.append(f"- step {row['step']}, reward {reward}: {asked} -> {row['completion']!r}")
+        if lines:
+            yield "\n".join([f"{title}:\n", *lines])
 
 
-def _text(prompt: Any) -> str:
-    """A prompt's text; for chat messages, the last one's."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    """Up to ``most`` of the items, evenly spaced, the first and the last among them."""
+    places = {round(i * (len(items) - 1) / (most - 1)) for i in range(most)} if items else set()
+    return [items[place] for place in sorted(places)]
+
+
+def _name(metric: str, evaluation: Evaluation) -> str:
+    return METRICS.get(metric, metric).format(k=evaluation.responses)

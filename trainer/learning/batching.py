@@ -1,4 +1,4 @@
-"""Ragged completions -> padded micro-batches and flat completion tokens.
+"""Ragged completions -> micro-batches, packed or padded, and flat completion tokens.
 
 The T tokens of all completions of a step are concatenated in one row; a micro-batch holds the
 positions of its own tokens in it.
@@ -29,6 +29,7 @@ class Completions:
         rollout_logp: [T] fp32, the engine's log-probs (nats).
         starts: B + 1 offsets into the row of T tokens.
         support: B entries, or None: the whole vocabulary.
+        rollout_entropy: [T] fp32, the engine's entropies (nats), or None.
     """
 
     prompt_ids: list[list[int]]
@@ -36,6 +37,7 @@ class Completions:
     rollout_logp: Tensor
     starts: list[int]
     support: list[Support] | None = None
+    rollout_entropy: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -55,15 +57,18 @@ def select(rollouts: Rollouts, indices: Sequence[int]) -> Completions:
     logp = torch.cat([rollouts.logp[i] for i in indices])
     starts = list(accumulate(map(len, ids), initial=0))
     support = None if rollouts.support is None else [rollouts.support[i] for i in indices]
-    return Completions([rollouts.prompt_ids[i] for i in indices], ids, logp, starts, support)
+    entropy = None if rollouts.entropy is None else torch.cat([rollouts.entropy[i] for i in indices])
+    return Completions([rollouts.prompt_ids[i] for i in indices], ids, logp, starts, support, entropy)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some completions, padded on the right.
+    """Some completions: packed into one row, or a row for each, padded on the right.
 
     Attributes:
-        input_ids, attention_mask: [b, L] int64.
+        input_ids: [b, L] int64, b = 1 if packed.
+        attention_mask: [b, L] int64; None if packed.
+        lengths: tokens of each sequence of the row; None if padded.
         rows: [N] int64, flattened positions of the hidden states that predict the completion tokens
             (one before each token).
         targets: [N] int64, the completion tokens.
@@ -73,7 +78,8 @@ class MicroBatch:
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
+    lengths: list[int] | None
     rows: Tensor
     targets: Tensor
     sequence_ids: Tensor
@@ -81,21 +87,28 @@ class MicroBatch:
     support: TokenSupport | None = field(kw_only=True)
 
 
-def plan(completions: Completions, indices: Sequence[int], budget: int) -> list[list[int]]:
-    """Split ``indices`` into micro-batches of at most ``budget`` padded tokens, sorted by length.
+def plan(completions: Completions, indices: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
+    """Split ``indices`` into micro-batches of at most ``budget`` tokens (with their padding), sorted
+    by length.
 
     A completion longer than the budget is a micro-batch of its own.
     """
     groups: list[list[int]] = []
+    used = 0
     for index in sorted(indices, key=completions.length, reverse=True):  # the first of a group is its longest
-        if groups and (len(groups[-1]) + 1) * completions.length(groups[-1][0]) <= budget:
+        size = completions.length(groups[-1][0] if groups and not packed else index)
+        if groups and used + size <= budget:
             groups[-1].append(index)
+            used += size
         else:
             groups.append([index])
+            used = completions.length(index)
     return groups
 
 
-def plan_shares(completions: Completions, indices: Sequence[int], budget: int) -> tuple[list[list[int]], list[list[int]]]:
+def plan_shares(
+    completions: Completions, indices: Sequence[int], budget: int, packed: bool = False
+) -> tuple[list[list[int]], list[list[int]]]:
     """This rank's micro-batches of ``indices``, and micro-batches to run with zero weight.
 
     A sharded model is gathered by all ranks together, so all ranks must run the same number of
@@ -103,38 +116,39 @@ def plan_shares(completions: Completions, indices: Sequence[int], budget: int) -
     the second list is empty.
     """
     costs = [completions.length(index) for index in range(len(completions))]
-    plans = [plan(completions, share, budget) for share in ranks.shares(costs, list(indices))]
+    plans = [plan(completions, share, budget, packed) for share in ranks.shares(costs, list(indices))]
     own = plans[ranks.rank()]
     shortest = min(indices, key=completions.length)
     return own, [[shortest]] * (max(map(len, plans)) - len(own))
 
 
-def collate(completions: Completions, indices: Sequence[int], device: torch.device) -> MicroBatch:
+def collate(completions: Completions, indices: Sequence[int], device: torch.device, packed: bool = False) -> MicroBatch:
     """Build the tensors of one micro-batch on ``device``."""
-    width = max(map(completions.length, indices))
-    input_ids = torch.zeros(len(indices), width, dtype=torch.int64)
+    lengths = list(map(completions.length, indices))
+    width = max(lengths)
+    starts = list(accumulate(lengths if packed else [width] * len(lengths), initial=0))
+    input_ids = torch.zeros(starts[-1], dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     rows, sequence_ids, tokens = [], [], []
-    for place, index in enumerate(indices):
+    for start, length, index in zip(starts, lengths, indices, strict=False):
         prompt, completion = completions.prompt_ids[index], completions.completion_ids[index]
-        input_ids[place, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-        attention_mask[place, : len(prompt) + len(completion)] = 1
-        first = place * width + len(prompt) - 1
-        rows.append(torch.arange(first, first + len(completion)))
+        input_ids[start : start + length] = torch.tensor(prompt + completion)
+        attention_mask[start : start + length] = 1
+        rows.append(torch.arange(start + len(prompt) - 1, start + length - 1))
         sequence_ids.append(torch.full((len(completion),), index))
         tokens.append(torch.arange(completions.starts[index], completions.starts[index + 1]))
     chosen = torch.cat(rows)
-    tensors = (
-        input_ids,
-        attention_mask,
-        chosen,
-        input_ids.flatten()[chosen + 1],
-        torch.cat(sequence_ids),
-        torch.cat(tokens),
-    )
+    shape = (1, -1) if packed else (len(indices), width)
+    tensors = (chosen, input_ids[chosen + 1], torch.cat(sequence_ids), torch.cat(tokens))
     support = None
     if completions.support is not None:
         ids, counts = (torch.cat(parts) for parts in zip(*(completions.support[index] for index in indices), strict=True))
         offsets = functional.pad(counts.cumsum(0), (1, 0))
         support = TokenSupport(ids.long(), offsets).to(device)  # ascending as they were recorded
-    return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), support=support)
+    return MicroBatch(
+        input_ids.view(shape).to(device, non_blocking=True),
+        None if packed else attention_mask.view(shape).to(device, non_blocking=True),
+        lengths if packed else None,
+        *(tensor.to(device, non_blocking=True) for tensor in tensors),
+        support=support,
+    )

@@ -15,7 +15,7 @@ from eapo_kernels import Method, TokenBatch, diagnostics, observed_entropy, weig
 from eapo_kernels.objectives.controllers import Controller
 
 from ..config import Config
-from ..dataset import encode_prompt, teacher_prompt
+from ..dataset import encode, fill
 from ..models.policy import Policy
 from ..records import ScoredRollouts, Tick
 from .batching import Completions
@@ -86,7 +86,7 @@ def weigh(
         sequence_ids=per_token(torch.arange(len(completions)), completions).to(device),
         rewards=rewards.to(device),
         group_ids=group_ids.to(device),
-        old_logp=old.logp,
+        old_logp=None if old.on_policy else old.logp,
         ref_logp=ref_logp,
         rollout_logp=completions.rollout_logp.to(device),
         advantages=None if advantages is None else advantages.to(device),
@@ -146,11 +146,8 @@ def extra_statistics(
         extras["answer"] = final_answer(completions, config.data.answer_marker, policy.tokenizer)
     if "teacher_logp" in needs:
         asked = zip(sampled.columns["prompt"], sampled.columns["answer"], strict=True)
-        prompts = [
-            encode_prompt(teacher_prompt(prompt, answer, config.data.teacher_prompt), policy.tokenizer, config.data)
-            for prompt, answer in asked
-        ]
-        shown = replace(completions, prompt_ids=prompts)
+        prompts = [fill(config.data.teacher_prompt, prompt, answer) for prompt, answer in asked]
+        shown = replace(completions, prompt_ids=encode(prompts, policy.tokenizer, config.data))
         temperature, budget = config.rollout.temperature, config.optim.micro_batch_tokens
         extras["teacher_logp"] = measure(policy, shown, temperature=temperature, budget=budget, tick=tick).logp
     return {name: values.to(policy.device) for name, values in extras.items()}

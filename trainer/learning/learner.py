@@ -86,7 +86,7 @@ class Learner:
         plans = []
         for indices in minibatches:  # one forward pass, whose gradient is zero, where all are idle
             trained = [i for i in indices if not idle[i]] or [min(indices, key=completions.length)]
-            plans.append(plan_shares(completions, trained, optim.micro_batch_tokens))
+            plans.append(plan_shares(completions, trained, optim.micro_batch_tokens, self.policy.packed))
         done, total = count(), sum(len(own) + len(repeated) for own, repeated in plans)
         sums: dict[str, float] = defaultdict(float)
         for number, (indices, (own, repeated)) in enumerate(zip(minibatches, plans, strict=True)):
@@ -122,7 +122,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         for number, group in enumerate([*own, *repeated]):
             tick()
-            out = self._loss(experience, collate(completions, group, device), denominator)
+            out = self._loss(experience, collate(completions, group, device, self.policy.packed), denominator)
             counts = float(number < len(own))
             (counts * out.loss).backward()
             sums["loss"] += counts * out.loss.detach()
@@ -153,7 +153,7 @@ class Learner:
                 inv_temperature=self.inv_temperature, options=self.options, **options,
             )  # fmt: skip
 
-        return self.policy(batch.input_ids, batch.attention_mask, batch.rows, head)
+        return self.policy(batch.input_ids, batch.attention_mask, batch.rows, head, batch.lengths)
 
 
 def _share_of(name: str, out: LossOutput, sequences: int) -> Tensor | float:

@@ -13,6 +13,7 @@ from torch import Tensor
 from eapo_kernels import Method, TokenStats, nucleus_entropy, token_stats
 
 from .. import ranks
+from ..config import OptimConfig
 from ..models.policy import Policy
 from ..records import Tick
 from .batching import Completions, MicroBatch, collate, plan_shares
@@ -26,19 +27,25 @@ class Measurement:
     Attributes:
         logp, entropy: of the sampled distribution, at the sampling temperature and over the
             support of the completions.
-        lse, p2, p2_logp, varentropy: see ``TokenStats``, over the support too.
+        lse, p2, p2_logp, varentropy: see ``TokenStats``, over the support too. Without lse, log-prob
+            and entropy are the engine's.
         tempered_logp: log-prob of the token at another temperature, over the same support.
         nucleus_entropy: entropy of the renormalised nucleus of the whole vocabulary.
     """
 
     logp: Tensor
     entropy: Tensor
-    lse: Tensor
+    lse: Tensor | None = None
     p2: Tensor | None = None
     p2_logp: Tensor | None = None
     varentropy: Tensor | None = None
     tempered_logp: Tensor | None = None
     nucleus_entropy: Tensor | None = None
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the step's one update takes the ratio to its own log-probs, which is exactly 1."""
+        return self.lse is None
 
     def stats(self) -> TokenStats:
         """The statistics as ``weight_tokens`` and the diagnostics take them."""
@@ -76,21 +83,34 @@ def wanted_by(method: Method, *, tempered: float, diagnose: bool) -> Wanted:
     )
 
 
+def recorded(
+    completions: Completions, method: Method, optim: OptimConfig, wanted: Wanted, device: torch.device
+) -> Measurement | None:
+    """What the engine measured while it sampled ``completions`` from the present policy, where a step
+    needs no more: one update, and a method that weighs responses, not tokens. Else None.
+    """
+    entropy = completions.rollout_entropy
+    off_policy = optim.old_logp == "always" or optim.minibatches * optim.epochs > 1 or method.config.importance_cap is not None
+    if entropy is None or off_policy or method.token_weighting is not None or wanted != NOTHING:
+        return None
+    return Measurement(completions.rollout_logp.to(device), entropy.to(device))
+
+
 @torch.no_grad()
 def measure(
     policy: Policy, completions: Completions, *, temperature: float, budget: int, tick: Tick, wanted: Wanted = NOTHING
 ) -> Measurement:
     """Teacher-forced statistics of ``completions`` at the sampling temperature, in micro-batches of
-    ``budget`` padded tokens.
+    ``budget`` tokens.
 
     Every rank measures a share and receives the statistics of all completions.
     """
     columns: dict[str, Tensor] = {}
-    groups, repeated = plan_shares(completions, range(len(completions)), budget)
+    groups, repeated = plan_shares(completions, range(len(completions)), budget, policy.packed)
 
     for number, group in enumerate(groups + repeated):
         tick(number, len(groups + repeated))
-        batch = collate(completions, group, policy.device)
+        batch = collate(completions, group, policy.device, policy.packed)
 
         def head(hidden: Tensor, weight: Tensor, batch: MicroBatch = batch, **options: Any) -> dict[str, Tensor | None]:
             targets, support = batch.targets, batch.support
@@ -109,7 +129,7 @@ def measure(
                 )
             return found
 
-        for name, values in policy(batch.input_ids, batch.attention_mask, batch.rows, head).items():
+        for name, values in policy(batch.input_ids, batch.attention_mask, batch.rows, head, batch.lengths).items():
             if values is not None:
                 column = columns.setdefault(name, torch.zeros(completions.tokens, device=policy.device))
                 if number < len(groups):

@@ -14,13 +14,15 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import ModelError
 from .policy import Policy
+from .sharding import full_tensor
 
 BASE = ".base_layer.weight"
 ADAPTER = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
 
 
 def checkpoint_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, weight). W + scale * B A is computed in fp32 when its turn comes.
+    """Yield (name, weight). W + scale * B A is computed in fp32 when its turn comes. Sharded weights
+    are merged in shards and gathered one by one; all ranks iterate together.
 
     A family whose checkpoint names or layout differ from its module's (experts stacked in memory,
     separate on disk) is converted all at once, which needs memory for a second copy.
@@ -46,7 +48,7 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if foreign:
             raise ModelError(f"model: expected plain LoRA on linear layers (or none) to merge, got the weight {name}")
         if not name.endswith(BASE):
-            yield name.replace(".base_layer.", "."), value.detach()
+            yield name.replace(".base_layer.", "."), full_tensor(value.detach())
             continue
         layer = model.get_submodule(name.removesuffix(BASE))
         if not isinstance(layer, LoraLinear):
@@ -54,4 +56,4 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         weight = value.detach().float()
         for adapter in layer.active_adapters:
             weight = weight + layer.get_delta_weight(adapter).detach().float()
-        yield name.replace(".base_layer.", "."), weight
+        yield name.replace(".base_layer.", "."), full_tensor(weight)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils import logging as transformers_logging
 
 from eapo_kernels import token_stats
@@ -42,6 +44,7 @@ class Policy(nn.Module):
         tokenizer: its tokenizer.
         eos_ids: tokens that end a completion: those of the tokenizer and of the generation config.
         head_options: softcap and logit_scale of the output head, as keywords of ``eapo_kernels``.
+        packed: whether micro-batches shall be packed: one row of sequences without padding.
     """
 
     model: PreTrainedModel | PeftModel
@@ -53,8 +56,11 @@ class Policy(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        packing: str = "auto",
     ) -> None:
-        """device: where to move the model, or this rank's shards of it; None leaves it where it is."""
+        """device: where to move the model, or this rank's shards of it; None leaves it where it is.
+        packing: as ``model.packing``.
+        """
         super().__init__()
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.language_model = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -77,6 +83,11 @@ class Policy(nn.Module):
         elif device is not None:
             self.to(device)
         self._check_head()
+        self.flash = str(self.language_model.config._attn_implementation).startswith("flash_attention")
+        self.packed = (packing == "always" or (packing == "auto" and self.flash)) and self._keeps_apart()
+        if packing == "always" and not self.packed:
+            kind = type(self.language_model).__name__
+            raise ModelError(f"model.packing: expected auto or never with {kind}, which mixes packed sequences, got 'always'")
 
     @property
     def device(self) -> torch.device:
@@ -91,19 +102,40 @@ class Policy(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, head: Callable[..., T]) -> T:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor, head: Callable[..., T],
+        lengths: Sequence[int] | None = None,
+    ) -> T:  # fmt: skip
         """Call ``head(hidden, weight, **head_options)`` on chosen positions and return its result.
 
         Args:
-            input_ids, attention_mask: [b, L] int64.
+            input_ids: [b, L] int64.
+            attention_mask: [b, L] int64, or None where nothing is padded.
             rows: [N] int64, positions in the flattened [b * L] whose hidden states are used.
             head: receives hidden [N, D] and weight [V, D] in the compute dtype.
+            lengths: of the sequences that are packed into the one row; None: a row is a sequence.
         """
+        packing = {} if lengths is None else self._packing(lengths)
         with self.precision(), self._recomputing():
-            hidden = self.language_model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            hidden = self.language_model.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packing
+            )
         chosen = hidden.last_hidden_state.flatten(0, 1)[rows]
         linear = self.language_model.get_output_embeddings()
         return head(chosen.to(self.dtype), linear.weight.to(self.dtype), bias=linear.bias, **self.head_options)
+
+    def _packing(self, lengths: Sequence[int]) -> dict[str, Any]:
+        """What tells a model where packed sequences begin. From position ids transformers makes a
+        mask, or the arguments of flash attention's variable-length kernels, but those again in each
+        layer, with a host wait.
+        """
+        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(self.device, non_blocking=True)
+        if not self.flash:
+            return {"position_ids": positions}
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.device, non_blocking=True)
+        longest = max(lengths)
+        bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return {"position_ids": positions, **bounds}
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -138,6 +170,26 @@ class Policy(nn.Module):
             raise ModelError(
                 f"model: expected log-probs of {kind} within {bound} of its own logits, got a difference of {error:.2g}"
             )
+
+    @torch.no_grad()
+    def _keeps_apart(self) -> bool:
+        """Whether the hidden states of a packed sequence are those that it has alone, whatever comes
+        before it. Not so for a state that runs along the row, or a model without position ids.
+        """
+        if "position_ids" not in signature(self.language_model.base_model.forward).parameters:
+            return False
+        vocabulary = self.language_model.config.get_text_config().vocab_size
+        ids = torch.arange(1, 15, device=self.device) % vocabulary
+        first, other, second = ids[:5], ids[5:10], ids[10:]
+        last = torch.arange(4, device=self.device)
+
+        def hidden(h: Tensor, w: Tensor, **_: Any) -> Tensor:
+            return h.float()
+
+        alone = self(second[None], torch.ones_like(second)[None], last, hidden)
+        behind = [self(torch.cat([before, second])[None], None, last + 5, hidden, (5, 4)) for before in (first, other)]
+        error = max((found - alone).abs().max().item() for found in behind)
+        return error <= (1e-4 if self.dtype is torch.float32 else 0.05) * alone.abs().max().item()
 
     def save(self, directory: Path) -> None:
         """Write the adapter (or the full model) and the tokenizer in the format of transformers
@@ -214,7 +266,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
     if config.gradient_checkpointing:
         with _renames_ignored():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model, tokenizer, dtype, device)
+    return Policy(model, tokenizer, dtype, device, config.packing)
 
 
 @contextmanager
@@ -243,17 +295,20 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftM
             raise ModelError(f"lora: expected modules of {type(model).__name__}, got: {error}") from error
 
 
-def attention(config: ModelConfig, device: torch.device) -> str:
-    """The implementation that ``model.attention`` names; auto is flash attention 2 where it can
-    run, else sdpa.
+def attention(config: ModelConfig, device: torch.device) -> str | None:
+    """The implementation that ``model.attention`` names; auto is flash attention where it can run, 3
+    on Hopper, else None: transformers chooses.
 
-    transformers checks the package's version, because flash-attn-4 installs an empty module of the
-    same name.
+    transformers checks the packages' versions, because flash-attn-4 installs an empty module of the
+    same name as flash-attn-2.
     """
     if config.attention != "auto":
         return config.attention
-    flash = device.type == "cuda" and config.dtype == "bfloat16" and is_flash_attn_2_available()
-    return "flash_attention_2" if flash else "sdpa"
+    if device.type != "cuda" or config.dtype != "bfloat16":
+        return None
+    if is_flash_attn_3_available() and torch.cuda.get_device_capability(device)[0] == 9:
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else None
 
 
 def find_device(name: str, key: str) -> torch.device:

@@ -73,6 +73,8 @@ class RolloutSource:
 
     def entropies(self, sampled: ScoredRollouts) -> list[Tensor]:
         """[length] fp32 CPU for each completion: the policy's entropy at every token (nats)."""
+        if sampled.rollouts.entropy is not None:
+            return sampled.rollouts.entropy
         completions = select(sampled.rollouts, range(len(sampled)))
         rollout, budget = self.config.rollout, self.config.optim.micro_batch_tokens
         with self.console.phase("entropies") as tick:

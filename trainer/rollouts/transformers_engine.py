@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .. import ranks
 from ..models.policy import Policy
 from ..models.sharding import unsharded
 from ..records import Rollouts, Sampling, Support, Tick, derive_seed
+from .engines import sample_shares
 
 _TokenTick = Callable[[int], None]
 
@@ -47,44 +48,25 @@ class TransformersEngine:
         """Nothing to free: the module belongs to the learner."""
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
-        repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
-        own = range(ranks.rank(), len(repeated), ranks.size())
         with unsharded(self.policy):
-            shares = ranks.all_gather(lambda: self._complete(repeated, own, sampling, tick))
-        found = {index: completion for share in shares for index, completion in share.items()}
-        tokens, logp, truncated, support = zip(*(found[index] for index in range(len(repeated))), strict=True)
-        return Rollouts(repeated, list(tokens), list(logp), list(truncated), list(support) if sampling.support else None)
+            return sample_shares(prompts, sampling, partial(self._complete, sampling=sampling, tick=tick))
 
-    def _complete(
-        self, prompts: Sequence[list[int]], indices: Sequence[int], sampling: Sampling, tick: Tick
-    ) -> dict[int, tuple[list[int], Tensor, bool, Support | None]]:
-        """Index -> tokens, their log-probs, whether the completion was truncated, and its support,
-        for the completions ``indices``.
-        """
-        result = {}
-        starts = range(0, len(indices), self.batch)
-        total = len(starts) * sampling.max_new_tokens
-        for number, start in enumerate(starts):
-            done = number * sampling.max_new_tokens
+    def _complete(self, prompts: list[list[int]], numbers: range, *, sampling: Sampling, tick: Tick) -> Rollouts:
+        """The completions ``numbers``, one for each of ``prompts``, in batches."""
+        starts, longest = range(0, len(prompts), self.batch), sampling.max_new_tokens
+        cut = sampling.filtered and not sampling.support  # the loss is on the whole vocabulary, the entropy is not
+        result = Rollouts([], [], [], [], [] if sampling.support else None, None if cut else [])
+        for done, start in enumerate(starts):
+            own = slice(start, start + self.batch)
 
-            def tick_token(tokens: int, done: int = done) -> None:
-                tick(done + tokens, total)
+            def tick_token(tokens: int, before: int = done * longest) -> None:
+                tick(before + tokens, len(starts) * longest)
 
-            chunk = indices[start : start + self.batch]
-            tokens, logp, supports = self._sample([prompts[i] for i in chunk], chunk, sampling, tick_token)
-            for index, row, row_logp, support in zip(chunk, tokens.tolist(), logp, supports, strict=True):
-                length = next((i + 1 for i, token in enumerate(row) if token in self.policy.eos_ids), None)
-                kept = None if support is None else support.first(length or len(row))
-                result[index] = (row[:length], row_logp[:length].clone(), length is None, kept)
+            result = result.concat(self._sample(prompts[own], numbers[own], sampling, tick_token))
         return result
 
     @torch.no_grad()
-    def _sample(
-        self, prompts: list[list[int]], indices: Sequence[int], sampling: Sampling, tick: _TokenTick
-    ) -> tuple[Tensor, Tensor, Sequence[Support | None]]:
-        """Sampled tokens and their log-probs, both [b, T] CPU, and b supports of T tokens; entries
-        after an end-of-sequence token are undefined.
-        """
+    def _sample(self, prompts: list[list[int]], numbers: range, sampling: Sampling, tick: _TokenTick) -> Rollouts:
         policy = self.policy
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), policy.pad_id)
@@ -92,7 +74,7 @@ class TransformersEngine:
         for row, prompt in enumerate(prompts):  # left padding, as generation needs it
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        seeds = [derive_seed(sampling.seed, index) for index in indices]
+        seeds = [derive_seed(sampling.seed, number) for number in numbers]
         sampler = _Sampler(seeds, policy.device, tick, support=sampling.support)
         warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
         if sampling.top_k > 0:
@@ -115,11 +97,22 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([*warpers, sampler]),
                 synced_gpus=False,  # otherwise transformers synchronizes the ranks at every token of a sharded model
             )
-        return sequences[:, width:].cpu(), torch.cat(sampler.logp, 1).cpu(), sampler.supports()
+        tokens, support = sequences[:, width:].tolist(), sampler.supports()
+        logp, entropy = torch.cat(sampler.logp, 1).cpu(), torch.stack(sampler.entropy, 1).cpu()
+        ends = [next((i + 1 for i, token in enumerate(row) if token in policy.eos_ids), None) for row in tokens]
+        return Rollouts(
+            prompts,
+            [row[:end] for row, end in zip(tokens, ends, strict=True)],
+            [row[:end].clone() for row, end in zip(logp, ends, strict=True)],
+            [end is None for end in ends],
+            support and [own.first(end or len(own.counts)) for own, end in zip(support, ends, strict=True)],
+            [row[:end].clone() for row, end in zip(entropy, ends, strict=True)],
+        )
 
 
 class _Sampler(LogitsProcessor):
-    """Draws a token for every completion, records its log-prob, and masks all other tokens.
+    """Draws a token for every completion, records its log-prob and the entropy, and masks all other
+    tokens.
 
     The draw uses exponential variables E_v: argmin of E_v / p_v is v with probability p_v. Each
     completion has a generator of its own.
@@ -130,7 +123,8 @@ class _Sampler(LogitsProcessor):
     def __init__(self, seeds: Sequence[int], device: torch.device, tick: _TokenTick, *, support: bool) -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.tick, self.support = tick, support
-        self.logp: list[Tensor] = []
+        self.logp: list[Tensor] = []  # for each token [b, 1]
+        self.entropy: list[Tensor] = []  # for each token [b]
         self._ids: list[Tensor] = []  # for each token [E] int32: the ids of the first completion, of the second, ...
         self._counts: list[Tensor] = []  # for each token [b] int32
         self._times: Tensor | None = None
@@ -143,16 +137,17 @@ class _Sampler(LogitsProcessor):
             row.exponential_(generator=generator)
         drawn = (logp - times.clamp_min(torch.finfo(times.dtype).tiny).log_()).argmax(-1, keepdim=True)
         self.logp.append(logp.gather(1, drawn))
+        self.entropy.append(-(logp.exp() * logp.clamp_min_(torch.finfo(logp.dtype).min)).sum(-1))  # 0 where p is 0
         if self.support:
             kept = scores > -torch.inf
             self._ids.append(kept.nonzero()[:, 1].int().cpu())
             self._counts.append(kept.sum(1).int().cpu())
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
-    def supports(self) -> Sequence[Support | None]:
-        """b supports of all T tokens; None where they are not recorded."""
+    def supports(self) -> list[Support] | None:
+        """b supports of all T tokens, if they are recorded."""
         if not self.support:
-            return [None] * len(self.generators)
+            return None
         counts = torch.stack(self._counts)  # [T, b]
         completions = torch.arange(counts.shape[1]).repeat(counts.shape[0]).repeat_interleave(counts.flatten())
         ids = torch.cat(self._ids)[completions.argsort(stable=True)]

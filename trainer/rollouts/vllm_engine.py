@@ -1,10 +1,13 @@
 """Rollouts with vLLM inside the trainer's process, with a copy of the weights that is updated after
-every step.
+every step. Under torchrun every process has an engine on its own GPU.
 
 The copy is never read from disk. The engine starts with random weights of the right shapes, and the
 first synchronisation fills them in the same way as every later one, whether the policy is new,
 resumed or has adapters. It uses vLLM's own reload, which takes weights under the names of a
-checkpoint; adapters are merged first.
+checkpoint; adapters are merged first, shards gathered tensor by tensor.
+
+Under torchrun vLLM runs with its "external launcher": it adds its groups to the process group of the
+trainer. Without tensor parallelism these groups have one member, and the engines are independent.
 """
 
 from __future__ import annotations
@@ -13,18 +16,22 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from .. import ranks
 from ..config import RolloutConfig
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, Interrupted, ModelError
 from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.checkpoint_weights import checkpoint_weights
 from ..models.policy import Policy
 from ..records import Rollouts, Sampling, Support, Tick, derive_seed
+from .engines import sample_shares
 
 OLDEST = (0, 30)
 ENVIRONMENT = {
@@ -53,13 +60,17 @@ class VllmEngine:
             ``rollout.vllm.max_model_len`` is set.
 
     Raises:
-        ConfigError: vLLM is missing, too old or built for another device, several processes
-            train, or it has no sampling masks and ``rollout.record_support`` needs them.
+        ConfigError: vLLM is missing, too old or built for another device, the processes do not
+            divide into groups of ``rollout.vllm.tensor_parallel_size``, or it has no sampling masks
+            and ``rollout.record_support`` needs them.
         ModelError: this vLLM cannot run the model, or its log-probs differ.
     """
 
     def __init__(self, policy: Policy, rollout: RolloutConfig, longest: int) -> None:
-        self.policy, self.own = policy, rollout.vllm
+        self.policy, self.own, self.together = policy, rollout.vllm, rollout.vllm.tensor_parallel_size
+        if ranks.size() % self.together:
+            key = "rollout.vllm.tensor_parallel_size"
+            raise ConfigError(f"{key}: expected a divisor of the number of processes, {ranks.size()}, got {self.together}")
         vllm = _import_vllm(policy.device)
         self._params, self._final = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         cpu = policy.device.type == "cpu"
@@ -85,7 +96,9 @@ class VllmEngine:
                     generation_config="vllm",
                     dtype=str(self.dtype).removeprefix("torch."),
                     max_model_len=self.own.max_model_len or min(longest, limit),
-                    max_num_seqs=rollout.batch,
+                    max_num_seqs=self.own.max_num_seqs or None,
+                    tensor_parallel_size=self.together,
+                    distributed_executor_backend="external_launcher" if ranks.size() > 1 else None,
                     gpu_memory_utilization=self.own.gpu_memory_utilization,
                     kv_cache_memory_bytes=int(gib * 2**30) or None,
                     enforce_eager=cpu or self.own.enforce_eager,
@@ -109,9 +122,15 @@ class VllmEngine:
             raise
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
+        room, longest = self.llm.model_config.max_model_len, max(map(len, prompts))
+        if longest >= room:
+            key = "rollout.vllm.max_model_len, or the model's own limit"
+            raise ModelError(f"{key}: expected room for a completion to {longest} tokens, got {room} in all")
+        if sampling.support and not self.masks:
+            raise ModelError("rollout.record_support: expected an engine that was started with a filter, got one without")
         self._wake()
         try:
-            return self._sample(prompts, sampling, tick)
+            return self._share(prompts, sampling, tick)
         finally:
             self._sleep()
 
@@ -123,10 +142,11 @@ class VllmEngine:
         self._load()
 
     def close(self) -> None:
-        """Also destroys the process group of vLLM: a process can have only one, so the next engine
-        needs this.
+        """vLLM's shutdown also destroys the process group, of which a process has only one. One
+        process needs that for its next engine; several need the group to the end of the job.
         """
-        self.llm.llm_engine.engine_core.shutdown()
+        shutdown = self.llm.llm_engine.engine_core.shutdown
+        shutdown() if ranks.size() == 1 else ranks.at_end(shutdown)
 
     def _load(self) -> None:
         """Copy the policy's present weights and drop caches computed with earlier ones."""
@@ -152,14 +172,11 @@ class VllmEngine:
             self.llm.sleep(level=self.sleep_level)
             self._asleep = ["weights", "kv_cache"]
 
-    def _sample(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
-        room = self.llm.model_config.max_model_len
-        if max(map(len, prompts)) >= room:
-            key = "rollout.vllm.max_model_len, or the model's own limit"
-            raise ModelError(f"{key}: expected room for a completion to {max(map(len, prompts))} tokens, got {room} in all")
-        repeated = [prompt for prompt in prompts for _ in range(sampling.responses)]
-        if sampling.support and not self.masks:
-            raise ModelError("rollout.record_support: expected an engine that was started with a filter, got one without")
+    def _share(self, prompts: Sequence[list[int]], sampling: Sampling, tick: Tick) -> Rollouts:
+        return sample_shares(prompts, sampling, partial(self._sample, sampling=sampling, tick=tick), self.together)
+
+    def _sample(self, prompts: list[list[int]], numbers: range, *, sampling: Sampling, tick: Tick) -> Rollouts:
+        """The completions ``numbers``, one for each of ``prompts``."""
         vocabulary = self.policy.language_model.config.get_text_config().vocab_size
         params = [
             self._params(
@@ -175,19 +192,20 @@ class VllmEngine:
                 detokenize=False,
                 output_kind=self._final,
             )
-            for number in range(len(repeated))
+            for number in numbers
         ]
         core, found = self.llm.llm_engine, dict[str, Any]()
-        names = [str(number) for number in range(len(repeated))]
+        names = [str(number) for number in numbers]
         try:
-            for name, prompt, own in zip(names, repeated, params, strict=True):
+            for name, prompt, own in zip(names, prompts, params, strict=True):
                 core.add_request(name, {"prompt_token_ids": prompt}, own)
             while core.has_unfinished_requests():
                 found |= {out.request_id: out.outputs[0] for out in core.step() if out.finished}
-                tick(len(found), len(repeated))
+                with suppress(Interrupted) if self.together > 1 else nullcontext():  # such ranks finish together
+                    tick(len(found), len(prompts))
         finally:  # an interrupted call must not leave requests behind
             core.abort_request([name for name in names if name not in found])
-        result = Rollouts(repeated, [], [], [], [] if sampling.support else None)
+        result = Rollouts(prompts, [], [], [], [] if sampling.support else None)
         for name in names:
             ids = list(found[name].token_ids)
             logp = [entry[token].logprob for token, entry in zip(ids, found[name].logprobs, strict=True)]
@@ -204,10 +222,12 @@ class VllmEngine:
         """
         vocabulary = self.policy.language_model.config.get_text_config().vocab_size
         prompt = [i % vocabulary for i in range(1, 6)]
-        rollouts = self._sample([prompt], Sampling(4, 8, 1.0, 1.0, seed=0), lambda *_: None)
-        completions = select(rollouts, range(4))
-        old = measure(self.policy, completions, temperature=1.0, budget=64, tick=lambda *_: None).logp.cpu()
-        gap = (old - completions.rollout_logp).abs().mean().item()
+        sampling, tick = Sampling(4 * ranks.size() // self.together, 8, 1.0, 1.0, seed=0), lambda *_: None
+        rollouts = self._share([prompt], sampling, tick)
+        completions = select(rollouts, range(sampling.responses))
+        old = measure(self.policy, completions, temperature=1.0, budget=64, tick=tick).logp.cpu()
+        apart = (old - completions.rollout_logp).abs().split([len(ids) for ids in rollouts.completion_ids])
+        gap = max(torch.cat(apart[i : i + 4]).mean().item() for i in range(0, len(apart), 4))  # the worst engine's
         exact = self.dtype is torch.float32 and self.policy.dtype is torch.float32
         bound = 1e-3 if exact else 0.1
         if not gap < bound:
@@ -243,9 +263,7 @@ def _import_vllm(device: torch.device) -> Any:
     Raises:
         ConfigError: see ``VllmEngine``.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("rollout.engine: expected transformers where several processes train, got vllm, which runs in one")
-    if device.type == "cuda" and device.index not in (None, 0):
+    if ranks.size() == 1 and device.type == "cuda" and device.index not in (None, 0):
         raise ConfigError(f"model.device: expected cuda or cuda:0 with vllm (choose with CUDA_VISIBLE_DEVICES), got {device}")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -100,7 +100,7 @@ class TeaRl(TokenWeighting):
 
 @dataclass(frozen=True)
 class Spear(TokenWeighting):
-    """L = mean over fresh tokens + ramp * mean over replayed tokens, those with Clip-Cov.
+    """L = mean over fresh tokens + ramp * mean over replayed tokens, both with Clip-Cov.
 
     ramp = coef (1 - cos(pi u / full_at)) / 2 up to u = full_at, coef afterwards; u is the share of
     the training that is done. Both means use the config's reduction with the counts of the whole
@@ -109,13 +109,14 @@ class Spear(TokenWeighting):
     running median reward, belong to the trainer: pass the advantages of all responses in
     ``batch.advantages``.
 
-    Source: arXiv 2509.22601.
+    Source: arXiv 2509.22601; Clip-Cov on fresh tokens is in its released code and script.
 
     Attributes:
         coef: the last weight of the replayed part.
         full_at: share of the training after which it is reached, in (0, 1] (the authors: 100 or 200
             steps).
-        ratio, low, high: of Clip-Cov (see ``ClipCov``).
+        ratio, low, high: of Clip-Cov on replayed tokens (see ``ClipCov``).
+        fresh_ratio, fresh_low, fresh_high: of Clip-Cov on fresh tokens; equal bounds: none.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset({"replayed"})
@@ -124,10 +125,14 @@ class Spear(TokenWeighting):
     ratio: float = 0.02
     low: float = 2.0
     high: float = 60.0
+    fresh_ratio: float = number(2e-4, 0, 1)
+    fresh_low: float = number(1.0)
+    fresh_high: float = number(5.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ClipCov(self.ratio, self.low, self.high)
+        require_number("fresh_high", self.fresh_high, self.fresh_low)
 
     def ramp(self, progress: float) -> float:
         """Weight of the replayed part at this share of the training."""
@@ -135,18 +140,21 @@ class Spear(TokenWeighting):
 
     def __call__(self, step: StepStats) -> TokenWeights:
         advantages = step.token_advantages()
-        if step.replayed is None:
-            return TokenWeights(advantages)
-        replayed = step.valid & step.replayed
-        dropped = ClipCov(self.ratio, self.low, self.high).dropped(replace(step, valid=replayed), advantages)
-        imitated = torch.where(dropped, 0.0, advantages.clamp_min(0))
+        replayed = step.valid & (torch.zeros_like(step.valid) if step.replayed is None else step.replayed)
+        fresh = step.valid & ~replayed
+        for part, rule in (
+            (replayed, ClipCov(self.ratio, self.low, self.high)),
+            (fresh, ClipCov(self.fresh_ratio, self.fresh_low, self.fresh_high)),
+        ):
+            dropped = rule.dropped(replace(step, valid=part), advantages)
+            advantages = torch.where(dropped, 0.0, advantages)
         scale = torch.where(step.valid, step.scale.double(), 0.0)
 
         def part_weight(part: Tensor) -> Tensor:
             return scale.sum() / torch.where(part, scale, 0.0).sum().clamp_min(1e-30)
 
-        replay = self.ramp(step.progress) * part_weight(replayed) * imitated
-        return TokenWeights(torch.where(replayed, replay, part_weight(step.valid & ~replayed) * advantages))
+        replay = self.ramp(step.progress) * part_weight(replayed) * advantages.clamp_min(0)
+        return TokenWeights(torch.where(replayed, replay, part_weight(fresh) * advantages))
 
 
 METHODS = (
@@ -163,5 +171,5 @@ METHODS = (
         summary="The clipped loss plus imitation of replayed good responses, faded in, with Clip-Cov; the trainer keeps the "
                 "buffer.",
         formula="L_fresh + (1 - cos(pi u / u_full)) / 2 L_replay; w_t = 0 on a random 2 % of replayed tokens with 2 < cov < "
-                "60"),
+                "60, and as clip_cov on fresh ones"),
 )  # fmt: skip

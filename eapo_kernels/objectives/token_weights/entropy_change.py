@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ...types import TokenStats
@@ -66,9 +65,10 @@ class Steer(TokenWeighting):
 
 @dataclass(frozen=True)
 class ClipB(TokenWeighting):
-    """Clip_B: no gradient for tokens with A < 0 and S_y - mean S < -mu std S.
+    """Clip_B: tokens with A < 0 and S_y - mean S < -mu std S leave the loss.
 
-    The paper's theorem bounds S on both sides; this is the authors' released one-sided rule.
+    The paper's theorem bounds S on both sides; this is the authors' released one-sided rule, where
+    the dropped tokens leave the denominator too.
 
     Attributes:
         mu: standard deviations below the mean; a larger mu drops fewer tokens.
@@ -80,15 +80,15 @@ class ClipB(TokenWeighting):
         advantages, sampled = step.token_advantages(), sampled_part(step)
         std = step.std(sampled)
         dropped = (advantages < 0) & (sampled - step.mean(sampled) < -self.mu * std) & (std >= _FLAT)
-        return TokenWeights(torch.where(dropped, 0.0, advantages))
+        return TokenWeights(advantages, keep=~dropped)
 
 
 @dataclass(frozen=True)
 class ClipV(TokenWeighting):
-    """Clip_V: no gradient for tokens with A < 0 and B - S_y > mu std(B - S), largest first.
+    """Clip_V: tokens with A < 0 and B - S_y > mu std(B - S), largest first, leave the loss.
 
     E_y[B - S_y] = 0, so the threshold is not centred; the standard deviation is about the batch's
-    mean, as released.
+    mean, and the dropped tokens leave the denominator too, as released.
 
     Attributes:
         mu: standard deviations; a larger mu drops fewer tokens.
@@ -104,7 +104,7 @@ class ClipV(TokenWeighting):
         excess = expected_part(step) - sampled_part(step)
         std = step.std(excess)
         over = (advantages < 0) & (excess > self.mu * std) & (std >= _FLAT)
-        return TokenWeights(torch.where(step.top(excess, step.share(self.max_share), over), 0.0, advantages))
+        return TokenWeights(advantages, keep=~step.top(excess, step.share(self.max_share), over))
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ METHODS = (
         formula="w_t = exp(ln(lambda_min) |Omega_t| / max |Omega|), Omega_t = A_t p_t (1 - p_t)(log p_t + H_t)"),
     Method("clip_b", EAPOConfig(), token_weighting=ClipB(), source="2602.03392",
         summary="Drops tokens of wrong responses with moderately low probability: they would contract the entropy most.",
-        formula="w_t = 0 where A_t < 0 and S_t - mean S < -mu std S, S = p (log p + H)"),
+        formula="without tokens where A_t < 0 and S_t - mean S < -mu std S, S = p (log p + H)"),
     Method("clip_v", EAPOConfig(), token_weighting=ClipV(), source="2602.03392",
         summary="As Clip_B, with S measured against its expectation over the vocabulary.",
-        formula="w_t = 0 where A_t < 0 and B_t - S_t > mu std(B - S), at most 1e-4 of the tokens, B = sum p^2 (log p + H)"),
+        formula="without tokens where A_t < 0 and B_t - S_t > mu std(B - S), at most 1e-4 of them, B = sum p^2 (log p + H)"),
     Method("papo_like", EAPOConfig(clip_high=0.28), controller="entropy_trend", token_weighting=PapoLike(),
         source="2605.11775", confidence="low",
         summary="Weights up tokens that expand the entropy while it falls, and tokens that contract it while it rises.",

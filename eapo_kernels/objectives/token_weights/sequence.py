@@ -26,13 +26,18 @@ class Canon(TokenWeighting):
         high half: inter (r - alpha mean_low) + (1 - inter)(r - mean_high)
         low half:  inter (alpha r - mean_high) + (1 - inter)(r - mean_low)
 
-    The low half has n // 2 responses. The authors divide by a constant length of 8192: reduction
-    "fixed_length". A group of one has no other half and gets 0 (the released code leaves the reward
-    there).
+    Split by length, alpha is at the rewards of the long half, as in the released code:
+
+        long half:  inter (alpha r - mean_short) + (1 - inter)(r - mean_long)
+        short half: inter (r - alpha mean_long) + (1 - inter)(r - mean_short)
+
+    The low or short half has n // 2 of the group's n responses that have tokens. The authors divide by
+    a constant length of 8192: reduction "fixed_length". A group of one has no other half and gets 0
+    (the released code leaves the reward there).
 
     Attributes:
         inter: share of the comparison across halves (the authors' lambda).
-        alpha: above 1 favours low entropy, below 1 high entropy.
+        alpha: above 1 favours low entropy, or long responses; below 1 the others.
         split_by: "entropy" or "length".
     """
 
@@ -42,16 +47,18 @@ class Canon(TokenWeighting):
     split_by: str = choice("entropy", "length")
 
     def __call__(self, step: StepStats) -> TokenWeights:
-        groups, r = OrderedPartition(step.group_ids), step.raw_rewards().double()
-        by = step.sequence_mean(step.entropy) if self.split_by == "entropy" else step.lengths()
+        groups, r = OrderedPartition(step.group_ids, step.present()), step.raw_rewards().double()
+        by_entropy = self.split_by == "entropy"
+        by = step.sequence_mean(step.entropy) if by_entropy else step.lengths()
+        on_high, on_low = (1.0, self.alpha) if by_entropy else (self.alpha, 1.0)
         high = groups.rank(by) >= (groups.counts / 2).floor()
 
         def mean_of(half: Tensor) -> Tensor:
             return groups.sum(torch.where(half, r, 0.0)) / groups.sum(half.double()).clamp_min(1)
 
         mean_high, mean_low = mean_of(high), mean_of(~high)
-        from_high = self.inter * (r - self.alpha * mean_low) + (1 - self.inter) * (r - mean_high)
-        from_low = self.inter * (self.alpha * r - mean_high) + (1 - self.inter) * (r - mean_low)
+        from_high = self.inter * (on_high * r - on_low * mean_low) + (1 - self.inter) * (r - mean_high)
+        from_low = self.inter * (on_low * r - on_high * mean_high) + (1 - self.inter) * (r - mean_low)
         advantages = torch.where(groups.counts > 1, torch.where(high, from_high, from_low), 0.0)
         return TokenWeights(step.per_token(advantages))
 
@@ -62,7 +69,7 @@ class Pear(TokenWeighting):
 
     H_think and H_answer are mean entropies over the tokens before and in the final answer; a
     response without a final answer is all thinking, with H_answer = 0. The config's advantages are
-    then computed from the new rewards.
+    then computed from the new rewards, without responses that have no tokens.
 
     Attributes:
         alpha: factor on the answer's entropy, which offsets the thinking's (the authors' best of
@@ -89,7 +96,7 @@ class Pear(TokenWeighting):
         penalty = (mean_entropy(~step.answer) - self.alpha * mean_entropy(step.answer)).clamp_min(0)
         correct = step.raw_rewards() > self.correct_above
         rewards = torch.where(correct, (self.success - penalty).clamp_max(1), self.failure)
-        return TokenWeights(step.per_token(step.estimator(rewards).float()))
+        return TokenWeights(step.per_token(step.estimate(rewards, step.present())))
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class ExchangePpl(TokenWeighting):
     """A clamp(1 - alpha s, low, high), s the group's z-score of the response's log perplexity.
 
     Log perplexity is the mean surprisal. Mean and population standard deviation of the group leave
-    out responses beyond 1.5 interquartile ranges; a standard deviation below 1e-6 counts as 1. The
+    out responses without tokens and those beyond 1.5 interquartile ranges; a standard deviation below 1e-6 counts as 1. The
     released code computes the weight of prefer="low" and does not apply it. Source: arXiv
     2508.02260.
 
@@ -118,7 +125,7 @@ class ExchangePpl(TokenWeighting):
         require_number("high", self.high, self.low)
 
     def __call__(self, step: StepStats) -> TokenWeights:
-        surprisal, groups = -step.sequence_mean(step.logp).double(), OrderedPartition(step.group_ids)
+        surprisal, groups = -step.sequence_mean(step.logp).double(), OrderedPartition(step.group_ids, step.present())
         lower, upper = groups.quantile(surprisal, 0.25), groups.quantile(surprisal, 0.75)
         reach = 1.5 * (upper - lower)
         ordinary = ((surprisal >= lower - reach) & (surprisal <= upper + reach)).double()

@@ -19,6 +19,7 @@ from ...errors import FLOATS, require, require_choice, require_number, require_t
 from ...types import TokenBatch, TokenStats, valid_tokens
 from ..advantages import ADVANTAGES
 from ..config import EAPOConfig
+from ..grouping import Partition
 from ..reductions import token_scale
 from .partition import OrderedPartition
 
@@ -59,7 +60,7 @@ class StepStats:
             tokens that do not count.
         rewards: [B] fp32.
         group_ids: [B] int64.
-        estimator: rewards [B] -> advantages [B], of the method's config.
+        estimator: (rewards [B], group_ids [B]) -> advantages [B], of the method's config.
         given: [B] fp32, the batch's own advantages, which replace the estimator's; or None.
         scale: [N] fp32, the weight of a token in the config's reduction, with the whole step as one
             batch.
@@ -85,7 +86,7 @@ class StepStats:
     sequence_ids: Tensor
     rewards: Tensor
     group_ids: Tensor
-    estimator: Callable[[Tensor], Tensor]
+    estimator: Callable[[Tensor, Tensor], Tensor]
     given: Tensor | None
     scale: Tensor
     logp: Tensor
@@ -106,7 +107,16 @@ class StepStats:
 
     def advantages(self) -> Tensor:
         """[B] fp32, the batch's own advantages, else the config's advantages of the rewards."""
-        return self.estimator(self.rewards).float() if self.given is None else self.given
+        return self.estimate(self.rewards) if self.given is None else self.given
+
+    def estimate(self, rewards: Tensor, among: Tensor | None = None) -> Tensor:
+        """[B] fp32, the config's advantages of other rewards [B]. among: [B] bool, the responses that are
+        members of their groups; the others are alone in theirs.
+        """
+        ids = self.group_ids
+        if among is not None:
+            ids = torch.where(among, Partition(ids).index, torch.arange(ids.numel(), device=ids.device) + ids.numel())
+        return self.estimator(rewards, ids).float()
 
     def token_advantages(self) -> Tensor:
         """[N] fp32 ``advantages`` of each token's response."""
@@ -174,6 +184,10 @@ class StepStats:
     def lengths(self) -> Tensor:
         """[B] fp32 valid tokens of each response."""
         return self.sequence_sum(torch.ones_like(self.logp))
+
+    def present(self) -> Tensor:
+        """[B] bool: responses with tokens that count. The others have no value in statistics of responses."""
+        return self.lengths() > 0
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """[B] fp32: sum over a response's valid tokens of [N]."""
@@ -319,7 +333,7 @@ def weight_tokens(
 
     Returns:
         The batch with advantages [N] and, where the method has them, entropy_coef, ratio_penalty
-        and a narrower mask. Pass ``select(tokens)`` of it to ``policy_loss`` for every micro-batch,
+        and a narrower mask with its sequence_lengths. Pass ``select(tokens)`` of it to ``policy_loss`` for every micro-batch,
         with the ``loss_denominator`` of this batch, not of the one passed in.
 
     Raises:
@@ -335,6 +349,9 @@ def weight_tokens(
     step = _step_stats(method, batch, stats, extras, state, progress, seed)
     weights = method.token_weighting(step)
     keep = step.valid if weights.keep is None else step.valid & weights.keep
+    lengths = batch.sequence_lengths
+    if weights.keep is not None and lengths is not None:
+        lengths = torch.zeros_like(lengths).index_add_(0, step.sequence_ids, keep.to(lengths.dtype))
 
     def masked(values: Tensor | None, otherwise: Tensor | None) -> Tensor | None:
         return otherwise if values is None else torch.where(keep, values, 0.0).float()
@@ -346,6 +363,7 @@ def weight_tokens(
         entropy_coef=masked(weights.entropy_coef, batch.entropy_coef),
         ratio_penalty=masked(weights.ratio_penalty, batch.ratio_penalty),
         mask=batch.mask if weights.keep is None else keep,
+        sequence_lengths=lengths,
     )
 
 
@@ -409,7 +427,7 @@ def _step_stats(
         sequence_ids=ids,
         rewards=batch.rewards.float(),
         group_ids=group_ids,
-        estimator=lambda rewards: estimator(rewards, group_ids),
+        estimator=estimator,
         given=None if batch.advantages is None else batch.advantages.float(),
         scale=token_scale(config.reduction, valid, ids, lengths, lengths.sum(), fixed_length=config.fixed_length),
         state=dict(state or {}),
