@@ -132,8 +132,8 @@ def require_same(name: str, logp: Tensor, logits: Tensor, targets: Tensor) -> No
     bound = 1e-3 * max(1.0, expected.abs().max().item()) if exact else 0.25
     if not error < bound:
         raise EapoError(
-            f"{name}: expected log-probs within {bound:.2g} of its own logits, got a difference of {error:.3g}: its head does not "
-            "compute cap(logit_scale * (hidden @ weight.T + bias)) with the softcap and logit_scale in use; do not fuse it"
+            f"{name}: expected log-probs within {bound:.2g} of its own logits, got a difference of {error:.3g}: its head "
+            "does not compute cap(logit_scale * (hidden @ weight.T + bias)) with the softcap and logit_scale in use; do not fuse it"
         )
 
 
