@@ -14,6 +14,7 @@ PACKAGES = ("eapo_kernels", "trainer", "benchmarks")
 LAYERS = {
     "eapo_kernels.errors": 0,
     "eapo_kernels.types": 1,
+    "eapo_kernels.traced": 1,
     "eapo_kernels.support": 1,
     "eapo_kernels.reference": 2,
     "eapo_kernels.ops": 3,
@@ -36,7 +37,7 @@ SIBLINGS = [("eapo_kernels.ops", "eapo_kernels.objectives"), ("eapo_kernels.ops"
 # Each part of the trainer imports only those before it, not even for its types.
 TRAINER = (
     "errors", "ranks", "records", "hooks", "config", "dataset", "models", "rewards", "learning", "runs", "rollouts",
-    "evaluation", "loop", "commands", "__main__",
+    "evaluation", "dry_run", "loop", "commands", "__main__",
 )  # fmt: skip
 EXCEPTIONS: set[tuple[str, str]] = set()
 # Reward functions of users, kernels of peers: what they raise is a result.

@@ -50,7 +50,9 @@ from . import ranks
 from .config import Config
 from .config.advice import advice, advice_on_rewards
 from .dataset import PromptSampler, fingerprint, load_prompts
+from .dry_run import check, estimate
 from .errors import Interrupted, RewardError
+from .evaluation.cost import cost_metrics
 from .evaluation.evaluate import Evaluator
 from .evaluation.report import summary_table, write_report
 from .evaluation.step_metrics import (
@@ -91,7 +93,7 @@ def train(config: Config) -> bool:
         TrainerError: bad configuration, data, model or rewards, or a run that diverged; see
             ``errors``.
     """
-    with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
+    with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop, config.log.heartbeat) as console:
         try:
             return _train(config, console)
         except Interrupted:
@@ -102,6 +104,7 @@ def train(config: Config) -> bool:
 def _train(config: Config, console: Console) -> bool:
     rollout, budget = config.rollout, config.optim.micro_batch_tokens
 
+    check(config)
     train_set = load_prompts(config.data, "train")
     held_out = load_prompts(config.data, "eval") if config.data.eval else None
     seed_generators(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
@@ -111,10 +114,12 @@ def _train(config: Config, console: Console) -> bool:
         console.line(f"run {run.path} is finished ({done} steps): nothing to resume; a larger --steps continues it")
         return True
     with console.phase("checking checkpoints"):
-        checkpoint = ranks.run_on_main(lambda: choose(config, run, console))
+        checkpoint, changes = ranks.run_on_main(lambda: choose(config, run, console))
     trackers = Trackers(config)
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training prompts")
 
+    with console.phase("estimating the memory"):
+        console.line(ranks.run_on_main(lambda: estimate(config, ranks.size()).line()))
     with console.phase(f"loading {config.model.path} (an embedded model is converted the first time)"):
         policy = load_policy(config.model, config.lora, seed=derive_seed(config.seed, ADAPTER_SEED))
     with console.phase("loading the rewards"):
@@ -147,15 +152,8 @@ def _train(config: Config, console: Console) -> bool:
     rows = "packed" if policy.packed else "padded"
     console.line(f"training {trained:,} of {weights:,} weights on {policy.device}, micro-batches {rows}")
 
-    evaluator = Evaluator(
-        config,
-        policy,
-        engine,
-        rewards,
-        {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)},
-        run,
-        console,
-    )
+    sets = {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)}
+    evaluator = Evaluator(config, policy, engine, rewards, sets, run, console)
 
     def statistics(completions: Completions, tick: Tick, wanted: Wanted = NOTHING) -> Measurement:
         return measure(policy, completions, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
@@ -170,7 +168,7 @@ def _train(config: Config, console: Console) -> bool:
         with console.phase(f"reading {checkpoint}"):
             progress.restore(checkpoint)
         console.line(f"resuming from {checkpoint.name}: {step} of {config.steps} steps are done")
-    ranks.run_on_main(run.resume if checkpoint else run.start)
+    ranks.run_on_main(lambda: run.resume(step, changes) if checkpoint else run.start())
     progress.mark(step)
 
     try:
@@ -235,6 +233,7 @@ def _train(config: Config, console: Console) -> bool:
 
             step += 1
             seconds = dict(console.seconds)
+            passes = (len(compared) / len(sampled) if known else 1) + bool(reference) + diagnosed
             metrics = {
                 "step": step,
                 **reward_metrics(scored),
@@ -248,6 +247,7 @@ def _train(config: Config, console: Console) -> bool:
                 **completion_metrics(scored),
                 **engine_metrics(sampled.take(compared), logp, method.config.importance_cap),
                 **{f"seconds/{name}": value for name, value in seconds.items()},
+                **cost_metrics(policy, drawn, sampled, seconds, passes=passes, epochs=config.optim.epochs),
                 "tokens_per_second": completions.tokens / sum(seconds.values()),
             }
             for line in advice_on_rewards(config, sampled.scores.total) if step == 1 else ():
@@ -259,7 +259,8 @@ def _train(config: Config, console: Console) -> bool:
             for i in best_and_worst(sampled, config.samples_per_step):
                 run.append("samples", sample_record(step, i, sampled))
             progress.mark(step)
-            console.step(metrics, config.steps)
+            completion_seconds = sum(seconds[phase] for phase in ("rollouts", "rewards", "old_logp")) / len(drawn)
+            console.step(metrics, config.steps, evaluator.seconds_left(step, completion_seconds))
             if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == config.steps):
                 with console.phase("saving a checkpoint"):
                     progress.save()
@@ -280,11 +281,14 @@ def _train(config: Config, console: Console) -> bool:
     policy.save(run.model)
 
     def conclude() -> None:
-        picture, page = write_report([run.path], run.path, resamples=config.eval.resamples)
-        console.line(f"\n{summary_table(run.path, config.eval.resamples)}\n")
         if finished:
             run.finish(step)
-        console.line(f"model    {run.model}\nreport   {page}\nfigure   {picture}")
+        console.line(f"model    {run.model}")
+        try:
+            picture, page = write_report([run.path], run.path, resamples=config.eval.resamples)
+            console.line(f"report   {page}\nfigure   {picture}\n\n{summary_table(run.path, config.eval.resamples)}")
+        except (OSError, ValueError, RuntimeError) as error:  # of the disk or matplotlib; the command report repeats it
+            console.line(f"the report failed, the run did not: {type(error).__name__}: {error}")
 
     ranks.run_on_main(conclude)
     return finished

@@ -48,7 +48,7 @@ bypass_mode has no entropy of the policy."""
 
 TRAINERS = ("sync", "colocate_async", "separate_async")
 PREFIX = "eapo_"
-_SETTINGS = ("kappa", "scale", "low", "high", "ema")
+_SETTINGS = ("kappa", "scale", "low", "high", "ema", "anchor_steps")
 _active: AdvantageWeight | None = None
 
 
@@ -225,7 +225,8 @@ class EAPOMixin:
         config.trainer.v1.trainer_mode = str(config.trainer.v1.trainer_mode).removeprefix(PREFIX)
         _check_config(config)
         section = config.algorithm.get("eapo", None) or {}
-        self.eapo = AdvantageWeight(EntropyRatio(**{name: float(section[name]) for name in _SETTINGS if name in section}))
+        settings: dict[str, Any] = {name: float(section[name]) for name in _SETTINGS if name in section}
+        self.eapo = AdvantageWeight(EntropyRatio(**settings))
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:

@@ -114,7 +114,8 @@ class EntropyRatio(Controller):
 
         weight_k = clamp(scale * (H_k / H_0) ** kappa, low, high)
 
-    H_k is the token-mean entropy of the policy on this step's rollouts; the first update sets H_0.
+    H_k is the token-mean entropy of the policy on this step's rollouts; H_0 is that of the first
+    update, or the mean of the first ``anchor_steps``, during which the weight stays at its initial value.
     With several micro-batches or ranks, add up the sums and the counts first (all-reduce both).
     When the policy's entropy falls, positives count less; when it rises, they count more.
     """
@@ -124,8 +125,9 @@ class EntropyRatio(Controller):
     state_rule: ClassVar[str] = "0-dim numbers and a finite weight >= 0"
 
     def __init__(
-        self, kappa: float = 1.0, scale: float = 1.0, low: float = 0.0, high: float = math.inf, ema: float = 0.0
-    ) -> None:
+        self, kappa: float = 1.0, scale: float = 1.0, low: float = 0.0, high: float = math.inf, ema: float = 0.0,
+        anchor_steps: int = 1,
+    ) -> None:  # fmt: skip
         """
         Args:
             kappa: exponent of the ratio; 0 makes the weight constant.
@@ -133,28 +135,33 @@ class EntropyRatio(Controller):
             low: lower bound of the weight, >= 0.
             high: upper bound of the weight.
             ema: share of the previous entropy in an exponential moving average, in [0, 1). 0: each
-                step uses its own entropy.
+                step uses its own entropy. It starts from H_0 after the anchor steps.
+            anchor_steps: number of first steps whose mean entropy is H_0. With P questions a step
+                H_0 has a noise of sigma / sqrt(P * anchor_steps), sigma the deviation between
+                questions, that no later step removes.
 
         Raises:
             EapoError: a number out of its range.
         """
-        settings = {"kappa": kappa, "scale": scale, "low": low, "high": high, "ema": ema}
+        settings = {"kappa": kappa, "scale": scale, "low": low, "high": high, "ema": ema, "anchor_steps": anchor_steps}
         for name, value in settings.items():
             require(is_number(value), name, "a number", repr(value))
         require(math.isfinite(kappa), "kappa", "a finite number", kappa)
         require(math.isfinite(scale) and scale >= 0, "scale", "a finite number >= 0", scale)
         require(0 <= low <= high and low < math.inf, "low, high", "0 <= low <= high, low finite", f"low={low}, high={high}")
         require(0 <= ema < 1, "ema", "a number in [0, 1)", ema)
+        require(anchor_steps >= 1 and anchor_steps % 1 == 0, "anchor_steps", "a whole number >= 1", anchor_steps)
         super().__init__(
             {name: float(value) for name, value in settings.items()},
-            {"initial_entropy": math.nan, "entropy": math.nan, "weight": min(max(scale, low), high)},
+            {"initial_entropy": math.nan, "entropy": math.nan, "weight": min(max(scale, low), high), "steps": 0.0},
         )
+        self.anchor_steps = int(anchor_steps)
         self.kappa, self.scale, self.ema = float(kappa), float(scale), float(ema)
         self.low, self.high = float(low), float(high)
 
     @property
     def initial_entropy(self) -> Tensor:
-        """H_0 (nats), 0-dim; NaN before the first update."""
+        """H_0 (nats), 0-dim; during the anchor steps their mean so far; NaN before the first update."""
         return self._state["initial_entropy"]
 
     @property
@@ -173,11 +180,13 @@ class EntropyRatio(Controller):
         return self._state["weight"]
 
     def _next(self, entropy: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        previous, initial = state["entropy"], state["initial_entropy"]
-        smoothed = torch.where(previous.isnan(), entropy, self.ema * previous + (1 - self.ema) * entropy)
-        initial = torch.where(initial.isnan(), entropy, initial)
+        previous, initial, steps = state["entropy"], state["initial_entropy"], state["steps"] + 1
+        anchoring = steps <= self.anchor_steps
+        mean = torch.where(initial.isnan(), entropy, initial + (entropy - initial) / steps)
+        initial = torch.where(anchoring, mean, initial)
+        smoothed = torch.where(anchoring, mean, self.ema * previous + (1 - self.ema) * entropy)
         weight = (self.scale * (smoothed / initial) ** self.kappa).clamp(self.low, self.high)
-        return {"initial_entropy": initial, "entropy": smoothed, "weight": weight}
+        return {"initial_entropy": initial, "entropy": smoothed, "weight": weight, "steps": steps}
 
     def metrics(self) -> dict[str, Tensor]:
         """What to log: entropy, initial entropy, their ratio and the weight."""

@@ -4,6 +4,7 @@ the checks of its arguments, and the selection of valid rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import traced
 from ..errors import FLOATS, EapoError, ShapeError, describe, is_number, require, require_tensor
 from ..support import TokenSupport
 from ..types import IGNORE_INDEX, Options, rows_of
 from .vocab_shard import INVALID, VocabShard
 
 _MOVED_AT_ONCE = 16  # rows that ``fill_holes_`` moves at once
+
+
+def describable(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor can describe a matrix: contiguous rows, aligned to 16 bytes."""
+    dense = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return dense and matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,25 @@ class Projection:
         a CPU product of half-precision operands rounds its result to half precision.
         """
         return self.hidden.dtype if self.hidden.is_cuda else self.statistics_dtype
+
+    @functools.cached_property
+    def describable(self) -> bool:
+        """Whether tensor descriptors can describe hidden and weight."""
+        return describable(self.hidden) and describable(self.weight)
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Operands, sizes and numbers by the names of the kernels' parameters (``triton.common``). The
+        operands have their strides: a contiguous copy of [V, D] would cost too much memory."""
+        hidden, weight, bias, cap, temperature = self.hidden, self.weight, self.bias, self.softcap, self.row_inv_temperature
+        return {
+            "hidden": hidden, "weight": weight, "bias": bias, "n_rows": self.n_rows, "n_columns": self.vocab, "dim": self.dim,
+            "hidden_stride_n": hidden.stride(0), "hidden_stride_d": hidden.stride(1), "weight_stride_v": weight.stride(0),
+            "weight_stride_d": weight.stride(1), "bias_stride": 0 if bias is None else bias.stride(0),
+            "row_inv_temperature": None if temperature is None else temperature.contiguous(),
+            "slope": self.logit_scale * self.inv_temperature, "cap": None if cap is None else self.logit_scale / cap,
+            "scale": (self.logit_scale if cap is None else cap) * self.inv_temperature,
+        }  # fmt: skip
 
     def rows(self, index: slice | Tensor) -> Projection:
         """The same projection for some of the rows."""
@@ -167,6 +194,8 @@ def build_projection(
     require_tensor("hidden", hidden, (*rows_shape, weight.shape[1]), (weight.dtype,), weight)
     if bias is not None:
         require_tensor("bias", bias, (weight.shape[0],), (weight.dtype,), weight)
+    if torch.compiler.is_compiling():
+        inv_temperature, logit_scale = traced.temperature_and_scale(inv_temperature, logit_scale, softcap, hidden.device)
     row_inv_temperature = None
     if isinstance(inv_temperature, Tensor):
         require(not inv_temperature.requires_grad, "inv_temperature", "a tensor without gradient", "requires_grad=True")
@@ -176,9 +205,7 @@ def build_projection(
         row_inv_temperature = inv_temperature.to(hidden.device, dtype).expand(rows_shape).reshape(-1)
         inv_temperature = 1.0
     for name, value in (("inv_temperature", inv_temperature), ("softcap", softcap), ("logit_scale", logit_scale)):
-        if not (
-            value is None or (is_number(value) and 0 < value < math.inf)
-        ):  # no text before: a compiler may trace the number
+        if not (value is None or (is_number(value) and 0 < value < math.inf)):  # no text before: it may be traced
             raise EapoError(f"{name}: expected a positive finite number, got {value!r}")
     logit_scale, softcap = 1.0 if logit_scale is None else float(logit_scale), None if softcap is None else float(softcap)
     hidden = hidden if hidden.dim() == 2 else hidden.reshape(-1, weight.shape[1])

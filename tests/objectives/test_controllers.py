@@ -38,6 +38,21 @@ def test_weight(settings: dict[str, float], entropies: tuple[float, ...], weight
     assert w.initial_entropy == entropies[0]
 
 
+def test_anchor_of_several_steps() -> None:
+    """H_0 is the mean of the first steps, in which the weight does not move; smoothing starts from it."""
+    w = EntropyRatio(scale=0.5, ema=0.75, anchor_steps=3)
+    assert [float(w.update(h, 1)) for h in (2.0, 1.0, 3.0)] == [0.5, 0.5, 0.5]
+    assert w.initial_entropy == 2
+    assert w.update(1.0, 1) == pytest.approx(0.5 * (0.75 * 2 + 0.25 * 1) / 2)
+    again = EntropyRatio(scale=0.5, ema=0.75, anchor_steps=3)
+    again.update(2.0, 1)
+    resumed = EntropyRatio(scale=0.5, ema=0.75, anchor_steps=3)
+    resumed.load_state_dict(again.state_dict())
+    for h in (1.0, 3.0, 1.0):
+        resumed.update(h, 1)
+    assert resumed.values() == w.values()
+
+
 def test_state_of_other_settings_is_refused() -> None:
     with pytest.raises(EapoError, match=r"EntropyRatio settings: expected .*'kappa': 2.0.* got .*'kappa': 1.0"):
         EntropyRatio(kappa=2.0).load_state_dict(EntropyRatio().state_dict())
@@ -66,6 +81,7 @@ def test_bad_updates(entropy: float, count: int, message: str) -> None:
 @pytest.mark.parametrize("settings", [
     {"kappa": math.nan}, {"kappa": "1"}, {"low": math.inf}, {"scale": -1.0},
     {"low": -0.1}, {"low": 2.0, "high": 1.0}, {"ema": 1.0},
+    {"anchor_steps": 0}, {"anchor_steps": 1.5}, {"anchor_steps": math.inf},
 ], ids=str)  # fmt: skip
 def test_bad_settings(settings: dict[str, float]) -> None:
     with pytest.raises(EapoError, match="expected"):

@@ -137,6 +137,8 @@ def test_the_committed_page_is_drawn_from_the_committed_metrics(tmp_path: Path) 
     assert {arm: list(each) for arm, each in found.runs.items()} == {arm: [0, 1, 2] for arm in ARMS}
     for name, value in tomllib.loads((COMMITTED / "recipe.toml").read_text()).items():
         committed = found.config[name]
+        if name == "eapo":  # the runs are older than this setting, and had its value 1
+            assert value.pop("anchor_steps") == 1
         assert committed == ({**committed, **value} if isinstance(value, dict) else value), name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
+from trainer.config import (
+    Config,
+    DataConfig,
+    EntropyWeightConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardsConfig,
+    RolloutConfig,
+)  # fmt: skip
 from trainer.models.policy import Policy
 from trainer.records import Rollouts, Sampling, Tick
 
@@ -22,6 +32,10 @@ WORDS = ["<pad>", "<eos>", "<unk>", "user:", "assistant:", "what", "is", "after"
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
+
+
+# Three steps show nothing of a weight that is anchored for ten.
+PAPER = EntropyWeightConfig(ema=0, low=0, high=math.inf, anchor_steps=1)
 
 
 def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
@@ -47,10 +61,12 @@ def tiny_config(model: Path, prompts: Path, out: Path) -> Config:
         name="tiny",
         out=str(out),
         steps=3,
+        diagnose_every=1,
         model=ModelConfig(path=str(model), device="cpu"),
         data=DataConfig(train=str(prompts), eval=str(prompts), train_limit=8, eval_limit=2),
         rollout=RolloutConfig(prompts=3, responses=4, max_new_tokens=6),
         rewards=RewardsConfig(functions=("reward_functions:low_numbers",)),
+        eapo=PAPER,
         optim=OptimConfig(lr=1e-2),
         eval=EvalConfig(responses=3, resamples=50),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from ..errors import ConfigError, check
-from .section import Decay, NonNegative, Positive, Section, Share, unknown
+from .section import Count, Decay, NonNegative, Positive, Section, Share, unknown
 
 if TYPE_CHECKING:
     from eapo_kernels import Method
@@ -116,18 +115,24 @@ class LossConfig(Section):
 
 
 class EntropyWeightConfig(Section):
-    """Weight of the positive completions: clamp(scale * (H / H_0)^kappa, low, high) with H the policy's token entropy."""
+    """Weight of the positive completions: clamp(scale * (H / H_0)^kappa, low, high) with H the policy's token entropy.
+
+    The defaults keep the noise of the step's questions out of the weight (docs/training.md). The paper's weight is ema 0,
+    low 0, high inf, anchor_steps 1.
+    """
 
     kappa: float = 1.0
     """Exponent of the entropy ratio."""
     scale: NonNegative = 1.0
-    """Weight at the first step, where the ratio is 1."""
-    low: NonNegative = 0.0
+    """Weight in the anchor steps, where the ratio is 1."""
+    low: NonNegative = 0.2
     """Smallest weight."""
-    high: Annotated[float, Field(ge=0, allow_inf_nan=True)] = math.inf
+    high: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 5.0
     """Largest weight."""
-    ema: Decay = 0.0
+    ema: Decay = 0.9
     """Smoothing of H over steps: H <- ema * H + (1 - ema) * measured; 0 is none."""
+    anchor_steps: Count = 10
+    """H_0 is the mean of H over this number of first steps."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

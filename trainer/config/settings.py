@@ -150,6 +150,8 @@ def _kind(annotation: Any, bounds: Sequence[Any] = ()) -> str:
         return _kind(parts[0], [bound for field in parts[1:] for bound in field.metadata])
     if origin is Literal:
         text = " | ".join(map(str, parts))
+    elif origin is dict:
+        text = "table"
     elif origin is tuple:
         text = " ".join(_kind(part) if part is not ... else "..." for part in parts)
     else:

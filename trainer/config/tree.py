@@ -37,7 +37,7 @@ class Config(Section):
     """Training steps; each samples completions and updates on them."""
     samples_per_step: Natural = 2
     """Completions of each step written to samples.jsonl: the best, the worst, the second best, and so on."""
-    diagnose_every: Natural = 1
+    diagnose_every: Natural = 0
     """Steps between measurements of predicted and actual entropy change of an update (one more forward pass over the
     completions of the step); 0 for none."""
     model: ModelConfig = ModelConfig()

@@ -18,7 +18,7 @@ from eapo_kernels import EapoError
 from .. import ranks
 from ..config import Config
 from ..dataset import PromptSet
-from ..errors import TrainerError
+from ..errors import Interrupted, TrainerError
 from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.policy import Policy
@@ -44,12 +44,14 @@ class Evaluation:
         step: training steps done before it.
         values: metric -> one number a prompt (None where there is none).
         responses: completions of each prompt.
+        greedy: whether they have the most probable tokens; else they are samples.
     """
 
     dataset: str
     step: int
     values: dict[str, list[float | None]]
     responses: int
+    greedy: bool = False
 
     def estimates(self, resamples: int) -> dict[str, Estimate]:
         """Mean over prompts with a bootstrap interval, for every metric."""
@@ -68,7 +70,8 @@ class Evaluation:
         return f"reward {found['reward']}  {others}"
 
     def __str__(self) -> str:
-        return f"{len(self.values['reward'])} {self.dataset} prompts, {self.responses} completions each"
+        each = "a greedy completion" if self.greedy else f"{self.responses} completions"
+        return f"{len(self.values['reward'])} {self.dataset} prompts, {each} each"
 
 
 def known(column: Sequence[float | None]) -> list[float]:
@@ -103,32 +106,40 @@ class Evaluator:
         self.sets = {name: prompts for name, prompts in sets.items() if prompts}
         self.run, self.console = run, console
         self.embedding = next((f.embedding for f in rewards.functions.values() if isinstance(f, Similarity)), None)
-        self.completions = config.eval.responses * sum(map(len, self.sets.values()))
+        sampling = config.rollout.sampling(config.eval.responses, derive_seed(config.seed, EVALUATION_SEED))
+        self.sampling = sampling.greedy() if config.eval.greedy else sampling
         self.seconds: float | None = None
         """What the latest evaluation of all sets took."""
 
     def due(self, step: int) -> bool:
         """Whether the run is evaluated after ``step`` steps."""
-        every = self.config.eval.every
-        return step in (0, self.config.steps) or (every > 0 and step % every == 0)
+        own = self.config.eval
+        if step in (0, self.config.steps):
+            return step > 0 or own.first
+        return own.every > 0 and step % own.every == 0
 
     def seconds_left(self, step: int, completion_seconds: float) -> float:
         """Estimated seconds of the evaluations after more than ``step`` steps: what the latest one
         took, or before the first one ``completion_seconds`` for each completion.
         """
-        each = self.completions * completion_seconds if self.seconds is None else self.seconds
+        completions = self.sampling.responses * sum(map(len, self.sets.values()))
+        each = completions * completion_seconds if self.seconds is None else self.seconds
         return each * sum(map(self.due, range(step + 1, self.config.steps + 1)))
 
     def __call__(self, step: int) -> list[Evaluation]:
-        """Evaluate all sets after ``step`` training steps, and write results and samples to the
-        run. An error of a set is reported, and the set is left out.
+        """Evaluate all sets after ``step`` training steps, and write the values and a completion to
+        each prompt to the run. An error in a set is reported, and the set is left out.
         """
         began, found = time.monotonic(), []
         for name in self.sets:
             try:
                 result, samples = self.evaluate(name, step)
-            except (TrainerError, EapoError) as error:  # raised on all ranks together
-                self.console.line(f"evaluation on {name} prompts after step {step} failed, the run continues: {error}")
+            except Exception as error:
+                together = isinstance(error, TrainerError | EapoError) or ranks.size() == 1  # else other ranks wait
+                if isinstance(error, Interrupted) or not together:
+                    raise
+                what = f"{type(error).__name__}: {error}"
+                self.console.line(f"evaluation on {name} prompts after step {step} failed, the run continues: {what}")
                 continue
             found.append(result)
             self.run.append("evaluations", asdict(result))
@@ -139,8 +150,8 @@ class Evaluator:
         return found
 
     def evaluate(self, dataset: str, step: int) -> tuple[Evaluation, list[dict[str, Any]]]:
-        """Sample ``eval.responses`` completions of every prompt of a set and measure them. Also
-        returns them as samples.
+        """Sample ``eval.responses`` completions of every prompt of a set (or with ``eval.greedy``
+        generate one) and measure them. Also returns them as samples.
 
         A failed reward is reported and left out of the mean of its prompt. Where all rewards are 0
         or 1, pass@k is measured too; with the reward similarity, also the dispersion of its
@@ -155,8 +166,7 @@ class Evaluator:
 
     def _evaluate(self, dataset: str, step: int) -> tuple[Evaluation, list[dict[str, Any]]]:
         config, policy, console, prompts = self.config, self.policy, self.console, self.sets[dataset]
-        k, indices = config.eval.responses, range(len(prompts))
-        sampling = config.rollout.sampling(k, derive_seed(config.seed, EVALUATION_SEED))
+        sampling, k, indices = self.sampling, self.sampling.responses, range(len(prompts))
         title = f"evaluation on {dataset} prompts"
         with console.phase(f"{title}: completions", alone=True) as tick:
             rollouts = self.engine.generate(prompts.ids, sampling, tick)
@@ -166,7 +176,7 @@ class Evaluator:
         for line in scores.failure_lines():
             console.line(line)
         entropies = rollouts.entropy
-        if entropies is None:
+        if entropies is None:  # of an engine that has none, or of whole vocabularies where it had filters
             with console.phase(f"{title}: entropy") as tick:
                 completions, budget = select(rollouts, range(len(texts))), config.optim.micro_batch_tokens
                 found = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick)
@@ -174,13 +184,13 @@ class Evaluator:
         groups = [slice(q * k, (q + 1) * k) for q in indices]
         verified = bool(((scores.total == 0) | (scores.total == 1) | scores.total.isnan()).all())
         with console.phase(f"{title}: diversity", alone=True) as tick:
-            diversity = self._diversity([texts[own] for own in groups], tick)
+            diversity = self._diversity([texts[own] for own in groups], tick) if k > 1 else [{} for _ in groups]
         values: dict[str, list[float | None]] = {}
         for own, varied in zip(groups, diversity, strict=True):
             valid = [total for total in scores.total[own].tolist() if not math.isnan(total)]
             row = {
                 "reward": sum(valid) / len(valid) if valid else math.nan,
-                "reward_best": max(valid, default=math.nan),
+                **({"reward_best": max(valid, default=math.nan)} if k > 1 else {}),
                 **varied,
                 "entropy": torch.cat(entropies[own]).mean().item(),
                 "length": sum(map(len, rollouts.completion_ids[own])) / k,
@@ -194,7 +204,7 @@ class Evaluator:
             {"step": step, "dataset": dataset, "prompt": prompt, "completion": text, "reward": reward}
             for prompt, text, reward in zip(asked, texts, scores.total.tolist(), strict=True)
         ]
-        return Evaluation(dataset, step, values, k), samples
+        return Evaluation(dataset, step, values, k, config.eval.greedy), samples
 
     def _diversity(self, groups: Sequence[Sequence[str]], tick: Tick) -> list[dict[str, float]]:
         """Measures of the completions of each prompt; each rank computes those of some prompts, as

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.config import Config, EntropyWeightConfig
-from trainer.config.settings import to_toml
+from trainer.config.settings import parse_config, to_toml
 from trainer.errors import check
 from trainer.runs.rundir import RunDirectory
 
@@ -59,7 +59,7 @@ def is_finished(config: Config) -> bool:
     run = RunDirectory(config)
     if run.finished() is None:
         return False
-    same = (run.path / "config.toml").read_text() == to_toml(config)
+    same = parse_config([], recipe=run.path / "config.toml").replace(resume=config.resume) == config
     check(same, "out", "a directory for this recipe alone", f"{run.path}, which holds a run of another recipe")
     return True
 
