@@ -117,8 +117,8 @@ class Patched:
         eapo_mixin: the subclass of this one.
     """
 
-    eapo_class: type
-    eapo_mixin: type
+    eapo_class: Any
+    eapo_mixin: Any
 
     def eapo_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What ``forward`` does."""
@@ -179,7 +179,7 @@ def patch_class(model: Any, mixin: type[Patched]) -> None:
 
 
 @functools.cache
-def _subclass(mixin: type[Patched], kind: Any) -> type:
+def _subclass(mixin: Any, kind: Any) -> Any:
     """The patched class, with the name of ``kind``, which transformers writes into checkpoints."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -192,7 +192,7 @@ def _subclass(mixin: type[Patched], kind: Any) -> type:
     return type(kind.__name__, (mixin, kind), own | {"__qualname__": kind.__qualname__})
 
 
-def _new(mixin: type[Patched], kind: type) -> Any:
+def _new(mixin: Any, kind: Any) -> Any:
     """An empty object of the patched class."""
     made = _subclass(mixin, kind)
     return made.__new__(made)

@@ -133,7 +133,7 @@ def require_same(name: str, logp: Tensor, logits: Tensor, targets: Tensor) -> No
     if not error < bound:
         raise EapoError(
             f"{name}: expected log-probs within {bound:.2g} of its own logits, got a difference of {error:.3g}: its head "
-            "does not compute cap(logit_scale * (hidden @ weight.T + bias)) with the softcap and logit_scale in use; do not fuse it"
+            "does not compute cap(logit_scale * (hidden @ weight.T + bias)) with this softcap and logit_scale; do not fuse it"
         )
 
 

@@ -41,9 +41,10 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 2.0}, "gemma3_text": {"final_logit_softcapping": 1.5},
     "gemma4_text": {"vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "final_logit_softcapping": 2.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]}, "granite": {"logits_scaling": 0.05},
-    "granitemoe": {"logits_scaling": 6.0}, "granitemoeshared": {"logits_scaling": 0.2}, 
+    "granitemoe": {"logits_scaling": 6.0}, "granitemoeshared": {"logits_scaling": 0.2},
     "hyperclovax": {"logits_scaling": 4.0},
-    "minicpm3": {"logits_scaling": 0.5}, "nanochat": {"final_logit_softcapping": 2.0}, "recurrent_gemma": {"logits_soft_cap": 2.0},
+    "minicpm3": {"dim_model_base": 64}, "nanochat": {"final_logit_softcapping": 2.0},
+    "recurrent_gemma": {"logits_soft_cap": 2.0},
     "vaultgemma": {"final_logit_softcapping": 2.0}, "xlstm": {"v_head_dim": None, "output_logit_soft_cap": 2.0},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
