@@ -35,7 +35,7 @@ SIBLINGS = [("eapo_kernels.ops", "eapo_kernels.objectives"), ("eapo_kernels.ops"
             ("trainer", "benchmarks")]  # fmt: skip
 # Each part of the trainer imports only those before it, not even for its types.
 TRAINER = (
-    "errors", "ranks", "records", "hooks", "config", "dataset", "models", "rewards", "learning", "runs", "rollouts",
+    "errors", "ranks", "records", "config", "dataset", "models", "rewards", "learning", "runs", "rollouts",
     "evaluation", "loop", "commands", "__main__",
 )  # fmt: skip
 EXCEPTIONS: set[tuple[str, str]] = set()
