@@ -50,6 +50,7 @@ from .config import Config
 from .config.advice import advice, advice_on_rewards
 from .dataset import PromptSampler, fingerprint, load_prompts
 from .errors import Interrupted, RewardError
+from .evaluation.cost import cost_metrics
 from .evaluation.evaluate import Evaluator
 from .evaluation.report import summary_table, write_report
 from .evaluation.step_metrics import (
@@ -89,7 +90,7 @@ def train(config: Config) -> bool:
         TrainerError: bad configuration, data, model or rewards, or a run that diverged; see
             ``errors``.
     """
-    with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
+    with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop, config.log.heartbeat) as console:
         try:
             return _train(config, console)
         except Interrupted:
@@ -145,15 +146,8 @@ def _train(config: Config, console: Console) -> bool:
     rows = "packed" if policy.packed else "padded"
     console.line(f"training {trained:,} of {weights:,} weights on {policy.device}, micro-batches {rows}")
 
-    evaluator = Evaluator(
-        config,
-        policy,
-        engine,
-        rewards,
-        {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)},
-        run,
-        console,
-    )
+    sets = {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)}
+    evaluator = Evaluator(config, policy, engine, rewards, sets, run, console)
 
     def statistics(completions: Completions, tick: Tick, wanted: Wanted = NOTHING) -> Measurement:
         return measure(policy, completions, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
@@ -240,6 +234,9 @@ def _train(config: Config, console: Console) -> bool:
                 **completion_metrics(scored),
                 **engine_metrics(sampled.take(compared), logp, method.config.importance_cap),
                 **{f"seconds/{name}": value for name, value in seconds.items()},
+                **cost_metrics(
+                    policy, drawn, sampled, seconds, passes=1 + bool(reference) + diagnosed, epochs=config.optim.epochs
+                ),
                 "tokens_per_second": completions.tokens / sum(seconds.values()),
             }
             for line in advice_on_rewards(config, sampled.scores.total) if step == 1 else ():
@@ -251,7 +248,8 @@ def _train(config: Config, console: Console) -> bool:
             for i in best_and_worst(sampled, config.samples_per_step):
                 run.append("samples", sample_record(step, i, sampled))
             progress.mark(step)
-            console.step(metrics, config.steps)
+            completion_seconds = sum(seconds[phase] for phase in ("rollouts", "rewards", "old_logp")) / len(drawn)
+            console.step(metrics, config.steps, evaluator.seconds_left(step, completion_seconds))
             if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == config.steps):
                 with console.phase("saving a checkpoint"):
                     progress.save()
@@ -272,11 +270,14 @@ def _train(config: Config, console: Console) -> bool:
     policy.save(run.model)
 
     def conclude() -> None:
-        picture, page = write_report([run.path], run.path, resamples=config.eval.resamples)
-        console.line(f"\n{summary_table(run.path, config.eval.resamples)}\n")
         if finished:
             run.finish(step)
-        console.line(f"model    {run.model}\nreport   {page}\nfigure   {picture}")
+        console.line(f"model    {run.model}")
+        try:
+            picture, page = write_report([run.path], run.path, resamples=config.eval.resamples)
+            console.line(f"report   {page}\nfigure   {picture}\n\n{summary_table(run.path, config.eval.resamples)}")
+        except (OSError, ValueError, RuntimeError) as error:  # of the disk or matplotlib; the command report repeats it
+            console.line(f"the report failed, the run did not: {type(error).__name__}: {error}")
 
     ranks.run_on_main(conclude)
     return finished

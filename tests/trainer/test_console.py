@@ -13,11 +13,12 @@ from trainer.runs.console import Console, duration
 from trainer.runs.interrupt import StopRequest
 
 
-def test_a_long_phase_without_a_terminal_speaks_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    with Console(StopRequest(), silence=0.2) as console, console.phase("thinking") as tick:
+@pytest.mark.parametrize("heartbeat", [0.2, 5.0, 0.0])
+def test_a_long_phase_without_a_terminal_speaks_by_itself(capsys: pytest.CaptureFixture[str], heartbeat: float) -> None:
+    with Console(StopRequest(), heartbeat) as console, console.phase("thinking") as tick:
         tick(1, 3)
         time.sleep(1.2)
-    assert "... thinking 1/3 (" in capsys.readouterr().out
+    assert ("... thinking 1/3 (" in capsys.readouterr().out) == (heartbeat == 0.2)
     assert console.seconds["thinking"] > 1
 
 
@@ -31,35 +32,42 @@ def test_a_stop_request_leaves_at_the_next_tick(capsys: pytest.CaptureFixture[st
             tick(1, 2)
 
 
+METRICS = {
+    "reward/mean": 0.25, "eapo/entropy": 2.0, "eapo/positive_weight": 0.9, "reward/flat_groups": 0.5,
+    "response/truncated": 0.125, "grad_norm": 0.3, "tokens_per_second": 10.0,
+}  # fmt: skip
+LINE = "reward 0.250  entropy 2.000  weight 0.900  flat 0.500  truncated 0.125  grad 0.300  10 tok/s"
+
+
+def test_the_first_line_of_a_step_is_followed_by_a_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("trainer.runs.console.time.monotonic", lambda: now[0])
+    out = RichConsole(file=io.StringIO(), width=160, highlight=False)
+    console = Console(StopRequest(), rich=out)
+    for step, seconds in ((1, 30.0), (2, 10.0)):
+        console.seconds.clear()
+        with console.phase("update"):
+            now[0] += seconds
+        console.step({"step": step, **METRICS}, steps=4, evaluations=100.0)
+    assert out.file.getvalue().splitlines() == [
+        f"step 1/4  {LINE}  eta 3m10s",
+        "about 3m10s for 3 more steps, evaluations included",
+        f"step 2/4  {LINE}  eta 2m20s",
+    ]
+
+
 def test_the_live_line_shows_the_step() -> None:
-    terminal = RichConsole(file=io.StringIO(), force_terminal=True, width=100, highlight=False)
+    terminal = RichConsole(file=io.StringIO(), force_terminal=True, width=160, highlight=False)
     console = Console(StopRequest(), rich=terminal)
     with console:
         with console.phase("rollouts") as tick:
             tick(1, 2)
-        console.step({"step": 1, "reward/mean": 0.25, "eapo/entropy": 2.0, "tokens_per_second": 10.0}, steps=4)
-    assert "step 1/4  reward 0.250  entropy 2.000  10 tok/s  eta 0s" in terminal.file.getvalue()
-
-
-def test_the_live_line_has_the_numbers_and_a_time_that_counts_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("trainer.runs.console.time.monotonic", lambda: now[0])
-    terminal = RichConsole(file=io.StringIO(), force_terminal=True, width=160, highlight=False)
-    console = Console(StopRequest(), rich=terminal)
-    with console.phase("update"):
-        now[0] = 30.0
-    metrics = {"step": 1, "reward/mean": 0.25, "eapo/entropy": 2.0, "eapo/positive_weight": 0.9, "tokens_per_second": 10.0}
-    console.step(metrics, steps=4)
-
-    def shown() -> str:
-        terminal.file = io.StringIO()
+        console.step({"step": 1, **METRICS}, steps=4)
         terminal.print(console._progress.get_renderable())
-        return terminal.file.getvalue()
-
-    for text in ("reward 0.250  entropy 2.000  weight 0.900  10 tok/s", "1/4", "eta 1m30s"):
-        assert text in shown()
-    now[0] = 75.0
-    assert "eta 45s" in shown()
+    shown = terminal.file.getvalue()
+    assert f"step 1/4  {LINE}  eta 0s" in shown
+    assert shown.count(LINE) > 1, "the line of the step and the live line"
+    assert "1/4" in shown.split("about 0s for 3 more steps")[1]
 
 
 def test_duration() -> None:

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from trainer.__main__ import main
 from trainer.config import Config
-from trainer.dataset import load_prompts
+from trainer.dataset import PromptSet, load_prompts
 from trainer.evaluation.evaluate import Evaluation, Evaluator
 from trainer.loop import train
 from trainer.models.policy import Policy
@@ -31,8 +31,12 @@ from trainer.runs.rundir import RunDirectory, read
 Change = Callable[..., Config]
 
 
+def _prompts(config: Config, policy: Policy, count: int) -> PromptSet:
+    return load_prompts(config.data, "train", count).encoded(policy.tokenizer, config.data)
+
+
 def _evaluate(config: Config, policy: Policy, rewards: Rewards) -> tuple[Evaluation, list[dict[str, Any]]]:
-    sets = {"train": load_prompts(config.data, "train", 3).encoded(policy.tokenizer, config.data), "held-out": None}
+    sets = {"train": _prompts(config, policy, 3), "held-out": None}
     engine, run = TransformersEngine(policy, batch=64), RunDirectory(config)
     return Evaluator(config, policy, engine, rewards, sets, run, Console(StopRequest())).evaluate("train", step=0)
 
@@ -63,6 +67,39 @@ def test_graded_rewards_give_no_pass_at_k_and_similarity_gives_dispersion(policy
     vectors = embedding([sample["completion"] for sample in samples[:3]])
     cosines = [float(a @ b) for a, b in combinations(vectors, 2)]
     assert found.values["dispersion"][0] == pytest.approx(1 - sum(cosines) / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9, "temperature": 0.7}], ids=str)
+def test_greedy_completions_have_the_most_probable_tokens(policy: Policy, changed: Change, cut: dict[str, float]) -> None:
+    config = changed(eval={"greedy": True}, rollout=cut, rewards={"functions": ("reward_functions:has_a_low_number",)})
+    found, samples = _evaluate(config, policy, Rewards(config.rewards, cache="", device=policy.device))
+    assert found.values.keys() == {"reward", "pass@1", "entropy", "length", "truncated"}
+    assert str(found) == "3 train prompts, a greedy completion each"
+    for ids, sample in zip(_prompts(config, policy, 3).ids, samples, strict=True):
+        ids = list(ids)
+        for _ in range(config.rollout.max_new_tokens):
+            token = int(policy.language_model(torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(token)
+            if token in policy.eos_ids:
+                break
+        assert policy.tokenizer.decode(ids, skip_special_tokens=True).endswith(sample["completion"])
+        assert sample["completion"]
+
+
+@pytest.mark.parametrize(("own", "steps"), [
+    ({}, [0, 7]), ({"first": False}, [7]), ({"every": 3}, [0, 3, 6, 7]), ({"every": 7, "first": False}, [7]),
+])  # fmt: skip
+def test_evaluations_are_due_and_forecast(policy: Policy, changed: Change, own: dict[str, Any], steps: list[int]) -> None:
+    config = changed(steps=7, eval=own)
+    sets = {"train": _prompts(config, policy, 3), "held-out": _prompts(config, policy, 2)}
+    rewards, run = Rewards(config.rewards, cache="", device=policy.device), RunDirectory(config)
+    evaluator = Evaluator(config, policy, TransformersEngine(policy, 64), rewards, sets, run, Console(StopRequest()))
+    assert [step for step in range(8) if evaluator.due(step)] == steps
+    left = sum(step > 1 for step in steps)
+    assert evaluator.seconds_left(1, completion_seconds=0.5) == left * 5 * 3 * 0.5  # prompts, completions to each
+    run.start()
+    evaluator(0)
+    assert evaluator.seconds_left(1, completion_seconds=1e9) == left * evaluator.seconds, "the measured time"
 
 
 def test_a_failed_evaluation_costs_only_itself(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def rows(config: Config, stream: str = "metrics") -> list[dict[str, Any]]:
 
 
 def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = ("seconds/", "tokens_per_second")
+    timed = ("seconds/", "share/", "tokens", "memory/")
     return [{k: value for k, value in row.items() if not (k.startswith(timed) or k.endswith("/seconds"))} for row in metrics]
 
 
@@ -94,9 +95,13 @@ def test_a_run_leaves_its_files_and_every_metric(config: Config, with_report: No
         wanted = {"loss", "grad_norm", "reward/mean", "reward/std", "reward/reward_functions:low_numbers/mean"}
         wanted |= {"reward/reward_functions:low_numbers/failed", "reward/reward_functions:low_numbers/seconds"}
         wanted |= {"response/length", "response/truncated", "diversity/distinct_2", "tokens_per_second"}
+        wanted |= {"memory/peak_gib", "tokens/prompt_per_second", "tokens/completion_per_second"}
+        wanted |= {f"share/{phase}" for phase in ("rollout", "reward", "measurement", "update")}
         wanted |= {f"seconds/{phase}" for phase in ("rollouts", "rewards", "old_logp", "update")}
         assert wanted <= row.keys()
         assert all(math.isfinite(value) for value in row.values())
+        assert sum(value for name, value in row.items() if name.startswith("share/")) == pytest.approx(1)
+        assert "mfu" not in row, "the peak of this device is unknown"
 
     evaluations = rows(config, "evaluations")
     assert [(row["dataset"], row["step"]) for row in evaluations] == [("held-out", 0), ("held-out", 3)]
@@ -104,9 +109,25 @@ def test_a_run_leaves_its_files_and_every_metric(config: Config, with_report: No
     samples = rows(config, "samples")
     assert [s["step"] for s in samples] == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
     output = capsys.readouterr().out
-    assert "step 3/3  reward " in output
+    lines = [line.split()[0] for line in output.splitlines() if line.startswith(("step", "about", "  ..."))]
+    assert lines == ["step", "about", "step", "step"], "without a terminal one line for each step"
+    assert re.search(r"about \d+s for 2 more steps, evaluations included", output)
+    assert re.search(r"step 3/3  reward .*  flat .*  truncated .*  grad .* tok/s  eta 0s", output)
     assert "2 held-out prompts, 3 completions each" in output
     assert str(run / "curves.png") in output
+
+
+def test_a_failed_report_costs_no_run(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("trainer.loop.write_report", fails)
+    assert train(config)
+    assert "the report failed, the run did not: OSError: no space left" in capsys.readouterr().out
+    assert RunDirectory(config).finished() == config.steps
+    assert (RunDirectory(config).model / "config.json").exists()
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 12}, {"min_p": 0.2, "temperature": 1.5}], ids=str)

@@ -124,6 +124,7 @@ diagnose_every = "[0, inf)"
 lora = { rank = "[0, inf)", alpha = "(0, inf)", layers = "[0, inf)" }
 data = { train_limit = "[0, inf)", eval_limit = "[0, inf)", max_prompt_tokens = "[1, inf)" }
 eval = { responses = "[2, inf)", train_prompts = "[0, inf)", every = "[0, inf)", resamples = "[1, inf)" }
+log = { heartbeat = "[0, inf)" }
 checkpoint = { every = "[0, inf)", keep = "[1, inf)" }
 
 [rollout]

@@ -42,8 +42,13 @@ class EvalConfig(Section):
 
     responses: Annotated[int, Field(ge=2)] = 4
     """Completions to each prompt, at least 2: diversity compares them."""
+    greedy: bool = False
+    """One completion to each prompt, of the most probable tokens, in the place of ``responses`` samples: cheaper, and
+    without pass@k and diversity."""
     train_prompts: Natural = 0
     """Also evaluate on the first N training prompts."""
+    first: bool = True
+    """Evaluate before the first step, too."""
     every: Natural = 0
     """Also evaluate after every N steps; 0 evaluates only before and after training."""
     resamples: Count = 2000
@@ -51,8 +56,10 @@ class EvalConfig(Section):
 
 
 class LogConfig(Section):
-    """Trackers beside the run's own files (``metrics.jsonl`` is always written)."""
+    """Output, and trackers beside the run's own files (``metrics.jsonl`` is always written)."""
 
+    heartbeat: NonNegative = 60.0
+    """Without a terminal, seconds of silence after which a line says what a step is doing; 0 for never."""
     tensorboard: bool = False
     """Write TensorBoard's event files to <run>/tensorboard (pip install '.[track]')."""
     wandb: bool = False

@@ -72,7 +72,7 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
     if not (train_set or held_out):
         raise ConfigError("data.eval: expected a file, or eval.train_prompts of at least 1; got neither")
     try:
-        with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop) as console:
+        with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop, config.log.heartbeat) as console:
             run = RunDirectory(config)
             ranks.run_on_main(lambda: run.check_free(replace=config.overwrite))
             with console.phase(f"loading {config.model.path}"):

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -44,12 +44,14 @@ class Evaluation:
         step: training steps done before it.
         values: metric -> one number a prompt (None where there is none).
         responses: completions of each prompt.
+        greedy: whether they have the most probable tokens; else they are samples.
     """
 
     dataset: str
     step: int
     values: dict[str, list[float | None]]
     responses: int
+    greedy: bool = False
 
     def estimates(self, resamples: int) -> dict[str, Estimate]:
         """Mean over prompts with a bootstrap interval, for every metric."""
@@ -68,7 +70,8 @@ class Evaluation:
         return f"reward {found['reward']}  {others}"
 
     def __str__(self) -> str:
-        return f"{len(self.values['reward'])} {self.dataset} prompts, {self.responses} completions each"
+        each = "a greedy completion" if self.greedy else f"{self.responses} completions"
+        return f"{len(self.values['reward'])} {self.dataset} prompts, {each} each"
 
 
 def known(column: Sequence[float | None]) -> list[float]:
@@ -103,20 +106,26 @@ class Evaluator:
         self.sets = {name: prompts for name, prompts in sets.items() if prompts}
         self.run, self.console = run, console
         self.embedding = next((f.embedding for f in rewards.functions.values() if isinstance(f, Similarity)), None)
-        self.completions = config.eval.responses * sum(map(len, self.sets.values()))
+        k, seed = config.eval.responses, derive_seed(config.seed, EVALUATION_SEED)
+        self.sampling = config.rollout.sampling(k, seed)
+        if config.eval.greedy:  # of one token, in every engine; equal logits are drawn
+            self.sampling = replace(self.sampling, responses=1, top_k=1, top_p=1.0, min_p=0.0, record_support=False)
         self.seconds: float | None = None
         """What the latest evaluation of all sets took."""
 
     def due(self, step: int) -> bool:
         """Whether the run is evaluated after ``step`` steps."""
-        every = self.config.eval.every
-        return step in (0, self.config.steps) or (every > 0 and step % every == 0)
+        own = self.config.eval
+        if step in (0, self.config.steps):
+            return step > 0 or own.first
+        return own.every > 0 and step % own.every == 0
 
     def seconds_left(self, step: int, completion_seconds: float) -> float:
         """Estimated seconds of the evaluations after more than ``step`` steps: what the latest one
         took, or before the first one ``completion_seconds`` for each completion.
         """
-        each = self.completions * completion_seconds if self.seconds is None else self.seconds
+        completions = self.sampling.responses * sum(map(len, self.sets.values()))
+        each = completions * completion_seconds if self.seconds is None else self.seconds
         return each * sum(map(self.due, range(step + 1, self.config.steps + 1)))
 
     def __call__(self, step: int) -> list[Evaluation]:
@@ -139,8 +148,8 @@ class Evaluator:
         return found
 
     def evaluate(self, dataset: str, step: int) -> tuple[Evaluation, list[dict[str, Any]]]:
-        """Sample ``eval.responses`` completions of every prompt of a set and measure them. Also
-        returns them as samples.
+        """Sample ``eval.responses`` completions of every prompt of a set (or with ``eval.greedy``
+        generate one) and measure them. Also returns them as samples.
 
         A failed reward is reported and left out of the mean of its prompt. Where all rewards are 0
         or 1, pass@k is measured too; with the reward similarity, also the dispersion of its
@@ -155,8 +164,7 @@ class Evaluator:
 
     def _evaluate(self, dataset: str, step: int) -> tuple[Evaluation, list[dict[str, Any]]]:
         config, policy, console, prompts = self.config, self.policy, self.console, self.sets[dataset]
-        k, indices = config.eval.responses, range(len(prompts))
-        sampling = config.rollout.sampling(k, derive_seed(config.seed, EVALUATION_SEED))
+        sampling, k, indices = self.sampling, self.sampling.responses, range(len(prompts))
         title = f"evaluation on {dataset} prompts"
         with console.phase(f"{title}: completions", alone=True) as tick:
             rollouts = self.engine.generate(prompts.ids, sampling, tick)
@@ -174,13 +182,13 @@ class Evaluator:
         groups = [slice(q * k, (q + 1) * k) for q in indices]
         verified = bool(((scores.total == 0) | (scores.total == 1) | scores.total.isnan()).all())
         with console.phase(f"{title}: diversity", alone=True) as tick:
-            diversity = self._diversity([texts[own] for own in groups], tick)
+            diversity = self._diversity([texts[own] for own in groups], tick) if k > 1 else [{} for _ in groups]
         values: dict[str, list[float | None]] = {}
         for own, varied in zip(groups, diversity, strict=True):
             valid = [total for total in scores.total[own].tolist() if not math.isnan(total)]
             row = {
                 "reward": sum(valid) / len(valid) if valid else math.nan,
-                "reward_best": max(valid, default=math.nan),
+                **({"reward_best": max(valid, default=math.nan)} if k > 1 else {}),
                 **varied,
                 "entropy": torch.cat(entropies[own]).mean().item(),
                 "length": sum(map(len, rollouts.completion_ids[own])) / k,
@@ -194,7 +202,7 @@ class Evaluator:
             {"step": step, "dataset": dataset, "prompt": prompt, "completion": text, "reward": reward}
             for prompt, text, reward in zip(asked, texts, scores.total.tolist(), strict=True)
         ]
-        return Evaluation(dataset, step, values, k), samples
+        return Evaluation(dataset, step, values, k, config.eval.greedy), samples
 
     def _diversity(self, groups: Sequence[Sequence[str]], tick: Tick) -> list[dict[str, float]]:
         """Measures of the completions of each prompt; each rank computes those of some prompts, as

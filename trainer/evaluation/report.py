@@ -43,8 +43,8 @@ def summary_table(run: Path, resamples: int) -> str:
     there is only one.
     """
     evaluations, parts = [Evaluation(**row) for row in read(run, "evaluations")], []
-    for dataset in dict.fromkeys(e.dataset for e in evaluations):
-        before, *_, after = [e for e in evaluations if e.dataset == dataset] * 2
+    for kind in dict.fromkeys((e.dataset, e.greedy) for e in evaluations):
+        before, *_, after = [e for e in evaluations if (e.dataset, e.greedy) == kind] * 2
         first, last = before.estimates(resamples), after.estimates(resamples)
         rows = [
             [_name(key, after), *map(str, (first[key], last[key], difference(before, after, key, resamples)))]

@@ -1,4 +1,4 @@
-"""Progress output: a live line on a terminal, plain lines elsewhere."""
+"""Progress output: a live line on a terminal, a line for each step elsewhere."""
 
 from __future__ import annotations
 
@@ -10,25 +10,17 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console as RichConsole
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
-from rich.text import Text
 
 from .. import ranks
 from ..records import Tick
 from .interrupt import StopRequest
 
-LINE = {"reward/mean": "reward", "eapo/entropy": "entropy", "eapo/positive_weight": "weight", "grad_norm": "grad"}
+LINE = {
+    "reward/mean": "reward", "eapo/entropy": "entropy", "eapo/positive_weight": "weight", "reward/flat_groups": "flat",
+    "response/truncated": "truncated", "grad_norm": "grad",
+}  # fmt: skip
 """Metrics on the line of a step -> their label there."""
 
 
@@ -37,20 +29,20 @@ class Console:
 
     Args:
         stop: checked at every tick.
-        silence: without a terminal, seconds after which a progress line is printed.
+        heartbeat: without a terminal, seconds of silence after which a phase prints where it is; 0
+            for never.
         rich: where to print; standard output when not given.
 
     Attributes:
         seconds: phase name -> time spent in it; the caller clears it.
     """
 
-    def __init__(self, stop: StopRequest, silence: float = 5.0, rich: RichConsole | None = None) -> None:
-        self.stop, self.silence = stop, silence
+    def __init__(self, stop: StopRequest, heartbeat: float = 60.0, rich: RichConsole | None = None) -> None:
+        self.stop, self.heartbeat = stop, heartbeat
         self.rich = rich or RichConsole(highlight=False, soft_wrap=True, quiet=not ranks.is_main())
-        self.live = self.rich.is_terminal
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}", table_column=Column(no_wrap=True)), BarColumn(20),
-            MofNCompleteColumn(), TimeElapsedColumn(), _TimeLeft(), console=self.rich, transient=True,
+            MofNCompleteColumn(), TimeElapsedColumn(), console=self.rich, transient=True,
         )  # fmt: skip
         self.seconds: dict[str, float] = {}
         self._durations: list[float] = []
@@ -60,16 +52,15 @@ class Console:
         self._closed = threading.Event()
 
     def __enter__(self) -> Console:
-        if self.live:
+        if self.rich.is_terminal:
             self._progress.start()
-        else:
-            threading.Thread(target=self._heartbeat, daemon=True).start()
+        elif self.heartbeat:
+            threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._closed.set()
-        if self.live:
-            self._progress.stop()
+        self._progress.stop()
 
     def line(self, text: str) -> None:
         """Print a permanent line."""
@@ -77,20 +68,24 @@ class Console:
         self.rich.print(text, markup=False)
         sys.stdout.flush()
 
-    def step(self, metrics: dict[str, float], steps: int) -> None:
-        """Print the line of a finished step, and on a terminal the live line of the run with a bar
-        and the time left.
+    def step(self, metrics: dict[str, float], steps: int, evaluations: float = 0.0) -> None:
+        """Print the line of a finished step, after the first one how long the run will take, and on
+        a terminal the live line of the run.
+
+        evaluations: seconds that the evaluations to come will take. The time left is that and the
+        mean of the last ten steps for each step to come.
         """
         step = int(metrics["step"])
-        self._durations.append(sum(self.seconds.values()))
-        pace = sum(self._durations[-10:]) / len(self._durations[-10:])
-        left = pace * (steps - step)
+        self._durations = [*self._durations, sum(self.seconds.values())][-10:]
+        left = duration(sum(self._durations) / len(self._durations) * (steps - step) + evaluations)
         parts = [f"{label} {metrics[name]:.3f}" for name, label in LINE.items() if name in metrics]
-        parts.append(f"{metrics['tokens_per_second']:.0f} tok/s")
-        self.line("  ".join([f"step {step:>{len(str(steps))}}/{steps}", *parts, f"eta {duration(left)}"]))
+        parts += [f"{metrics['tokens_per_second']:.0f} tok/s", f"eta {left}"]
+        self.line("  ".join([f"step {step:>{len(str(steps))}}/{steps}", *parts]))
         if self._run is None:
             self._run = self._progress.add_task("", total=steps)
-        self._progress.update(self._run, description="  ".join(parts), completed=step, ends=time.monotonic() + left)
+            if step < steps:
+                self.line(f"about {left} for {steps - step} more steps, evaluations included")
+        self._progress.update(self._run, description="  ".join(parts), completed=step)
 
     @contextmanager
     def phase(self, name: str, *, alone: bool = False) -> Iterator[Tick]:
@@ -115,19 +110,11 @@ class Console:
             self._status = ""
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - self._since
 
-    def _heartbeat(self) -> None:
-        while not self._closed.wait(0.5):
+    def _beat(self) -> None:
+        while not self._closed.wait(min(0.5, self.heartbeat)):
             now = time.monotonic()
-            if self._status and now - self._spoke >= self.silence:
-                self.line(f"  ... {self._status} ({now - self._since:.0f} s)")
-
-
-class _TimeLeft(ProgressColumn):
-    """The estimated time left of the run; empty for a phase."""
-
-    def render(self, task: Task) -> Text:
-        ends = task.fields.get("ends")
-        return Text("" if ends is None else f"eta {duration(max(0.0, ends - time.monotonic()))}")
+            if self._status and now - self._spoke >= self.heartbeat:
+                self.line(f"  ... {self._status} ({duration(now - self._since)})")
 
 
 def duration(seconds: float) -> str:
