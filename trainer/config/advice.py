@@ -6,7 +6,6 @@ from torch import Tensor
 
 from .tree import Config
 
-
 NOT_HERE = {
     "aepo": "correct completions sampled at another temperature", "aepo_agentic": "branches of completions",
     "cure": "completions cut and continued", "spear": "a replay of good completions", "t1": "oversampling",
