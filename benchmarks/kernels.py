@@ -271,12 +271,12 @@ class Operands:
         of logp, beside float64."""
         rows = torch.arange(self.n, device=self.targets.device) if rows is None else rows
         for name in ("logp", "entropy", "lse", "p2", "p2_logp", "varentropy"):
-            value = getattr(final.statistics, name)
+            value = getattr(final.statistics(), name)
             if value is not None:
                 yield name, value[rows], self.expected[name][rows]
         if self.terms is not None and final.coefficient is not None:
             # At the kernel's own log-probs: a ratio that is a rounding away from a clip bound lies on one side of it for both.
-            loss, coefficient = _surrogate(final.statistics.logp, self.terms)
+            loss, coefficient = _surrogate(final.statistics().logp, self.terms)
             yield "coefficient", final.coefficient, coefficient
             yield "loss", final.coefficients().sums[:1], loss[None]
 
@@ -786,4 +786,4 @@ def cuda_tiles(kernel: str, n: int, d: int) -> list[Any]:
 
 def warm_up(launch: Any) -> None:
     """Compile a Triton launch for the current GPU into triton's cache, without running it."""
-    launch.kernel.warmup(**launch.arguments, grid=(launch.grid,), **launch.options)
+    launch.kernel.warmup(*launch.values, grid=(launch.grid,), **launch.options)

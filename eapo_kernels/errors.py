@@ -59,7 +59,8 @@ def require_number(name: str, value: object, low: float = -math.inf, high: float
 
 def require_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
-    require(isinstance(value, str) and value in choices, name, f"one of {', '.join(choices)}", repr(value))
+    if not (isinstance(value, str) and value in choices):
+        raise EapoError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def require_scalar(name: str, value: object, expected: str) -> None:

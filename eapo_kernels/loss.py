@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import EapoError, ShapeError, describe, require, require_number, require_tensor
+from .errors import EapoError, ShapeError, describe, require, require_choice, require_number, require_tensor
 from .objectives.batch import check_batch
 from .objectives.config import EAPOConfig
 from .objectives.controllers import EntropyRatio
@@ -118,7 +118,7 @@ def policy_loss(
         require(isinstance(method, Method), "method", "a name or a Method", method)
         config = method.config
         require(isinstance(config, EAPOConfig), "config", "an EAPOConfig or None", config)
-        require(schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
+        require_choice("schedule", schedule, SCHEDULES)
         check_batch(batch, config, debug=options.debug)
         if method.token_weighting is not None and batch.advantages is None:
             raise EapoError(f"batch.advantages: expected those of weight_tokens with method {method.name!r}, got None")
@@ -336,7 +336,7 @@ def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -
     if sums is not None:
         names = {"entropy": "eapo/entropy", "clipped": "clip_fraction", "ratio": "ratio_mean"}
         means = sums.float() / tokens.clamp_min(1)
-        metrics |= {names.get(name, name): mean for name, mean in zip(SUMS, means, strict=True) if name != "loss"}
+        metrics |= {names.get(name, name): mean for name, mean in zip(SUMS, means.unbind(), strict=True) if name != "loss"}
     if isinstance(positive_weight, EntropyRatio):  # these are on the controller's device
         ratio, initial = positive_weight.ratio.float(), positive_weight.initial_entropy.float()
         metrics |= {"eapo/entropy_ratio": ratio, "eapo/entropy_init": initial}

@@ -24,7 +24,7 @@ def valid_tokens(targets: Tensor, mask: Tensor | None) -> Tensor:
 
 def rows_of(tensor: Tensor, rows: slice | Tensor) -> Tensor:
     """``tensor[rows]``; the tensor itself, without a view, where ``rows`` is the slice of all of it."""
-    return tensor if isinstance(rows, slice) and rows == slice(0, len(tensor)) else tensor[rows]
+    return tensor if isinstance(rows, slice) and rows == slice(0, tensor.shape[0]) else tensor[rows]
 
 
 PLANS = ("auto", "one_chunk", "chunks", "recompute")

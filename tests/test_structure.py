@@ -36,7 +36,7 @@ SIBLINGS = [("eapo_kernels.ops", "eapo_kernels.objectives"), ("eapo_kernels.ops"
 # Each part of the trainer imports only those before it, not even for its types.
 TRAINER = (
     "errors", "ranks", "records", "config", "dataset", "models", "rewards", "learning", "runs", "rollouts",
-    "evaluation", "loop", "commands", "__main__",
+    "evaluation", "dry_run", "loop", "commands", "__main__",
 )  # fmt: skip
 EXCEPTIONS: set[tuple[str, str]] = set()
 # Reward functions of users, kernels of peers: what they raise is a result.

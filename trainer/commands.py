@@ -21,8 +21,21 @@ A method at work on a small machine: not a medical model, not a benchmark, not m
 
 
 def _train(arguments: Sequence[str]) -> int:
-    config = parse_config(arguments)
-    check(bool(config.data.train), "data.train", "a file of training prompts", config.data.train)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--dry-run", nargs="?", type=int, const=int(os.environ.get("WORLD_SIZE", "1")), metavar="PROCESSES")
+    try:
+        options, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"command line: {error}") from None
+    config, processes = parse_config(rest), options.dry_run
+    check(bool(config.data.train), "data.train", "training prompts", config.data.train)
+    if processes is not None:
+        check(processes >= 1, "--dry-run", "a number of processes", processes)
+        from .dry_run import dry_run
+
+        if os.environ.get("RANK", "0") == "0":
+            dry_run(config, processes)
+        return 0
     from .loop import train
 
     return 0 if train(config) else 130

@@ -49,6 +49,7 @@ from . import ranks
 from .config import Config
 from .config.advice import advice, advice_on_rewards
 from .dataset import PromptSampler, fingerprint, load_prompts
+from .dry_run import check, estimate
 from .errors import Interrupted, RewardError
 from .evaluation.cost import cost_metrics
 from .evaluation.evaluate import Evaluator
@@ -101,6 +102,7 @@ def train(config: Config) -> bool:
 def _train(config: Config, console: Console) -> bool:
     rollout, budget = config.rollout, config.optim.micro_batch_tokens
 
+    check(config)
     train_set = load_prompts(config.data, "train")
     held_out = load_prompts(config.data, "eval") if config.data.eval else None
     seed_generators(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
@@ -110,10 +112,12 @@ def _train(config: Config, console: Console) -> bool:
         console.line(f"run {run.path} is finished ({done} steps): nothing to resume; a larger --steps continues it")
         return True
     with console.phase("checking checkpoints"):
-        checkpoint = ranks.run_on_main(lambda: choose(config, run, console))
+        checkpoint, changes = ranks.run_on_main(lambda: choose(config, run, console))
     trackers = Trackers(config)
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training prompts")
 
+    with console.phase("estimating the memory"):
+        console.line(ranks.run_on_main(lambda: estimate(config, ranks.size()).line()))
     with console.phase(f"loading {config.model.path} (an embedded model is converted the first time)"):
         policy = load_policy(config.model, config.lora, seed=derive_seed(config.seed, ADAPTER_SEED))
     with console.phase("loading the rewards"):
@@ -162,7 +166,7 @@ def _train(config: Config, console: Console) -> bool:
         with console.phase(f"reading {checkpoint}"):
             progress.restore(checkpoint)
         console.line(f"resuming from {checkpoint.name}: {step} of {config.steps} steps are done")
-    ranks.run_on_main(run.resume if checkpoint else run.start)
+    ranks.run_on_main(lambda: run.resume(step, changes) if checkpoint else run.start())
     progress.mark(step)
 
     try:

@@ -8,12 +8,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailable, require
+from ..errors import BackendUnavailable, require_choice
 from . import verdicts
 from .lm_head import Projection
 from .vocab_shard import INVALID
@@ -231,21 +231,20 @@ VARIABLE = "EAPO_KERNELS_BACKEND"
 
 
 @functools.cache
-def _missing(name: str) -> str | None:
-    """Why a package that a backend imports is missing: Python would try a failed import again."""
+def _module(name: str) -> Any:
+    """The module of a backend, or why a package that it imports is missing: Python would try a failed import again."""
     module, needs = _MODULES[name]
     try:
-        importlib.import_module(module, __package__)
+        return importlib.import_module(module, __package__)
     except ImportError as error:
         return f"backend {name!r}: it needs {needs}: {error}"
-    return None
 
 
 def load(name: str) -> Backend:
     """Import a backend; raises BackendUnavailable if a package that it imports is missing."""
-    if (reason := _missing(name)) is not None:
-        raise BackendUnavailable(reason)
-    return importlib.import_module(_MODULES[name][0], __package__).BACKEND
+    if isinstance(module := _module(name), str):
+        raise BackendUnavailable(module)
+    return module.BACKEND
 
 
 def resolve(name: str, projection: Projection) -> Backend:
@@ -255,11 +254,8 @@ def resolve(name: str, projection: Projection) -> Backend:
     Raises EapoError if the name is unknown, and BackendUnavailable if a backend asked for by name
     cannot run these inputs.
     """
-    require(name in NAMES, "backend", f"one of {', '.join(NAMES)}", repr(name))
-    asked = "backend"
-    if name == "auto":
-        asked, name = VARIABLE, os.environ.get(VARIABLE, "auto")
-        require(name in NAMES, asked, f"one of {', '.join(NAMES)}", repr(name))
+    asked, name = ("backend", name) if name != "auto" else (VARIABLE, os.environ.get(VARIABLE, "auto"))
+    require_choice(asked, name, NAMES)
     if name == "auto":
         return load(_choose(projection))
     backend = load(name)
@@ -283,7 +279,11 @@ def _choose(projection: Projection) -> str:
     if not on_gpu(projection.hidden):
         return "torch"
     for name in dict.fromkeys((verdicts.fastest(projection.hidden.device), "triton")):
-        if _missing(name) is None and load(name).supports(projection) is None and verdicts.is_right(name, projection):
+        if (
+            not isinstance(_module(name), str)
+            and load(name).supports(projection) is None
+            and verdicts.is_right(name, projection)
+        ):
             return name
     return "torch"
 

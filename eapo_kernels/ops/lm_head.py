@@ -4,6 +4,7 @@ the checks of its arguments, and the selection of valid rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,12 @@ from ..types import IGNORE_INDEX, Options, rows_of
 from .vocab_shard import INVALID, VocabShard
 
 _MOVED_AT_ONCE = 16  # rows that ``fill_holes_`` moves at once
+
+
+def describable(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor can describe a matrix: contiguous rows, aligned to 16 bytes."""
+    dense = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return dense and matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,25 @@ class Projection:
         a CPU product of half-precision operands rounds its result to half precision.
         """
         return self.hidden.dtype if self.hidden.is_cuda else self.statistics_dtype
+
+    @functools.cached_property
+    def describable(self) -> bool:
+        """Whether tensor descriptors can describe hidden and weight."""
+        return describable(self.hidden) and describable(self.weight)
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Operands, sizes and numbers by the names of the kernels' parameters (``triton.common``). The
+        operands have their strides: a contiguous copy of [V, D] would cost too much memory."""
+        hidden, weight, bias, cap, temperature = self.hidden, self.weight, self.bias, self.softcap, self.row_inv_temperature
+        return {
+            "hidden": hidden, "weight": weight, "bias": bias, "n_rows": self.n_rows, "n_columns": self.vocab, "dim": self.dim,
+            "hidden_stride_n": hidden.stride(0), "hidden_stride_d": hidden.stride(1), "weight_stride_v": weight.stride(0),
+            "weight_stride_d": weight.stride(1), "bias_stride": 0 if bias is None else bias.stride(0),
+            "row_inv_temperature": None if temperature is None else temperature.contiguous(),
+            "slope": self.logit_scale * self.inv_temperature, "cap": None if cap is None else self.logit_scale / cap,
+            "scale": (self.logit_scale if cap is None else cap) * self.inv_temperature,
+        }  # fmt: skip
 
     def rows(self, index: slice | Tensor) -> Projection:
         """The same projection for some of the rows."""

@@ -207,12 +207,8 @@ def _forward_fake(  # type: ignore[no-untyped-def]
         if rows and (used.name == "torch" or softcap is not None or hidden.dtype == torch.float32):
             scales = 1
     found = statistics_op.fake_outputs(hidden, entropy=entropy, second_moments=second_moments)
-    return (
-        *found,
-        hidden.new_empty(rows, weight.shape[0] if rows else 0, dtype=projection.operand_dtype),
-        found[0].new_empty(scales, rows),
-        targets.new_empty(0),
-    )
+    matrix = hidden.new_empty(rows, weight.shape[0] if rows else 0, dtype=projection.operand_dtype)
+    return *found, matrix, found[0].new_empty(scales, rows), targets.new_empty(0)
 
 
 @torch.library.custom_op("eapo_kernels::token_stats_backward", mutates_args=())

@@ -57,7 +57,7 @@ def merged(sums: Tensor, kind: int = 2) -> RowStatistics:
     partial = PartialSums(sums[: (3, 4, 7)[kind]].contiguous(), entropy=kind > 0, second_moments=kind > 1)
     launch, final = finalize(partial)
     launch()
-    return final.statistics
+    return final.statistics()
 
 
 def compare(actual: RowStatistics, raw: Tensor, scale: Tensor, targets: Tensor) -> None:

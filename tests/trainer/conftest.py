@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported: no test reaches the hub
 
 pytest.importorskip("transformers", reason="the trainer's models and tokenizers need transformers: pip install '.[train]'")
 pytest.importorskip("peft", reason="the trainer's adapters need peft: pip install '.[train]'")

@@ -4,8 +4,9 @@ one.
 Starting Python for every process would take longer than the runs. LAUNCHES is a list of {"name":
 str, "recipes": [path]} with an optional "kill" (rank 1 kills itself at that point of its saves, see
 ``killed_run.kill_at``), or of {"name": str, "command": [argument]} for the command line, with an
-optional "fail" (function and number of the call that is out of memory on rank 1). Output goes to
-NAME-RANK.out and .err beside LAUNCHES, exit statuses to standard output.
+optional "fail" (function and number of the call that is out of memory on rank 1), or of {"name":
+str, "load": [path]} to load models without training. Output goes to NAME-RANK.out and .err beside
+LAUNCHES, exit statuses to standard output.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 import os
 import sys
 import traceback
+import weakref
+from collections import Counter
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,10 +28,14 @@ import torch
 import torch.distributed as dist
 from killed_run import kill_at
 from tiny import GivenCompletions, raised_by, without_report
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import commands, loop, ranks
 from trainer.config import Config
 from trainer.config.settings import parse_config
+from trainer.models import policy as policy_module
+from trainer.models.sharding import fill, full_tensor
 from trainer.rollouts.vllm_engine import _import_vllm
 
 
@@ -43,6 +50,50 @@ def train(config: Config) -> bool:
         return loop.train(config)
 
 
+class FullTensors(TorchDispatchMode):
+    """Counts the memories of full matrices of ``model`` that are alive at once."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        full = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+        self.shapes = full - {((rows + 1) // 2, columns) for rows, columns in full}  # those are shards too
+        assert len(self.shapes) > 1
+        self.alive: Counter[int] = Counter()
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not isinstance(out, DTensor) and not out.is_meta and (*out.shape,) in self.shapes:
+            place = out.untyped_storage().data_ptr()
+            self.alive[place] += 1
+            self.most = max(self.most, len(+self.alive))
+            weakref.finalize(out, self._gone, place)
+        return out
+
+    def _gone(self, place: int) -> None:
+        self.alive[place] -= 1
+
+
+def load(recipe: str) -> None:
+    """Load the model of a recipe; leave what this rank has of it in RECIPE-RANK.pt."""
+    config, seen = parse_config(["--config", recipe]), {}
+
+    def counted(model: torch.nn.Module, *args: Any) -> None:
+        seen["meta"] = all(p.is_meta for p in model.parameters())
+        with FullTensors(model) as tensors:
+            fill(model, *args)
+        seen["full"] = tensors.most
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy_module, "fill", counted)
+        policy = policy_module.load_policy(config.model, config.lora, seed=1)
+    weights = {name: full_tensor(weight.detach()) for name, weight in policy.state_dict().items()}
+    model = policy.language_model
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    seen |= {"weights": weights, "buffers": dict(policy.named_buffers()), "tied": tied, "eos": policy.eos_ids}
+    torch.save(seen, f"{recipe}-{ranks.rank()}.pt")
+
+
 def work(launch: dict[str, Any]) -> int:
     """What one rank does. Returns its exit status."""
     if "command" in launch:
@@ -53,7 +104,9 @@ def work(launch: dict[str, Any]) -> int:
     with ranks.init_distributed("cpu"):
         if "kill" in launch and not ranks.is_main():
             kill_at(launch["kill"])
-        return 0 if all(train(parse_config(["--config", recipe])) for recipe in launch["recipes"]) else 130
+        for path in launch.get("load", ()):
+            load(path)
+        return 0 if all(train(parse_config(["--config", recipe])) for recipe in launch.get("recipes", ())) else 130
 
 
 def fork(launch: dict[str, Any], rank: int, port: int, directory: Path) -> int:

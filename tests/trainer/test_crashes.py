@@ -21,6 +21,8 @@ from trainer.config import Config
 from trainer.config.settings import parse_config, to_toml
 from trainer.errors import ConfigError, DivergenceError, ModelError, RewardError, TrainerError
 from trainer.loop import train
+from trainer.models.policy import Policy
+from trainer.models.reference import Reference
 
 Change = Callable[..., Config]
 
@@ -210,3 +212,21 @@ def test_the_command_says_in_one_line_what_failed_and_how_to_continue(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: step 3: expected at least one fully scored group, got none; reward reward_functions:breaks")
     assert line.endswith(f"step-000002: python -m trainer train --config {path_of(failing)}/config.toml --resume auto")
+
+
+def test_a_reference_is_installed_without_allocating(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a lack of memory cannot leave the weights of two policies mixed."""
+    monkeypatch.setattr("trainer.models.reference.CHUNK", 100)  # most weights have more
+    reference = Reference(policy, 1.0)
+    old = [weight.clone() for weight in policy.trainable()]
+    with torch.no_grad():
+        new = [weight.add_(1).clone() for weight in policy.trainable()]
+    with monkeypatch.context() as patch:
+        for name in ("empty", "empty_like", "zeros_like", "clone"):
+            patch.setattr(torch, name, None)
+        patch.setattr(torch.Tensor, "clone", None)
+        with reference.installed():
+            for weight, kept, own, other in zip(policy.trainable(), reference.weights, old, new, strict=True):
+                assert torch.equal(weight, own)
+                assert torch.equal(kept, other)
+    assert all(torch.equal(weight, own) for weight, own in zip(policy.trainable(), new, strict=True))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import no_tick
 
-from trainer.config import DataConfig, LoraConfig, ModelConfig
+from trainer.config import Config, DataConfig, LoraConfig, ModelConfig
 from trainer.dataset import encode
 from trainer.errors import ModelError
+from trainer.loop import train
 from trainer.models import embedded
 from trainer.models.embedding import SentenceEmbedding
 from trainer.models.policy import load_policy
@@ -80,3 +84,40 @@ def test_a_broken_conversion_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match="disk full"):
         embedded.resolve("smollm2-135m", str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def hub(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without network and a cache of the hub in which a user has left tiny/llama."""
+    home, commit = tmp_path / "hub" / "models--tiny--llama", "0" * 40
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    (home / "blobs").mkdir()
+    (home / "snapshots" / commit).mkdir(parents=True)
+    for number, file in enumerate(sorted(model_dir.iterdir())):
+        shutil.copy(file, home / "blobs" / str(number))
+        (home / "snapshots" / commit / file.name).symlink_to(Path("../../blobs") / str(number))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return home / "snapshots" / commit
+
+
+def test_a_hub_id_comes_from_the_cache_without_network(hub: Path, changed: Callable[..., Config]) -> None:
+    assert embedded.resolve("tiny/llama", "unused") == hub
+    assert embedded.resolve("tiny/llama", "unused", weights=False) == hub
+    config = changed(steps=1, model={"path": "tiny/llama"}, lora={"rank": 2}, data={"eval": ""})
+    assert train(config)
+    saved = Path(config.out) / config.name / "model"
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny/llama"
+    again = changed(steps=1, name="again", model={"path": str(saved)}, data={"eval": ""})
+    assert train(again), "an adapter finds its base by the id"
+
+
+@pytest.mark.parametrize("name", ["tiny/other", "no folder", "/no/such/folder"])
+def test_what_is_neither_folder_nor_name_nor_reachable_is_one_line(hub: Path, name: str) -> None:
+    with pytest.raises(
+        ModelError, match=r"model\.path: expected a folder, an embedded name \(smollm2-135m, .* reachable hub id"
+    ) as error:
+        embedded.resolve(name, "unused")
+    assert f"got {name!r} (" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -127,7 +127,7 @@ def test_recomputed_activations_give_the_same_gradients(model_dir: Path) -> None
 @pytest.mark.parametrize(
     ("model", "lora", "message"),
     [
-        ({"path": "no-such-model"}, {}, "expected a directory or one of smollm2-135m"),
+        ({"path": "no-such-model"}, {}, "model.path: expected a folder, an embedded name .smollm2-135m"),
         ({"device": "quantum"}, {}, "expected auto, cpu or cuda"),
         ({"attention": "magic"}, {}, "expected a causal language model in"),
         ({}, {"rank": 2, "targets": ("nothing",)}, "expected modules of LlamaForCausalLM"),

@@ -18,12 +18,14 @@ from runs_on_ranks import train
 from safetensors.torch import load_file
 from test_checkpoints import assert_same_run, names, path_of
 from test_loop import rows, without_times
-from tiny import PAPER, make_model, make_tokenizer
+from tiny import PAPER, WORDS, make_model, make_tokenizer
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trainer import ranks
 from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
 from trainer.config.settings import to_toml
 from trainer.errors import RemoteRankError
+from trainer.models.policy import load_policy
 from trainer.runs.export import export
 
 HERE = Path(__file__).parent
@@ -58,6 +60,15 @@ FAILURES = {
     "no_memory_in_an_update": ("trainer.learning.learner.policy_loss", 4),
 }
 
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+}  # fmt: skip
+LOADS: dict[str, dict[str, Any]] = {
+    "plain": {}, "tied": {}, "lora": {"lora": {"rank": 2}},
+    "tied-lora-bfloat16": {"lora": {"rank": 2}, "model": {"dtype": "bfloat16", "gradient_checkpointing": True}},
+}  # fmt: skip
+
 Weights = dict[str, torch.Tensor]
 
 
@@ -73,6 +84,7 @@ class Pair:
     killed: Config
     narrowed: Config
     failed: dict[str, Config]
+    loads: dict[str, Config]
     statuses: dict[str, list[int]]
     out: dict[str, list[str]]
     err: dict[str, list[str]]
@@ -132,14 +144,16 @@ def pair(base: Config) -> Pair:
     killed, half = straight.replace(name="killed", resume="auto"), straight.replace(name="narrowed", checkpoint={"every": 2})
     broken = base.replace(name="broken", rewards={"functions": ("reward_functions:raises_on_the_second_rank",)})
     failed = {name: straight.replace(name=name, resume="auto", checkpoint={"every": 2}) for name in FAILURES}
+    loads = {f"{family}-{kind}": load_config(base, family, kind) for family in FAMILIES for kind in LOADS}
     launches = [
         # A rank's third save: before, in or after the write of its shards.
-        {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
+        {"name": "killed", "kill": 6, "recipes": [recipe(killed)]},
         *(
             {"name": name, "command": ["train", "--config", recipe(failed[name])], "fail": where}
             for name, where in FAILURES.items()
         ),
         {"name": "all", "recipes": [recipe(config) for config in (*two.values(), straight, killed, half, *failed.values())]},
+        {"name": "load", "load": [recipe(config) for config in loads.values()]},
         {"name": "broken", "command": ["train", "--config", recipe(broken)]},
     ]
     statuses, out, err = run_launches(Path(base.out).parent, launches)
@@ -149,7 +163,20 @@ def pair(base: Config) -> Pair:
         assert train(config)
     narrowed = half.replace(resume=str(path_of(half) / "checkpoints" / "step-000002"))
     assert train(narrowed)
-    return Pair(one, two, straight, killed, narrowed, failed, statuses, out, err)
+    return Pair(one, two, straight, killed, narrowed, failed, loads, statuses, out, err)
+
+
+def load_config(base: Config, family: str, kind: str) -> Config:
+    """A tiny model of a family, with a head that is tied or not; adapters or all weights."""
+    directory = Path(base.out).parent / f"{family}-{kind}"
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+    settings, model = FAMILIES[family]
+    torch.manual_seed(0)
+    model(settings(**sizes, tie_word_embeddings="tied" in kind)).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return base.replace(name=f"{family}-{kind}", lora=LOADS[kind].get("lora", {}),
+                        model={"path": str(directory), "attention": "eager", **LOADS[kind].get("model", {})})  # fmt: skip
 
 
 def assert_close_runs(one: Config, two: Config, rel: float, at: float) -> tuple[Weights, Weights]:
@@ -236,6 +263,28 @@ def test_a_rank_that_fails_ends_all_and_the_run_resumes_bitwise(pair: Pair, name
     assert "to continue from" not in err[0], "one rank reports it"
     assert f"resuming from step-00000{saved}: {saved} of 5 steps are done" in pair.out["all"][0]
     assert_same_run(pair.straight, pair.failed[name])
+
+
+@pytest.mark.parametrize("kind", LOADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_rank_reads_the_model_and_the_others_get_their_shards(pair: Pair, family: str, kind: str) -> None:
+    """Weights and buffers on both ranks equal those of one process. Rank 1 starts without weights
+    and never has more than two full matrices, the received one and its copy.
+    """
+    assert pair.statuses["load"] == [0, 0], pair.err["load"]
+    config = pair.loads[f"{family}-{kind}"]
+    plain = load_policy(config.model, config.lora, seed=1)
+    for rank in range(2):
+        found = torch.load(f"{recipe(config)}-{rank}.pt")
+        assert found["meta"]
+        assert found["full"] <= 2 or rank == 0, "rank 0 has the whole model"
+        assert found["tied"] == ("tied" in kind)
+        assert found["eos"] == plain.eos_ids
+        for theirs, ours in ((found["weights"], plain.state_dict()), (found["buffers"], dict(plain.named_buffers()))):
+            assert theirs.keys() == ours.keys()
+            for name, value in ours.items():
+                assert torch.equal(theirs[name], value), name
+                assert theirs[name].dtype == value.dtype, name
 
 
 def test_one_process_resumes_from_two(pair: Pair) -> None:

@@ -36,7 +36,7 @@ def save(directory: Path, *, chat: bool = True, pad: bool = True, labels: int = 
 
 
 def load(directory: Path, **options: Any) -> RewardModel:
-    return RewardModel(RewardModelConfig(path=str(directory), **options), torch.device("cpu"))
+    return RewardModel(RewardModelConfig(path=str(directory), **options), "unused", torch.device("cpu"))
 
 
 def expected(model: LlamaForSequenceClassification, ids: list[list[int]]) -> list[float]:
@@ -80,7 +80,7 @@ def test_long_completions_fail_alone(tmp_path: Path) -> None:
 def test_what_is_no_reward_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rewards\.reward_model\.path: expected a directory, got ''"):
         parse_config(["--rewards.functions", "reward_model"])
-    with pytest.raises(ModelError, match="expected a directory, got"):
+    with pytest.raises(ModelError, match=r"rewards\.reward_model\.path: expected a folder"):
         load(tmp_path / "none")
     save(tmp_path / "two", labels=2)
     with pytest.raises(ModelError, match="expected a model with 1 output, got 2"):

@@ -45,7 +45,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     killed, failed = (straight.replace(name=name, resume="auto") for name in ("killed", "failed"))
     third_step = ("trainer.rollouts.vllm_engine.VllmEngine._sample", 5)  # after the check at the start and an evaluation
     launches = [
-        {"name": "killed", "kill": 8, "recipes": [recipe(killed)]},
+        {"name": "killed", "kill": 6, "recipes": [recipe(killed)]},
         {"name": "failed", "command": ["train", "--config", recipe(failed)], "fail": third_step},
         {"name": "all", "recipes": [recipe(config) for config in (two["full"], two["adapters"], straight, killed, failed)]},
         {"name": "parallel", "recipes": [recipe(two["parallel"])]},

@@ -13,7 +13,8 @@ class ModelConfig(Section):
     """The language model that is trained."""
 
     path: str = "smollm2-135m"
-    """A directory in Hugging Face format (a model, or an adapter saved by a run), or the name of an embedded model."""
+    """A folder in Hugging Face format (a model, or an adapter saved by a run), an id of the hub (Qwen/Qwen3-4B), or the name
+    of an embedded model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; the trained weights themselves always stay in fp32."""
     attention: str = "auto"

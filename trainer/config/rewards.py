@@ -73,7 +73,7 @@ class RewardModelConfig(Section):
     """The reward ``reward_model``: the output of a sequence classifier with one output."""
 
     path: str = ""
-    """A directory in Hugging Face format for AutoModelForSequenceClassification."""
+    """A folder in Hugging Face format for AutoModelForSequenceClassification, or an id of the hub."""
     batch: Count = 16
     """Most completions in one forward pass."""
     max_tokens: Count = 4096
@@ -106,7 +106,7 @@ class RewardsConfig(Section):
     timeout: Positive = 120.0
     """Seconds for one call of an async function. Ordinary functions have no time limit, because they cannot be cancelled."""
     embedding_model: str = "minilm-l6-v2"
-    """Sentence embedding for similarity: an embedded name or a directory in Hugging Face format."""
+    """Sentence embedding for similarity: an embedded name, a folder in Hugging Face format or an id of the hub."""
     embedding_share: Share = 0.5
     """Share of the embedding cosine in similarity; the rest is ROUGE-L, which a fluent wrong completion does not raise."""
     judge: JudgeConfig = JudgeConfig()

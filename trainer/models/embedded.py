@@ -1,5 +1,5 @@
-"""Real models from packages of the Python package index, for machines without access to the Hugging
-Face hub.
+"""Where the files of a model are: in a folder, on the Hugging Face hub, or, for machines without
+access to it, in packages of the Python package index.
 
 Only data files of these packages are read; their code is never imported.
 """
@@ -14,9 +14,13 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ModelError
+
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Configuration and tokenizer of a model on the hub."""
 
 
 def _package_file(module: str, relative: str, package: str) -> Path:
@@ -71,15 +75,23 @@ EMBEDDED: dict[str, Callable[[Path], Path]] = {"smollm2-135m": _smollm2, "minilm
 converts it."""
 
 
-def resolve(name: str, cache: str) -> Path:
-    """Directory in Hugging Face format of an embedded model, or of a path.
+def resolve(name: str, cache: str, key: str = "model.path", *, weights: bool = True) -> Path:
+    """Directory in Hugging Face format of an embedded model, of a folder, or of a model on the hub: it
+    is downloaded, or taken from the hub's cache where the hub cannot be reached.
+
+    Args:
+        key: the setting, for messages.
+        weights: False leaves them out of a download.
 
     Raises:
-        ModelError: neither an embedded name nor a directory, or the package is not installed.
+        ModelError: there is none of the three, or the package is not installed.
     """
     if name in EMBEDDED:
         return EMBEDDED[name](Path(cache).expanduser())
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        raise ModelError(f"model: expected a directory or one of {', '.join(EMBEDDED)}, got {name!r}")
-    return path
+    if (path := Path(name).expanduser()).is_dir():
+        return path
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, *(["*.safetensors"] if weights else [])]))
+    except (OSError, ValueError) as error:
+        expected = f"a folder, an embedded name ({', '.join(EMBEDDED)}) or a reachable hub id"
+        raise ModelError(f"{key}: expected {expected}, got {name!r} ({str(error).strip().splitlines()[0]})") from error

@@ -23,7 +23,7 @@ class SentenceEmbedding:
     """
 
     def __init__(self, name: str, cache: str, device: torch.device, batch: int = 64) -> None:
-        directory = resolve(name, cache)
+        directory = resolve(name, cache, "rewards.embedding_model")
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self.model = AutoModel.from_pretrained(directory).to(device).eval().requires_grad_(False)
         self.device, self.batch = device, batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from itertools import accumulate
@@ -26,8 +26,8 @@ from eapo_kernels import token_stats
 from .. import ranks
 from ..config import LoraConfig, ModelConfig
 from ..errors import ModelError
-from .embedded import EMBEDDED, resolve
-from .sharding import full_tensor, shard, unsharded
+from .embedded import resolve
+from .sharding import fill, full_tensor, shard, skeleton, unsharded
 
 T = TypeVar("T")
 
@@ -57,9 +57,11 @@ class Policy(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         packing: str = "auto",
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         """device: where to move the model, or this rank's shards of it; None leaves it where it is.
-        packing: as ``model.packing``.
+        packing: as ``model.packing``. weights: of a model that is a skeleton, on rank 0; nothing on
+        the others.
         """
         super().__init__()
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
@@ -80,6 +82,9 @@ class Policy(nn.Module):
         self.eval()
         if ranks.size() > 1:
             shard(self, self.language_model, dtype, device or self.device)
+            if weights is not None:
+                fill(model, weights, device or self.device)
+                self.language_model.tie_weights(recompute_mapping=False)  # allocated apart
         elif device is not None:
             self.to(device)
         self._check_head()
@@ -211,10 +216,11 @@ class Policy(nn.Module):
         scratch = directory.with_name(f"{directory.name}.tmp")
 
         def write() -> None:
-            for stale in (scratch, directory):
-                shutil.rmtree(stale, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
             self.model.save_pretrained(scratch, state_dict=weights, **options)
             self.tokenizer.save_pretrained(scratch)
+            if directory.exists():
+                shutil.rmtree(directory)
             scratch.rename(directory)
 
         ranks.run_on_main(write)
@@ -233,40 +239,52 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
     """Load a model, or a saved adapter with its base, and add new adapters when ``lora.rank`` > 0.
 
     With adapters the frozen weights are kept in ``config.dtype``. Trained weights are always fp32.
+    Of several processes the first one reads the files. The others receive the model without its
+    weights, then their shards of one tensor after the other.
 
     Raises:
         ModelError: the model is not found, or this trainer cannot use it.
     """
     transformers_logging.disable_progress_bar()
     device = find_device(config.device, "model.device")
-    dtype = getattr(torch, config.dtype)
-    ranks.run_on_main(lambda: resolve(config.path, config.cache))  # converts an embedded model, once
-    directory = resolve(config.path, config.cache)
+    whole: PreTrainedModel | PeftModel | None = None
+
+    def load() -> PreTrainedModel | PeftModel:
+        nonlocal whole
+        whole = _load(config, lora, device, seed)
+        return skeleton(whole) if ranks.size() > 1 else whole
+
+    model = ranks.run_on_main(load)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(config.path, config.cache, weights=False))
+    if config.gradient_checkpointing:
+        with _renames_ignored():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    weights = (whole.state_dict() if whole else {}) if ranks.size() > 1 else None
+    return Policy(model, tokenizer, getattr(torch, config.dtype), device, config.packing, weights)
+
+
+def _load(config: ModelConfig, lora: LoraConfig, device: torch.device, seed: int) -> PreTrainedModel | PeftModel:
+    """The whole model on the CPU, with its adapters."""
+    directory = resolve(config.path, config.cache)  # converts or downloads it, once
     adapter = directory / "adapter_config.json"
     base = directory
     if adapter.is_file():
         base = resolve(json.loads(adapter.read_text())["base_model_name_or_path"], config.cache)
         if lora.rank:
             raise ModelError(f"lora.rank: expected 0 (the adapter in {directory} is trained on), got {lora.rank}")
-    adapted = adapter.is_file() or lora.rank > 0
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    dtype = getattr(torch, config.dtype) if adapter.is_file() or lora.rank else torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype if adapted else torch.float32, attn_implementation=attention(config, device)
-        )
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention(config, device))
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(f"model: expected a causal language model in {base}, got: {error}") from error
     if adapter.is_file():
         with _renames_ignored():
-            model = PeftModel.from_pretrained(model, directory, is_trainable=True)
-    elif lora.rank:
-        model = _with_adapters(model, lora, seed)
-        name = config.path if config.path in EMBEDDED else str(base.resolve())
+            return PeftModel.from_pretrained(model, directory, is_trainable=True)
+    if lora.rank:
+        model = with_adapters(model, lora, seed)
+        name = str(base.resolve()) if Path(config.path).expanduser().is_dir() else config.path
         model.peft_config["default"].base_model_name_or_path = name
-    if config.gradient_checkpointing:
-        with _renames_ignored():
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model, tokenizer, dtype, device, config.packing)
+    return model
 
 
 @contextmanager
@@ -279,7 +297,7 @@ def _renames_ignored() -> Iterator[None]:
         yield
 
 
-def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     peft_config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .. import ranks
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def skeleton(model: Model) -> Model:
+    """A copy of a model with its parameters on the meta device. Buffers keep their values, because
+    not all of them are in a state dict (rotary frequencies); tied parameters stay tied.
+    """
+    hollow = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, hollow)
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give a sharded skeleton its weights, one full tensor at a time. weights: its state dict on
+    rank 0, nothing on the others.
+    """
+    buffers = dict(model.named_buffers())
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def shard(root: nn.Module, model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:

@@ -58,8 +58,8 @@ def _is_async(function: RewardFunction) -> bool:
 def _ordinary(name: str, function: RewardFunction, arguments: Arguments) -> Called:
     begun, count = time.monotonic(), len(arguments["completions"])
 
-    def on(rows: Sequence[int]) -> list[Score]:
-        return _checked(name, function(**_rows(arguments, rows)), len(rows))
+    def on(chosen: Sequence[int]) -> list[Score]:
+        return _checked(name, function(**rows(arguments, chosen)), len(chosen))
 
     try:
         return on(range(count)), time.monotonic() - begun
@@ -87,22 +87,22 @@ async def _side_by_side(
 ) -> dict[str, Called]:
     prompts = arguments["prompts"]
     everything = list(range(len(prompts)))
-    by_prompt = [list(rows) for _, rows in groupby(everything, key=lambda i: prompts[i])]
+    by_prompt = [list(group) for _, group in groupby(everything, key=lambda i: prompts[i])]
 
     async def called(name: str, function: Any) -> Called:
         begun, gate = time.monotonic(), asyncio.Semaphore(concurrency)
         alone = getattr(function, "limits_itself", False)
 
-        async def on(rows: list[int]) -> list[Score]:
+        async def on(chosen: list[int]) -> list[Score]:
             async with gate:
                 try:
                     async with asyncio.timeout(None if alone else timeout) as limit:
-                        scores = await function(**_rows(arguments, rows))
+                        scores = await function(**rows(arguments, chosen))
                 except Exception as error:  # users' code may raise anything
                     late = f"no scores within {timeout:g} s (rewards.timeout)"
                     reason = late if limit.expired() else f"{type(error).__name__}: {error}"
-                    return [Failed(reason)] * len(rows)
-            return _checked(name, scores, len(rows))
+                    return [Failed(reason)] * len(chosen)
+            return _checked(name, scores, len(chosen))
 
         found = await asyncio.gather(*map(on, [everything] if alone else by_prompt))
         return [score for scores in found for score in scores], time.monotonic() - begun
@@ -117,8 +117,9 @@ async def _side_by_side(
     return {name: task.result() for name, task in tasks.items()}
 
 
-def _rows(arguments: Arguments, rows: Sequence[int]) -> dict[str, list[Any]]:
-    return {key: [column[i] for i in rows] for key, column in arguments.items()}
+def rows(arguments: Arguments, chosen: Sequence[int]) -> dict[str, list[Any]]:
+    """The arguments of some completions."""
+    return {key: [column[i] for i in chosen] for key, column in arguments.items()}
 
 
 def _checked(name: str, values: object, count: int) -> list[Score]:

@@ -5,7 +5,6 @@ reward models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..config import RewardModelConfig
 from ..errors import ModelError
+from ..models.embedded import resolve
 from ..models.policy import find_device
 from . import Completion, Failed, Score, text_of
 
@@ -28,10 +28,8 @@ class RewardModel:
             the output layer.
     """
 
-    def __init__(self, config: RewardModelConfig, device: torch.device) -> None:
-        directory = Path(config.path).expanduser()
-        if not directory.is_dir():
-            raise ModelError(f"rewards.reward_model.path: expected a directory, got {config.path!r}")
+    def __init__(self, config: RewardModelConfig, cache: str, device: torch.device) -> None:
+        directory = resolve(config.path, cache, "rewards.reward_model.path")
         self.max_tokens = config.max_tokens
         self.device = device if config.device == "auto" else find_device(config.device, "rewards.reward_model.device")
         try:

@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,9 +27,11 @@ from ..models.embedding import SentenceEmbedding
 from ..records import Failure, Scores, Tick
 from . import Completion, Failed, RewardFunction, Score
 from .builtin import BUILT_IN, Similarity
-from .calls import call_all
+from .calls import Arguments, call_all, rows
 
 Columns = Mapping[str, Sequence[Any]]
+Found = dict[str, tuple[list[Score], dict[str, float]]]
+"""For every function its B scores and its measurements: ``seconds`` and those of its ``metrics()``."""
 
 
 class Rewards:
@@ -41,6 +44,7 @@ class Rewards:
 
     def __init__(self, config: RewardsConfig, *, cache: str, device: torch.device) -> None:
         self.config = config
+        check_functions(config)
         self.functions: dict[str, RewardFunction] = {}
         for name in config.functions:
             self.functions[name] = _function(name, config, cache, device)
@@ -62,7 +66,7 @@ class Rewards:
         Raises:
             RewardError: a function broke its contract, or failed while ``on_failure`` is "stop".
         """
-        prompts, found = columns["prompt"], self._shared(columns, texts, completion_ids, tick)
+        prompts, found = columns["prompt"], self._shared(_arguments(columns, texts, completion_ids), tick)
         failures = [
             Failure(name, i, prompts[i], texts[i], score.reason)
             for name, (scores, _) in found.items()
@@ -92,7 +96,7 @@ class Rewards:
         references = [str(row["answer"]) for row in rows]
         texts = [*references, *references[1:], references[0]]
         columns = {name: [row[name] for row in rows] * 2 for name in rows[0]}
-        found = self._call(columns, texts, [tokenizer(text)["input_ids"] for text in texts], lambda *_: None)
+        found = self._call(_arguments(columns, texts, [tokenizer(text)["input_ids"] for text in texts]), lambda *_: None)
         total = self._sum({name: [math.nan if isinstance(s, Failed) else s for s in own] for name, (own, _) in found.items()})
         off = torch.minimum(total.abs(), (total - 1).abs()).nan_to_num(0.0)
         worst = int(off.argmax())
@@ -104,54 +108,44 @@ class Rewards:
 
     def _sum(self, parts: Mapping[str, Sequence[float | None]]) -> Tensor:
         """[B] fp64: the weighted sum of each completion's numbers, NaN where it has none."""
-        weights = self.config.weights
-        rows = [
-            [w * value for w, value in zip(weights, row, strict=True) if value is not None]
+        weighted = [
+            [w * value for w, value in zip(self.config.weights, row, strict=True) if value is not None]
             for row in zip(*parts.values(), strict=True)
         ]
-        return torch.tensor([sum(row) if row else math.nan for row in rows], dtype=torch.float64)
+        return torch.tensor([sum(own) if own else math.nan for own in weighted], dtype=torch.float64)
 
-    def _shared(
-        self, columns: Columns, texts: Sequence[str], completion_ids: Sequence[Sequence[int]], tick: Tick
-    ) -> dict[str, tuple[list[Score], dict[str, float]]]:
+    def _shared(self, arguments: Arguments, tick: Tick) -> Found:
         """``_call`` with the work shared among the ranks."""
         if ranks.size() == 1:
-            return self._call(columns, texts, completion_ids, tick)
-        number: dict[str, int] = {}
-        keys = [json.dumps(prompt, sort_keys=True) for prompt in columns["prompt"]]
-        owners = [number.setdefault(key, len(number)) % ranks.size() for key in keys]
+            return self._call(arguments, tick)
+        keys = [json.dumps(prompt, sort_keys=True) for prompt in arguments["prompts"]]
+        number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        owners = [number[key] % ranks.size() for key in keys]
         own = [i for i, owner in enumerate(owners) if owner == ranks.rank()]
-
-        def work() -> dict[str, tuple[list[Score], dict[str, float]]]:
-            part = {name: [column[i] for i in own] for name, column in columns.items()}
-            return self._call(part, [texts[i] for i in own], [completion_ids[i] for i in own], tick) if own else {}
-
-        found = ranks.all_gather(work)
-        result: dict[str, tuple[list[Score], dict[str, float]]] = {}
+        parts = ranks.all_gather(lambda: self._call(rows(arguments, own), tick) if own else {})
+        found: Found = {}
         for name in self.functions:
-            scores = [iter(part[name][0]) if part else iter(()) for part in found]
-            measured = [part[name][1] for part in found if part]
+            scores = [iter(part[name][0] if part else ()) for part in parts]
+            measured = [part[name][1] for part in parts if part]
             largest = {metric: max(other[metric] for other in measured) for metric in measured[0]}
-            result[name] = [next(scores[owner]) for owner in owners], largest
-        return result
+            found[name] = [next(scores[owner]) for owner in owners], largest
+        return found
 
-    def _call(
-        self, columns: Columns, texts: Sequence[str], completion_ids: Sequence[Sequence[int]], tick: Tick
-    ) -> dict[str, tuple[list[Score], dict[str, float]]]:
-        """For every function its B scores and its measurements: ``seconds`` and those of a method
-        ``metrics``.
-        """
-        prompts = columns["prompt"]
-        completions: list[Completion] = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        others = {name: column for name, column in columns.items() if name != "prompt"}
-        arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **others}
+    def _call(self, arguments: Arguments, tick: Tick) -> Found:
         config = self.config
-        found = call_all(self.functions, arguments, concurrency=config.concurrency, timeout=config.timeout, tick=tick)
+        called = call_all(self.functions, arguments, concurrency=config.concurrency, timeout=config.timeout, tick=tick)
         own = {name: f.metrics() for name, f in self.functions.items() if hasattr(f, "metrics")}
-        return {name: (scores, {"seconds": seconds, **own.get(name, {})}) for name, (scores, seconds) in found.items()}
+        return {name: (scores, {"seconds": seconds, **own.get(name, {})}) for name, (scores, seconds) in called.items()}
+
+
+def _arguments(columns: Columns, texts: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> Arguments:
+    """The arguments of reward functions."""
+    completions: list[Completion] = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(columns["prompt"], texts, strict=True)
+    ]
+    others = {name: column for name, column in columns.items() if name != "prompt"}
+    return {"prompts": columns["prompt"], "completions": completions, "completion_ids": completion_ids, **others}
 
 
 def overlong_penalty(lengths: Sequence[int], most: int, window: int) -> Tensor:
@@ -169,7 +163,7 @@ def _function(name: str, config: RewardsConfig, cache: str, device: torch.device
     if name == "reward_model":
         from .reward_model import RewardModel
 
-        return RewardModel(config.reward_model, device)
+        return RewardModel(config.reward_model, cache, device)
     if name == "math_verify":
         from .math_answers import MathVerify
 
@@ -181,6 +175,27 @@ def _function(name: str, config: RewardsConfig, cache: str, device: torch.device
         judge.check()
         return judge
     return BUILT_IN[name] if name in BUILT_IN else import_function(name)
+
+
+PACKAGES = {"judge": "openai", "math_verify": "math_verify"}
+
+
+def check_functions(config: RewardsConfig) -> None:
+    """Look for the configured functions, their packages and the judge's key, without loading models.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    for name in config.functions:
+        if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+            expected = f"the package {PACKAGES[name]} (pip install '.[train]')"
+            raise ConfigError(f"rewards.functions: expected {expected} for {name}, got none")
+        if name == "judge":
+            from .judge import Judge
+
+            Judge(config.judge)
+        elif name not in (*BUILT_IN, "similarity", "math_verify", "reward_model"):
+            import_function(name)
 
 
 def import_function(path: str) -> RewardFunction:

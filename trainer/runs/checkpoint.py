@@ -1,14 +1,14 @@
-"""Checkpoints on disk: written atomically and verified before use.
+"""Checkpoints on disk: written atomically and checked before use.
 
-``checkpoints/step-000012`` holds the tensors in the format of torch.distributed.checkpoint (each
-rank writes its shards), ``state.pt`` with everything else, and ``manifest.json`` with sizes and
-SHA-256 hashes of both. It is written under a temporary name and renamed after all files are synced
-to disk, so a directory of that name is complete. Later damage is detected by ``verify``.
+``checkpoints/step-000012`` holds tensors in the format of torch.distributed.checkpoint (each rank
+writes its shards), ``state.pt`` with everything else, and ``manifest.json`` with the settings of
+the run and the size of every file. It is written under a temporary name and renamed after all files
+are synced to disk, so a directory of that name is complete. A file that is lost or cut afterwards
+is found by its size; bytes that change on disk are not.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,9 +26,8 @@ from .. import ranks
 from ..errors import CheckpointError
 from ..records import Support
 
-FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.pt"
-UNFINISHED = ".tmp"
+FORMAT = 2
+MANIFEST, STATE, UNFINISHED = "manifest.json", "state.pt", ".tmp"
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -41,33 +40,33 @@ def step_of(path: Path | None) -> int:
     return int(path.name.removeprefix("step-")) if path else 0
 
 
-def write(root: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], *, keep: int) -> Path:
+def write(
+    root: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], settings: dict[str, Any], *, keep: int
+) -> Path:
     """Write a checkpoint and remove all but the last ``keep``. An existing checkpoint of this step
     is kept. All ranks call it.
 
     Args:
         tensors: nested dictionaries of tensors, sharded ones included.
         state: plain values and small tensors, equal on all ranks.
+        settings: of the run, for ``verify``.
+
+    Raises:
+        CheckpointError: on all ranks, when a rank cannot write its tensors.
     """
     path = root / f"step-{step:06d}"
     scratch = path.with_suffix(UNFINISHED)
     if ranks.run_on_main(path.exists):
         return path
-    ranks.run_on_main(lambda: _clear(root))
-    try:
-        with _alone():
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, sync_files=True), no_dist=ranks.size() == 1)
-    except dcp.api.CheckpointException as error:  # raised on all ranks
-        raise CheckpointError(f"checkpoint {path}: expected to write it, got: {_reason(error)}") from error
-    own = ranks.all_gather(lambda: {file.name: _described(file) for file in scratch.glob(f"__{ranks.rank()}_*")})
+    ranks.run_on_main(lambda: prune(root, None))
+    with _reported(path, "to write it"):
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, sync_files=True), no_dist=ranks.size() == 1)
 
     def finish() -> None:
         torch.save(state, scratch / STATE)
-        files = {name: facts for part in own for name, facts in part.items()}
-        files.update({name: _described(scratch / name) for name in (".metadata", STATE)})
-        manifest = {"format": FORMAT, "step": step, "ranks": ranks.size(), "files": files}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        for name in (".metadata", STATE, MANIFEST, "."):
+        sizes = {file.name: file.stat().st_size for file in scratch.iterdir()}
+        (scratch / MANIFEST).write_text(json.dumps({"format": FORMAT, "settings": settings, "files": sizes}, indent=1) + "\n")
+        for name in (STATE, MANIFEST, "."):
             _sync(scratch / name)
         scratch.rename(path)
         _sync(root)
@@ -77,10 +76,12 @@ def write(root: Path, step: int, tensors: dict[str, Any], state: dict[str, Any],
     return path
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove unfinished checkpoints, and all but the last ``keep``."""
-    _clear(root)
-    for old in checkpoints(root)[:-keep]:
+def prune(root: Path, keep: int | None) -> None:
+    """Remove unfinished checkpoints, and all but the last ``keep`` (None: no others)."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(f"step-*{UNFINISHED}"):
+        shutil.rmtree(leftover)
+    for old in checkpoints(root)[:-keep] if keep else ():
         remove(old)
 
 
@@ -89,26 +90,6 @@ def remove(path: Path) -> None:
     doomed = path.with_suffix(UNFINISHED)
     path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Suppress the warning about a missing process group, which is intended here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
-
-
-def _clear(root: Path) -> None:
-    """Create ``root`` and remove unfinished checkpoints of a crashed run."""
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(f"step-*{UNFINISHED}"):
-        shutil.rmtree(leftover)
-
-
-def _described(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
 def _sync(path: Path) -> None:
@@ -120,29 +101,25 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def verify(path: Path) -> None:
-    """Read all files of a checkpoint and compare their hashes.
+def verify(path: Path) -> dict[str, Any]:
+    """Check that all files of a checkpoint are there in full. Returns the settings of its run.
 
     Raises:
-        CheckpointError: a file is missing, truncated or changed, or the format is that of another
-            version.
+        CheckpointError: a file is missing or truncated, or the format is that of another version.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files, written = manifest["files"], manifest["format"]
+        files, written, settings = manifest["files"], manifest["format"], manifest.get("settings", {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: expected a readable {MANIFEST}, got {error}") from error
     if written != FORMAT:
-        raise CheckpointError(f"checkpoint {path}: expected format {FORMAT}, got {written}")
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"checkpoint {path}: expected the file {name}, got none")
-        if file.stat().st_size != expected["size"]:
-            got = f"{file.stat().st_size} (truncated?)"
-            raise CheckpointError(f"checkpoint {path}: {name}: expected {expected['size']} bytes, got {got}")
-        if _described(file) != expected:
-            raise CheckpointError(f"checkpoint {path}: {name}: expected the bytes that were written, got others (corrupted)")
+        raise CheckpointError(f"checkpoint {path}: expected format {FORMAT} of this version of the trainer, got {written}")
+    for name, size in files.items():
+        got = (path / name).stat().st_size if (path / name).is_file() else None
+        if got != size:
+            found = "no file" if got is None else f"{got} (truncated?)"
+            raise CheckpointError(f"checkpoint {path}: {name}: expected {size} bytes, got {found}")
+    return settings
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -162,15 +139,8 @@ def read_tensors(path: Path, into: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the checkpoint lacks one of them, or has it in another shape.
     """
-    try:
-        with _alone():
-            dcp.load(into, storage_reader=dcp.FileSystemReader(path), no_dist=ranks.size() == 1)
-    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path}: expected the tensors of this run, got: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
+    with _reported(path, "the tensors of this run"):
+        dcp.load(into, storage_reader=dcp.FileSystemReader(path), no_dist=ranks.size() == 1)
 
 
 def read_weights(path: Path, model: torch.nn.Module) -> None:
@@ -180,3 +150,17 @@ def read_weights(path: Path, model: torch.nn.Module) -> None:
         CheckpointError: it is a checkpoint of another model.
     """
     read_tensors(path, {"weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}})
+
+
+@contextmanager
+def _reported(path: Path, expected: str) -> Iterator[None]:
+    """Errors of torch.distributed.checkpoint, which it raises on all ranks, as one line. Without a
+    process group it warns that there is none, which is intended here.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
+    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(f"checkpoint {path}: expected {expected}, got: {reason}") from error

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 
 from ..config.settings import parse_config
 from ..errors import ConfigError, check
-from ..models.checkpoint_weights import merged_weights
 from ..models.policy import Policy, load_policy
 from .checkpoint import read_weights, verify
 
@@ -40,15 +40,14 @@ def export(source: Path, out: Path, dtype: str) -> Path:
     check(dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", dtype)
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     check(free, "--out", "a new or an empty directory", str(out))
-    policy, kind = _load(source), getattr(torch, dtype)
-    model = policy.language_model
-    weights = {name: w.to(kind) if w.is_floating_point() else w for name, w in merged_weights(model)}
-    model.to(kind)  # also sets the dtype in the configuration
+    policy = _load(source)
+    model = policy.model.merge_and_unload() if isinstance(policy.model, PeftModel) else policy.model
+    model.to(getattr(torch, dtype))
     scratch = out.with_name(f"{out.name}.tmp")
     check(not scratch.exists(), "--out", f"no other export that is being written, or was cut off, at {scratch}", "one")
     scratch.mkdir(parents=True)
     try:
-        model.save_pretrained(scratch, state_dict=weights)
+        model.save_pretrained(scratch)
         policy.tokenizer.save_pretrained(scratch)
         scratch.rename(out)
     finally:
@@ -65,7 +64,7 @@ def _load(source: Path) -> Policy:
         raise ConfigError(f"export: expected a run with a saved model, or one of its checkpoints (RUN/checkpoints/step-...), "
                           f"got {source}")  # fmt: skip
     config = parse_config([], recipe=run / "config.toml", prog="python -m trainer export")
-    model = config.model.replace(device="cpu", attention="eager", gradient_checkpointing=False)
+    model = config.model.replace(device="cpu", dtype="float32", attention="eager", gradient_checkpointing=False)
     if not of_checkpoint:
         return load_policy(model.replace(path=str(run / "model")), config.lora.replace(rank=0), seed=0)
     verify(source)

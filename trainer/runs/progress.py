@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from .. import ranks
 from ..config import Config
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..models.policy import Policy
 from ..models.reference import Reference
 from .checkpoint import checkpoints, prune, read_state, read_tensors, remove, saved_names, write
 from .randomness import random_state, restore_random_state
-from .resume import check_settings, settings_of
+from .resume import settings_of
 from .rundir import RunDirectory
 
-ADAMW = {"step": (), "exp_avg": None, "exp_avg_sq": None}
-"""State of the optimizer for each weight -> its shape; None is the weight's own."""
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Stateful(Protocol):
@@ -63,14 +63,9 @@ class Progress:
     def save(self) -> Path:
         """Write the checkpoint of the last mark. All ranks call it."""
         self.run.sync()
-        state = {
-            **self.noted,
-            "settings": settings_of(self.config),
-            "prompts": self.prompts,
-            "random": ranks.all_gather(lambda: self.noted["random"]),
-        }
-        step, keep = self.noted["step"], self.config.checkpoint.keep
-        return write(self.run.checkpoints, step, self._tensors(), state, keep=keep)
+        state = {**self.noted, "prompts": self.prompts, "random": ranks.all_gather(lambda: self.noted["random"])}
+        settings, keep = settings_of(self.config), self.config.checkpoint.keep
+        return write(self.run.checkpoints, self.noted["step"], self._tensors(), state, settings, keep=keep)
 
     def rescue(self, error: BaseException) -> None:
         """Save the last mark after an error in the loop, where the weights are still those of it.
@@ -100,17 +95,20 @@ class Progress:
         """Resume from a verified checkpoint and remove later ones.
 
         Raises:
-            ConfigError: it was written with other settings.
             CheckpointError: the training prompts differ, or the log files are shorter than at the
                 checkpoint.
         """
         state = read_state(path)
-        check_settings(path, state["settings"], self.config)
-        if state["step"] > self.config.steps:
-            raise ConfigError(f"steps: expected at least the {state['step']} that are done in {path}, got {self.config.steps}")
         if state["prompts"] != self.prompts:
             raise CheckpointError(f"data.train: expected the prompts that {path} was trained on, got others")
-        read_tensors(path, self._tensors(saved_names(path)))
+        tensors, saved = self._tensors(), saved_names(path)
+        known = {key: value for key, value in tensors["optimizer"].items() if f"optimizer.{key}" in saved}
+        read_tensors(path, {**tensors, "optimizer": known})
+        initial = get_optimizer_state_dict(self.policy, self.optimizer, options=BY_NAME)
+        set_optimizer_state_dict(self.policy, self.optimizer, {**initial, **known}, options=BY_NAME)
+        for name, weight in self.policy.named_parameters():  # a weight that has not had a gradient yet
+            if not any(key.startswith(f"state.{name}.") for key in known):
+                self.optimizer.state.pop(weight, None)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
 
@@ -125,20 +123,16 @@ class Progress:
         own = ranks.rank() if len(state["random"]) == ranks.size() else 0
         restore_random_state(state["random"][own])
 
-    def _tensors(self, saved: set[str] | None = None) -> dict[str, Any]:
-        """Trained weights, optimizer state and moving reference by name. ``saved``: names in a
-        checkpoint, for which missing optimizer state is allocated.
+    def _tensors(self) -> dict[str, dict[str, Any]]:
+        """Trained weights, optimizer state (allocated where there is none yet) and a moving
+        reference by name, in the memory that the run uses.
         """
-        weights = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-        for name, weight in weights.items():
-            if saved is not None and f"optimizer.{name}.step" in saved:
-                self.optimizer.state[weight] = {
-                    key: torch.zeros_like(weight) if shape is None else torch.zeros(shape) for key, shape in ADAMW.items()
-                }
-        result = {
-            "weights": {name: weight.detach() for name, weight in weights.items()},
-            "optimizer": {name: self.optimizer.state[w] for name, w in weights.items() if w in self.optimizer.state},
+        weights = {name: p.detach() for name, p in self.policy.named_parameters() if p.requires_grad}
+        state = get_optimizer_state_dict(self.policy, self.optimizer, options=BY_NAME)
+        tensors: dict[str, dict[str, Any]] = {
+            "weights": weights,
+            "optimizer": {k: v for k, v in state.items() if k.startswith("state.")},
         }
         if self.reference is not None and self.reference.keep < 1:
-            result["reference"] = dict(zip(weights, self.reference.weights, strict=True))
-        return result
+            tensors["reference"] = dict(zip(weights, self.reference.weights, strict=True))
+        return tensors

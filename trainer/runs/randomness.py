@@ -1,5 +1,5 @@
-"""State of the global random generators. The trainer derives its own numbers from seeds; users'
-reward functions may use the global generators.
+"""State of the global random generators. The trainer derives its own numbers from seeds; users' reward
+functions may use the global generators.
 """
 
 from __future__ import annotations
@@ -19,16 +19,10 @@ def seed_generators(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """State of Python's, numpy's and torch's generators in this process, as values that
-    ``torch.load`` accepts with weights_only.
-    """
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, np.asarray(keys).tolist(), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
+    """Their state in this process, as values that ``torch.load`` accepts with weights_only."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state = {"python": random.getstate(), "numpy": (kind, np.asarray(keys).tolist(), *rest), "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
@@ -36,5 +30,5 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import to_json
 
 from eapo_kernels.ops.dispatch import VARIABLE
 from eapo_kernels.ops.verdicts import used
@@ -74,15 +75,31 @@ class RunDirectory:
             remove(stale)
         if self.model.exists():
             shutil.rmtree(self.model)
-        (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-        self.resume()
+        self._describe(environment())
+        self._configure()
 
-    def resume(self) -> None:
+    def resume(self, step: int, changed: Mapping[str, Any]) -> None:
+        """Continue the run after ``step`` steps. The values before of changed settings are kept in
+        environment.json, under "resumed".
+        """
+        content, now = self._described(), environment()
+        entry = {"step": step, "changed": changed, **{key: now[key] for key in ("command", "commit", "processes")}}
+        self._describe({**content, "resumed": [*content.get("resumed", []), entry]})
+        self._configure()
+
+    def _configure(self) -> None:
         """Write the present configuration, without ``overwrite`` and ``resume``, and mark the run as
         unfinished.
         """
         (self.path / "config.toml").write_text(to_toml(self.config.replace(overwrite=False, resume="")))
         (self.path / "finished.json").unlink(missing_ok=True)
+
+    def _described(self) -> dict[str, Any]:
+        file = self.path / "environment.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def _describe(self, content: Mapping[str, Any]) -> None:
+        (self.path / "environment.json").write_text(json.dumps(content, indent=2) + "\n")
 
     def command(self) -> str:
         """The command that resumes the run."""
@@ -105,13 +122,12 @@ class RunDirectory:
         Another backend changes the last bits of a loss, so a resumed run may differ from one that
         was not interrupted.
         """
-        now = kernels()
+        now = {VARIABLE: os.environ.get(VARIABLE, "auto"), **used()}
         if not ranks.is_main() or now == self._kernels:
             return None
-        self._kernels, file = now, self.path / "environment.json"
-        content = json.loads(file.read_text()) if file.exists() else {}
+        self._kernels, content = now, self._described()
         before = content.get("kernels", now)
-        file.write_text(json.dumps(content | {"kernels": now}, indent=2) + "\n")
+        self._describe({**content, "kernels": now})
         changed = [
             f"{name}: {before[name]} before, {value} now" for name, value in now.items() if before.get(name, value) != value
         ]
@@ -121,7 +137,7 @@ class RunDirectory:
         """Append one JSON object to ``<stream>.jsonl``. NaN becomes null."""
         if ranks.is_main():
             with (self.path / f"{stream}.jsonl").open("a") as file:
-                file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+                file.write(to_json(record, inf_nan_mode="null").decode() + "\n")
 
     def _streams(self) -> list[Path]:
         return [file for stream in STREAMS if (file := self.path / f"{stream}.jsonl").exists()]
@@ -148,10 +164,7 @@ class RunDirectory:
             if got < size:
                 raise CheckpointError(f"{self.path / name}: expected at least the {size} bytes of the checkpoint, got {got}")
         for file in self._streams():
-            if file.name in offsets:
-                os.truncate(file, offsets[file.name])
-            else:
-                file.unlink()
+            os.truncate(file, offsets.get(file.name, 0))
 
 
 def read(path: Path, stream: str) -> list[dict[str, Any]]:
@@ -162,50 +175,32 @@ def read(path: Path, stream: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
-
-
-def kernels() -> dict[str, str]:
-    """What ``backend="auto"`` is: as pinned by the environment, or by inputs and verdict."""
-    pinned = os.environ.get(VARIABLE, "auto")
-    return {VARIABLE: pinned} | used()
-
-
 def environment() -> dict[str, Any]:
     """Versions, machine, command and git commit."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    cuda = torch.cuda.is_available()
     return {
         "command": sys.argv,
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": _commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "processes": ranks.size(),
-        "versions": versions,
+        "versions": {package: _version(package) for package in PACKAGES},
     }
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of a git command in this checkout; None without git or a repository."""
+def _version(package: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Git commit of this checkout, with "-dirty" where files differ from it; None outside one."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.strip() or None

@@ -22,11 +22,12 @@ class Trackers:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config, main = config, ranks.is_main()
-        self._tensorboard = _package("torch.utils.tensorboard", "log.tensorboard") if main and config.log.tensorboard else None
-        self._wandb = _package("wandb", "log.wandb") if main and config.log.wandb else None
+        self.config = config
         self._writer: Any = None
         self._run: Any = None
+        board, wandb = (ranks.is_main() and wanted for wanted in (config.log.tensorboard, config.log.wandb))
+        self._tensorboard: Any = _package("torch.utils.tensorboard", "tensorboard") if board else None
+        self._wandb: Any = _package("wandb", "wandb") if wandb else None
 
     def start(self, directory: Path, step: int) -> None:
         """Open the records below the run's ``directory``: new ones at step 0, else continued.
@@ -64,9 +65,8 @@ class Trackers:
             self._run.finish()
 
 
-def _package(module: str, key: str) -> Any:
+def _package(module: str, name: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        package = key.removeprefix("log.")
-        raise ConfigError(f"{key}: expected the package {package} (pip install '.[track]'), got {error}") from None
+        raise ConfigError(f"log.{name}: expected the package {name} (pip install '.[track]'), got {error}") from None

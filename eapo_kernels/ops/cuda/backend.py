@@ -16,9 +16,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..dispatch import Chunk, RowStatistics
-from ..lm_head import Projection
+from ..lm_head import Projection, describable
 from ..triton import backend as triton_backend
-from ..triton.common import capability, describable
+from ..triton.common import capability
 from ..triton.online_softmax import streamed
 from ..triton.scaled_exp import ScaledExpChunk, ScaledExpKernels
 from . import launch

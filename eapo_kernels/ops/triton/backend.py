@@ -54,9 +54,7 @@ def uses_logits(projection: Projection, entropy_gradient: bool) -> bool:
 
 def statistics(projection: Projection, targets: Tensor, *, entropy: bool, second_moments: bool, budget: int) -> RowStatistics:
     """See ``Backend.statistics``. A row's bits do not depend on the other rows."""
-    return streamed(
-        stream_statistics, projection, targets, entropy=entropy, second_moments=second_moments, budget=budget
-    )  # fmt: skip
+    return streamed(stream_statistics, projection, targets, entropy=entropy, second_moments=second_moments, budget=budget)
 
 
 def logit_gradient(

@@ -80,4 +80,4 @@ def _variant(launch: Launch) -> tuple[Any, ...]:
 def _compile_in_turn(launches: list[Launch]) -> None:
     for one in launches:
         with torch.cuda.device(one.device):
-            one.kernel.warmup(**one.arguments, grid=(one.grid,), **one.options)
+            one.kernel.warmup(*one.values, grid=(one.grid,), **one.options)

@@ -24,7 +24,7 @@ from .tiles import Tile
 
 from .common import (  # isort: skip
     LOG2E, PER_CALL, Launch, expm1, family, group_order, options, product_arguments, product_tile, raw_logits, row_scale,
-    shape_logits, split_columns, tile_count, tile_has_target_or_tail, transform_arguments, workspace,
+    shape_logits, split_columns, tile_count, tile_has_target_or_tail, workspace,
 )  # fmt: skip
 
 
@@ -142,24 +142,15 @@ def logit_gradient_kernel(
     )  # fmt: skip
 
 
-def gradient_arguments(
-    projection: Projection, targets: Tensor, statistics: RowStatistics, cotangents: LogitCotangents
-) -> dict[str, Any]:
-    """The arguments that both gradient kernels share."""
+def gradient_arguments(targets: Tensor, statistics: RowStatistics, cotangents: LogitCotangents) -> dict[str, Any]:
+    """The vectors that both gradient kernels read."""
     entropy = cotangents.entropy is not None
     vectors = {
-        "targets": targets,
-        "logp": statistics.logp,
-        "row_offset": statistics.row_offset,
-        "log_sum": statistics.log_sum,
-        "mean_shifted": statistics.mean_shifted if entropy else None,
-        "grad_logp": cotangents.logp,
-        "grad_entropy": cotangents.entropy,
-        "grad_lse": cotangents.lse,
-    }
-    arguments = {name: None if v is None else v.contiguous() for name, v in vectors.items()}
-    slope = projection.logit_scale * projection.inv_temperature
-    return arguments | {"slope": slope} | transform_arguments(projection)
+        "targets": targets, "logp": statistics.logp, "row_offset": statistics.row_offset, "log_sum": statistics.log_sum,
+        "mean_shifted": statistics.mean_shifted if entropy else None, "grad_logp": cotangents.logp,
+        "grad_entropy": cotangents.entropy, "grad_lse": cotangents.lse,
+    }  # fmt: skip
+    return {name: None if v is None else v.contiguous() for name, v in vectors.items()}
 
 
 def logit_gradient(
@@ -171,7 +162,7 @@ def logit_gradient(
     slab = replace(projection, weight=projection.weight[columns], bias=bias)
     tile = tile or product_tile("logit_gradient", slab)
     arguments = {"out": out, "out_stride": out.stride(0), "first_column": columns.start, "SLICES": tile.slices}
-    arguments |= product_arguments(slab, tile) | gradient_arguments(slab, targets, statistics, cotangents)
+    arguments |= product_arguments(slab, tile) | gradient_arguments(targets, statistics, cotangents)
     return Launch(logit_gradient_kernel, tile_count(slab, tile), arguments, options(tile), out.device)
 
 
@@ -209,9 +200,9 @@ def row_gradient(
 ) -> Launch:  # fmt: skip
     """The launch that writes dL/draw [N, V] to ``out``, which may be ``raw``."""
     tile = tile or tiles.find("row_gradient", family(raw.device), 4)
-    arguments = gradient_arguments(projection, targets, statistics, cotangents) | {
-        "out": out, "raw": raw, "n_rows": projection.n_rows, "n_columns": projection.vocab, "raw_stride": raw.stride(0),
-        "out_stride": out.stride(0), "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
+    arguments = projection.arguments | gradient_arguments(targets, statistics, cotangents) | {
+        "out": out, "raw": raw, "raw_stride": raw.stride(0), "out_stride": out.stride(0),
+        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
     }  # fmt: skip
     return Launch(row_gradient_kernel, tile_count(projection, tile), arguments, options(tile), out.device)
 
@@ -236,7 +227,7 @@ class LogitChunk:
 
     def statistics(self) -> RowStatistics:
         """One launch."""
-        return self._finalize(None).statistics
+        return self._finalize(None).statistics()
 
     def surrogate(self, terms: SurrogateTerms) -> Coefficients:
         """One launch."""

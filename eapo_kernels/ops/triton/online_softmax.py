@@ -24,7 +24,7 @@ from .tiles import Tile
 
 from .common import (  # isort: skip
     LN2, LOG2E, LOWEST, NEG_INF, PER_CALL, Launch, family, group_order, log1p, options, product_arguments, product_tile,
-    raw_logits, row_scale, shape_logits, split_columns, tile_has_target_or_tail, transform_arguments,
+    raw_logits, row_scale, shape_logits, split_columns, tile_has_target_or_tail,
 )  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def stream_statistics(
     splits = cdiv(column_tiles, length)
     sums = PartialSums.empty(projection, splits, entropy, second_moments)
     itemsize = projection.hidden.element_size()
-    arguments = product_arguments(projection, tile) | transform_arguments(projection) | {
+    arguments = product_arguments(projection, tile) | {
         "GROUP_N": tiles.live_row_tiles(tile.group_n, tile.block_n, projection.dim, itemsize),
         "sums": sums.values, "targets": targets.contiguous(), "n_splits": splits, "tiles_per_split": length,
         "ENTROPY": entropy, "SECOND_MOMENTS": second_moments, "SLICES": tile.slices,
@@ -268,7 +268,7 @@ def streamed(
         launch()
         last, final = finalize(sums.all_gathered(projection.shard, here))
         last()
-        parts.append(final.statistics)
+        parts.append(final.statistics())
     return RowStatistics.cat(parts)
 
 
@@ -319,10 +319,9 @@ def row_statistics(
     tile = tile or tiles.find("row_statistics", family(raw.device), 4)
     splits = cdiv(projection.vocab, tile.block_v)
     sums = PartialSums.empty(projection, splits, entropy, False)
-    arguments = transform_arguments(projection) | {
+    arguments = projection.arguments | {
         "sums": sums.values, "raw": raw, "raw_stride": raw.stride(0), "targets": targets.contiguous(), "n_splits": splits,
-        "n_rows": projection.n_rows, "n_columns": projection.vocab, "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
-        "ENTROPY": entropy, "SECOND_MOMENTS": False,
+        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "ENTROPY": entropy, "SECOND_MOMENTS": False,
     }  # fmt: skip
     grid = cdiv(projection.n_rows, tile.block_n) * splits
     return Launch(row_statistics_kernel, grid, arguments, options(tile), raw.device), sums

@@ -20,16 +20,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..chunking import cdiv
 from ..dispatch import Coefficients, Entries, LogitCotangents, LogitGradient, RowStatistics, SurrogateTerms
-from ..lm_head import Projection
+from ..lm_head import Projection, describable
 from . import scaled_exp_shard, tiles
 from .sparse import dot_rows
 from .surrogate import Finalized, store_surrogate, surrogate_arguments
 from .tiles import Tile
 
 from .common import (  # isort: skip
-    LN2, LOG2E, LOWEST, NEG_INF, PER_CALL, Launch, bias_arguments, describable, family, group_order, log1p, operand_arguments,
-    options, product_arguments, product_tile, raw_logits, round_to, row_scale, row_scale_arguments, shape_logits, slots,
-    split_columns, tile_count, tile_has_target_or_tail, workspace,
+    LN2, LOG2E, LOWEST, NEG_INF, PER_CALL, Launch, family, group_order, log1p, options, product_arguments, product_tile,
+    raw_logits, round_to, row_scale, shape_logits, slots, split_columns, tile_count, tile_has_target_or_tail, workspace,
 )  # fmt: skip
 
 
@@ -127,7 +126,7 @@ def row_offsets(
     """The launch that fills ``sums.offsets``. targets: [N] int64. logp_guess: [N] fp32 or None."""
     hidden, limits = projection.hidden, window(projection.operand_dtype)
     tile = tile or tiles.find("row_offsets", family(hidden.device), hidden.element_size())
-    arguments = operand_arguments(projection) | bias_arguments(projection) | row_scale_arguments(projection) | {
+    arguments = projection.arguments | {
         "offsets": sums.offsets, "n_rescue": sums.n_rescue, "targets": targets.contiguous(),
         "logp_guess": None if logp_guess is None else logp_guess.contiguous(), "with_guess": limits.with_guess,
         "without_guess": limits.without_guess, "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
@@ -260,7 +259,7 @@ def scaled_exp_gemm(
         tile = replace(tile, block_v=sums.block_v) if rescue_ids else tile
     assert tile.block_v == sums.block_v
     store = tile.stores and describable(matrix)
-    arguments = product_arguments(projection, tile) | bias_arguments(projection) | row_scale_arguments(projection) | {
+    arguments = product_arguments(projection, tile) | {
         "matrix": TensorDescriptor.from_tensor(matrix, [tile.block_n, tile.block_v // tile.slices]) if store else matrix,
         "matrix_stride": matrix.stride(0), "sums": sums.values, "offsets": sums.offsets, "targets": targets.contiguous(),
         "rescue_ids": sums.rescue_ids if rescue_ids else None, "n_rescue": sums.n_rescue if rescue_ids else None,
@@ -362,10 +361,10 @@ def collect_rescue_ids(
     """The launch that fills ``sums.rescue_ids``. over_ranks: of ``sum_over_ranks``."""
     device, limits = projection.hidden.device, window(projection.operand_dtype)
     tile = tile or tiles.find("collect_rescue_ids", family(device), 4)
-    arguments = row_scale_arguments(projection) | {
+    arguments = projection.arguments | {
         "rescue_ids": sums.rescue_ids, "n_rescue": sums.n_rescue, "offsets": sums.offsets, "sums": sums.values,
         "over_ranks": over_ranks, "least": limits.least, "most": limits.most, "largest": limits.largest,
-        "n_rows": projection.n_rows, "n_tiles": sums.values.shape[1], "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
+        "n_tiles": sums.values.shape[1], "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
     }  # fmt: skip
     return Launch(collect_rescue_ids_kernel, cdiv(projection.n_rows, tile.block_n), arguments, options(tile), device)
 
@@ -374,7 +373,7 @@ def row_maxima(projection: Projection, sums: ScaledExpSums, *, tile: Tile | None
     """The launch that sets the offset of each rescued row to its maximum less ``Window.peak``."""
     device, peak = projection.hidden.device, window(projection.operand_dtype).peak
     tile = tile or product_tile("row_maxima", projection)
-    arguments = product_arguments(projection, tile) | bias_arguments(projection) | row_scale_arguments(projection) | {
+    arguments = product_arguments(projection, tile) | {
         "offsets": sums.offsets, "rescue_ids": sums.rescue_ids, "n_rescue": sums.n_rescue, "peak": peak,
     }  # fmt: skip
     return Launch(row_maxima_kernel, min(tile_count(projection, tile), slots(device, tile)), arguments, options(tile), device)
@@ -468,10 +467,8 @@ def scaled_exp_finalize(
     tile = tile or tiles.find("scaled_exp_finalize", family(device), 4)
     programs = cdiv(n_rows, tile.block_n)
     out = sums.offsets.new_empty(8 if sums.entropy else 6, n_rows)
-    scale = row_scale_arguments(projection)
-    arguments = surrogate_arguments(terms, out, programs, n_rows) | {
-        "out": out, "sums": sums.values, "offsets": sums.offsets, "n_rows": n_rows, "n_tiles": sums.values.shape[1],
-        "row_inv_temperature": scale["row_inv_temperature"], "slope": scale["scale"],
+    arguments = projection.arguments | surrogate_arguments(terms, out, programs, n_rows) | {
+        "out": out, "sums": sums.values, "offsets": sums.offsets, "n_tiles": sums.values.shape[1],
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "ENTROPY": sums.entropy,
     }  # fmt: skip
 
@@ -516,13 +513,13 @@ class ScaledExpChunk:
             launch, final, factors = scaled_exp_finalize(self._projection, self._gathered, terms)
             launch()
             if self._projection.shard is not None:
-                factors = scaled_exp_shard.fit_factors(factors, self._targets, self.sums, self._gathered, final.statistics)
+                factors = scaled_exp_shard.fit_factors(factors, self._targets, self.sums, self._gathered, final.statistics())
             self._final = final, factors
         return self._final
 
     def statistics(self) -> RowStatistics:
         """One launch. ``row_offset`` is near lse, not the row's maximum."""
-        return self._finalize(None)[0].statistics
+        return self._finalize(None)[0].statistics()
 
     def surrogate(self, terms: SurrogateTerms) -> Coefficients:
         """One launch."""
@@ -532,8 +529,7 @@ class ScaledExpChunk:
         """No pass over the matrix: its factors are the cotangent times those of the finalize."""
         assert self._matrix is not None, "gradient: expected one call per chunk, got a second one"
         assert cotangents.logp is not None
-        assert cotangents.entropy is None
-        assert cotangents.lse is None
+        assert (cotangents.entropy, cotangents.lse) == (None, None)
         matrix, self._matrix = self._matrix, None
-        row_scale, at_target = cotangents.logp * self._finalize(None)[1]
+        row_scale, at_target = (cotangents.logp * self._finalize(None)[1]).unbind()
         return LogitGradient(matrix, row_scale, Entries.one_a_row(self._targets, at_target))

@@ -17,7 +17,7 @@ from ..chunking import cdiv
 from ..dispatch import WeightedRows
 from ..lm_head import Projection
 from . import tiles
-from .common import Launch, family, operand_arguments, options
+from .common import Launch, family, options
 from .tiles import Tile
 
 
@@ -73,7 +73,7 @@ def logits_at(projection: Projection, rows: Tensor, ids: Tensor, *, tile: Tile |
     hidden = projection.hidden
     tile = tile or tiles.find("logits_at", family(hidden.device), hidden.element_size(), projection.dim)
     out = hidden.new_empty(rows.shape, dtype=torch.float32)
-    arguments = operand_arguments(projection) | {
+    arguments = projection.arguments | {
         "out": out, "rows": rows.contiguous(), "ids": ids.contiguous(), "n_entries": rows.numel(),
         "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip

@@ -76,32 +76,25 @@ def store_surrogate(
     tl.store(totals + 5, 0.0)
 
 
-_ARGUMENTS = [f.name for f in fields(SurrogateTerms) if f.name not in ("clip_low", "clip_high")]
-_ARGUMENTS += ["coefficient", "totals", "ratio_low", "ratio_high"]
+_ARGUMENTS = [*(f.name for f in fields(SurrogateTerms)), "coefficient", "totals", "ratio_low", "ratio_high"]
 
 
 def surrogate_arguments(terms: SurrogateTerms | None, like: Tensor, programs: int, n_rows: int) -> dict[str, Any]:
     """The arguments of ``store_surrogate`` with its outputs allocated; all None without terms."""
     if terms is None:
         return dict.fromkeys(_ARGUMENTS) | {"SURROGATE": False}
-    given = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in vars(terms).items()}
-    low, high = 1.0 - given.pop("clip_low"), 1.0 + given.pop("clip_high")
-    return given | {
+    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in vars(terms).items()} | {
         "coefficient": like.new_empty(n_rows), "totals": like.new_empty(programs, len(SUMS)),
-        "ratio_low": low, "ratio_high": high, "SURROGATE": True,
+        "ratio_low": 1.0 - terms.clip_low, "ratio_high": 1.0 + terms.clip_high, "SURROGATE": True,
     }  # fmt: skip
 
 
 class Finalized(NamedTuple):
     """Outputs of a finalize launch; with terms coefficient [N] and totals [programs, len(SUMS)]."""
 
-    read: Callable[[], RowStatistics]  # views of the launch's output; a fused loss needs none
+    statistics: Callable[[], RowStatistics]  # views of the launch's output; a fused loss needs none
     coefficient: Tensor | None
     totals: Tensor | None
-
-    @property
-    def statistics(self) -> RowStatistics:
-        return self.read()
 
     def coefficients(self) -> Coefficients:
         """The coefficients, and the programs' totals added up in a fixed order."""

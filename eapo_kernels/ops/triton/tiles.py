@@ -35,7 +35,7 @@ class Tile:
         group_n: row tiles that pass over the vocabulary together, so that operands stay in L2.
         warps, stages: warps per program; steps of the product in flight.
         max_registers: limit of registers per thread, or None.
-        descriptors: load operands by tensor descriptor (TMA), see ``common.describable``.
+        descriptors: load operands by tensor descriptor (TMA), see ``lm_head.describable``.
         resident: programs that share one multiprocessor.
         slices: column slices that the epilogue processes one by one; more need fewer registers.
         persistent: launch as many programs as run at once, each of which computes several tiles;

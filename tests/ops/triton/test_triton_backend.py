@@ -11,7 +11,7 @@ from comparison import check_compiles_once, check_custom_op, projection
 from torch import Tensor
 
 from eapo_kernels import BackendUnavailable, available_backends, token_stats
-from eapo_kernels.ops.lm_head import Projection
+from eapo_kernels.ops.lm_head import Projection, describable
 from eapo_kernels.ops.triton import backend, common
 from eapo_kernels.testing import make_inputs
 
@@ -51,13 +51,13 @@ def test_every_refusal_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_a_descriptor_can_describe(dtype: torch.dtype, device: str) -> None:
     matrix = torch.zeros(40, 64, dtype=dtype, device=device)
-    assert common.describable(matrix)
-    assert common.describable(matrix[3:, :40])
-    assert not common.describable(matrix[:, 1:])
-    assert not common.describable(matrix.t())
-    assert not common.describable(matrix[:, ::2])
-    assert not common.describable(matrix[:1].expand(40, 64))
-    assert not common.describable(torch.zeros(40, 7, dtype=dtype, device=device))
+    assert describable(matrix)
+    assert describable(matrix[3:, :40])
+    assert not describable(matrix[:, 1:])
+    assert not describable(matrix.t())
+    assert not describable(matrix[:, ::2])
+    assert not describable(matrix[:1].expand(40, 64))
+    assert not describable(torch.zeros(40, 7, dtype=dtype, device=device))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's table")

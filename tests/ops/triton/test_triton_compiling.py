@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ import torch
 
 from eapo_kernels import selftest
 from eapo_kernels.ops import verdicts
-from eapo_kernels.ops.triton import common
+from eapo_kernels.ops.triton import common, logit_grad, online_softmax, scaled_exp, sparse
 from eapo_kernels.ops.triton.common import Launch
 from eapo_kernels.ops.triton.compiling import compiled_together
 
@@ -109,17 +110,20 @@ class Kernel:
 
     def __init__(self, name: str, log: list[Any], broken: bool = False) -> None:
         self.__name__, self.log, self.broken = name, log, broken
+        self.fn, self.constexprs, self.arg_names = self, [], []
+        self.compiled: Any = None  # what the first launch of a form returns
 
-    def warmup(self, **how: Any) -> None:
+    def warmup(self, *values: Any, **how: Any) -> None:
         self.log.append(("compile", self.__name__, threading.get_ident()))
         if self.broken:
             raise RuntimeError("does not compile")
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(**how: Any) -> None:
+        def launch(*values: Any, **how: Any) -> Any:
             self.log.append(("launch", self.__name__, grid))
             if self.broken:
                 raise RuntimeError("does not compile")
+            return self.compiled
 
         return launch
 
@@ -133,7 +137,67 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def launch(kernel: Kernel, grid: int = 1, **arguments: Any) -> Launch:
+    kernel.arg_names, kernel.constexprs = list(arguments), [i for i, name in enumerate(arguments) if name.isupper()]
     return Launch(kernel, grid, arguments, {"num_warps": 4}, torch.device("cpu"))
+
+
+class Compiled(Kernel):
+    """Is launched without Triton's search for it."""
+
+
+def test_a_form_is_searched_once(log: list[Any]) -> None:
+    """Another alignment, dtype, class of a number, constant or option is another form; another tensor is none."""
+    kernel, numbers = Kernel("a_kernel", log), torch.zeros(64)
+    kernel.compiled = Compiled("a_kernel, compiled", log)
+    base = {"x": numbers, "bias": None, "count": 48, "scale": 0.5, "BLOCK": 16, "EVEN": True}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"x": numbers[1:]},
+        {"x": numbers.half()},
+        {"bias": numbers},
+        {"count": 47},
+        {"count": 1},
+    ]
+    changes += [{"count": 2**31}, {"BLOCK": 32}, {"EVEN": False}]
+    for change in changes:
+        log.clear()
+        launch(kernel, 1, **base | change)()
+        launch(kernel, 2, **base | {"scale": 0.25, "x": torch.ones(64)} | change)()
+        assert log == [("launch", "a_kernel", (1,)), ("launch", "a_kernel, compiled", (2, 1, 1))]
+    log.clear()
+    for change in ({"x": numbers[4:]}, {"x": numbers[5:]}, {"count": 96}, {"count": 45}, {"scale": 1.0}):
+        launch(kernel, 3, **base | change)()
+    replace(launch(kernel, 4, **base), options={"num_warps": 8})()
+    assert [entry[1] for entry in log] == ["a_kernel, compiled"] * 5 + ["a_kernel"]
+
+
+def test_a_form_tells_apart_all_that_triton_compiles_apart() -> None:
+    """And constants are the last parameters of every kernel, as a launch assumes."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import native_specialize_impl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    storage = torch.zeros(4096, dtype=torch.uint8)
+    values: list[Any] = [None, True, False, 0.0, 1.0, 0.7]
+    values += [sign * (2**power + more) for sign in (-1, 1) for power in range(63) for more in (-1, 0, 1, 16)]
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64, torch.bool):
+        typed = storage.view(dtype)
+        values += [typed[start:] for start in range(17)]
+        if dtype.is_floating_point:
+            values += [
+                TensorDescriptor.from_tensor(typed[:1024].view(32, 32), list(box)) for box in ((8, 16), (16, 8), (16, 32))
+            ]
+    for specialize in (True, False):
+        found: dict[Any, Any] = {}
+        for value in values:
+            triton_key = native_specialize_impl(CUDABackend, value, False, specialize, True)
+            assert found.setdefault(common._form(value), triton_key) == triton_key, value
+    kernels = [value for module in (logit_grad, online_softmax, scaled_exp, sparse) for value in vars(module).values()]
+    kernels = [kernel for kernel in kernels if getattr(kernel, "__name__", "").endswith("_kernel")]
+    assert len(kernels) == 13
+    for kernel in kernels:
+        constants = ["constexpr" in str(one.annotation) for one in inspect.signature(kernel.fn).parameters.values()]
+        assert constants == sorted(constants)
 
 
 def test_launches_wait_and_then_run_in_order(log: list[Any], caplog: pytest.LogCaptureFixture) -> None:

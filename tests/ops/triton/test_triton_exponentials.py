@@ -229,8 +229,8 @@ def test_tiles_change_only_the_rounding(tile: Tile, off: float, dtype: torch.dty
     scaled_exp.scaled_exp_gemm(p, targets, sums, matrix, rescue_ids=True, tile=Tile(16, tile.block_v, 16, slices=2))()
     launch, final, slopes = scaled_exp.scaled_exp_finalize(p, sums, tile=Tile(16, 2))
     launch()
-    torch.testing.assert_close(final.statistics.logp.double(), ref64.logp, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(final.statistics.entropy.double(), ref64.entropy, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(final.statistics().logp.double(), ref64.logp, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(final.statistics().entropy.double(), ref64.entropy, rtol=1e-6, atol=1e-5)
     unit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     least = 2**-25 * slopes[0].double().abs()[:, None] if dtype == torch.float16 else 0.0
     got = dense(LogitGradient(matrix, slopes[0], Entries.one_a_row(targets, slopes[1])))

@@ -28,7 +28,7 @@ LOG2E = float(torch.tensor(1.4426950408889634))
 def run(logp: Tensor, terms: SurrogateTerms, splits: int = 3) -> tuple[RowStatistics, Coefficients]:
     launch, final = finalize(sums_with_logp(logp, splits), terms)
     launch()
-    return final.statistics, final.coefficients()
+    return final.statistics(), final.coefficients()
 
 
 def check(logp: Tensor, terms: SurrogateTerms, rtol: float = 2e-6) -> Tensor:
@@ -145,7 +145,7 @@ def test_merging_ranges_is_summing_at_once(splits: int, device: str) -> None:
     values = partial_sums(z, target, splits)
     launch, final = finalize(PartialSums(values.to(device), entropy=True, second_moments=True))
     launch()
-    for name, got in final.statistics._asdict().items():
+    for name, got in final.statistics()._asdict().items():
         exact = getattr(full, name)
         floor = 1e-3 if name == "lse" else 2e-6  # lse is stored in fp32 next to 1e4
         torch.testing.assert_close(got.double().cpu(), exact, rtol=3e-6, atol=floor, msg=lambda m, n=name: f"{n}: {m}")
@@ -202,7 +202,7 @@ def test_hard_rows(case: str, splits: int, device: str) -> None:
     values = partial_sums(z, targets, splits).to(device)
     launch, final = finalize(PartialSums(values, entropy=True, second_moments=True))
     launch()
-    actual = on_cpu(final.statistics)
+    actual = on_cpu(final.statistics())
     check_statistics(actual, exact)
     if case.startswith("p = 1 - "):  # relative to 1 - p
         for name in ("logp", "entropy"):
@@ -247,7 +247,7 @@ def scaled_exp_finalized(
     factor, target = slopes.cpu()
     exact = -scale * torch.exp2(k.double() - (z * (LOG2E * math.log(2))).logsumexp(1) / math.log(2))
     torch.testing.assert_close(factor.double(), exact, rtol=3e-6, atol=0)
-    return on_cpu(final.statistics), target
+    return on_cpu(final.statistics()), target
 
 
 @pytest.mark.usefixtures("fused_fma")

@@ -14,9 +14,9 @@ from comparison import cotangents, projection, run
 
 from eapo_kernels import Options, token_stats
 from eapo_kernels.ops import torch_backend
+from eapo_kernels.ops.lm_head import describable
 from eapo_kernels.ops.triton import tiles
 from eapo_kernels.ops.triton.backend import BACKEND
-from eapo_kernels.ops.triton.common import describable
 from eapo_kernels.ops.triton.online_softmax import finalize, stream_statistics
 from eapo_kernels.ops.triton.tiles import Tile
 from eapo_kernels.testing import Inputs, assert_no_worse_than, make_inputs
@@ -217,7 +217,7 @@ def test_tiles_and_ranges_change_only_the_rounding(
     launch, final = finalize(sums)
     launch()
     expected = torch_backend.BACKEND.statistics(p, inputs.targets, entropy=True, second_moments=True, budget=2**20)
-    for name, got in final.statistics._asdict().items():
+    for name, got in final.statistics()._asdict().items():
         torch.testing.assert_close(got, getattr(expected, name), rtol=3e-6, atol=3e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
