@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .. import traced
 from ..errors import EapoError, may_read, require, require_scalar
 from ..types import TokenBatch, rows_of, valid_tokens
 from .advantages import ADVANTAGES, OF_GROUPS, Split, split_responses
@@ -116,6 +117,8 @@ def resolve_positive_weight(
         value = float(value)  # a fill: a copy would block, and a graph cannot capture it
     else:
         require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
+    if torch.compiler.is_compiling():
+        return traced.scalar(value, device)
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
