@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,21 +15,18 @@ from ..runs.console import Console
 from .engines import RolloutEngine
 
 
+@dataclass
 class RolloutSource:
-    """Samples and scores the completions of a step."""
+    """Samples and scores the completions of a step. next_prompts: returns the next prompts of the
+    sampler, as token ids and columns.
+    """
 
-    def __init__(
-        self,
-        config: Config,
-        tokenizer: PreTrainedTokenizerBase,
-        engine: RolloutEngine,
-        rewards: Rewards,
-        console: Console,
-        next_prompts: Callable[[], tuple[list[list[int]], dict[str, list[Any]]]],
-    ) -> None:
-        """next_prompts: returns the next prompts of the sampler, as token ids and columns."""
-        self.config, self.tokenizer, self.next_prompts = config, tokenizer, next_prompts
-        self.engine, self.rewards, self.console = engine, rewards, console
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    engine: RolloutEngine
+    rewards: Rewards
+    console: Console
+    next_prompts: Callable[[], tuple[list[list[int]], dict[str, list[Any]]]]
 
     def draw(
         self, prompts: Sequence[list[int]], columns: dict[str, list[Any]], group_ids: Sequence[int], sampling: Sampling
