@@ -126,7 +126,7 @@ class Patched:
 
     def previous_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward before the patch, on this object."""
-        return vars(self).get(_PREVIOUS, self.eapo_class.forward)(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return vars(self).get(_PREVIOUS, self.eapo_class.forward)(self, *args, **kwargs)
 
     def __reduce__(self) -> Any:
         """Deep copies and pickles: the class is made again, with the state of this object."""
@@ -175,7 +175,7 @@ def patch_class(model: Any, mixin: type[Patched]) -> None:
     if own is not None:
         del model.forward
         vars(model)[_PREVIOUS] = own.__func__
-    model.__class__ = _subclass(mixin, kind)
+    model.__class__ = _subclass(mixin, kind)  # type: ignore[arg-type]
 
 
 @functools.cache

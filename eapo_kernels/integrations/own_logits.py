@@ -68,7 +68,7 @@ def fused_linear(head: Any) -> nn.Linear:
     kind = f"{type(head).__module__}.{type(head).__name__}"
     expected = "nn.Linear, or peft's LoRA on one (no modules_to_save, no quantisation)"
     require(kind == "peft.tuners.lora.layer.Linear", "head", expected, kind)
-    return head.base_layer  # type: ignore[no-any-return]
+    return head.base_layer
 
 
 @torch.no_grad()
@@ -250,10 +250,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """``module.forward`` replaced, then as before."""
     previous = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
         if previous is not None:
-            module.forward = previous  # type: ignore[method-assign]
+            module.forward = previous
