@@ -14,6 +14,7 @@ PACKAGES = ("eapo_kernels", "trainer", "benchmarks")
 LAYERS = {
     "eapo_kernels.errors": 0,
     "eapo_kernels.types": 1,
+    "eapo_kernels.traced": 1,
     "eapo_kernels.support": 1,
     "eapo_kernels.reference": 2,
     "eapo_kernels.ops": 3,

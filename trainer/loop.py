@@ -233,6 +233,7 @@ def _train(config: Config, console: Console) -> bool:
 
             step += 1
             seconds = dict(console.seconds)
+            passes = (len(compared) / len(sampled) if known else 1) + bool(reference) + diagnosed
             metrics = {
                 "step": step,
                 **reward_metrics(scored),
@@ -246,9 +247,7 @@ def _train(config: Config, console: Console) -> bool:
                 **completion_metrics(scored),
                 **engine_metrics(sampled.take(compared), logp, method.config.importance_cap),
                 **{f"seconds/{name}": value for name, value in seconds.items()},
-                **cost_metrics(
-                    policy, drawn, sampled, seconds, passes=1 + bool(reference) + diagnosed, epochs=config.optim.epochs
-                ),
+                **cost_metrics(policy, drawn, sampled, seconds, passes=passes, epochs=config.optim.epochs),
                 "tokens_per_second": completions.tokens / sum(seconds.values()),
             }
             for line in advice_on_rewards(config, sampled.scores.total) if step == 1 else ():

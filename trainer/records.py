@@ -38,6 +38,10 @@ class Sampling:
     min_p: float = 0.0
     record_support: bool = True
 
+    def greedy(self) -> Sampling:
+        """One completion of the most probable tokens, in every engine; equal logits are drawn."""
+        return replace(self, responses=1, top_k=1, top_p=1.0, min_p=0.0, record_support=False)
+
     @property
     def filtered(self) -> bool:
         """Whether tokens may be removed before one is drawn."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .. import traced
 from ..errors import EapoError, may_read, require, require_scalar
 from ..types import TokenBatch, rows_of, valid_tokens
 from .advantages import ADVANTAGES, OF_GROUPS, Split, split_responses
@@ -22,8 +23,7 @@ from .surrogates import KL_ESTIMATORS, MAX_LOG_RATIO, SEQUENCE_RATIO, SURROGATES
 from .token_weights.step import Method
 
 SAME_POLICY = 1e-4
-"""Rounding may separate two computations of a log-prob by this much (nats). |log rho| has no
-gradient there: the sign of log rho would be noise."""
+"""Rounding may separate two log-probs by this much (nats): the sign of log rho is noise, and |log rho| has no gradient."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class PolicyTerms:
         return self.valid & (self.weighted_advantages() != 0)
 
     def without_idle(self) -> PolicyTerms:
-        """The same loss with the ``live`` tokens only; denominators stay. With another scope than
-        "token" all tokens stay: an idle one is part of others' gradients."""
+        """The same loss with the ``live`` tokens only, if the scope is "token": else idle ones are in others' gradients."""
         return self if self.config.scope != "token" else replace(self, valid=self.live())
 
     def rows(self, index: slice | Tensor) -> PolicyTerms:
@@ -98,8 +97,7 @@ def resolve_positive_weight(
 ) -> Tensor:
     """The method's own positive weight, else the caller's: 0-dim fp32 on the device.
 
-    Raises EapoError unless exactly one is given and it is a finite number >= 0 (the value of a
-    tensor is checked where ``may_read`` allows it).
+    Raises EapoError unless exactly one is given, a finite number >= 0 (a tensor: where ``may_read`` allows it).
     """
     own, kinds = method.positive_weight, "a number, a 0-dim tensor or an EntropyRatio"
     if own is not None and given is not None:
@@ -116,6 +114,8 @@ def resolve_positive_weight(
         value = float(value)  # a fill: a copy would block, and a graph cannot capture it
     else:
         require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
+    if torch.compiler.is_compiling():
+        return traced.scalar(value, device)
     return torch.full((), value, dtype=torch.float32, device=device)
 
 

@@ -33,7 +33,7 @@ def token_scale(
     if isinstance(denominator, Tensor):
         count = denominator.to(here.device, torch.float32)
     elif denominator is not None:
-        count = here.new_full((), float(denominator))
+        count = here.new_ones(()) * denominator  # as a factor it may be a traced number (``traced``)
     else:
         count = (tokens if reduction == "token_mean" else (here > 0).sum().float()).clamp_min(1)
     if reduction == "seq_mean_token_mean":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import traced
 from ..errors import FLOATS, EapoError, ShapeError, describe, is_number, require, require_tensor
 from ..support import TokenSupport
 from ..types import IGNORE_INDEX, Options, rows_of
@@ -193,6 +194,8 @@ def build_projection(
     require_tensor("hidden", hidden, (*rows_shape, weight.shape[1]), (weight.dtype,), weight)
     if bias is not None:
         require_tensor("bias", bias, (weight.shape[0],), (weight.dtype,), weight)
+    if torch.compiler.is_compiling():
+        inv_temperature, logit_scale = traced.temperature_and_scale(inv_temperature, logit_scale, softcap, hidden.device)
     row_inv_temperature = None
     if isinstance(inv_temperature, Tensor):
         require(not inv_temperature.requires_grad, "inv_temperature", "a tensor without gradient", "requires_grad=True")
@@ -202,9 +205,7 @@ def build_projection(
         row_inv_temperature = inv_temperature.to(hidden.device, dtype).expand(rows_shape).reshape(-1)
         inv_temperature = 1.0
     for name, value in (("inv_temperature", inv_temperature), ("softcap", softcap), ("logit_scale", logit_scale)):
-        if not (
-            value is None or (is_number(value) and 0 < value < math.inf)
-        ):  # no text before: a compiler may trace the number
+        if not (value is None or (is_number(value) and 0 < value < math.inf)):  # no text before: it may be traced
             raise EapoError(f"{name}: expected a positive finite number, got {value!r}")
     logit_scale, softcap = 1.0 if logit_scale is None else float(logit_scale), None if softcap is None else float(softcap)
     hidden = hidden if hidden.dim() == 2 else hidden.reshape(-1, weight.shape[1])

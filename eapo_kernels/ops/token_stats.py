@@ -241,8 +241,7 @@ def project_stats(
     projection: Projection, targets: Tensor, *, entropy: str, second_moments: bool, backend: str, options: Options,
     support: TokenSupport | None = None,
 ) -> TokenStats:  # fmt: skip
-    """``token_stats`` of a checked projection, each [N]. targets: [N] int64, -100 masks a row. backend:
-    resolved, but "auto" in a trace."""
+    """``token_stats`` of a checked projection, [N] each. targets: -100 masks a row. backend: resolved, or "auto" in a trace."""
     p = projection
     if support is not None:
         own = entropy != "none" and not support.full_entropy
@@ -252,22 +251,19 @@ def project_stats(
         if entropy != "none" and support.full_entropy:
             whole = project_stats(p, targets, entropy=entropy, second_moments=False, backend=backend, options=options)
             stats = stats._replace(entropy=whole.entropy)
-        return _detached_entropy(stats, entropy)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (p.hidden, p.weight, p.bias))
-    save = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
-    assert isinstance(options.compact, bool)
-    found = _forward_op(
-        p.hidden, p.weight, p.bias, targets, p.row_inv_temperature, *p.op_numbers(),
-        backend, options.memory_budget, options.compact, options.plan, options.gradient_tolerance, options.debug,
-        entropy != "none", second_moments, save,
-    )  # fmt: skip
-    stats = statistics_op.token_stats_of(found, entropy=entropy != "none", second_moments=second_moments)
-    return _detached_entropy(stats, entropy)
-
-
-def _detached_entropy(stats: TokenStats, mode: str) -> TokenStats:
-    """The statistics, with an entropy without gradient in mode "nograd"."""
-    return stats._replace(entropy=stats.entropy.detach()) if mode == "nograd" and stats.entropy is not None else stats
+    else:
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (p.hidden, p.weight, p.bias))
+        save = wanted and entropy != "grad" and not second_moments and not torch.compiler.is_compiling()
+        assert isinstance(options.compact, bool)
+        found = _forward_op(
+            p.hidden, p.weight, p.bias, targets, p.row_inv_temperature, *p.op_numbers(),
+            backend, options.memory_budget, options.compact, options.plan, options.gradient_tolerance, options.debug,
+            entropy != "none", second_moments, save,
+        )  # fmt: skip
+        stats = statistics_op.token_stats_of(found, entropy=entropy != "none", second_moments=second_moments)
+    if entropy == "nograd" and stats.entropy is not None:
+        stats = stats._replace(entropy=stats.entropy.detach())
+    return stats
 
 
 def token_stats(

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from trainer.__main__ import main
 from trainer.config import Config
 from trainer.dataset import PromptSet, load_prompts
+from trainer.evaluation import evaluate
 from trainer.evaluation.evaluate import Evaluation, Evaluator
 from trainer.loop import train
 from trainer.models.policy import Policy
@@ -75,6 +76,7 @@ def test_greedy_completions_have_the_most_probable_tokens(policy: Policy, change
     found, samples = _evaluate(config, policy, Rewards(config.rewards, cache="", device=policy.device))
     assert found.values.keys() == {"reward", "pass@1", "entropy", "length", "truncated"}
     assert str(found) == "3 train prompts, a greedy completion each"
+    assert min(found.values["entropy"]) > 1, "nats, of the whole vocabulary"
     for ids, sample in zip(_prompts(config, policy, 3).ids, samples, strict=True):
         ids = list(ids)
         for _ in range(config.rollout.max_new_tokens):
@@ -117,7 +119,25 @@ def test_a_failed_evaluation_costs_only_itself(
     assert [(row["dataset"], row["step"]) for row in rows] == [("train", 0), ("train", 2)]
     assert len(read(Path(config.out) / config.name, "metrics")) == 2
     out = capsys.readouterr().out
-    assert "evaluation on held-out prompts after step 0 failed, the run continues: reward reward_functions:" in out
+    assert "evaluation on held-out prompts after step 0 failed, the run continues: RewardError: reward reward_functions:" in out
+
+
+def test_an_evaluation_out_of_memory_costs_only_itself(
+    changed: Change, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = evaluate.ngrams, []
+
+    def once(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "ngrams", once)
+    config = changed(steps=1)
+    assert train(config)
+    assert [row["step"] for row in read(Path(config.out) / config.name, "evaluations")] == [1]
+    assert "the run continues: OutOfMemoryError: tried to allocate" in capsys.readouterr().out
 
 
 def test_the_best_and_the_worst_completion_of_every_step_are_kept(changed: Change) -> None:

@@ -89,6 +89,13 @@ class TestOneEngine:
             expected = (cut / cut.sum(-1, keepdim=True)).gather(1, torch.tensor(ids)[:, None])[:, 0].log()
             torch.testing.assert_close(logp.double(), expected, atol=EXACT, rtol=0)
 
+    def test_greedy_completions_have_the_most_probable_tokens(self, shared: tuple[Policy, VllmEngine]) -> None:
+        policy, engine = shared
+        rollouts = engine.generate(PROMPTS, replace(SAMPLING, top_p=0.9).greedy(), no_tick)
+        assert len(rollouts.completion_ids) == len(PROMPTS)
+        for ids, full in zip(rollouts.completion_ids, teacher_forced(policy, rollouts, 0.7), strict=True):
+            assert ids == full.argmax(-1).tolist()
+
     def test_a_completion_depends_on_its_own_seed_only(self, shared: tuple[Policy, VllmEngine]) -> None:
         _, engine = shared
         everyone = engine.generate(PROMPTS, SAMPLING, no_tick)

@@ -14,6 +14,7 @@ from test_checkpoints import assert_same_run
 from test_loop import rows
 from test_ranks import Statuses, Texts, assert_equal_in_fp32, base_config, recipe, run_launches
 from test_vllm_engine import EXACT, SIZES
+from tiny import make_model, make_tokenizer
 
 from trainer.config import Config
 from trainer.loop import train
@@ -21,6 +22,7 @@ from trainer.loop import train
 CASES: dict[str, dict[str, Any]] = {
     "full": {"optim": {"minibatches": 2, "epochs": 2, "lr": 0.02}, "eval": {"every": 2}, "steps": 3},
     "adapters": {"lora": {"rank": 2}, "model": {"gradient_checkpointing": True}, "optim": {"lr": 0.03}, "steps": 3},
+    "tied": {"optim": {"lr": 0.02}},
     "parallel": {"lora": {"rank": 2}, "optim": {"lr": 0.03}},
 }
 
@@ -40,6 +42,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     directory = tmp_path_factory.mktemp("vllm")
     base = base_config(directory, **SIZES).replace(rollout={"engine": "vllm", "vllm": {"kv_cache_gib": 0.1}})
     two = {name: base.replace(name=f"two-{name}", **sections) for name, sections in CASES.items()}
+    make_model(**SIZES, tie_word_embeddings=True).save_pretrained(directory / "tied")
+    make_tokenizer().save_pretrained(directory / "tied")
+    two["tied"] = two["tied"].replace(model={"path": str(directory / "tied")})
     two["parallel"] = two["parallel"].replace(rollout={"vllm": {"tensor_parallel_size": 2}})
     straight = base.replace(name="straight", steps=4, checkpoint={"every": 1, "keep": 4}, optim={"lr": 0.03})
     killed, failed = (straight.replace(name=name, resume="auto") for name in ("killed", "failed"))
@@ -47,7 +52,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     launches = [
         {"name": "killed", "kill": 6, "recipes": [recipe(killed)]},
         {"name": "failed", "command": ["train", "--config", recipe(failed)], "fail": third_step},
-        {"name": "all", "recipes": [recipe(config) for config in (two["full"], two["adapters"], straight, killed, failed)]},
+        {
+            "name": "all",
+            "recipes": [recipe(config) for config in (two["full"], two["adapters"], two["tied"], straight, killed, failed)],
+        },
         {"name": "parallel", "recipes": [recipe(two["parallel"])]},
     ]
     drop_shared_memory()

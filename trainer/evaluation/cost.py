@@ -23,7 +23,7 @@ PEAK_FLOPS = {
 
 
 def cost_metrics(
-    policy: Policy, drawn: ScoredRollouts, sampled: ScoredRollouts, seconds: Mapping[str, float], *, passes: int, epochs: int
+    policy: Policy, drawn: ScoredRollouts, sampled: ScoredRollouts, seconds: Mapping[str, float], *, passes: float, epochs: int
 ) -> dict[str, float]:
     """Shares of the step's time, tokens a second of generation, peak memory, and on a known GPU the
     share of its peak FLOP/s (``mfu``) that the model needed on all ranks.
@@ -35,7 +35,8 @@ def cost_metrics(
     Args:
         drawn, sampled: all completions of the step, and those that it measures.
         seconds: phase -> its time in the step.
-        passes: forward passes that measure; 1 and one for a reference or diagnostics each.
+        passes: forward passes that measure: the share of the completions whose old log-probs were
+            computed, and one for a reference or diagnostics each.
         epochs: passes over the completions in the update.
     """
     total, generation = sum(seconds.values()), seconds["rollouts"]

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from eapo_kernels import EapoError
 from .. import ranks
 from ..config import Config
 from ..dataset import PromptSet
-from ..errors import TrainerError
+from ..errors import Interrupted, TrainerError
 from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.policy import Policy
@@ -106,10 +106,8 @@ class Evaluator:
         self.sets = {name: prompts for name, prompts in sets.items() if prompts}
         self.run, self.console = run, console
         self.embedding = next((f.embedding for f in rewards.functions.values() if isinstance(f, Similarity)), None)
-        k, seed = config.eval.responses, derive_seed(config.seed, EVALUATION_SEED)
-        self.sampling = config.rollout.sampling(k, seed)
-        if config.eval.greedy:  # of one token, in every engine; equal logits are drawn
-            self.sampling = replace(self.sampling, responses=1, top_k=1, top_p=1.0, min_p=0.0, record_support=False)
+        sampling = config.rollout.sampling(config.eval.responses, derive_seed(config.seed, EVALUATION_SEED))
+        self.sampling = sampling.greedy() if config.eval.greedy else sampling
         self.seconds: float | None = None
         """What the latest evaluation of all sets took."""
 
@@ -129,15 +127,19 @@ class Evaluator:
         return each * sum(map(self.due, range(step + 1, self.config.steps + 1)))
 
     def __call__(self, step: int) -> list[Evaluation]:
-        """Evaluate all sets after ``step`` training steps, and write results and samples to the
-        run. An error of a set is reported, and the set is left out.
+        """Evaluate all sets after ``step`` training steps, and write the values and a completion to
+        each prompt to the run. An error in a set is reported, and the set is left out.
         """
         began, found = time.monotonic(), []
         for name in self.sets:
             try:
                 result, samples = self.evaluate(name, step)
-            except (TrainerError, EapoError) as error:  # raised on all ranks together
-                self.console.line(f"evaluation on {name} prompts after step {step} failed, the run continues: {error}")
+            except Exception as error:
+                together = isinstance(error, TrainerError | EapoError) or ranks.size() == 1  # else other ranks wait
+                if isinstance(error, Interrupted) or not together:
+                    raise
+                what = f"{type(error).__name__}: {error}"
+                self.console.line(f"evaluation on {name} prompts after step {step} failed, the run continues: {what}")
                 continue
             found.append(result)
             self.run.append("evaluations", asdict(result))
@@ -174,7 +176,7 @@ class Evaluator:
         for line in scores.failure_lines():
             console.line(line)
         entropies = rollouts.entropy
-        if entropies is None:
+        if entropies is None:  # of an engine that has none, or of whole vocabularies where it had filters
             with console.phase(f"{title}: entropy") as tick:
                 completions, budget = select(rollouts, range(len(texts))), config.optim.micro_batch_tokens
                 found = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick)

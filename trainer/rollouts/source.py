@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,24 +22,22 @@ from ..runs.console import Console
 from .engines import RolloutEngine
 
 
+@dataclass
 class RolloutSource:
-    """Samples and scores completions, for the loop and for rollout hooks."""
+    """Samples and scores completions, for the loop and for rollout hooks. next_prompts: returns the
+    next prompts of the sampler, as token ids and columns.
+    """
 
-    def __init__(
-        self,
-        config: Config,
-        method: Method,
-        policy: Policy,
-        engine: RolloutEngine,
-        rewards: Rewards,
-        console: Console,
-        next_prompts: Callable[[], tuple[list[list[int]], dict[str, list[Any]]]],
-    ) -> None:
-        """next_prompts: returns the next prompts of the sampler, as token ids and columns."""
-        self.step_prompts, self.tokenizer = config.rollout.prompts, policy.tokenizer
-        self.next_prompts = next_prompts
-        self.config, self.method, self.policy = config, method, policy
-        self.engine, self.rewards, self.console = engine, rewards, console
+    config: Config
+    method: Method
+    policy: Policy
+    engine: RolloutEngine
+    rewards: Rewards
+    console: Console
+    next_prompts: Callable[[], tuple[list[list[int]], dict[str, list[Any]]]]
+
+    def __post_init__(self) -> None:
+        self.step_prompts, self.tokenizer = self.config.rollout.prompts, self.policy.tokenizer
 
     def draw(
         self, prompts: Sequence[list[int]], columns: dict[str, list[Any]], group_ids: Sequence[int], sampling: Sampling

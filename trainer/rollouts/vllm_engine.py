@@ -34,7 +34,7 @@ from ..records import Rollouts, Sampling, Support, Tick, derive_seed
 from ..runs.randomness import random_state, restore_random_state
 from .engines import sample_shares
 
-OLDEST = (0, 30)
+OLDEST = (0, 32)
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process, so tensors are passed directly
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # shares the cores with the trainer
@@ -42,10 +42,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 """vLLM's own variables, set where the user has not; the first one always."""
-NO_MASKS = (
-    "rollout.record_support: expected a vLLM that returns the tokens left by top_p, top_k and min_p (0.32 on a GPU does; "
-    "otherwise rollout.engine transformers, or record_support False and a biased loss)"
-)
 
 
 class VllmEngine:
@@ -78,10 +74,8 @@ class VllmEngine:
         self.sleep_level = 0 if cpu else self.own.sleep_level
         self._asleep: list[str] = []
         self.masks = rollout.sampling(rollout.responses, seed=0).support
-        if self.masks and not hasattr(import_module("vllm.outputs"), "SamplingMask"):
-            raise ConfigError(f"{NO_MASKS}, got vllm {vllm.__version__} without")
         text = policy.language_model.config.get_text_config()
-        limit = getattr(text, "max_position_embeddings", None) or longest
+        self.vocabulary, limit = text.vocab_size, getattr(text, "max_position_embeddings", None) or longest
         gib = self.own.kv_cache_gib or (1.0 if cpu else 0.0)
         self.dtype = policy.dtype if self.own.dtype == "auto" else getattr(torch, self.own.dtype)
         generators = random_state()  # vLLM seeds them all
@@ -106,14 +100,16 @@ class VllmEngine:
                     enforce_eager=cpu or self.own.enforce_eager,
                     enable_sleep_mode=self.sleep_level > 0,
                     logprobs_mode="processed_logprobs",
-                    **({"return_sampling_mask": True} if self.masks else {}),
+                    return_sampling_mask=self.masks,
                 )
             except (ValueError, NotImplementedError) as error:
                 reason = str(error).strip().splitlines()[-1]
                 if said := re.search(r"Value error, (.*?)(?: \[type=|$)", str(error)):  # pydantic's last line is a link
                     reason = said[1]
                 if reason.startswith("sampling distribution replay"):
-                    raise ConfigError(f"{NO_MASKS}, got: {reason}") from error
+                    want = "a vLLM that returns the tokens left by top_p, top_k and min_p (on a GPU it does; otherwise"
+                    instead = "rollout.engine transformers, or record_support False and a biased loss)"
+                    raise ConfigError(f"rollout.record_support: expected {want} {instead}, got: {reason}") from error
                 raise ModelError(f"rollout.engine: expected a model and settings that vLLM accepts, got: {reason}") from error
         restore_random_state(generators)
         try:
@@ -131,7 +127,9 @@ class VllmEngine:
             raise ModelError(f"{key}: expected room for a completion to {longest} tokens, got {room} in all")
         if sampling.support and not self.masks:
             raise ModelError("rollout.record_support: expected an engine that was started with a filter, got one without")
-        self._wake()
+        if self._wake("weights") and self.sleep_level == 2:
+            self._load()
+        self._wake("kv_cache")
         try:
             return self._share(prompts, sampling, tick)
         finally:
@@ -139,9 +137,7 @@ class VllmEngine:
 
     def sync_weights(self, policy: Policy) -> None:
         self.policy = policy
-        if "weights" in self._asleep:
-            self.llm.wake_up(tags=["weights"])
-            self._asleep.remove("weights")
+        self._wake("weights")
         self._load()
 
     def close(self) -> None:
@@ -160,15 +156,14 @@ class VllmEngine:
         if not self.llm.reset_prefix_cache():
             raise ModelError("rollout.engine: expected an idle engine at the change of weights, got requests under way")
 
-    def _wake(self) -> None:
-        if not self._asleep:
-            return
+    def _wake(self, tag: str) -> bool:
+        """Returns whether it was asleep."""
+        if tag not in self._asleep:
+            return False
         torch.cuda.empty_cache()  # so that the engine can allocate it
-        for tag in list(self._asleep):
-            self.llm.wake_up(tags=[tag])
-            self._asleep.remove(tag)
-            if tag == "weights" and self.sleep_level == 2:
-                self._load()
+        self.llm.wake_up(tags=[tag])
+        self._asleep.remove(tag)
+        return True
 
     def _sleep(self) -> None:
         if self.sleep_level:
@@ -180,12 +175,11 @@ class VllmEngine:
 
     def _sample(self, prompts: list[list[int]], numbers: range, *, sampling: Sampling, tick: Tick) -> Rollouts:
         """The completions ``numbers``, one for each of ``prompts``."""
-        vocabulary = self.policy.language_model.config.get_text_config().vocab_size
         params = [
             self._params(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
-                top_k=sampling.top_k or (vocabulary if self.masks else 0),  # masks need a limit
+                top_k=sampling.top_k or (self.vocabulary if self.masks else 0),  # masks need a limit
                 min_p=sampling.min_p,
                 seed=derive_seed(sampling.seed, number),
                 max_tokens=sampling.max_new_tokens,
@@ -223,8 +217,7 @@ class VllmEngine:
         """Compare log-probs once with the policy's: vLLM leaves weights random, without an error,
         when their names do not match.
         """
-        vocabulary = self.policy.language_model.config.get_text_config().vocab_size
-        prompt = [i % vocabulary for i in range(1, 6)]
+        prompt = [i % self.vocabulary for i in range(1, 6)]
         sampling, tick = Sampling(4 * ranks.size() // self.together, 8, 1.0, 1.0, seed=0), lambda *_: None
         rollouts = self._share([prompt], sampling, tick)
         completions = select(rollouts, range(sampling.responses))
@@ -232,12 +225,10 @@ class VllmEngine:
         apart = (old - completions.rollout_logp).abs().split([len(ids) for ids in rollouts.completion_ids])
         gap = max(torch.cat(apart[i : i + 4]).mean().item() for i in range(0, len(apart), 4))  # the worst engine's
         exact = self.dtype is torch.float32 and self.policy.dtype is torch.float32
-        bound = 1e-3 if exact else 0.1
+        kind, bound = type(self.policy.language_model).__name__, 1e-3 if exact else 0.1
         if not gap < bound:
-            kind = type(self.policy.language_model).__name__
-            raise ModelError(
-                f"rollout.engine: expected vLLM's log-probs of {kind} within {bound} of the trainer's, got {gap:.2g} apart"
-            )
+            own = f"vLLM's log-probs of {kind} within {bound} of the trainer's"
+            raise ModelError(f"rollout.engine: expected {own}, got {gap:.2g} apart")
 
 
 def _support(mask: Any, length: int) -> Support:
