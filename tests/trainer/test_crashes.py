@@ -135,7 +135,7 @@ FAILURES: dict[str, tuple[Callable[[], Failing], type[BaseException]]] = {
     "divergence": (
         lambda: raised_by("trainer.learning.learner.clip_grads_with_norm_", 5, DivergenceError("loss")), DivergenceError,
     ),
-    "evaluation": (lambda: raised_by("trainer.evaluation.evaluate.Evaluator.evaluate", 2, KeyError("reward")), KeyError),
+    "tracker": (lambda: raised_by("trainer.runs.trackers.Trackers.log", 4, OSError("no network")), OSError),
     "engine": (
         lambda: raised_by("trainer.rollouts.transformers_engine.TransformersEngine.sync_weights", 3, RuntimeError("engine")),
         RuntimeError,
