@@ -141,6 +141,8 @@ def run_launches(directory: Path, launches: list[dict[str, Any]]) -> tuple[Statu
 @pytest.fixture(scope="module")
 def pair(base: Config) -> Pair:
     two = {name: base.replace(name=f"two-{name}", **sections) for name, sections in CASES.items()}
+    tied = base_config(Path(base.out).parent / "with_a_tied_head", tie_word_embeddings=True).model
+    two["tied"] = base.replace(name="two-tied", model=tied.model_dump())
     straight = base.replace(name="straight", steps=5, checkpoint={"every": 1, "keep": 5}, loss={"method": "spear"})
     killed, half = straight.replace(name="killed", resume="auto"), straight.replace(name="narrowed", checkpoint={"every": 2})
     broken = base.replace(name="broken", rewards={"functions": ("reward_functions:raises_on_the_second_rank",)})
@@ -207,7 +209,7 @@ def assert_equal_in_fp32(one: Config, two: Config) -> None:
         torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=4e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name != "bfloat16"])
+@pytest.mark.parametrize("case", ["tied", *(name for name in CASES if name != "bfloat16")])
 def test_two_processes_are_one(pair: Pair, case: str) -> None:
     assert_equal_in_fp32(pair.one[case], pair.two[case])
 

@@ -39,6 +39,7 @@ class Learner:
         self.policy, self.method, self.optim = policy, method, optim
         self.options = Options(gradient_tolerance=gradient_tolerance)
         self.inv_temperature, self.steps = 1 / temperature, steps
+        self.one_pass = method.config.scope == "token" and method.config.entropy_top_p is None
         self.optimizer = torch.optim.AdamW(policy.trainable(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
 
     def learning_rate(self, step: int) -> float:
@@ -122,8 +123,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         for number, group in enumerate([*own, *repeated]):
             tick()
-            out = self._loss(experience, collate(completions, group, device, self.policy.packed), denominator)
             counts = float(number < len(own))
+            out = self._loss(experience, collate(completions, group, device, self.policy.packed), denominator, counts)
             (counts * out.loss).backward()
             sums["loss"] += counts * out.loss.detach()
             for name, value in out.metrics.items():
@@ -143,14 +144,20 @@ class Learner:
         self.optimizer.step()
         return values
 
-    def _loss(self, experience: Experience, batch: MicroBatch, denominator: Tensor) -> LossOutput:
-        """What one micro-batch adds to the loss of its minibatch."""
+    def _loss(self, experience: Experience, batch: MicroBatch, denominator: Tensor, counts: float) -> LossOutput:
+        """What one micro-batch adds to the loss of its minibatch. counts: the factor on it before the
+        backward pass.
+
+        The gradient of a trained head is added to its fp32 sum here. Losses that the one-pass schedule
+        cannot compute (gspo, entropy_top_p) give it to the backward pass, in the compute dtype.
+        """
         token_batch = replace(experience.batch.select(batch.tokens), denominator=denominator, support=batch.support)
 
         def head(hidden: Tensor, weight: Tensor, **options: Any) -> LossOutput:
             return policy_loss(
                 hidden, weight, token_batch, method=self.method, positive_weight=experience.positive_weight,
-                inv_temperature=self.inv_temperature, options=self.options, **options,
+                inv_temperature=self.inv_temperature, options=self.options, main_grad_scale=counts,
+                main_grad=self.policy.main_grad() if self.one_pass else None, **options,
             )  # fmt: skip
 
         return self.policy(batch.input_ids, batch.attention_mask, batch.rows, head, batch.lengths)

@@ -129,6 +129,18 @@ class Policy(nn.Module):
         linear = self.language_model.get_output_embeddings()
         return head(chosen.to(self.dtype), linear.weight.to(self.dtype), bias=linear.bias, **self.head_options)
 
+    def main_grad(self) -> Tensor | None:
+        """[V, D] fp32: the gradient of the head's weight, to which ``policy_loss`` adds without a
+        rounding to the compute dtype; None where the head is frozen.
+
+        For the use in ``head``, where FSDP2 has gathered the weight. FSDP2 reduces this gradient after
+        the backward pass, a tied embedding's share included.
+        """
+        weight = self.language_model.get_output_embeddings().weight
+        if weight.requires_grad and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        return weight.grad
+
     def _packing(self, lengths: Sequence[int]) -> dict[str, Any]:
         """What tells a model where packed sequences begin. From position ids transformers makes a
         mask, or the arguments of flash attention's variable-length kernels, but those again in each
