@@ -36,7 +36,7 @@ SIBLINGS = [("eapo_kernels.ops", "eapo_kernels.objectives"), ("eapo_kernels.ops"
             ("trainer", "benchmarks")]  # fmt: skip
 # Each part of the trainer imports only those before it, not even for its types.
 TRAINER = (
-    "errors", "ranks", "records", "hooks", "config", "dataset", "models", "rewards", "learning", "runs", "rollouts",
+    "errors", "ranks", "records", "config", "dataset", "models", "rewards", "learning", "runs", "rollouts",
     "evaluation", "dry_run", "loop", "commands", "__main__",
 )  # fmt: skip
 EXCEPTIONS: set[tuple[str, str]] = set()

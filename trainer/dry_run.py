@@ -155,7 +155,7 @@ def dry_run(config: Config, processes: int) -> None:
     """Check rewards, engine and data, and print the estimate, without loading weights.
 
     Raises:
-        EapoError: as the run would.
+        TrainerError: as the run would.
     """
     check(config)
     tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path, config.model.cache, weights=False))

@@ -13,9 +13,8 @@
   from the mean entropy (H_0 is that of the first step), others' from covariances, quantiles or
   group statistics. The updates then use any split of the tokens. A step with one update and an
   engine that records entropies needs no such pass (``optim.old_logp``).
-- A method may also change how completions are sampled (``hooks``). Metrics of rewards, lengths and
-  diversity cover the first samples, before a hook selects, replaces or adds some, because a
-  selection would bias them.
+- Groups without spread may be replaced by others (``rollout.resample_rounds``). Metrics of rewards,
+  lengths and diversity cover the first samples, because a selection would bias them.
 - A group with a failed reward is left out of the step. A step without a complete group ends the
   run.
 - Random numbers are functions of (seed, purpose, step). The global generators are seeded for reward
@@ -33,7 +32,7 @@
   knows are exchanged through ``ranks`` before any rank acts on them. The run equals that of one
   process up to rounding.
 - A checkpoint is the state between two steps, before an evaluation at that step: weights,
-  optimizer, controller (H_0), sampler, hook, generators and the lengths of the log files. A resumed
+  optimizer, controller (H_0), sampler, generators and the lengths of the log files. A resumed
   run cuts the log files back to these lengths and repeats what followed. Its results are bitwise
   equal to an uninterrupted run on the same machine with the same number of processes and threads.
 """
@@ -63,9 +62,8 @@ from .evaluation.step_metrics import (
     reward_metrics,
     sample_record,
 )
-from .hooks import SAMPLES_OF_THE_POLICY
 from .learning.batching import Completions, select
-from .learning.experience import extra_statistics, per_token, weigh
+from .learning.experience import extra_statistics, weigh
 from .learning.learner import Learner
 from .learning.measure import NOTHING, Measurement, Wanted, measure, recorded, wanted_by
 from .models.policy import load_policy
@@ -83,7 +81,7 @@ from .runs.resume import choose
 from .runs.rundir import RunDirectory
 from .runs.trackers import Trackers
 
-ROLLOUT_SEED, UPDATE_SEED, ADAPTER_SEED, HOOK_SEED, WEIGHT_SEED, GLOBAL_SEED = 1, 2, 3, 4, 5, 6
+ROLLOUT_SEED, UPDATE_SEED, ADAPTER_SEED, RESAMPLE_SEED, WEIGHT_SEED, GLOBAL_SEED = 1, 2, 3, 4, 5, 6
 
 
 def train(config: Config) -> bool:
@@ -133,7 +131,7 @@ def _train(config: Config, console: Console) -> bool:
         console.line(f"advice: {line}")
     with console.phase(f"starting the engine {rollout.engine}"):
         engine = make_engine(config, policy)
-    method, hook = config.method(), config.loss.hook()
+    method, resample_rounds = config.method(), config.resample_rounds()
     if method.config.advantage == "binary":
         ranks.run_on_main(lambda: rewards.check_binary(method.name, train_set.rows[:4], policy.tokenizer))
     learner = Learner(
@@ -147,7 +145,7 @@ def _train(config: Config, console: Console) -> bool:
         indices = sampler.next()
         return [train_set.ids[i] for i in indices], train_set.columns(indices, 1)
 
-    source = RolloutSource(config, method, policy, engine, rewards, console, next_prompts)
+    source = RolloutSource(config, policy.tokenizer, engine, rewards, console, next_prompts)
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
     rows = "packed" if policy.packed else "padded"
     console.line(f"training {trained:,} of {weights:,} weights on {policy.device}, micro-batches {rows}")
@@ -159,7 +157,7 @@ def _train(config: Config, console: Console) -> bool:
         return measure(policy, completions, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
 
     progress = Progress(
-        config, run, policy, learner.optimizer, parts={"sampler": sampler, "controller": controller, "hook": hook},
+        config, run, policy, learner.optimizer, parts={"sampler": sampler, "controller": controller},
         reference=reference, prompts=fingerprint(train_set.ids),
     )  # fmt: skip
     step, finished = step_of(checkpoint), False
@@ -184,11 +182,10 @@ def _train(config: Config, console: Console) -> bool:
             diagnosed = bool(config.diagnose_every) and step % config.diagnose_every == 0
             sampling = rollout.sampling(rollout.responses, derive_seed(config.seed, ROLLOUT_SEED, step))
             state = controller.values() if controller else {}
-            drawn = source.draw(*next_prompts(), range(rollout.prompts), hook.before(sampling))
+            drawn = source.draw(*next_prompts(), range(rollout.prompts), sampling)
             sampled = scored = drawn.take(drawn.fully_scored())
-            if len(sampled):
-                sampled = hook.after(scored, sampling, source, state, derive_seed(config.seed, HOOK_SEED, step))
-                sampled = sampled.take(sampled.fully_scored())
+            if len(scored) and resample_rounds:
+                sampled = source.resample(scored, sampling, resample_rounds, derive_seed(config.seed, RESAMPLE_SEED, step))
             if not len(sampled):
                 raise RewardError(
                     f"step {step + 1}: expected at least one fully scored group, got none; {drawn.scores.failures[0]}"
@@ -197,24 +194,20 @@ def _train(config: Config, console: Console) -> bool:
             completions = select(sampled.rollouts, range(len(sampled)))
             with console.phase("old_logp") as tick:
                 wanted = wanted_by(method, tempered=float(state.get("temperature", 1.0)), diagnose=diagnosed)
-                known = None
-                if type(hook) in SAMPLES_OF_THE_POLICY:
-                    known = recorded(completions, method, config.optim, wanted, policy.device)
+                known = recorded(completions, method, config.optim, wanted, policy.device)
                 old = known or statistics(completions, tick, wanted)
                 if known:
                     compared = [group[0] for group in sampled.groups()]
                     logp = statistics(select(sampled.rollouts, compared), tick).logp.cpu()
                 else:
-                    compared = sampled.unmarked() or list(range(len(sampled)))
-                    own = per_token(torch.isin(torch.arange(len(sampled)), torch.tensor(compared)), completions)
-                    logp = old.logp.cpu()[own]
+                    compared, logp = list(range(len(sampled))), old.logp.cpu()
                 ref_logp = None
                 if reference:
                     with reference.installed():
                         ref_logp = statistics(completions, tick).logp
                 experience = weigh(
                     method, completions, sampled.scores.total, torch.tensor(sampled.group_ids), old,
-                    controller=controller, advantages=sampled.advantages, ref_logp=ref_logp,
+                    controller=controller, ref_logp=ref_logp,
                     extras=extra_statistics(config, method, policy, sampled, completions, tick),
                     progress=step / config.steps, seed=derive_seed(config.seed, WEIGHT_SEED, step),
                 )  # fmt: skip
@@ -243,7 +236,6 @@ def _train(config: Config, console: Console) -> bool:
                 **learned,
                 "eapo/entropy": old.entropy.mean().item(),
                 **dynamics,
-                **{f"rollout/{name}": sum(flags) / len(flags) for name, flags in sampled.marks.items()},
                 **completion_metrics(scored),
                 **engine_metrics(sampled.take(compared), logp, method.config.importance_cap),
                 **{f"seconds/{name}": value for name, value in seconds.items()},

@@ -179,9 +179,6 @@ class ScoredRollouts:
         columns: the data file's columns, one value for each completion.
         scores: their rewards.
         group_ids: B numbers; completions with equal numbers form a group.
-        marks: name -> B flags, "reinforce" or "replayed" (see ``weight_tokens``); a missing name
-            means all False.
-        advantages: [B] fp32 CPU that replace the method's, or None.
     """
 
     rollouts: Rollouts
@@ -189,8 +186,6 @@ class ScoredRollouts:
     columns: dict[str, list[Any]]
     scores: Scores
     group_ids: list[int]
-    marks: dict[str, list[bool]] = field(default_factory=dict)
-    advantages: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -201,12 +196,6 @@ class ScoredRollouts:
         for i, group in enumerate(self.group_ids):
             found.setdefault(group, []).append(i)
         return list(found.values())
-
-    def unmarked(self) -> list[int]:
-        """Indices of the completions without a mark. Only their log-probs are compared with the
-        engine's in the metrics.
-        """
-        return [i for i in range(len(self)) if not any(flags[i] for flags in self.marks.values())]
 
     def fully_scored(self) -> list[int]:
         """Indices of the completions in groups in which every completion has a reward."""
@@ -222,39 +211,15 @@ class ScoredRollouts:
             {name: [column[i] for i in indices] for name, column in self.columns.items()},
             Scores(s.total[list(indices)], {name: [part[i] for i in indices] for name, part in s.parts.items()}, []),
             [self.group_ids[i] for i in indices],
-            {name: [flags[i] for i in indices] for name, flags in self.marks.items()},
-            None if self.advantages is None else self.advantages[list(indices)],
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """The completions as plain values and tensors, without the failures."""
-        scores = {"total": self.scores.total, "parts": self.scores.parts}
-        own = {name: getattr(self, name) for name in ("texts", "columns", "group_ids", "marks", "advantages")}
-        return {"rollouts": vars(self.rollouts), "scores": scores, **own}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> ScoredRollouts:
-        """The completions of ``state_dict()``."""
-        return cls(**{**state, "rollouts": Rollouts(**state["rollouts"]), "scores": Scores(**state["scores"], failures=[])})
-
-    def marked(self, name: str) -> ScoredRollouts:
-        """The same completions, all with this mark."""
-        return replace(self, marks={**self.marks, name: [True] * len(self)})
-
     def concat(self, other: ScoredRollouts) -> ScoredRollouts:
-        """These completions followed by ``other``. Advantages are kept only where both have them."""
+        """These completions followed by ``other``."""
         parts = {name: part + other.scores.parts[name] for name, part in self.scores.parts.items()}
-        marks = {
-            name: self.marks.get(name, [False] * len(self)) + other.marks.get(name, [False] * len(other))
-            for name in {**self.marks, **other.marks}
-        }
-        both = self.advantages is not None and other.advantages is not None
         return ScoredRollouts(
             self.rollouts.concat(other.rollouts),
             self.texts + other.texts,
             {name: column + other.columns[name] for name, column in self.columns.items()},
             Scores(torch.cat([self.scores.total, other.scores.total]), parts, self.scores.failures + other.scores.failures),
             self.group_ids + other.group_ids,
-            marks,
-            torch.cat([self.advantages, other.advantages]) if both else None,  # type: ignore[list-item]
         )

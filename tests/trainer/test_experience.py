@@ -104,7 +104,7 @@ def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: 
     columns = {"prompt": ["what is n1 ?"] * 12, "answer": ["n2 n3"] * 12}
     scores = Scores(torch.zeros(12), {}, [])
     rollouts = Rollouts(completions.prompt_ids, completions.completion_ids, [torch.zeros(1)] * 12, [False] * 12)
-    sampled = ScoredRollouts(rollouts, [""] * 12, columns, scores, [0] * 12, {"replayed": [i % 2 == 0 for i in range(12)]})
+    sampled = ScoredRollouts(rollouts, [""] * 12, columns, scores, [0] * 12)
     config = config.replace(rollout={"temperature": TEMPERATURE})
     found = extra_statistics(config, get_method("trace"), policy, sampled, completions, no_tick)
     text = "user: what is n1 ?\n\nA correct answer: n2 n3\n\n assistant:"
@@ -113,8 +113,7 @@ def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: 
     targets = torch.tensor([token for ids in completions.completion_ids for token in ids])
     expected = (dense(policy, shown) / TEMPERATURE).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(found["teacher_logp"].double(), expected, atol=3e-5, rtol=0)
-    assert found["replayed"].tolist() == [i % 2 == 0 for i, ids in enumerate(completions.completion_ids) for _ in ids]
-    assert set(extra_statistics(config, get_method("pear"), policy, sampled, completions, no_tick)) == {"answer", "replayed"}
+    assert set(extra_statistics(config, get_method("pear"), policy, sampled, completions, no_tick)) == {"answer"}
 
 
 def test_the_predicted_change_has_the_sign_of_a_small_steps(policy: Policy, completions: Completions) -> None:
@@ -216,9 +215,7 @@ def test_weights_are_those_of_weight_tokens(policy: Policy, completions: Complet
 
 
 def test_what_the_loop_hands_over(changed: Change, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Advantages and marks of the hook, the fraction of the run that is done, and a new seed each
-    step.
-    """
+    """The fraction of the run that is done, and a new seed each step."""
     seen: list[dict[str, Any]] = []
 
     def spy(*arguments: Any, **options: Any) -> Any:
@@ -226,17 +223,12 @@ def test_what_the_loop_hands_over(changed: Change, monkeypatch: pytest.MonkeyPat
         return weigh(*arguments, **options)
 
     monkeypatch.setattr("trainer.loop.weigh", spy)
-    numbers = {"good_above": 0.0, "replayed_share": 1.0}
-    assert train(changed(data={"eval": ""}, steps=4, loss={"method": "spear", **numbers}))
+    assert train(changed(data={"eval": ""}, steps=4, loss={"method": "spear"}))
     assert [call["progress"] for call in seen] == [0.0, 0.25, 0.5, 0.75]
     assert len({call["seed"] for call in seen}) == 4
-    assert "replayed" not in seen[0]["extras"]
-    assert seen[1]["extras"]["replayed"].any()
-    assert not seen[1]["extras"]["replayed"].all()
     for call in seen:
-        assert call["advantages"].shape == call["rewards"].shape == (call["completions"],)
-        assert call["advantages"].isfinite().all()
-    assert seen[1]["completions"] > 12
+        assert call["rewards"].shape == (call["completions"],)
+        assert call["rewards"].isfinite().all()
 
 
 def test_a_step_without_the_measurement_is_the_step_with_it(changed: Change, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,9 @@ def test_masked_completions_train_nothing_and_count_in_their_group(policy: Polic
     def experience(indices: list[int], advantages: torch.Tensor | None) -> Experience:
         completions = select(rollouts, indices)
         old = measure(policy, completions, temperature=1.0, budget=1000, tick=no_tick)
-        return weigh(method, completions, REWARDS[indices], GROUPS[indices], old, advantages=advantages)
+        found = weigh(method, completions, REWARDS[indices], GROUPS[indices], old)
+        given = {} if advantages is None else {"advantages": advantages, "token_advantages": False}
+        return replace(found, batch=replace(found.batch, **given))
 
     everything = experience(list(range(12)), None)
     estimator = ADVANTAGES["group_norm"]

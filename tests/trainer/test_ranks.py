@@ -43,12 +43,11 @@ CASES: dict[str, dict[str, Any]] = {
         "optim": {"minibatches": 2},
     },
     "following_reference": {
-        "loss": {"method": "spear", "reference_ema": 0.8, "kl_coef": 0.1, "good_above": 0.2},
+        "loss": {"method": "spear", "reference_ema": 0.8, "kl_coef": 0.1},
         "model": {"gradient_checkpointing": True},
     },
     "aepo": {"loss": {"method": "aepo"}},
     "dapo": {"loss": {"method": "dapo"}, "rewards": {"functions": ("reward_functions:has_a_low_number",)}},
-    "cure": {"loss": {"method": "cure"}, "rollout": {"prompts": 1}},
     "majority": {"rewards": {"functions": ("majority",)}, "loss": {"method": "grpo"}},
     "bfloat16": {"steps": 3, "model": {"dtype": "bfloat16"}, "lora": {"rank": 2}, "optim": {"lr": 1e-3}},
 }  # fmt: skip

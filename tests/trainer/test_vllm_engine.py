@@ -212,16 +212,6 @@ def run(changed: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]
     return make
 
 
-def test_completions_cut_and_continued(run: Callable[..., Config]) -> None:
-    """cure: the sampled prefix becomes part of the next prompt, and its log-probs stay the
-    engine's.
-    """
-    config = run(steps=2, loss={"method": "cure"}, data={"eval": ""})
-    assert train(config)
-    for row in read(Path(config.out) / config.name, "metrics"):
-        assert row["rollout/logp_gap_max"] < EXACT
-
-
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_run(run: Callable[..., Config], lora: int) -> None:
     config = run(steps=4, lora={"rank": lora}, optim={"lr": 0.03})

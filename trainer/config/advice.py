@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from ..hooks import ReplayRollouts
 from .tree import Config
+
+NOT_HERE = {
+    "aepo": "correct completions sampled at another temperature", "aepo_agentic": "branches of completions",
+    "cure": "completions cut and continued", "spear": "a replay of good completions", "t1": "oversampling",
+}  # fmt: skip
+"""Method -> the part of it that concerns the rollouts and is not in this trainer."""
 
 
 def advice(config: Config) -> list[str]:
     """Warnings to print before the first step."""
-    rollout, optim, method, hook = config.rollout, config.optim, config.method(), config.loss.hook()
+    rollout, optim, method = config.rollout, config.optim, config.method()
     found = []
+    if method.name in NOT_HERE:
+        found.append(f"{method.name}: only its loss is in this trainer, not {NOT_HERE[method.name]} (docs/methods.md)")
     if method.name == "kl_cov" and optim.minibatches == optim.epochs == 1:
         found.append(
             "kl_cov has no effect while the ratio is 1, in the first update: set optim.minibatches or optim.epochs > 1"
-        )
-    highest = (rollout.responses - 1) / math.sqrt(rollout.responses)  # group_norm advantage of a single different reward
-    if isinstance(hook, ReplayRollouts) and method.config.advantage == "group_norm" and highest <= hook.good_above:
-        found.append(
-            f"{method.name} replays nothing: no advantage in a group of {rollout.responses} exceeds {highest:.2g}, "
-            f"and loss.good_above is {hook.good_above:g}"
         )
     if method.config.importance_cap is None:
         cap = "; loss.importance_cap (2, say) corrects for it"

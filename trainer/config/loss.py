@@ -15,14 +15,12 @@ from .section import Count, Decay, NonNegative, Positive, Section, Share, unknow
 if TYPE_CHECKING:
     from eapo_kernels import Method
 
-    from ..hooks import RolloutHook
-
 
 class LossConfig(Section):
     """The objective: a method of eapo_kernels, and changes to it (None keeps the method's own value).
 
-    Every other number of the chosen method is a key of this section too: those of its token weights, its controller, its
-    rollout hook and its configuration (``lambda_min`` for steer, ``target`` for aepo, ``kl_coef`` for any). docs/methods.md
+    Every other number of the chosen method is a key of this section too: those of its token weights, its controller and
+    its configuration (``lambda_min`` for steer, ``target`` for aepo, ``kl_coef`` for any). docs/methods.md
     lists the methods.
     """
 
@@ -64,18 +62,14 @@ class LossConfig(Section):
         """The method's own numbers that were set."""
         return self.model_extra or {}
 
-    def check(self, responses: int) -> None:
-        """Raise ConfigError for an unknown method, or a number that it does not have or refuses.
-        responses: size of a group.
-        """
+    def check(self) -> None:
+        """Raise ConfigError for an unknown method, or a number that it does not have or refuses."""
         from eapo_kernels import METHODS, EAPOConfig
         from eapo_kernels.objectives.controllers import controller_fields
 
-        from ..hooks import hook_numbers
-
         check(self.method in METHODS, "loss.method", f"one of {', '.join(METHODS)}", self.method)
         method = METHODS[self.method]
-        known = ["positive_weight", *hook_numbers(self.method)]
+        known = ["positive_weight"]
         for owner in (EAPOConfig, method.token_weighting or ()):
             known += getattr(owner, "__dataclass_fields__", ())
         weight = controller_fields(method.controller) if method.controller else ()
@@ -86,9 +80,6 @@ class LossConfig(Section):
                 raise ConfigError(unknown(["loss", name], list(dict.fromkeys([*LossConfig.model_fields, *known, *weight]))))
         with _prefixed("loss"):
             self.build(fixed_length=1)
-            hook = self.hook()
-        with _prefixed("rollout"):
-            hook.responses(responses)
 
     def build(self, fixed_length: int) -> Method:
         """The method with these changes. ``fixed_length`` is used by the reduction of that name
@@ -96,18 +87,9 @@ class LossConfig(Section):
         """
         from eapo_kernels import get_method
 
-        from ..hooks import hook_numbers
-
-        own = self.model_dump(exclude={"method", "reference_ema", "gradient_tolerance", *hook_numbers(self.method)})
+        own = self.model_dump(exclude={"method", "reference_ema", "gradient_tolerance"})
         given = {name: value for name, value in own.items() if value is not None or name in self.numbers}
         return get_method(self.method, **{"fixed_length": fixed_length, **given})
-
-    def hook(self) -> RolloutHook:
-        """A new rollout hook of the method."""
-        from ..hooks import HOOKS, RolloutHook, hook_numbers
-
-        own = hook_numbers(self.method)
-        return HOOKS.get(self.method, RolloutHook)(**{k: v for k, v in self.numbers.items() if k in own})
 
     def reference_share(self) -> float:
         """``reference_ema``, or the method's default."""

@@ -64,6 +64,10 @@ class RolloutConfig(Section):
     """Where top_p, top_k or min_p removes tokens, record those that were left. Log-probs, entropy and loss are then those of
     the sampled distribution. False: those of the whole vocabulary, and the ratio to the engine starts at the probability that
     was left (rollout/ratio_at_start) instead of 1."""
+    resample_rounds: Natural | None = None
+    """Groups whose rewards are all equal have no gradient. They are replaced by groups of other prompts in at most this number
+    of additional draws, each of as many prompts as a step has (DAPO's dynamic sampling, arXiv:2503.14476). None: 2 for the
+    method dapo, 0 for others."""
     batch: Count = 64
     """Most completions generated at once."""
     vllm: VllmConfig = VllmConfig()

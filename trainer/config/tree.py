@@ -59,12 +59,17 @@ class Config(Section):
         updates = self.rollout.prompts * self.rollout.responses
         expected = f"at most the {updates} completions of a step"
         check(self.optim.minibatches <= updates, "optim.minibatches", expected, self.optim.minibatches)
-        self.loss.check(self.rollout.responses)
+        self.loss.check()
         if self.method().config.entropy_top_p is not None:
             supported = self.rollout.sampling(self.rollout.responses, self.seed).support
             expected = f"False with {self.loss.method}, whose entropy bonus is that of a nucleus of the whole vocabulary"
             check(not supported, "rollout.record_support", expected, supported)
         return self
+
+    def resample_rounds(self) -> int:
+        """``rollout.resample_rounds``, or the method's default."""
+        own = self.rollout.resample_rounds
+        return own if own is not None else 2 if self.loss.method == "dapo" else 0
 
     def method(self) -> Method:
         """The objective with all its numbers."""

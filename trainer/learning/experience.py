@@ -63,7 +63,6 @@ def weigh(
     old: Measurement,
     *,
     controller: Controller | None = None,
-    advantages: Tensor | None = None,
     ref_logp: Tensor | None = None,
     extras: Mapping[str, Tensor] | None = None,
     progress: float = 0.0,
@@ -74,7 +73,6 @@ def weigh(
     Args:
         rewards: [B] fp32, finite.
         group_ids: [B] int64; completions with equal numbers form a group.
-        advantages: [B] fp32 that replace the method's, or None.
         ref_logp: [T] fp32, for a KL penalty.
         extras: [T] each, as in ``weight_tokens``.
         progress, seed: as in ``weight_tokens``.
@@ -89,8 +87,6 @@ def weigh(
         old_logp=None if old.on_policy else old.logp,
         ref_logp=ref_logp,
         rollout_logp=completions.rollout_logp.to(device),
-        advantages=None if advantages is None else advantages.to(device),
-        token_advantages=None if advantages is None else False,
     )
     measured = {"tempered_logp": old.tempered_logp, "nucleus_entropy": old.nucleus_entropy}
     extras = {**(extras or {}), **{name: value for name, value in measured.items() if value is not None}}
@@ -135,13 +131,13 @@ def extra_statistics(
     config: Config, method: Method, policy: Policy, sampled: ScoredRollouts, completions: Completions, tick: Tick
 ) -> dict[str, Tensor]:
     """The extras of ``weight_tokens`` that are not measured on the policy's own completions, [T]
-    each: marks, answer mask, teacher log-probs.
+    each: answer mask, teacher log-probs.
 
     The teacher is the policy itself, prompted with the reference answer as well
     (``data.teacher_prompt``).
     """
     needs = frozenset() if method.token_weighting is None else method.token_weighting.needs
-    extras = {name: per_token(torch.tensor(flags), completions) for name, flags in sampled.marks.items()}
+    extras: dict[str, Tensor] = {}
     if "answer" in needs:
         extras["answer"] = final_answer(completions, config.data.answer_marker, policy.tokenizer)
     if "teacher_logp" in needs:

@@ -33,7 +33,7 @@ class Progress:
     step of an update to the next mark; a stop request is not followed in between.
 
     Args:
-        parts: further objects with a state, by name: sampler, controller, hook.
+        parts: further objects with a state, by name: sampler, controller.
         prompts: a hash of the training prompts.
     """
 
