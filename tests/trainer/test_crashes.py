@@ -129,7 +129,7 @@ def out_of_memory(target: str, call: int) -> Failing:
 FAILURES: dict[str, tuple[Callable[[], Failing], type[BaseException]]] = {
     # What fails after two completed steps, and the error. Evaluations call the reward too.
     "reward": (lambda: broken_reward(3), RewardError),
-    "rollout": (lambda: out_of_memory("trainer.rollouts.source.RolloutSource.generate", 3), MEMORY),
+    "rollout": (lambda: out_of_memory("trainer.rollouts.source.RolloutSource.draw", 3), MEMORY),
     "measurement": (lambda: out_of_memory("trainer.loop.measure", 3), MEMORY),
     "update": (lambda: out_of_memory("trainer.learning.learner.policy_loss", 5), MEMORY),
     "divergence": (
