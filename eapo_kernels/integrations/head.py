@@ -14,6 +14,7 @@ from ..errors import EapoError, is_number, require
 from ..ops.token_stats import token_stats
 from ..ops.vocab_shard import VocabShard
 from ..types import IGNORE_INDEX, Options, TokenStats
+from .own_logits import fused_linear, require_same
 
 T = TypeVar("T")
 
@@ -31,7 +32,8 @@ class FusedLMHead(nn.Linear):
 
     Attributes:
         softcap, logit_scale: what the model applies to the logits after the head (docs/math.md E1).
-            They enter the statistics only: returned logits are those of ``nn.Linear``.
+            They enter the statistics only: returned logits are those of ``nn.Linear``. ``check``
+            compares them with a model's logits; ``patch_causal_lm`` learns them from the model.
     """
 
     softcap: float | None
@@ -70,6 +72,23 @@ class FusedLMHead(nn.Linear):
         shape: dict[str, Any] = {"bias": linear.bias is not None, "device": "meta"}
         head = cls(linear.in_features, linear.out_features, softcap=softcap, logit_scale=logit_scale, **shape)
         return _share_parameters(linear, head)
+
+    @torch.no_grad()
+    def check(self, hidden: Tensor, logits: Tensor) -> None:
+        """Compare this head's log-probs with those of a model's own logits.
+
+        Args:
+            hidden: [..., D], what the head receives; a few positions are enough.
+            logits: [..., V], what the model returns for them.
+
+        Raises:
+            EapoError: they differ: the model applies another bias, softcap or logit_scale.
+        """
+        same = logits.shape == (*hidden.shape[:-1], self.out_features)
+        require(same, "logits", f"{[*hidden.shape[:-1], self.out_features]}", list(logits.shape))
+        for targets in (logits.argmax(-1), logits.argmin(-1)):
+            stats = self(hidden, targets, entropy="none")
+            require_same("logits", stats.logp, logits, targets)
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` that shares this head's parameters.
@@ -155,20 +174,6 @@ def head_statistics(head: nn.Module, hidden: Tensor, targets: Tensor | None, **a
     base = fused_linear(head)
     require(isinstance(base, FusedLMHead), "head", "a FusedLMHead (patch_causal_lm)", type(base).__name__)
     return base(hidden, targets, weight_delta=None if head is base else _lora_delta(head), **arguments)
-
-
-def fused_linear(head: nn.Module) -> nn.Module:
-    """The linear layer of a head: the head itself, or the layer that a LoRA layer of peft wraps.
-
-    Raises:
-        EapoError: another wrapper (``modules_to_save``, quantisation, another adapter).
-    """
-    if isinstance(head, nn.Linear):
-        return head
-    kind = f"{type(head).__module__}.{type(head).__name__}"
-    expected = "nn.Linear, or peft's LoRA on one (no modules_to_save, no quantisation)"
-    require(kind == "peft.tuners.lora.layer.Linear", "head", expected, kind)
-    return head.base_layer  # type: ignore[return-value]
 
 
 def _lora_delta(head: Any) -> Tensor | None:

@@ -7,13 +7,15 @@
     logits = model(input_ids=ids, attention_mask=mask).logits  # as before, bit for bit
 
 Patch the model before FSDP2, DDP or DeepSpeed wraps it, and call the wrapped model: its parameter
-gathering then covers the head. Only this one model object changes; ``unpatch_causal_lm`` restores
-it.
+gathering then covers the head. Only this one model object changes: its class becomes a subclass
+of its own, so that deep copies, pickles and replicas compute with their own weights.
+``unpatch_causal_lm`` restores it.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from typing import Any
 
@@ -21,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EapoError, ShapeError, describe, require
-from ..types import IGNORE_INDEX, TokenStats
-from .head import STATISTICS, FusedLMHead, fused_linear, head_statistics
+from ..types import IGNORE_INDEX
+from .head import STATISTICS, FusedLMHead, head_statistics
+from .own_logits import backbone, causal_lm, compare_logits, fused_linear, logit_transform
 
 _REFUSED = ("labels", "logits_to_keep", "num_logits_to_keep", "output_router_logits")
-_PREVIOUS = "eapo_previous_forward"  # attribute of our forward function
+_PREVIOUS = "eapo_previous_forward"  # attribute of a model: the function that was its own forward
 
 
 def next_token_targets(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -64,41 +67,24 @@ def patch_causal_lm(
     Args:
         model: a transformers causal language model, or a peft model around one. LoRA on the head is
             supported: its weight is composed to [V, D] in every forward.
-        softcap, logit_scale: of the logits; None: from the model's config.
-        check: compare a few log-probs with the model's own logits, to reject a head that does more
-            than softcap and scale.
+        softcap, logit_scale: of the logits; None: learned from the model (``logit_transform``).
+        check: compare a few log-probs with the model's own logits. Without weights (meta device,
+            ZeRO-3) there are none: False.
 
     Returns:
         The same model.
 
     Raises:
-        EapoError: already patched, a head that cannot be fused (``fused_linear``), or the check
+        EapoError: already patched; a head that cannot be fused (``fused_linear``,
+            ``logit_transform``); a forward on the object that is not a bound method; or the check
             failed.
     """
     base = causal_lm(model)
-    previous = vars(base).get("forward")
-    require(not _is_ours(previous), "model", "one that is not patched", "a patched one")
     install_head(base, softcap=softcap, logit_scale=logit_scale)
-    kind = type(base)
-
-    # wraps() keeps the signature of the class: generate() and Trainer read it.
-    @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, targets: Tensor | None = None, compute: Any = None, **kwargs: Any) -> Any:
-        if targets is None and compute is None:
-            return previous(*args, **kwargs) if previous is not None else kind.forward(self, *args, **kwargs)
-        for name in _REFUSED:
-            value = kwargs.get(name)
-            if isinstance(value, Tensor) or value:
-                raise EapoError(f"{name}: expected it not to be given together with targets, got {describe(value)}")
-        options = {name: kwargs.pop(name) for name in (*STATISTICS, "process_group") if name in kwargs}
-        hidden = run_backbone(self, *args, **kwargs).last_hidden_state
-        return head_statistics(self.get_output_embeddings(), hidden, targets, compute=compute, **options)
-
-    setattr(forward, _PREVIOUS, previous)
-    base.forward = types.MethodType(forward, base)
+    patch_class(base, _WithTargets)
     if check:
         try:
-            _check(base)
+            compare_logits(base, lambda ids: base(input_ids=ids, targets=next_token_targets(ids), entropy="none").logp[:, :-1])
         except EapoError:
             unpatch_causal_lm(model)
             raise
@@ -106,78 +92,137 @@ def patch_causal_lm(
 
 
 def unpatch_causal_lm(model: nn.Module) -> nn.Module:
-    """Undo ``patch_causal_lm``: the original forward and an ``nn.Linear`` with the same parameters.
+    """Undo ``patch_causal_lm``: the original class and an ``nn.Linear`` with the same parameters.
 
     Raises:
         EapoError: the model is not patched, or something patched or wrapped it since.
     """
     base = causal_lm(model)
-    forward = vars(base).get("forward")
-    require(_is_ours(forward), "model", "one that patch_causal_lm has patched, and nothing else since", "another")
-    assert forward is not None
+    alone = isinstance(base, _WithTargets) and type(base) is _subclass(_WithTargets, base.eapo_class)
+    expected = "one that patch_causal_lm has patched, and nothing else since"
+    require(alone and "forward" not in vars(base), "model", expected, "another")
     fused: Any = fused_linear(base.get_output_embeddings())
-    plain = fused.to_linear()
-    del base.forward
-    previous = getattr(forward.__func__, _PREVIOUS)
-    if previous is not None:
-        base.forward = previous
-    _replace(base, fused, plain)
+    _replace(base, fused, fused.to_linear())
+    base.__class__ = base.eapo_class
+    if _PREVIOUS in vars(base):
+        base.forward = types.MethodType(vars(base).pop(_PREVIOUS), base)
     return model
 
 
-def _is_ours(forward: Any) -> bool:
-    return hasattr(getattr(forward, "__func__", None), _PREVIOUS)
+class Patched:
+    """First base of a class that ``patch_class`` makes; a subclass of this one has ``eapo_forward``.
+
+    Attributes:
+        eapo_class: the class of the model before.
+        eapo_mixin: the subclass of this one.
+    """
+
+    eapo_class: Any
+    eapo_mixin: Any
+
+    def eapo_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``forward`` does."""
+        raise NotImplementedError
+
+    def previous_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward before the patch, on this object."""
+        return vars(self).get(_PREVIOUS, self.eapo_class.forward)(self, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """Deep copies and pickles: the class is made again, with the state of this object."""
+        self._require_own_forward()
+        return _new, (self.eapo_mixin, self.eapo_class), self.__dict__
+
+    def _replicate_for_data_parallel(self) -> Any:
+        self._require_own_forward()
+        return super()._replicate_for_data_parallel()  # type: ignore[misc]
+
+    def _require_own_forward(self) -> None:
+        """Raise where the replaced forward of the object would compute with this object in a copy of it."""
+        cells = getattr(vars(self).get(_PREVIOUS), "__closure__", None) or ()
+        held = any(self in (cell.cell_contents, getattr(cell.cell_contents, "__self__", None)) for cell in cells)
+        require(not held, "model", "one that can be copied", "one whose replaced forward holds the original in its closure")
 
 
-def logit_options(config: Any) -> tuple[float | None, float | None]:
-    """(softcap, logit_scale) of a model's logits, under the names that transformers' configs use."""
-    text = config.get_text_config()
-    scales = [getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
-    divisor = getattr(text, "logits_scaling", None)
-    scale = next((float(s) for s in scales if s is not None), 1.0 / divisor if divisor else None)
-    return getattr(text, "final_logit_softcapping", None), None if scale == 1.0 else scale
+class _WithTargets(Patched):
+    """A model whose forward has the keywords of ``patch_causal_lm``."""
+
+    def eapo_forward(self, *args: Any, targets: Tensor | None = None, compute: Any = None, **kwargs: Any) -> Any:
+        if targets is None and compute is None:
+            return self.previous_forward(*args, **kwargs)
+        for name in _REFUSED:
+            value = kwargs.get(name)
+            if isinstance(value, Tensor) or value:
+                raise EapoError(f"{name}: expected it not to be given together with targets, got {describe(value)}")
+        options = {name: kwargs.pop(name) for name in (*STATISTICS, "process_group") if name in kwargs}
+        model: Any = self
+        hidden = run_backbone(model, *args, **kwargs).last_hidden_state
+        return head_statistics(model.get_output_embeddings(), hidden, targets, compute=compute, **options)
 
 
-def run_backbone(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run the model without its head: an output with ``last_hidden_state`` [b, L, D].
+def patch_class(model: Any, mixin: type[Patched]) -> None:
+    """Make ``mixin.eapo_forward`` the forward of this one object, through its class.
+
+    A forward on the object would stay bound to it in replicas, and its closure in deep copies.
 
     Raises:
-        EapoError: the model has no separate backbone.
+        EapoError: the object has a forward of its own that is not a method bound to it.
     """
-    backbone = model.base_model
-    require(backbone is not model, "model", "a causal language model with a backbone (base_model)", type(model).__name__)
+    kind, own = type(model), vars(model).get("forward")
+    bound = own is None or (isinstance(own, types.MethodType) and own.__self__ is model)
+    expected = "the forward of its class, or a method bound to it (no device_map: patch before accelerate's hooks)"
+    require(bound, "model", expected, f"a {type(own).__name__} as forward")
+    if own is not None:
+        del model.forward
+        vars(model)[_PREVIOUS] = own.__func__
+    model.__class__ = _subclass(mixin, kind)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _subclass(mixin: Any, kind: Any) -> Any:
+    """The patched class, with the name of ``kind``, which transformers writes into checkpoints."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.eapo_forward(*args, **kwargs)
+
+    forward.__doc__ = kind.forward.__doc__
+    # generate() and Trainer read the signature. accelerate unwraps __wrapped__, which would undo the patch.
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    own = {"forward": forward, "eapo_class": kind, "eapo_mixin": mixin, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (mixin, kind), own | {"__qualname__": kind.__qualname__})
+
+
+def _new(mixin: Any, kind: Any) -> Any:
+    """An empty object of the patched class."""
+    made = _subclass(mixin, kind)
+    return made.__new__(made)
+
+
+def run_backbone(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the model without its head: an output with ``last_hidden_state`` [b, L, D]."""
     kwargs.setdefault("use_cache", False)
-    return backbone(*args, **kwargs)  # type: ignore[operator]
+    return backbone(model)(*args, **kwargs)
 
 
 def install_head(model: Any, *, softcap: float | None = None, logit_scale: float | None = None) -> None:
     """Replace the output head of a transformers model by a ``FusedLMHead`` with its parameters.
 
+    Args:
+        softcap, logit_scale: of the logits; None: learned from the model.
+
     Raises:
-        EapoError: a head that cannot be fused (``fused_linear``, ``FusedLMHead.from_linear``).
+        EapoError: already replaced, or a head that cannot be fused (``fused_linear``,
+            ``FusedLMHead.from_linear``, ``logit_transform``).
     """
     linear: Any = fused_linear(model.get_output_embeddings())
-    own_softcap, own_scale = logit_options(model.config)
+    require(not isinstance(linear, FusedLMHead), "model", "one that is not patched", "a patched one")
+    found = logit_transform(model)
     fused = FusedLMHead.from_linear(
         linear,
-        softcap=own_softcap if softcap is None else softcap,
-        logit_scale=own_scale if logit_scale is None else logit_scale,
+        softcap=found.softcap if softcap is None else softcap,
+        logit_scale=found.logit_scale if logit_scale is None else logit_scale,
     )
     _replace(model, linear, fused)
-
-
-def causal_lm(model: Any) -> Any:
-    """The transformers model, unwrapped from peft.
-
-    Raises:
-        EapoError: not a causal language model with an output head.
-    """
-    base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-    ok = isinstance(base, nn.Module) and hasattr(base, "get_output_embeddings") and hasattr(base, "base_model")
-    require(ok, "model", "a transformers causal language model, or a peft model around one", type(model).__name__)
-    found = base.get_output_embeddings() is not None
-    require(found, "model", "a causal language model with an output head", type(base).__name__)
-    return base
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -186,28 +231,3 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if child is old:
                 setattr(parent, name, new)
-
-
-@torch.no_grad()
-def _check(model: Any) -> None:
-    """Compare the log-probs of five tokens with those of the model's own logits."""
-    weight: Any = fused_linear(model.get_output_embeddings()).weight
-    if weight.is_meta or weight.numel() == 0:
-        raise EapoError("model: expected weights to compare logits with (or check=False), got none (meta device or ZeRO-3)")
-    ids = torch.arange(1, 6, device=weight.device)[None] % int(weight.shape[0])
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        stats: TokenStats = model(input_ids=ids, targets=next_token_targets(ids), entropy="none")
-        logits = model(input_ids=ids).logits.float()
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    expected = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    error = (stats.logp[:, :-1] - expected).abs().max().item()
-    bound = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.25
-    if not error < bound:
-        raise EapoError(
-            f"{type(model).__name__}: expected log-probs within {bound} of its own logits, got a difference of {error:.3g}: "
-            "its head applies more than logit_options() finds in the config; give softcap and logit_scale, or do not fuse it"
-        )

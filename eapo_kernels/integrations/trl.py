@@ -14,34 +14,38 @@ TRL's batches carry no sampling mask: with top_p, top_k or min_p its losses are 
 from __future__ import annotations
 
 import functools
-import types
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import require, require_choice
 from ..objectives.controllers import EntropyRatio
+from ..ops.token_stats import token_stats
 from ..types import IGNORE_INDEX, Options, TokenStats
 from . import require_version
 from .head import head_statistics
-from .hf import causal_lm, install_head, run_backbone
+from .hf import Patched, install_head, next_token_targets, patch_class, run_backbone
+from .own_logits import causal_lm, compare_logits
 from .weight import AdvantageWeight
 
 require_version("trl", ">=1.16,<1.17")
 
 from trl import GRPOTrainer  # noqa: E402
-from trl.trainer.utils import FusedCausalLMOutput  # noqa: E402
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head  # noqa: E402
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 """TRL 1.16's losses. All are positively homogeneous in the advantage, as the weight requires."""
 
 ENTROPY_FROM = ("rollout", "previous")
 HEADS = ("trl", "eapo")
-_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs")
+_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_ROWS_OF_LOGITS = 2**25  # elements of the logits that ``_of_logits`` holds at once
 _MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes",
     "token_type_ids", "mm_token_type_ids", "image_position_ids",
@@ -97,10 +101,10 @@ class EAPOMixin:
         self._recorded_model: Any = None
         if fused_head == "eapo":
             require(not trainer.args.cast_lm_head_to_fp32, "fused_head", "'trl' together with cast_lm_head_to_fp32", "'eapo'")
-            how: dict[str, Any] = {"temperature": trainer.temperature, "backend": op_backend, "options": op_options}
-            add_eapo_head(trainer.model, outputs=("log_probs", "entropy"), **how)
+            add_eapo_head(trainer.model, backend=op_backend, options=op_options)
             if trainer.ref_model is not None:
-                add_eapo_head(trainer.accelerator.unwrap_model(trainer.ref_model), outputs=("log_probs",), **how)
+                reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+                add_eapo_head(reference, backend=op_backend, options=op_options)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, compute_entropy: bool = False, **kwargs: Any) -> Any:
         """TRL's; while a model is recorded, the entropies of its forwards are kept."""
@@ -185,13 +189,71 @@ class EAPOTrainer(EAPOMixin, GRPOTrainer):
     """TRL's GRPOTrainer with the EAPO weight; ``EAPOMixin`` describes the additional arguments."""
 
 
+@dataclass(frozen=True)
+class _Head:
+    """What a model with this package's head behind TRL's contract computes."""
+
+    inv_temperature: float
+    outputs: tuple[str, ...]
+    backend: str
+    options: Options | None
+
+    def compute(self, targets: Tensor, hidden: Tensor, weight: Tensor, **head: Any) -> tuple[TokenStats, dict[str, Tensor]]:
+        """Statistics [b, L] of hidden [b, L, D], and the fields of ``_of_logits``."""
+        valid = targets != IGNORE_INDEX
+        stats = token_stats(
+            hidden, weight, targets, mask=valid, inv_temperature=self.inv_temperature, backend=self.backend,
+            options=self.options, entropy="grad" if "entropy" in self.outputs else "none",
+            second_moments="log_sum_sq_probs" in self.outputs, **head,
+        )  # fmt: skip
+        fields = [name for name in ("mean_logits", "is_top1") if name in self.outputs]
+        if not fields:
+            return stats, {}
+        found = _of_logits(hidden[valid], weight, targets[valid], self.inv_temperature, "is_top1" in fields, **head)
+        return stats, {name: found[name].new_zeros(valid.shape).masked_scatter(valid, found[name]) for name in fields}
+
+
+@torch.no_grad()
+def _of_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, inv_temperature: float, top: bool, *,
+    bias: Tensor | None, softcap: float | None, logit_scale: float | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Mean over the vocabulary of the logits z (docs/math.md E1), and whether the target has the largest.
+
+    Without soft-cap the mean is one product with the mean row of the weight. The largest, and the
+    mean behind a soft-cap, need the logits again, a block of rows at a time.
+
+    Args:
+        hidden, weight, targets: [N, D], [V, D], [N].
+        top: whether to find the largest.
+
+    Returns:
+        mean_logits [N] fp32; with ``top`` also is_top1 [N] bool, where among equal ones the first
+        is the largest.
+    """
+    scale = 1.0 if logit_scale is None else logit_scale
+    means, tops = [], []
+    if softcap is None:
+        offset = 0.0 if bias is None else bias.float().mean()
+        means = [(hidden.float() @ weight.mean(0, dtype=torch.float32) + offset) * (scale * inv_temperature)]
+    if top or softcap is not None:
+        rows = max(1, _ROWS_OF_LOGITS // weight.shape[0])
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+            z = nn.functional.linear(h, weight, bias)
+            tops.append(z.argmax(-1) == t)  # cap and scale are increasing
+            if softcap is not None:
+                means.append((softcap * (z.float() * (scale / softcap)).tanh()).mean(-1) * inv_temperature)
+    return {"mean_logits": torch.cat(means), **({"is_top1": torch.cat(tops)} if top else {})}
+
+
 def add_eapo_head(
     model: Any,
     *,
-    temperature: float = 1.0,
-    outputs: tuple[str, ...] = ("log_probs", "entropy"),
+    temperature: float | None = None,
+    outputs: tuple[str, ...] | None = None,
     backend: str = "auto",
     options: Options | None = None,
+    check: bool = True,
 ) -> None:
     """Put this package's op behind the contract of TRL's ``add_fused_lm_head``.
 
@@ -201,50 +263,83 @@ def add_eapo_head(
 
     Args:
         model: a transformers causal language model, or a peft model around one, not yet wrapped by
-            FSDP2, DDP or DeepSpeed. It may already have TRL's head.
-        temperature: the logits are divided by it.
-        outputs: per-token fields to fill: log_probs, entropy, log_sum_sq_probs.
+            FSDP2, DDP or DeepSpeed. TRL's own head on it, which its trainers add, is replaced.
+        temperature: the logits are divided by it. None: that of TRL's head, or 1.
+        outputs: per-token fields to fill: log_probs, entropy, log_sum_sq_probs, mean_logits,
+            is_top1. None: those of TRL's head, or log_probs and entropy. is_top1, and mean_logits
+            of a model with a soft-cap, cost a second product with the head.
         backend, options: as in ``token_stats``.
+        check: compare a few log-probs with the model's own logits. Without weights (meta device,
+            ZeRO-3) there are none: False.
 
     Raises:
-        EapoError: an unknown field, or a head that cannot be fused.
+        EapoError: an unknown field; TRL's head with ``cast_lm_head_to_fp32``; a head that cannot be
+            fused (``install_head``), or the check failed.
     """
+    base = causal_lm(model)
+    previous = _remove_trl_head(base)
+    fp32 = previous.get("cast_lm_head_to_fp32", False)
+    require(not fp32, "model", "TRL's head without cast_lm_head_to_fp32", "one with it")
+    outputs = tuple(previous.get("outputs", ("log_probs", "entropy"))) if outputs is None else outputs
+    temperature = previous.get("temperature", 1.0) if temperature is None else temperature
     unknown = sorted(set(outputs) - set(_FIELDS))
     require(not unknown, "outputs", f"some of {', '.join(_FIELDS)}", unknown)
-    base = causal_lm(model)
     install_head(base)
-    previous = base.forward
-    text = base.config.get_text_config()
-    statistics: dict[str, Any] = {
-        "inv_temperature": 1.0 / temperature, "entropy": "grad" if "entropy" in outputs else "none",
-        "second_moments": "log_sum_sq_probs" in outputs, "backend": backend, "options": options,
-    }  # fmt: skip
+    base.eapo_head = _Head(1.0 / temperature, outputs, backend, options)
+    patch_class(base, _WithFusedHead)
+    if check:
+        compare_logits(
+            base, lambda ids: base(input_ids=ids, labels=ids, fused_lm_head=True).log_probs, base.eapo_head.inv_temperature
+        )
 
-    @functools.wraps(type(base).forward)
-    def forward(
-        self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, shift_labels: Tensor | None = None,
+
+class _WithFusedHead(Patched):
+    """A model whose forward keeps the contract of TRL's ``add_fused_lm_head``."""
+
+    eapo_head: _Head
+
+    def eapo_forward(
+        self, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, shift_labels: Tensor | None = None,
         num_items_in_batch: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         if not fused_lm_head:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-            return previous(*args, **kwargs, **{name: value for name, value in given.items() if value is not None})
+            return self.previous_forward(*args, **kwargs, **{name: value for name, value in given.items() if value is not None})
+        model: Any = self
+        text = model.config.get_text_config()
         if getattr(text, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        body = run_backbone(self, *args, **kwargs)
+        body = run_backbone(model, *args, **kwargs)
         targets, keep = shift_labels, slice(None)
         if targets is None:
             require(isinstance(labels, Tensor), "labels", "int64 [b, L] with fused_lm_head", labels)
             assert labels is not None
-            targets, keep = torch.full_like(labels, IGNORE_INDEX), slice(None, -1)
-            targets[:, :-1] = labels[:, 1:]
-        stats = head_statistics(self.get_output_embeddings(), body.last_hidden_state, targets, **statistics)
-        return _output(stats, targets, keep, num_items_in_batch, _router_loss(body, text, kwargs), text)
+            targets, keep = next_token_targets(labels), slice(None, -1)
+        compute = functools.partial(self.eapo_head.compute, targets)
+        stats, fields = head_statistics(model.get_output_embeddings(), body.last_hidden_state, None, compute=compute)
+        return _output(stats, fields, targets, keep, num_items_in_batch, _router_loss(body, text, kwargs), text)
 
-    base.forward = types.MethodType(forward, base)
+
+def _remove_trl_head(model: Any) -> dict[str, Any]:
+    """Undo TRL's ``add_fused_lm_head``, whose forward stays bound to this object in deep copies.
+
+    Returns:
+        The arguments it was added with; empty without it.
+    """
+    function: Any = getattr(vars(model).get("forward"), "__func__", None)
+    code = getattr(function, "__code__", None)  # the name of the function is that of the model's forward
+    if code is None or code not in add_fused_lm_head.__code__.co_consts:
+        return {}
+    added = inspect.getclosurevars(function).nonlocals
+    del model.forward
+    original = added["original_forward"]
+    if original.__func__ is not type(model).forward:
+        model.forward = original
+    return dict(added)
 
 
 def _output(
-    stats: TokenStats, targets: Tensor, keep: slice, items: Any, aux_loss: Tensor | None, text: Any
+    stats: TokenStats, fields: dict[str, Tensor], targets: Tensor, keep: slice, items: Any, aux_loss: Tensor | None, text: Any
 ) -> FusedCausalLMOutput:
     """TRL's output from [b, L] statistics; ``keep`` drops the last position of shifted labels."""
     mask, logp = targets[:, keep] != IGNORE_INDEX, stats.logp[:, keep]
@@ -254,7 +349,7 @@ def _output(
     squares = None if stats.p2 is None else torch.where(mask, stats.p2[:, keep].clamp_min(1e-38).log(), 0.0)
     return FusedCausalLMOutput(
         loss=loss, log_probs=logp, entropy=None if stats.entropy is None else stats.entropy[:, keep], log_sum_sq_probs=squares,
-        label_mask=mask, aux_loss=aux_loss,
+        label_mask=mask, aux_loss=aux_loss, **{name: field[:, keep] for name, field in fields.items()},
     )  # fmt: skip
 
 

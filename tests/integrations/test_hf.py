@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import io
+import json
+import pickle
+import types
 from typing import Any
 
 import pytest
@@ -12,7 +17,7 @@ from tiny_models import FAMILIES, tiny_batch, tiny_model
 
 from eapo_kernels import EAPOConfig, EapoError, ShapeError, TokenBatch, TokenStats, eapo_loss
 from eapo_kernels.integrations import FusedLMHead
-from eapo_kernels.integrations.hf import logit_options, next_token_targets, patch_causal_lm, unpatch_causal_lm
+from eapo_kernels.integrations.hf import next_token_targets, patch_causal_lm, unpatch_causal_lm
 
 
 def _from_logits(model: Any, ids: torch.Tensor, attention: torch.Tensor, targets: torch.Tensor, inv_temperature: float) -> Any:
@@ -67,13 +72,6 @@ def test_statistics_and_gradients_are_those_of_the_logits(family: str) -> None:
     assert torch.equal(model(input_ids=ids, attention_mask=attention).logits, logits)
 
 
-def test_options_come_from_the_config() -> None:
-    assert logit_options(tiny_model("gemma2_softcap").config) == (0.5, None)
-    assert logit_options(tiny_model("granite_scaling").config) == (None, 20.0)
-    assert logit_options(tiny_model("cohere_scale").config) == (None, 7.5)
-    assert logit_options(tiny_model("llama").config) == (None, None)
-
-
 def test_check_rejects_a_wrong_scale() -> None:
     model = tiny_model("cohere_scale")
     with pytest.raises(EapoError, match="expected log-probs within"):
@@ -111,6 +109,94 @@ def test_generation_saving_and_copying_still_work(tmp_path: Any) -> None:
     assert not torch.allclose(model(input_ids=ids, targets=targets).logp[:, :-1], -torch.tensor(97.0).log())
     buffer = io.BytesIO()
     torch.save(model.get_output_embeddings().state_dict(), buffer)
+
+
+def _accelerated(model: Any) -> Any:
+    """A forward on the object, bound to it, as accelerate's mixed precision leaves."""
+    forward = type(model).forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: forward(self, *args, **kwargs), model)
+    return model
+
+
+def _replica(model: torch.nn.Module) -> Any:
+    """A replica as nn.DataParallel makes it, with parameters of its own: here the negative ones."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in copies.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else copies[child]
+        for name, parameter in module._parameters.items():
+            replica._parameters.pop(name, None)
+            vars(replica)[name] = None if parameter is None else -parameter.detach()
+    return copies[model]
+
+
+@pytest.mark.parametrize("before", [lambda model: model, _accelerated])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "replica"])
+@torch.no_grad()
+def test_a_copy_computes_with_its_own_weights(how: str, before: Any) -> None:
+    if how == "pickle" and before is _accelerated:
+        pytest.skip("a local function has no pickle")
+    model = patch_causal_lm(before(tiny_model("gemma2_softcap")))
+    ids, _, _ = tiny_batch(rows=2)
+    targets = next_token_targets(ids)
+    twin: Any = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "replica": _replica}[how](model)
+    if how != "replica":
+        assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+        for parameter in twin.parameters():
+            parameter.neg_()
+    negative = tiny_model("gemma2_softcap")
+    for parameter in negative.parameters():
+        parameter.neg_()
+    logits = negative(input_ids=ids).logits
+    expected = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    assert (twin(input_ids=ids, targets=targets).logp[:, :-1] - expected).abs().max() < 1e-5
+    assert torch.equal(twin(input_ids=ids).logits, logits)
+    assert type(twin) is type(model)
+    if how == "deepcopy":
+        assert type(unpatch_causal_lm(twin)) is type(negative)
+        assert torch.equal(twin(input_ids=ids).logits, logits)
+
+
+def test_a_forward_that_holds_the_original_is_not_copied() -> None:
+    model = tiny_model("llama")
+    old = model.forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: old(*args, **kwargs), model)
+    patch_causal_lm(model)
+    for copied in (copy.deepcopy, pickle.dumps, lambda m: m._replicate_for_data_parallel()):
+        with pytest.raises(EapoError, match="expected one that can be copied"):
+            copied(model)
+    model = tiny_model("llama")
+    model.forward = functools.partial(type(model).forward, model)
+    with pytest.raises(EapoError, match="a method bound to it"):
+        patch_causal_lm(model)
+
+
+def test_the_patch_is_seen_by_export_and_signature(tmp_path: Any) -> None:
+    model = tiny_model("llama")
+    signature = inspect.signature(model.forward)
+    patch_causal_lm(model)
+    assert inspect.signature(model.forward) == signature
+    ids, _, _ = tiny_batch(rows=2)
+    given = {"input_ids": ids, "targets": next_token_targets(ids)}
+    with torch.no_grad():
+        program = torch.export.export(model, (), given, strict=False)
+        found, expected = program.module()(**given), model(**given)
+    torch.testing.assert_close(found.logp, expected.logp)
+    torch.testing.assert_close(found.entropy, expected.entropy)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_head_of_ones_own_model_is_compared_with_its_logits() -> None:
+    torch.manual_seed(0)
+    linear, hidden = torch.nn.Linear(8, 31), 4 * torch.randn(2, 3, 8)
+    logits = 2.0 * (1.5 * linear(hidden) / 2.0).tanh()
+    FusedLMHead.from_linear(linear, softcap=2.0, logit_scale=1.5).check(hidden, logits)
+    for wrong in ({}, {"softcap": 2.0}, {"logit_scale": 1.5}, {"softcap": 2.0, "logit_scale": 1 / 1.5}):
+        with pytest.raises(EapoError, match="expected log-probs within"):
+            FusedLMHead.from_linear(linear, **wrong).check(hidden, logits)
+    with pytest.raises(EapoError, match="logits: expected"):
+        FusedLMHead.from_linear(linear).check(hidden, logits[..., :30])
 
 
 def test_compute_runs_the_one_pass_loss_inside_the_forward() -> None:

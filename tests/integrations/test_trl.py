@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -313,9 +314,10 @@ def test_unsupported_combinations_raise(settings: dict[str, Any], extra: dict[st
         _trainer(EAPOTrainer, tmp_path, extra=extra, **settings)
 
 
-def test_the_fused_head_contract_beside_trls_own_head() -> None:
-    fields = ("log_probs", "entropy", "log_sum_sq_probs")
-    theirs, ours = tiny_model("cohere_scale"), tiny_model("cohere_scale")
+@pytest.mark.parametrize("family", ["cohere_scale", "gemma2_softcap", "phi_bias"])
+def test_the_fused_head_contract_beside_trls_own_head(family: str) -> None:
+    fields = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    theirs, ours = tiny_model(family), tiny_model(family)
     add_fused_lm_head(theirs, temperature=0.7, outputs=fields)
     add_eapo_head(ours, temperature=0.7, outputs=fields)
     ids, attention, response = tiny_batch()
@@ -332,7 +334,7 @@ def test_the_fused_head_contract_beside_trls_own_head() -> None:
     masked.loss.backward()
     assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
     with pytest.raises(EapoError, match="outputs"):
-        add_eapo_head(tiny_model("llama"), outputs=("is_top1",))
+        add_eapo_head(tiny_model("llama"), outputs=("logits",))
 
 
 def test_fused_head_of_a_mixture_of_experts() -> None:
@@ -352,3 +354,87 @@ def test_fused_head_of_a_mixture_of_experts() -> None:
     a, b = (model(input_ids=ids, attention_mask=attention, **given) for model in models)
     torch.testing.assert_close(b.aux_loss, a.aux_loss)
     torch.testing.assert_close(b.loss, a.loss, rtol=1e-5, atol=1e-5)
+
+
+def _offline(kind: str, directory: Path, ours: bool) -> tuple[Any, list[dict[str, float]]]:
+    """One of TRL's other trainers after two steps, and what it logged."""
+    import trl
+    from datasets import Dataset
+
+    texts = [f"w{i} w{i + 1}" for i in range(8)]
+    rows: dict[str, dict[str, Any]] = {
+        "SFT": {"text": [f"{text} w5 w6 w7" for text in texts]},
+        "DPO": {"prompt": texts, "chosen": [" w5 w6"] * 8, "rejected": [" w9 w10 w11"] * 8},
+        "KTO": {"prompt": texts, "completion": [" w5 w6", " w9 w10 w11"] * 4, "label": [True, False] * 4},
+        "RLOO": {"prompt": texts},
+    }
+    own: dict[str, dict[str, Any]] = {
+        "DPO": {"use_weighting": True},
+        "RLOO": {"num_generations": 4, "max_completion_length": 5, "temperature": 0.7, "beta": 0.0},
+    }
+    args = getattr(trl, f"{kind}Config")(
+        output_dir=str(directory), max_steps=2, per_device_train_batch_size=4, logging_steps=1, save_strategy="no",
+        use_cpu=True, bf16=False, seed=3, learning_rate=1e-3, disable_tqdm=True, gradient_checkpointing=False, report_to=[],
+        **own.get(kind, {}),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=_saved("gemma2_softcap", directory), args=args, train_dataset=Dataset.from_dict(rows[kind]),
+        processing_class=tiny_tokenizer(), **({"reward_funcs": _reward} if kind == "RLOO" else {}),
+    )  # fmt: skip
+    if ours:
+        add_eapo_head(trainer.model)
+    trainer.train()
+    return trainer, trainer.state.log_history[:2]
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "RLOO"])
+def test_trls_other_trainers_train_as_with_their_own_head(kind: str, tmp_path: Path) -> None:
+    theirs, expected = _offline(kind, tmp_path / "a", False)
+    ours, found = _offline(kind, tmp_path / "b", True)
+    timing = ("runtime", "per_second", "step_time", "accuracies")  # DPO starts at its reference: ties
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if not any(part in name for part in timing):
+                assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-4, abs=1e-5), name
+    trained = theirs.model.state_dict()
+    for name, value in ours.model.state_dict().items():
+        torch.testing.assert_close(value, trained[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_deep_copy_keeps_its_own_weights() -> None:
+    for before in (
+        lambda model: None,
+        lambda model: add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "is_top1")),
+    ):
+        model = tiny_model("hyperclovax_scale")
+        before(model)
+        add_eapo_head(model)
+        ids, _, _ = tiny_batch()
+        reference = copy.deepcopy(model)
+        calls = ({"fused_lm_head": True, "labels": ids}, {})
+        expected = [reference(input_ids=ids, **given) for given in calls]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+        found = [reference(input_ids=ids, **given) for given in calls]
+        assert torch.equal(found[0].log_probs, expected[0].log_probs)
+        assert torch.equal(found[1].logits, expected[1].logits)
+        assert not torch.equal(model(input_ids=ids).logits, expected[1].logits)
+
+
+def test_the_settings_of_trls_head_are_taken_over() -> None:
+    model, plain = tiny_model("hyperclovax_scale"), tiny_model("hyperclovax_scale")
+    add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "is_top1"))
+    add_eapo_head(model)
+    ids, _, _ = tiny_batch()
+    output = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    logp = (plain(input_ids=ids).logits[:, :-1] / 0.5).log_softmax(-1)
+    assert (output.log_probs - logp.gather(-1, ids[:, 1:, None])[..., 0]).abs().max() < 1e-5
+    assert torch.equal(output.is_top1, logp.argmax(-1) == ids[:, 1:])
+    assert output.entropy is output.mean_logits is None
+    model = tiny_model("llama")
+    add_fused_lm_head(model, cast_lm_head_to_fp32=True)
+    with pytest.raises(EapoError, match="cast_lm_head_to_fp32"):
+        add_eapo_head(model)

@@ -21,6 +21,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}),
     "gemma3_softcap": ("Gemma3", {"head_dim": 8, "final_logit_softcapping": 0.3, "sliding_window": 16}),
     "granite_scaling": ("Granite", {"logits_scaling": 0.05, "tie_word_embeddings": False}),
+    "hyperclovax_scale": ("HyperCLOVAX", {"logits_scaling": 4.0}),
     "cohere_scale": ("Cohere", {"logit_scale": 7.5}),
     "cohere2_scale": ("Cohere2", {"logit_scale": 5.0, "head_dim": 8, "sliding_window": 16}),
     "phi_bias": ("Phi", {}),

@@ -64,15 +64,18 @@ def test_statistics_are_those_of_the_models_own_logits(family: str) -> None:
 
 
 def test_a_head_that_is_not_understood_is_refused() -> None:
-    class Halved(type(make_model())):  # type: ignore[misc]
+    class Changed(type(make_model())):  # type: ignore[misc]
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
-            out.logits = out.logits * 0.5
+            out.logits = self.change(out.logits)
             return out
 
     model = make_model()
-    model.__class__ = Halved
-    with pytest.raises(ModelError, match="of its own logits, got a difference of"):
+    model.__class__ = Changed
+    model.change = lambda z: z * 0.5
+    assert Policy(model, make_tokenizer()).head_options == {"softcap": None, "logit_scale": 0.5}
+    model.change = lambda z: z * z.abs()
+    with pytest.raises(ModelError, match="expected logits that are a scaled or soft-capped output of the head"):
         Policy(model, make_tokenizer())
 
 

@@ -21,7 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils import logging as transformers_logging
 
-from eapo_kernels import token_stats
+from eapo_kernels import EapoError, token_stats
+from eapo_kernels.integrations.own_logits import backbone, logit_transform, require_same
 
 from .. import ranks
 from ..config import LoraConfig, ModelConfig
@@ -43,7 +44,8 @@ class Policy(nn.Module):
         model: the transformers model, or the peft model around it.
         tokenizer: its tokenizer.
         eos_ids: tokens that end a completion: those of the tokenizer and of the generation config.
-        head_options: softcap and logit_scale of the output head, as keywords of ``eapo_kernels``.
+        head_options: softcap and logit_scale of the output head, learned from the model, as keywords of
+            ``eapo_kernels``.
         packed: whether micro-batches shall be packed: one row of sequences without padding.
     """
 
@@ -75,7 +77,7 @@ class Policy(nn.Module):
             raise ModelError("model: expected an end-of-sequence token in the generation config or tokenizer, got none")
         self.eos_ids: list[int] = sorted(found)
         self.pad_id: int = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.head_options = _head_options(self.language_model.config)
+        self.head_options: dict[str, float | None] = {}
         self.checkpointed = [
             m for m in self.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
         ]
@@ -122,12 +124,13 @@ class Policy(nn.Module):
         """
         packing = {} if lengths is None else self._packing(lengths)
         with self.precision(), self._recomputing():
-            hidden = self.language_model.base_model(
+            hidden = backbone(self.language_model)(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packing
             )
         chosen = hidden.last_hidden_state.flatten(0, 1)[rows]
         linear = self.language_model.get_output_embeddings()
-        return head(chosen.to(self.dtype), linear.weight.to(self.dtype), bias=linear.bias, **self.head_options)
+        bias = None if linear.bias is None else linear.bias.to(self.dtype)
+        return head(chosen.to(self.dtype), linear.weight.to(self.dtype), bias=bias, **self.head_options)
 
     def main_grad(self) -> Tensor | None:
         """[V, D] fp32: the gradient of the head's weight, to which ``policy_loss`` adds without a
@@ -169,31 +172,29 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Compare log-probs once with the model's own logits: heads of model families differ in
-        scales and caps.
+        """Learn ``head_options`` from the model, and compare log-probs once with its own logits: heads
+        of model families differ in scales and caps.
         """
         vocabulary = self.language_model.config.get_text_config().vocab_size
         ids = torch.arange(1, 6, device=self.device)[None] % vocabulary
         mask, targets = torch.ones_like(ids), ids[0, 1:]
         rows = torch.arange(4, device=self.device)
-        ours = self(ids, mask, rows, lambda h, w, **o: token_stats(h, w, targets, entropy="none", **o).logp)
-        with self.precision(), unsharded(self):
-            logits = self.language_model(input_ids=ids, attention_mask=mask).logits[0, :-1].float()
-        theirs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        error = (ours - theirs).abs().max().item()
-        bound = 1e-3 if self.dtype is torch.float32 else 0.25
-        if not error < bound:
-            kind = type(self.language_model).__name__
-            raise ModelError(
-                f"model: expected log-probs of {kind} within {bound} of its own logits, got a difference of {error:.2g}"
-            )
+        try:
+            with unsharded(self):
+                self.head_options = logit_transform(self.language_model)._asdict()
+            ours = self(ids, mask, rows, lambda h, w, **o: token_stats(h, w, targets, entropy="none", **o).logp)
+            with self.precision(), unsharded(self):
+                logits = self.language_model(input_ids=ids, attention_mask=mask).logits[0, :-1]
+            require_same(type(self.language_model).__name__, ours, logits, targets)
+        except EapoError as error:
+            raise ModelError(f"model: {error}") from error
 
     @torch.no_grad()
     def _keeps_apart(self) -> bool:
         """Whether the hidden states of a packed sequence are those that it has alone, whatever comes
         before it. Not so for a state that runs along the row, or a model without position ids.
         """
-        if "position_ids" not in signature(self.language_model.base_model.forward).parameters:
+        if "position_ids" not in signature(backbone(self.language_model).forward).parameters:
             return False
         vocabulary = self.language_model.config.get_text_config().vocab_size
         ids = torch.arange(1, 15, device=self.device) % vocabulary
@@ -236,15 +237,6 @@ class Policy(nn.Module):
             scratch.rename(directory)
 
         ranks.run_on_main(write)
-
-
-def _head_options(config: Any) -> dict[str, float | None]:
-    """Scale and cap of the logits, read from the names that transformers' model families use."""
-    text = config.get_text_config()
-    scale = getattr(text, "logit_scale", None)
-    if scale is None and (divisor := getattr(text, "logits_scaling", None)):
-        scale = 1.0 / divisor
-    return {"softcap": getattr(text, "final_logit_softcapping", None), "logit_scale": scale}
 
 
 def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
