@@ -40,7 +40,9 @@ class CheckpointError(TrainerError):
 
 
 class RemoteRankError(TrainerError):
-    """Another rank failed with a ``TrainerError`` and reports it; this rank ends without a message."""
+    """Another rank failed with an error of the trainer or the library and reports it; this rank ends
+    without a message.
+    """
 
 
 class RemoteCrash(Exception):

@@ -119,7 +119,7 @@ def all_gather(work: Callable[[], T]) -> list[T]:
         raise
     except BaseException as error:
         _exchanged = error
-        _exchange("failed" if isinstance(error, TrainerError) else "crashed", None)
+        _exchange("failed" if isinstance(error, TrainerError | EapoError) else "crashed", None)
         raise
     return _exchange("done", result)
 

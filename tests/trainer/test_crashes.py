@@ -129,13 +129,13 @@ def out_of_memory(target: str, call: int) -> Failing:
 FAILURES: dict[str, tuple[Callable[[], Failing], type[BaseException]]] = {
     # What fails after two completed steps, and the error. Evaluations call the reward too.
     "reward": (lambda: broken_reward(3), RewardError),
-    "rollout": (lambda: out_of_memory("trainer.rollouts.source.RolloutSource.generate", 3), MEMORY),
+    "rollout": (lambda: out_of_memory("trainer.rollouts.source.RolloutSource.draw", 3), MEMORY),
     "measurement": (lambda: out_of_memory("trainer.loop.measure", 3), MEMORY),
     "update": (lambda: out_of_memory("trainer.learning.learner.policy_loss", 5), MEMORY),
     "divergence": (
         lambda: raised_by("trainer.learning.learner.clip_grads_with_norm_", 5, DivergenceError("loss")), DivergenceError,
     ),
-    "evaluation": (lambda: raised_by("trainer.evaluation.evaluate.Evaluator.evaluate", 2, KeyError("reward")), KeyError),
+    "tracker": (lambda: raised_by("trainer.runs.trackers.Trackers.log", 4, OSError("no network")), OSError),
     "engine": (
         lambda: raised_by("trainer.rollouts.transformers_engine.TransformersEngine.sync_weights", 3, RuntimeError("engine")),
         RuntimeError,

@@ -30,15 +30,14 @@ def checkpoint_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     Raises:
         ModelError: adapters other than plain LoRA on linear layers.
     """
-    pairs = merged_weights(policy.language_model)
+    pairs = _merged(policy.language_model)
     if getattr(policy.language_model, "_weight_conversions", None):
         yield from revert_weight_conversion(policy.language_model, dict(pairs)).items()
     else:
         yield from pairs
 
 
-def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The same, under the names of the module without adapters."""
+def _merged(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) in seen or ADAPTER.search(name):

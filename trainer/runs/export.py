@@ -41,7 +41,7 @@ def export(source: Path, out: Path, dtype: str) -> Path:
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     check(free, "--out", "a new or an empty directory", str(out))
     policy = _load(source)
-    model = policy.model.merge_and_unload() if isinstance(policy.model, PeftModel) else policy.model
+    model = policy.model.float().merge_and_unload() if isinstance(policy.model, PeftModel) else policy.model
     model.to(getattr(torch, dtype))
     scratch = out.with_name(f"{out.name}.tmp")
     check(not scratch.exists(), "--out", f"no other export that is being written, or was cut off, at {scratch}", "one")
@@ -64,7 +64,7 @@ def _load(source: Path) -> Policy:
         raise ConfigError(f"export: expected a run with a saved model, or one of its checkpoints (RUN/checkpoints/step-...), "
                           f"got {source}")  # fmt: skip
     config = parse_config([], recipe=run / "config.toml", prog="python -m trainer export")
-    model = config.model.replace(device="cpu", dtype="float32", attention="eager", gradient_checkpointing=False)
+    model = config.model.replace(device="cpu", attention="eager", gradient_checkpointing=False)
     if not of_checkpoint:
         return load_policy(model.replace(path=str(run / "model")), config.lora.replace(rank=0), seed=0)
     verify(source)
