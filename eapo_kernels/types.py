@@ -136,7 +136,7 @@ class Options:
     Attributes:
         memory_budget: bytes of logit-sized workspace for any N, tensors saved by ``token_stats``
             for its backward included; gradients and the fp32 accumulator of d_weight are not. None:
-            512 MiB on a CPU; on CUDA a 32nd of the device's memory, between 256 MiB and 1 GiB; 96
+            512 MiB on a CPU; on CUDA a 32nd of the device's memory, between 256 MiB and 2 GiB; 96
             MiB with ``plan="recompute"``.
         compact: whether masked rows are removed before the matrix products. On CUDA the host then
             waits for their number once per direction; in a CUDA graph under capture no rows are
