@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.case import MODES, OBJECTIVES, SPARSE_MODES, Case, Reference, Results, make_case, reference_of
+from benchmarks.case import MODES, OBJECTIVES, SPARSE_MODES, TOLERANCE, Case, Reference, Results, make_case, reference_of
 from benchmarks.providers import WITH_GRADIENTS, Provider, bare_gemms, import_alone, installed, load_providers, needs
 from benchmarks.providers.unfused import token_op
 
@@ -74,6 +74,8 @@ def _check(provider: Provider, case: Case, reference: Reference, mode: str, resu
     assert gradients <= set(results)
     assert "entropy" not in results or "entropy" in provider.job
     bounds = _bounds(provider, case, reference, mode)
+    if mode == "sparse_gradient" and provider.name.startswith("eapo"):
+        bounds |= dict.fromkeys(("d_hidden", "d_weight"), bounds["d_hidden"] + TOLERANCE)
     errors = reference.errors(results, provider.objective)
     assert not {name: error for name, error in errors.items() if not error <= bounds[name]}
     if "d_hidden" in results:

@@ -63,8 +63,8 @@ MISTAKES = {
         EXP, "rescue(projection, targets, self.sums, self._matrix)", "pass", "one pass, rescued rows"
     ),
     "sums in another order each time": Mistake(
-        EXP, '"sums": sums.values, "offsets": sums.offsets, "n_rows"',
-        '"sums": sums.values * (1 + 1e-7 * torch.rand_like(sums.values)), "offsets": sums.offsets, "n_rows"',
+        EXP, '"sums": sums.values, "offsets": sums.offsets, "n_tiles"',
+        '"sums": sums.values * (1 + 1e-7 * torch.rand_like(sums.values)), "offsets": sums.offsets, "n_tiles"',
         "a second run gives other bits",
     ),
     "NaN in one row": Mistake(
