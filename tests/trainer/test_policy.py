@@ -212,7 +212,7 @@ def test_flash_attention_gets_the_bounds_of_packed_sequences(monkeypatch: pytest
     policy.flash = True
     with torch.no_grad():
         found = policy(ids, None, last, lambda h, w, **_: h, lengths)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("flash", [False, True])

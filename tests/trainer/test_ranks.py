@@ -271,7 +271,8 @@ def test_a_rank_that_fails_ends_all_and_the_run_resumes_bitwise(pair: Pair, name
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_rank_reads_the_model_and_the_others_get_their_shards(pair: Pair, family: str, kind: str) -> None:
     """Weights and buffers on both ranks equal those of one process. Rank 1 starts without weights
-    and never has more than two full matrices, the received one and its copy.
+    and never has more than a few full matrices of its 15 or more: the received one, its copy, and those that
+    the transport has not let go yet.
     """
     assert pair.statuses["load"] == [0, 0], pair.err["load"]
     config = pair.loads[f"{family}-{kind}"]
@@ -279,7 +280,8 @@ def test_one_rank_reads_the_model_and_the_others_get_their_shards(pair: Pair, fa
     for rank in range(2):
         found = torch.load(f"{recipe(config)}-{rank}.pt")
         assert found["meta"]
-        assert found["full"] <= 2 or rank == 0, "rank 0 has the whole model"
+        assert found["full"] <= 4 or rank == 0, "rank 0 has the whole model"
+        assert sum(value.dim() == 2 for value in plain.state_dict().values()) >= 15
         assert found["tied"] == ("tied" in kind)
         assert found["eos"] == plain.eos_ids
         for theirs, ours in ((found["weights"], plain.state_dict()), (found["buffers"], dict(plain.named_buffers()))):
