@@ -38,16 +38,8 @@ def parse_config(arguments: Sequence[str], *, recipe: Path | None = None, prog: 
         return Config.model_validate(_merge(table, flags))
     except ValidationError as error:
         found = problem(error, Config)
-    source = path if path and found == _problem_of(table) else "command line"
-    raise ConfigError(f"{source}: {found}")
-
-
-def _problem_of(table: dict[str, Any]) -> str:
-    try:
-        Config.model_validate(table)
-    except ValidationError as error:
-        return problem(error, Config)
-    return ""
+    named = found.partition(":")[0]
+    raise ConfigError(f"{path if path and named not in flags else 'command line'}: {found}")
 
 
 def _flags(arguments: Sequence[str], prog: str) -> dict[str, Any]:
