@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import traced
 from ..errors import EapoError
 
 REDUCTIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length")
@@ -27,13 +28,12 @@ def token_scale(
         here, tokens: [B] and 0-dim fp32, valid tokens of each response in this batch, and of all.
         fixed_length: the constant of reduction ``fixed_length``, which raises EapoError without it.
         lengths: [B] valid tokens of each response everywhere; None: ``here``.
-        denominator: the global number of tokens or responses, so that the losses of micro-batches
-            and ranks add up exactly; None: the valid tokens, or responses that have any, here.
+        denominator: tokens or responses of all micro-batches and ranks, whose losses then add up; None: those here.
     """
     if isinstance(denominator, Tensor):
         count = denominator.to(here.device, torch.float32)
     elif denominator is not None:
-        count = here.new_ones(()) * denominator  # as a factor it may be a traced number (``traced``)
+        count = traced.scalar(denominator, here.device)
     else:
         count = (tokens if reduction == "token_mean" else (here > 0).sum().float()).clamp_min(1)
     if reduction == "seq_mean_token_mean":

@@ -113,6 +113,14 @@ def test_as_many_tokens_as_responses_are_still_per_token() -> None:
         policy_loss(step.hidden[5:13], step.weight, replace(part, advantages=torch.zeros(3)), method=method)
 
 
+def assert_same_weights(found: TokenBatch, expected: TokenBatch) -> None:
+    assert torch.equal(found.mask, expected.mask)
+    for field in ("advantages", "entropy_coef", "ratio_penalty"):
+        one, other = getattr(expected, field), getattr(found, field)
+        if one is not None:
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", [n for n in WEIGHTED if n not in ("clip_cov", "spear")])  # they draw by the token's place
 def test_a_response_without_tokens_is_in_no_statistic(name: str) -> None:
     """The others have the weights that they have in a step without it, whatever its reward. Where the method keeps the
@@ -130,11 +138,7 @@ def test_a_response_without_tokens_is_in_no_statistic(name: str) -> None:
     extras, state = extras_of(step, method), state_of(method)
     ours = weight_tokens(method, empty, step.stats, state=state, extras=extras, progress=0.3)
     theirs = weight_tokens(method, without, stats, state=state, extras={k: v[tokens] for k, v in extras.items()}, progress=0.3)
-    assert torch.equal(theirs.mask, ours.mask[tokens])
-    for field in ("advantages", "entropy_coef", "ratio_penalty"):
-        one, other = getattr(ours, field), getattr(theirs, field)
-        if one is not None:
-            torch.testing.assert_close(other, one[tokens], rtol=1e-5, atol=1e-6)
+    assert_same_weights(theirs, ours.select(tokens))
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
@@ -173,11 +177,7 @@ def test_the_order_of_the_responses_does_not_matter(name: str) -> None:
     state = state_of(method)
     ours = weight_tokens(method, step.batch, step.stats, state=state, extras=extras, progress=0.3)
     theirs = weight_tokens(method, moved, stats, state=state, extras={k: v[tokens] for k, v in extras.items()}, progress=0.3)
-    assert torch.equal(theirs.mask, ours.mask[tokens])
-    for field in ("advantages", "entropy_coef", "ratio_penalty"):
-        one, other = getattr(ours, field), getattr(theirs, field)
-        if one is not None:
-            torch.testing.assert_close(other, one[tokens], rtol=1e-5, atol=1e-6)
+    assert_same_weights(theirs, ours.select(tokens))
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
