@@ -4,7 +4,6 @@ needs no weights.
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,10 +13,12 @@ import torch
 from peft import PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from eapo_kernels.ops.chunking import default_budget
+
 from .config import Config
 from .dataset import PromptSampler, load_prompts
 from .errors import ConfigError, ModelError
-from .models.embedded import resolve
+from .models.embedded import base_of_adapter, resolve
 from .models.policy import find_device, with_adapters
 from .rewards.scoring import check_functions
 
@@ -83,7 +84,6 @@ def estimate(config: Config, processes: int) -> Estimate:
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
     tokens = max(config.optim.micro_batch_tokens, longest)
     kept = layers * stream * hidden + layer if config.model.gradient_checkpointing else layers * layer
-    chunk = 2**29 if memory is None else min(max(memory // 32, 2**28), 2**31)
 
     always = {
         "weights": (4 * trained + (width if adapted else 4) * frozen) / processes,
@@ -94,7 +94,7 @@ def estimate(config: Config, processes: int) -> Estimate:
     update = {
         "gradients": 4 * trained / processes,
         f"activations of {tokens} tokens": tokens * kept,
-        "logits in chunks": float(chunk),
+        "logits in chunks": float(default_budget(memory)),
     }
     if processes > 1:
         update["gathered layers"] = 2 * width * max(sizes, default=0) + 4 * root
@@ -124,14 +124,13 @@ def _title(trained: int, frozen: int, processes: int) -> str:
 
 def _skeleton(config: Config) -> Any:
     """The model with its adapters, without memory for its weights."""
-    directory = base = resolve(config.model.path, config.model.cache, weights=False)
-    if (adapter := directory / "adapter_config.json").is_file():
-        name = json.loads(adapter.read_text())["base_model_name_or_path"]
-        base = resolve(name, config.model.cache, weights=False)
+    directory = resolve(config.model.path, config.model.cache, weights=False)
+    adapted = base_of_adapter(directory, config.model.cache, weights=False)
+    base = adapted or directory
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore", category=FutureWarning):  # as in ``load_policy``
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-            if adapter.is_file():
+            if adapted:
                 peft = PeftConfig.from_pretrained(directory)
                 peft.inference_mode, peft.base_model_name_or_path = False, str(base)
                 return get_peft_model(model, peft)
@@ -140,7 +139,7 @@ def _skeleton(config: Config) -> Any:
         raise ModelError(f"model.path: expected a causal language model in {base}, got: {error}") from error
 
 
-def check(config: Config) -> None:
+def check_parts(config: Config) -> None:
     """Raise what the run would raise about rewards and engine, without loading a model.
 
     Raises:
@@ -157,7 +156,7 @@ def dry_run(config: Config, processes: int) -> None:
     Raises:
         TrainerError: as the run would.
     """
-    check(config)
+    check_parts(config)
     tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path, config.model.cache, weights=False))
     for which in ("train", "eval"):
         if getattr(config.data, which):

@@ -10,7 +10,7 @@
   completion is a setting (``rewards.overlong``).
 - Before the updates, one pass over all completions computes the old log-probs and the statistics
   from which the method weights tokens. The weights are fixed there, over the whole step: EAPO's
-  from the mean entropy (H_0 is that of the first step), others' from covariances, quantiles or
+  from the mean entropy and H_0, that of the first steps, others' from covariances, quantiles or
   group statistics. The updates then use any split of the tokens. A step with one update and an
   engine that records entropies needs no such pass (``optim.old_logp``).
 - Groups without spread may be replaced by others (``rollout.resample_rounds``). Metrics of rewards,
@@ -49,7 +49,7 @@ from . import ranks
 from .config import Config
 from .config.advice import advice, advice_on_rewards
 from .dataset import PromptSampler, fingerprint, load_prompts
-from .dry_run import check, estimate
+from .dry_run import check_parts, estimate
 from .errors import Interrupted, RewardError
 from .evaluation.cost import cost_metrics
 from .evaluation.evaluate import Evaluator
@@ -102,7 +102,7 @@ def train(config: Config) -> bool:
 def _train(config: Config, console: Console) -> bool:
     rollout, budget = config.rollout, config.optim.micro_batch_tokens
 
-    check(config)
+    check_parts(config)
     train_set = load_prompts(config.data, "train")
     held_out = load_prompts(config.data, "eval") if config.data.eval else None
     seed_generators(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))

@@ -70,10 +70,6 @@ class Support(NamedTuple):
         counts = self.counts[:tokens].clone()
         return Support(self.ids[: int(counts.sum())].clone(), counts)
 
-    def concat(self, other: Support) -> Support:
-        """The support of these tokens followed by those of ``other``."""
-        return Support(torch.cat([self.ids, other.ids]), torch.cat([self.counts, other.counts]))
-
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -150,8 +146,7 @@ class Scores:
         parts: function name -> its B scores; None where it did not score the completion or failed
             on it.
         failures: one entry for each failed score.
-        measured: "<function>/<metric>" -> a measurement of the calls, as in
-            ``CallResult.measured``.
+        measured: "<function>/<metric>" -> a measurement of the calls.
     """
 
     total: Tensor
@@ -196,6 +191,10 @@ class ScoredRollouts:
         for i, group in enumerate(self.group_ids):
             found.setdefault(group, []).append(i)
         return list(found.values())
+
+    def varied_groups(self) -> list[list[int]]:
+        """The groups whose rewards are not all equal."""
+        return [group for group in self.groups() if self.scores.total[group].unique().numel() > 1]
 
     def fully_scored(self) -> list[int]:
         """Indices of the completions in groups in which every completion has a reward."""

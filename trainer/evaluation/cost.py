@@ -48,8 +48,7 @@ def cost_metrics(
     }
     name = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else ""
     if peak := next((flops for part, flops in PEAK_FLOPS.items() if part in name), None):
-        rewards = sampled.scores.total
-        trained = [i for group in sampled.groups() if rewards[group].unique().numel() > 1 for i in group]
+        trained = [i for group in sampled.varied_groups() for i in group]
         backward = 2 if all(weight.requires_grad for weight in policy.parameters()) else 1
         flops = forward_flops(policy, drawn.rollouts, [group[0] for group in drawn.groups()])
         flops += passes * forward_flops(policy, sampled.rollouts)
@@ -72,9 +71,9 @@ def forward_flops(policy: Policy, rollouts: Rollouts, prompts: Sequence[int] | N
     body -= 0 if head is embedding else head.numel()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    flops = 0.0
+    flops, counted = 0.0, None if prompts is None else set(prompts)
     for i, (prompt, completion) in enumerate(zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)):
-        before = 0 if prompts is None or i in prompts else len(prompt)
+        before = 0 if counted is None or i in counted else len(prompt)
         length = len(prompt) + len(completion)
         pairs = (length**2 - before**2) / 2
         flops += 2 * body * (length - before) + 2 * head.numel() * len(completion)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from .. import ranks
@@ -67,12 +66,12 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
         config = config.replace(lora={"rank": 0})
     else:
         verify(checkpoint)
-    train_set = load_prompts(config.data, "train", config.eval.train_prompts) if config.eval.train_prompts else None
-    held_out = load_prompts(config.data, "eval") if config.data.eval else None
-    if not (train_set or held_out):
+    if not (config.data.eval or config.eval.train_prompts):
         raise ConfigError("data.eval: expected a file, or eval.train_prompts of at least 1; got neither")
     try:
         with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop, config.log.heartbeat) as console:
+            train_set = load_prompts(config.data, "train", config.eval.train_prompts) if config.eval.train_prompts else None
+            held_out = load_prompts(config.data, "eval") if config.data.eval else None
             run = RunDirectory(config)
             ranks.run_on_main(lambda: run.check_free(replace=config.overwrite))
             with console.phase(f"loading {config.model.path}"):
@@ -89,9 +88,7 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
             evaluator = Evaluator(config, policy, engine, rewards, sets, run, console)
             for name in evaluator.sets:
                 result, samples = evaluator.evaluate(name, step_of(checkpoint))
-                run.append("evaluations", asdict(result))
-                for sample in samples:
-                    run.append("samples", sample)
+                evaluator.record(result, samples)
                 console.line(f"\n{estimates_table(result, config.eval.resamples)}")
             engine.close()
             console.line(f"\nvalues  {run.path / 'evaluations.jsonl'}")

@@ -142,12 +142,16 @@ class Evaluator:
                 self.console.line(f"evaluation on {name} prompts after step {step} failed, the run continues: {what}")
                 continue
             found.append(result)
-            self.run.append("evaluations", asdict(result))
-            for sample in samples[:: result.responses]:
-                self.run.append("samples", sample)
+            self.record(result, samples[:: result.responses])
             self.console.line(f"after step {step}, {name} prompts: {result.headline(self.config.eval.resamples)}")
         self.seconds = time.monotonic() - began
         return found
+
+    def record(self, result: Evaluation, samples: Sequence[dict[str, Any]]) -> None:
+        """Append an evaluation and some of its samples to the log files of the run."""
+        self.run.append("evaluations", asdict(result))
+        for sample in samples:
+            self.run.append("samples", sample)
 
     def evaluate(self, dataset: str, step: int) -> tuple[Evaluation, list[dict[str, Any]]]:
         """Sample ``eval.responses`` completions of every prompt of a set (or with ``eval.greedy``

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -73,6 +74,14 @@ def _minilm(cache: Path) -> Path:
 EMBEDDED: dict[str, Callable[[Path], Path]] = {"smollm2-135m": _smollm2, "minilm-l6-v2": _minilm}
 """Name -> function from the cache directory to its files. The first use of a language model
 converts it."""
+
+
+def base_of_adapter(directory: Path, cache: str, *, weights: bool = True) -> Path | None:
+    """Directory of the model below an adapter saved in ``directory``; None where there is no adapter."""
+    adapter = directory / "adapter_config.json"
+    if not adapter.is_file():
+        return None
+    return resolve(json.loads(adapter.read_text())["base_model_name_or_path"], cache, weights=weights)
 
 
 def resolve(name: str, cache: str, key: str = "model.path", *, weights: bool = True) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from eapo_kernels.integrations.own_logits import backbone, logit_transform, requ
 from .. import ranks
 from ..config import LoraConfig, ModelConfig
 from ..errors import ModelError
-from .embedded import resolve
+from .embedded import base_of_adapter, resolve
 from .sharding import fill, full_tensor, shard, skeleton, unsharded
 
 T = TypeVar("T")
@@ -270,18 +269,16 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
 def _load(config: ModelConfig, lora: LoraConfig, device: torch.device, seed: int) -> PreTrainedModel | PeftModel:
     """The whole model on the CPU, with its adapters."""
     directory = resolve(config.path, config.cache)  # converts or downloads it, once
-    adapter = directory / "adapter_config.json"
-    base = directory
-    if adapter.is_file():
-        base = resolve(json.loads(adapter.read_text())["base_model_name_or_path"], config.cache)
-        if lora.rank:
-            raise ModelError(f"lora.rank: expected 0 (the adapter in {directory} is trained on), got {lora.rank}")
-    dtype = getattr(torch, config.dtype) if adapter.is_file() or lora.rank else torch.float32
+    adapted = base_of_adapter(directory, config.cache)
+    base = adapted or directory
+    if adapted and lora.rank:
+        raise ModelError(f"lora.rank: expected 0 (the adapter in {directory} is trained on), got {lora.rank}")
+    dtype = getattr(torch, config.dtype) if adapted or lora.rank else torch.float32
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention(config, device))
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(f"model: expected a causal language model in {base}, got: {error}") from error
-    if adapter.is_file():
+    if adapted:
         with _renames_ignored():
             return PeftModel.from_pretrained(model, directory, is_trainable=True)
     if lora.rank:

@@ -177,6 +177,8 @@ def _function(name: str, config: RewardsConfig, cache: str, device: torch.device
     return BUILT_IN[name] if name in BUILT_IN else import_function(name)
 
 
+LOADED = ("similarity", "math_verify", "reward_model", "judge")
+"""Names of ``_function`` beside ``BUILT_IN``."""
 PACKAGES = {"judge": "openai", "math_verify": "math_verify"}
 
 
@@ -194,7 +196,7 @@ def check_functions(config: RewardsConfig) -> None:
             from .judge import Judge
 
             Judge(config.judge)
-        elif name not in (*BUILT_IN, "similarity", "math_verify", "reward_model"):
+        elif name not in (*BUILT_IN, *LOADED):
             import_function(name)
 
 
@@ -206,7 +208,7 @@ def import_function(path: str) -> RewardFunction:
     """
     module, _, attribute = path.partition(":")
     if not attribute:
-        names = ", ".join([*BUILT_IN, "similarity", "math_verify", "reward_model", "judge"])
+        names = ", ".join([*BUILT_IN, *LOADED])
         raise ConfigError(f"rewards.functions: expected one of {names} or module:function, got {path!r}")
     try:
         function = getattr(importlib.import_module(module), attribute)

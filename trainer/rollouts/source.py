@@ -73,5 +73,4 @@ class RolloutSource:
 
 def _with_spread(sampled: ScoredRollouts, most: int) -> ScoredRollouts:
     """The first ``most`` groups whose rewards are not all equal."""
-    spread = [group for group in sampled.groups() if sampled.scores.total[group].unique().numel() > 1]
-    return sampled.take([i for group in spread[:most] for i in group])
+    return sampled.take([i for group in sampled.varied_groups()[:most] for i in group])

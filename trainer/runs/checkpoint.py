@@ -15,7 +15,6 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import torch.distributed.checkpoint as dcp
 
 from .. import ranks
 from ..errors import CheckpointError
-from ..records import Support
 
 FORMAT = 2
 MANIFEST, STATE, UNFINISHED = "manifest.json", "state.pt", ".tmp"
@@ -124,8 +122,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The ``state`` given to ``write``."""
-    with torch.serialization.safe_globals([datetime, date, time, timedelta, Support]):  # columns of a data file, replay buffers
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    return torch.load(path / STATE, map_location="cpu", weights_only=True)
 
 
 def saved_names(path: Path) -> set[str]:
