@@ -1,7 +1,7 @@
 """``python -m benchmarks.report``: result files as tables and plots, and the generated parts of
 README.md and docs/benchmarks.md.
 
-Without ``--result`` it reads the newest GPU and the newest CPU file of benchmarks/results; without
+Without ``--result`` it reads the newest file of each GPU and kind of CPU in benchmarks/results; without
 any other option it prints the tables. A file whose correctness gate was red is refused.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .case import MASK_SIZE, SPARSE_MODES
-from .results import FOLDER, ROOT, ResultFile, load, newest
+from .results import FOLDER, ROOT, ResultFile, by_date, load
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -275,11 +275,12 @@ _README_WORDS = (
 
 
 def newest_results(folder: Path = FOLDER) -> list[Result]:
-    """The newest GPU and the newest CPU result, those that there are.
+    """The newest result of each GPU, then of each kind of CPU.
 
     Raises ValueError when a file in the folder is no result or its gate was red.
     """
-    return [result for kind in ("gpu", "cpu") if (result := newest(kind, folder))]
+    every = [result for kind in ("gpu", "cpu") for result in by_date(kind, folder)]
+    return list({result["environment"]["gpu"]: result for result in every}.values())
 
 
 def docs_part(result: Result) -> str:

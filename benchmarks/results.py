@@ -41,7 +41,8 @@ _PEERS = (
 
 def environment(device: str) -> dict[str, Any]:
     """Where and with what the numbers are made."""
-    gpu = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    cpu = f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+    gpu = torch.cuda.get_device_name() if device == "cuda" else cpu
     return {
         "gpu": gpu,
         "driver": _driver() if device == "cuda" else None,
@@ -196,8 +197,7 @@ def load(path: Path) -> dict[str, Any]:
     return result
 
 
-def newest(kind: str, folder: Path = FOLDER) -> dict[str, Any] | None:
-    """The latest result of this package's own GPU ("gpu") or processor ("cpu") runs, red ones left
-    out, or None."""
+def by_date(kind: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """The results of this package's own GPU ("gpu") or processor ("cpu") runs, red ones left out, the latest last."""
     paths = [p for p in folder.glob("*.json") if p.name.startswith("cpu-") == (kind == "cpu") and not p.name.endswith(_RED)]
-    return max((load(p) for p in paths), key=lambda r: r["environment"]["date"], default=None)
+    return sorted((load(p) for p in paths), key=lambda r: str(r["environment"]["date"]))

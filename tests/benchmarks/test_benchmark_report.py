@@ -115,6 +115,22 @@ def test_a_red_gate_is_refused(gpu_result: Result, tmp_path: Path, capsys: pytes
         report.newest_results(tmp_path)
 
 
+def test_the_newest_of_each_machine_is_shown(gpu_result: Result, cpu_result: Result, tmp_path: Path) -> None:
+    wanted = []
+    for result, gpu, dates in (
+        (gpu_result, "H200", (1,)),
+        (cpu_result, "CPU (x, AVX2)", (2, 1)),
+        (cpu_result, "CPU (x, AVX512)", (1,)),
+    ):
+        for date in dates:
+            result["environment"] |= {"gpu": gpu, "date": f"2026-01-0{date} 00:00 UTC", "commit": gpu[-4:-1]}
+            save(result, tmp_path)
+        wanted.append((gpu, f"2026-01-0{dates[0]} 00:00 UTC"))
+    found = [(r["environment"]["gpu"], r["environment"]["date"]) for r in report.newest_results(tmp_path)]
+    assert found[0] == wanted[0]
+    assert sorted(found) == sorted(wanted)
+
+
 def test_files_of_another_schema_missing_files_and_missing_matplotlib_are_reported(
     gpu_result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ from benchmarks import results
 from benchmarks.case import MODES, Case, Reference, Results, make_case, reference_of
 from benchmarks.measure import CpuClock, Job, Limits, gate, label, measure, sweep, time_interleaved
 from benchmarks.providers import Provider, load_providers
-from benchmarks.results import ResultFile, environment, load, newest, parse_telemetry
+from benchmarks.results import ResultFile, by_date, environment, load, parse_telemetry
 
 NAMES = ("bare_gemms", "bare_logits", "unfused_eager", "eapo_torch_one_pass", "eapo_torch_op")
 SHAPE = {"N": 64, "D": 16, "V": 500, "dtype": "float32"}
@@ -240,7 +240,7 @@ def test_a_red_file_has_its_own_name_and_replaces_no_green_one(tmp_path: Path) -
     red = second.save(tmp_path)
     assert red.name == "h200-2026-01-02-abc.red.json"
     assert kept.read_bytes() == before
-    assert newest("gpu", tmp_path) == load(kept)
+    assert by_date("gpu", tmp_path) == [load(kept)]
     with pytest.raises(ValueError, match="expected a green gate"):
         load(red)
 
@@ -249,21 +249,19 @@ def test_a_red_file_has_its_own_name_and_replaces_no_green_one(tmp_path: Path) -
     alone.redden(["eapo_x: logp error"])
     alone.save(path.parent)
     assert [p.name for p in path.parent.iterdir()] == [red.name]
-    assert newest("gpu", path.parent) is None
+    assert by_date("gpu", path.parent) == []
 
 
-def test_newest_looks_at_the_date_of_its_kind(tmp_path: Path) -> None:
-    assert newest("gpu", tmp_path) is None
-    for gpu, date in (("NVIDIA H200", "2026-01-02"), ("NVIDIA A100", "2026-01-03"), ("CPU (x, 2 threads)", "2026-01-04")):
+def test_results_come_by_date_of_one_kind(tmp_path: Path) -> None:
+    assert by_date("gpu", tmp_path) == []
+    for gpu, date in (("NVIDIA H200", "2026-01-03"), ("NVIDIA A100", "2026-01-02"), ("CPU (x, 2 threads)", "2026-01-04")):
         ResultFile({"gpu": gpu, "date": f"{date} 00:00 UTC", "commit": "abc"}).save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "a100-2026-01-03-abc.json",
+        "a100-2026-01-02-abc.json",
         "cpu-2026-01-04-abc.json",
-        "h200-2026-01-02-abc.json",
+        "h200-2026-01-03-abc.json",
     ]
-    gpu = newest("gpu", tmp_path)
-    assert gpu is not None
-    assert gpu["environment"]["gpu"] == "NVIDIA A100"
+    assert [result["environment"]["gpu"] for result in by_date("gpu", tmp_path)] == ["NVIDIA A100", "NVIDIA H200"]
 
 
 def test_a_sweep_says_what_it_left_out(providers: list[Provider], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
