@@ -51,7 +51,7 @@ def is_number(value: object) -> bool:
 
 def require_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
     """Raise unless ``value`` is a finite number in [low, high]."""
-    ok = isinstance(value, (int, float)) and is_number(value) and low <= value <= high and math.isfinite(value)
+    ok = isinstance(value, (int, float)) and is_number(value) and low <= value <= high and -math.inf < value < math.inf
     if not ok:  # no text before: a compiler may trace the number
         bound = f" in [{low:g}, {high:g}]" if high < math.inf else f" >= {low:g}" if low > -math.inf else ""
         raise EapoError(f"{name}: expected a finite number{bound}, got {value!r}")
