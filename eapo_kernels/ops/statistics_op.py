@@ -47,6 +47,16 @@ def statistics_of(logp: Tensor, state: Tensor) -> RowStatistics:
     return RowStatistics(logp, None, row_offset, row_offset, log_sum, mean)
 
 
+def fake_gradients(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """d_hidden, d_weight and d_bias as a trace sees them; the last argument says which are needed."""
+    need_hidden, need_weight, need_bias = arguments[-1]
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else hidden.new_empty(0),
+        weight.new_empty(weight.shape[0]) if need_bias else hidden.new_empty(0),
+    )
+
+
 def register_gradients(forward: Any, backward: Any, *, operands: int, others: int, entropy: int) -> None:
     """Autograd of the op ``forward`` by the op ``backward``, and the fake of the latter.
 
@@ -72,13 +82,5 @@ def register_gradients(forward: Any, backward: Any, *, operands: int, others: in
         found = backward(*saved[:operands], *ctx.others, *saved[operands:], grad_logp, grad_entropy, grad_lse, needs)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * (ctx.count - 3))
 
-    def fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        need_hidden, need_weight, need_bias = arguments[-1]
-        return (
-            torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
-            torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else hidden.new_empty(0),
-            weight.new_empty(weight.shape[0]) if need_bias else hidden.new_empty(0),
-        )
-
-    backward.register_fake(fake)
+    backward.register_fake(fake_gradients)
     forward.register_autograd(gradients, setup_context=setup_context)
