@@ -4,7 +4,8 @@
     loss, metrics = loss_of(hidden, lm_head.weight, ids, mask, advantages, old_per_token_logps=old)
 
 ``FusedLinearGRPOLoss`` takes the arguments of LigerFusedLinearGRPOLoss and ``positive_weight``, the
-EAPO weight. ``LinearCrossEntropyLoss`` takes those of LigerFusedLinearCrossEntropyLoss.
+EAPO weight. ``LinearCrossEntropyLoss`` takes those of LigerFusedLinearCrossEntropyLoss. Liger's own
+names, these and ``liger_fused_linear_grpo`` and ``liger_fused_linear_cross_entropy``, are here too.
 
 The clipped losses and CISPO come from objectives/surrogates.py. SAPO (arXiv 2511.20347) and VESPO
 are defined here: their temperatures and exponents would widen every config for this one calling
@@ -14,17 +15,18 @@ convention (``EAPOConfig.surrogate`` takes a function).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import FLOATS, EapoError, ShapeError, describe, require, require_choice, require_number
+from ..errors import FLOATS, EapoError, ShapeError, describe, is_number, require, require_choice, require_number
 from ..objectives.surrogates import Clip, cispo, kl_k3, log_ratio, ppo_clip
 from ..ops.token_stats import token_stats
 from ..types import IGNORE_INDEX, Options
-from .cross_entropy import REDUCTIONS, linear_cross_entropy
+from .cross_entropy import REDUCTIONS, cross_entropy
 from .weight import scale_positive
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -89,8 +91,6 @@ class FusedLinearGRPOLoss(nn.Module):
             require_number(name, value, 0)
             require(value > 0, name, "a finite number > 0", value)
         require(delta is None or delta > 1 - epsilon_low, "delta", f"a number > 1 - epsilon_low = {1 - epsilon_low}", delta)
-        if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
-            raise EapoError(f"importance_sampling_level: expected 'token' for loss_type {loss_type!r}, got 'sequence'")
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise EapoError("max_completion_length: expected a number of tokens for loss_type 'dr_grpo', got None")
         self.beta, self.use_ref_model, self.loss_type = beta, use_ref_model, loss_type
@@ -146,6 +146,11 @@ class FusedLinearGRPOLoss(nn.Module):
         Raises:
             ShapeError, EapoError: bad input; the message says expected and got.
         """
+        if self.importance_sampling_level == "sequence" and self.loss_type in ("cispo", "sapo", "vespo"):
+            raise EapoError(
+                "importance_sampling_level: expected 'token', got 'sequence'. Sequence-level importance sampling is not "
+                f"supported for loss_type={self.loss_type!r}"
+            )
         shape = tuple(attention_mask.shape)
         if attention_mask.dim() != 2 or tuple(selected_token_ids.shape) != shape:
             raise ShapeError(f"selected_token_ids: expected int64 [B, T] like the mask {list(shape)}, got "
@@ -255,6 +260,28 @@ def _is_ratio(ratio: Tensor, shape: tuple[int, ...]) -> Tensor:
     return ratio
 
 
+class LigerError(EapoError, AssertionError):
+    """Liger asserts these arguments: an AssertionError too, for callers that expect one."""
+
+
+@dataclass
+class CrossEntropyOutput:
+    """The fields of Liger's CrossEntropyOutput; None where not asked for.
+
+    Attributes:
+        loss: 0-dim fp32, or [N] with reduction "none", the z-loss included.
+        z_loss: its share of the loss, as ``loss``; no gradient. fp32, where Liger's has the input's dtype.
+        token_accuracy: share of the unmasked tokens whose target has the largest logit, 0-dim fp32, or
+            [N] fp32 of 0 and 1 with reduction "none". 0 where every token is masked.
+        predicted_tokens: [N] int64, the token of the largest logit, -1 where masked.
+    """
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
+
+
 class LinearCrossEntropyLoss(nn.Module):
     """``linear_cross_entropy`` with the arguments of LigerFusedLinearCrossEntropyLoss."""
 
@@ -274,29 +301,98 @@ class LinearCrossEntropyLoss(nn.Module):
     ) -> None:
         """
         Args:
-            ignore_index, reduction, softcap: as in ``linear_cross_entropy``.
-            accum_dtype: None or torch.float32; gradients are always accumulated in fp32.
-            others: only their defaults are supported.
+            ce_weight: [V] float or None, ``class_weights``; not a part of the state dict, as in Liger.
+            ignore_index, label_smoothing, reduction, softcap: as in ``linear_cross_entropy``.
+            lse_square_scale: its ``z_loss``. use_token_scaling: its ``token_scaling``.
+            accum_dtype: no effect: gradients are always accumulated in fp32.
+            return_z_loss, return_token_accuracy, return_predicted_tokens: return a
+                CrossEntropyOutput with these fields. The last two cost a product with the head.
 
         Raises:
-            EapoError: an argument that is not supported.
+            LigerError: an argument that Liger asserts. EapoError: another one out of range.
         """
         super().__init__()
-        for name, value, only in (
-            ("ce_weight", ce_weight, None), ("lse_square_scale", lse_square_scale, 0.0),
-            ("label_smoothing", label_smoothing, 0.0), ("return_z_loss", return_z_loss, False),
-            ("use_token_scaling", use_token_scaling, False), ("return_token_accuracy", return_token_accuracy, False),
-            ("return_predicted_tokens", return_predicted_tokens, False),
-        ):  # fmt: skip
-            got = describe(value) if isinstance(value, Tensor) else value
-            require(not isinstance(value, Tensor) and value == only, name, f"{only} (not supported)", got)
-        require(accum_dtype in (None, torch.float32), "accum_dtype", "None or torch.float32", accum_dtype)
-        require_choice("reduction", reduction, REDUCTIONS)
-        self.ignore_index, self.reduction, self.softcap = ignore_index, reduction, softcap
+        try:
+            require_number("label_smoothing", label_smoothing, 0, 1)
+            require_choice("reduction", reduction, REDUCTIONS)
+            require(softcap is None or (is_number(softcap) and softcap > 0), "softcap", "a number > 0 or None", softcap)
+            for name, flag in (("return_z_loss", return_z_loss), ("return_token_accuracy", return_token_accuracy),
+                               ("return_predicted_tokens", return_predicted_tokens)):  # fmt: skip
+                require(isinstance(flag, bool), name, "True or False", flag)
+        except EapoError as error:
+            raise LigerError(str(error)) from None
+        require_number("lse_square_scale", lse_square_scale, 0)
+        self.ce_weight, self.ignore_index, self.lse_square_scale = ce_weight, ignore_index, lse_square_scale
+        self.label_smoothing, self.reduction, self.softcap = label_smoothing, reduction, softcap
+        self.return_z_loss, self.accum_dtype, self.use_token_scaling = return_z_loss, accum_dtype, use_token_scaling
+        self.return_token_accuracy, self.return_predicted_tokens = return_token_accuracy, return_predicted_tokens
 
-    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The loss; lin_weight: [V, D], _input: [N, D], target: [N] int64, bias: [V] or None."""
-        return linear_cross_entropy(
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor | CrossEntropyOutput:
+        """The loss; lin_weight: [V, D], _input: [N, D], target: [N] int64, bias: [V] or None.
+
+        Raises:
+            LigerError: ce_weight is not [V] float. ShapeError, EapoError: other bad input.
+        """
+        weight = self.ce_weight
+        if weight is not None and not (tuple(weight.shape) == tuple(lin_weight.shape[:1]) and weight.dtype in FLOATS):
+            raise LigerError(f"ce_weight: expected float [{lin_weight.shape[0]}], got {describe(weight)}")
+        top = self.return_token_accuracy or self.return_predicted_tokens
+        found = cross_entropy(
             _input, lin_weight, target, bias=bias, ignore_index=self.ignore_index, reduction=self.reduction,
-            softcap=self.softcap,
+            softcap=self.softcap, z_loss=self.lse_square_scale, label_smoothing=self.label_smoothing, class_weights=weight,
+            token_scaling=self.use_token_scaling, predicted=top,
         )  # fmt: skip
+        if not (self.return_z_loss or top):
+            return found.loss
+        accuracy = None
+        if self.return_token_accuracy:
+            accuracy = (found.valid & (found.predicted == target)).float()
+            accuracy = accuracy if self.reduction == "none" else accuracy.sum() / found.valid.sum().clamp_min(1)
+        z_loss = torch.zeros_like(found.loss, requires_grad=False) if found.z_loss is None else found.z_loss
+        return CrossEntropyOutput(
+            loss=found.loss, z_loss=z_loss if self.return_z_loss else None, token_accuracy=accuracy,
+            predicted_tokens=found.predicted if self.return_predicted_tokens else None,
+        )  # fmt: skip
+
+
+def liger_fused_linear_cross_entropy(
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, ce_weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX, lse_square_scale: float = 0.0, label_smoothing: float = 0.0, reduction: str = "mean",
+    softcap: float | None = None, return_z_loss: bool = False, accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False, return_token_accuracy: bool = False, return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:  # fmt: skip
+    """``LinearCrossEntropyLoss`` as a function: Liger's ``transformers.functional`` name and order."""
+    loss_of = LinearCrossEntropyLoss(
+        ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss, accum_dtype,
+        use_token_scaling, return_token_accuracy, return_predicted_tokens,
+    )  # fmt: skip
+    return loss_of(weight, input, target, bias)
+
+
+def liger_fused_linear_grpo(
+    _input: Tensor, weight: Tensor, selected_token_ids: Tensor, attention_mask: Tensor, advantages: Tensor,
+    bias: Tensor | None = None, ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
+    ref_input: Tensor | None = None, ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, beta: float = 0.04,
+    epsilon_low: float = 0.2, epsilon_high: float = 0.2, loss_type: str = "dapo", max_completion_length: int | None = None,
+    importance_sampling_level: str = "token", sapo_temperature_pos: float = 1.0, sapo_temperature_neg: float = 1.05,
+    temperature: float = 1.0, compiled: bool = True, use_ref_model: bool = True, chunk_size: int = 1,
+    vllm_is_ratio: Tensor | None = None, delta: float | None = None, use_bias_correction_kl: bool = False,
+    vespo_k_pos: float = 2.0, vespo_lambda_pos: float = 3.0, vespo_k_neg: float = 3.0, vespo_lambda_neg: float = 2.0,
+    num_items_in_batch: Tensor | float | None = None, *, positive_weight: float | Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """``FusedLinearGRPOLoss`` as a function: Liger's ``chunked_loss.functional`` name and order."""
+    loss_of = FusedLinearGRPOLoss(
+        beta, compiled, use_ref_model, chunk_size, epsilon_low, epsilon_high, loss_type, max_completion_length,
+        importance_sampling_level, sapo_temperature_pos, sapo_temperature_neg, temperature, delta, use_bias_correction_kl,
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg,
+    )  # fmt: skip
+    return loss_of(
+        _input, weight, selected_token_ids, attention_mask, advantages, bias, ref_per_token_logps, old_per_token_logps,
+        ref_input, ref_weight, ref_bias, vllm_is_ratio, num_items_in_batch, positive_weight=positive_weight,
+    )  # fmt: skip
+
+
+LigerFusedLinearGRPOLoss = FusedLinearGRPOLoss
+LigerFusedLinearCrossEntropyLoss = LinearCrossEntropyLoss

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from eapo_kernels import EapoError, ShapeError
 from eapo_kernels.integrations import linear_cross_entropy
 from eapo_kernels.integrations.cross_entropy import REDUCTIONS
-from eapo_kernels.integrations.liger import LOSS_TYPES, FusedLinearGRPOLoss, LinearCrossEntropyLoss
+from eapo_kernels.integrations.liger import (
+    LOSS_TYPES,
+    CrossEntropyOutput,
+    FusedLinearGRPOLoss,
+    LinearCrossEntropyLoss,
+    liger_fused_linear_cross_entropy,
+    liger_fused_linear_grpo,
+)
 
 B, T, D, V = 4, 7, 24, 131
 
@@ -145,6 +152,70 @@ def test_cross_entropy_is_torchs_own(reduction: str) -> None:
     torch.testing.assert_close(module(given["weight"], hidden, targets, given["bias"]), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("wanted", [("z_loss",), ("token_accuracy",), ("z_loss", "token_accuracy", "predicted_tokens")])
+@pytest.mark.parametrize("module", [True, False])
+def test_cross_entropy_returns_ligers_fields(module: bool, wanted: tuple[str, ...], reduction: str) -> None:
+    given = _inputs(2)
+    hidden, weight, bias = given["hidden"].flatten(0, 1), given["weight"], given["bias"]
+    target = torch.where(given["mask"].bool(), given["ids"], -1).flatten()
+    hidden = (hidden + 6 * weight[target.clamp_min(0)]).requires_grad_()  # some are predicted
+    settings: dict[str, Any] = {
+        "ignore_index": -1, "reduction": reduction, "lse_square_scale": 0.01, "label_smoothing": 0.1,
+        **{f"return_{name}": True for name in wanted},
+    }  # fmt: skip
+    if module:
+        found = LinearCrossEntropyLoss(**settings)(weight, hidden, target, bias)
+    else:
+        found = liger_fused_linear_cross_entropy(hidden, weight, target, bias, **settings)
+    assert isinstance(found, CrossEntropyOutput)
+    z, valid = F.linear(hidden, weight, bias), target != -1
+    rows = F.cross_entropy(z, target, ignore_index=-1, label_smoothing=0.1, reduction="none")
+    reduced = {"none": lambda x: x, "sum": torch.sum, "mean": lambda x: x.sum() / valid.sum()}[reduction]
+    penalty = torch.where(valid, 0.01 * z.logsumexp(-1) ** 2, 0.0)
+    right = ((z.argmax(-1) == target) & valid).float()
+    assert 0 < right.sum() < valid.sum()
+    torch.testing.assert_close(found.loss, reduced(rows) + reduced(penalty))
+    expected = {
+        "z_loss": reduced(penalty), "token_accuracy": right if reduction == "none" else right.sum() / valid.sum(),
+        "predicted_tokens": torch.where(valid, z.argmax(-1), -1),
+    }  # fmt: skip
+    for name, value in expected.items():
+        got = getattr(found, name)
+        if name in wanted:
+            torch.testing.assert_close(got, value.detach())
+            assert not got.requires_grad
+        else:
+            assert got is None
+    assert found.loss.requires_grad
+
+
+def test_ligers_function_takes_its_positions() -> None:
+    given = _inputs()
+    head = [given["hidden"], given["weight"], given["ids"], given["mask"], given["advantages"], given["bias"]]
+    old, ref = given["noise"] - 4, given["ref_noise"] - 4
+    ratio, items = given["is_ratio"], torch.tensor(37)
+    settings: dict[str, Any] = {
+        "beta": 0.1, "epsilon_low": 0.3, "epsilon_high": 0.4, "loss_type": "vespo", "max_completion_length": 9,
+        "importance_sampling_level": "token", "sapo_temperature_pos": 1.1, "sapo_temperature_neg": 1.2, "temperature": 0.7,
+        "compiled": False, "use_ref_model": True, "chunk_size": 2,
+    }  # fmt: skip
+    more: dict[str, Any] = {
+        "delta": 1.5, "use_bias_correction_kl": True, "vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5, "vespo_k_neg": 2.6,
+        "vespo_lambda_neg": 1.7,
+    }  # fmt: skip
+    for loss_type in ("vespo", "dapo", "sapo"):
+        settings["loss_type"] = loss_type
+        found, metrics = liger_fused_linear_grpo(
+            *head, ref, old, None, None, None, *settings.values(), ratio, *more.values(), items, positive_weight=0.5
+        )
+        expected, expected_metrics = FusedLinearGRPOLoss(**settings, **more)(
+            *head, ref, old, vllm_is_ratio=ratio, num_items_in_batch=items, positive_weight=0.5
+        )
+        assert torch.equal(found, expected)
+        assert all(torch.equal(a, b) for a, b in zip(metrics, expected_metrics, strict=True))
+
+
 def test_mistakes_say_what_was_expected() -> None:
     given = _inputs()
     for settings, message in [
@@ -155,17 +226,18 @@ def test_mistakes_say_what_was_expected() -> None:
         ({"delta": 0.7, "epsilon_low": 0.3}, "delta: expected a number > 1 - epsilon_low"),
     ]:
         with pytest.raises(EapoError, match=message):
-            FusedLinearGRPOLoss(**settings)  # type: ignore[arg-type]
+            _run(FusedLinearGRPOLoss(**settings), given)  # type: ignore[arg-type]
     with pytest.raises(EapoError, match="ref_per_token_logps"):
         _run(FusedLinearGRPOLoss(), given)
     with pytest.raises(ShapeError, match="advantages"):
         _run(FusedLinearGRPOLoss(), {**given, "advantages": torch.ones(B, T)})
     with pytest.raises(ShapeError, match="vllm_is_ratio"):
         _run(FusedLinearGRPOLoss(use_ref_model=False), given, vllm_is_ratio=torch.ones(B, 3))
-    for settings, message in [({"label_smoothing": 0.1}, "label_smoothing"), ({"ce_weight": torch.ones(V)}, "ce_weight"),
-                              ({"reduction": "max"}, "reduction")]:  # fmt: skip
-        with pytest.raises(EapoError, match=message):
-            LinearCrossEntropyLoss(**settings)  # type: ignore[arg-type]
+    for settings in ({"label_smoothing": 1.1}, {"reduction": "max"}, {"softcap": 0.0}, {"return_z_loss": 1},
+                     {"ce_weight": torch.ones(V - 1)}, {"ce_weight": torch.ones(V, dtype=torch.int64)}):  # fmt: skip
+        for error in (EapoError, AssertionError):  # Liger asserts
+            with pytest.raises(error, match=next(iter(settings))):
+                LinearCrossEntropyLoss(**settings)(given["weight"], given["hidden"].flatten(0, 1), given["ids"].flatten())
     with pytest.raises(ShapeError, match="hidden"):
         linear_cross_entropy(given["hidden"], given["weight"], given["ids"][:, 1:])
     with pytest.raises(EapoError, match="targets"):
