@@ -1,4 +1,4 @@
-"""``FusedLMHead``: an output head that keeps its parameter and returns token statistics instead of logits."""
+"""``FusedLMHead``: an output head that keeps its parameter and returns token statistics instead of logits; ``PrimeHead``."""
 
 from __future__ import annotations
 
@@ -163,6 +163,59 @@ class FusedLMHead(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, softcap={self.softcap}, logit_scale={self.logit_scale}"
+
+
+class MissingArgument(EapoError, AssertionError):
+    """prime-rl asserts these arguments: an AssertionError too, for callers that expect one."""
+
+
+class PrimeHead(FusedLMHead):
+    """A ``FusedLMHead`` with the call of prime-rl's FusedOutputLinear and GemmaFusedOutputLinear.
+
+    model.lm_head = PrimeHead(in_features, out_features, chunk_size); model.lm_head.weight = old.weight
+
+    Unlike prime-rl's, the entropy is differentiable.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, chunk_size: int | None = None, softcap: float | None = None, *,
+        entropy: str = "grad", backend: str = "auto", options: Options | None = None, **where: Any,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            chunk_size: no effect: ``options.memory_budget`` bounds the memory.
+            softcap: of the logits, or None.
+            entropy: "grad", or "nograd" for its value only, which lets the forward keep what the
+                backward of the log-probs needs (docs/plans.md).
+            backend, options: as in ``token_stats``.
+            where: device, dtype.
+        """
+        super().__init__(in_features, out_features, softcap=softcap, **where)
+        self._call: dict[str, Any] = {"entropy": entropy, "backend": backend, "options": options}
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None
+    ) -> dict[str, Tensor | None]:
+        """prime-rl's PrimeLmOutput.
+
+        Args:
+            hidden_states: [b, s, D].
+            labels: [b, s] int64, the token that each position predicts; -100 masks one.
+            temperature: [b, s] float > 0.
+
+        Returns:
+            {"logprobs": [b, s] fp32, "entropy": [b, s] fp32}, both in nats, zeros where masked.
+
+        Raises:
+            MissingArgument: no labels or no temperature. Others as ``token_stats``.
+        """
+        for name, value in (("labels", labels), ("temperature", temperature)):
+            if value is None:
+                raise MissingArgument(f"{name}: expected a tensor [b, s], got None (FusedOutputLinear requires {name})")
+        assert temperature is not None
+        stats = super().forward(hidden_states, labels, inv_temperature=1.0 / temperature, **self._call)
+        assert isinstance(stats, TokenStats)
+        return {"logprobs": stats.logp, "entropy": stats.entropy}
 
 
 def head_statistics(head: nn.Module, hidden: Tensor, targets: Tensor | None, **arguments: Any) -> Any:

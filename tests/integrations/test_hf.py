@@ -17,6 +17,7 @@ from tiny_models import FAMILIES, tiny_batch, tiny_model
 
 from eapo_kernels import EAPOConfig, EapoError, ShapeError, TokenBatch, TokenStats, eapo_loss
 from eapo_kernels.integrations import FusedLMHead
+from eapo_kernels.integrations.head import PrimeHead
 from eapo_kernels.integrations.hf import next_token_targets, patch_causal_lm, unpatch_causal_lm
 
 
@@ -197,6 +198,31 @@ def test_a_head_of_ones_own_model_is_compared_with_its_logits() -> None:
             FusedLMHead.from_linear(linear, **wrong).check(hidden, logits)
     with pytest.raises(EapoError, match="logits: expected"):
         FusedLMHead.from_linear(linear).check(hidden, logits[..., :30])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_head_with_prime_rls_call(softcap: float | None) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
+    labels, temperature = torch.randint(0, 37, (2, 5)), torch.rand(2, 5) + 0.5
+    head = PrimeHead(8, 37, chunk_size=3, softcap=softcap)
+    assert [name for name, _ in head.named_parameters()] == ["weight"]
+    head.weight = torch.nn.Parameter(weight.detach().clone())
+    found = head(hidden, labels, temperature=temperature)
+    z = hidden @ weight.T
+    log_p = ((z if softcap is None else softcap * (z / softcap).tanh()) / temperature[..., None]).log_softmax(-1)
+    expected = {"logprobs": log_p.gather(-1, labels[..., None])[..., 0], "entropy": -(log_p.exp() * log_p).sum(-1)}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+        ours = torch.autograd.grad(found[name].sum(), (hidden, head.weight), retain_graph=True)
+        theirs = torch.autograd.grad(value.sum(), (hidden, weight), retain_graph=True)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for given in ({"labels": None, "temperature": temperature}, {"labels": labels}):
+        for error in (AssertionError, EapoError):  # prime-rl asserts
+            with pytest.raises(error, match="FusedOutputLinear requires"):
+                head(hidden, **given)
 
 
 def test_compute_runs_the_one_pass_loss_inside_the_forward() -> None:
