@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import require, require_choice
 from ..objectives.controllers import EntropyRatio
+from ..ops import logit_sums
+from ..ops.lm_head import build_projection, resolve_compaction
 from ..ops.token_stats import token_stats
 from ..types import IGNORE_INDEX, Options, TokenStats
 from . import require_version
@@ -45,7 +47,6 @@ LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vesp
 ENTROPY_FROM = ("rollout", "previous")
 HEADS = ("trl", "eapo")
 _FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_ROWS_OF_LOGITS = 2**25  # elements of the logits that ``_of_logits`` holds at once
 _MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes",
     "token_type_ids", "mm_token_type_ids", "image_position_ids",
@@ -206,44 +207,27 @@ class _Head:
             options=self.options, entropy="grad" if "entropy" in self.outputs else "none",
             second_moments="log_sum_sq_probs" in self.outputs, **head,
         )  # fmt: skip
-        fields = [name for name in ("mean_logits", "is_top1") if name in self.outputs]
-        if not fields:
-            return stats, {}
-        found = _of_logits(hidden[valid], weight, targets[valid], self.inv_temperature, "is_top1" in fields, **head)
-        return stats, {name: found[name].new_zeros(valid.shape).masked_scatter(valid, found[name]) for name in fields}
+        fields = {}
+        if "mean_logits" in self.outputs or "is_top1" in self.outputs:
+            with torch.no_grad():
+                fields = self._of_logits(targets, valid.reshape(-1), hidden, weight, **head)
+        return stats, fields
 
-
-@torch.no_grad()
-def _of_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, inv_temperature: float, top: bool, *,
-    bias: Tensor | None, softcap: float | None, logit_scale: float | None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Mean over the vocabulary of the logits z (docs/math.md E1), and whether the target has the largest.
-
-    Without soft-cap the mean is one product with the mean row of the weight. The largest, and the
-    mean behind a soft-cap, need the logits again, a block of rows at a time.
-
-    Args:
-        hidden, weight, targets: [N, D], [V, D], [N].
-        top: whether to find the largest.
-
-    Returns:
-        mean_logits [N] fp32; with ``top`` also is_top1 [N] bool, where among equal ones the first
-        is the largest.
-    """
-    scale = 1.0 if logit_scale is None else logit_scale
-    means, tops = [], []
-    if softcap is None:
-        offset = 0.0 if bias is None else bias.float().mean()
-        means = [(hidden.float() @ weight.mean(0, dtype=torch.float32) + offset) * (scale * inv_temperature)]
-    if top or softcap is not None:
-        rows = max(1, _ROWS_OF_LOGITS // weight.shape[0])
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            z = nn.functional.linear(h, weight, bias)
-            tops.append(z.argmax(-1) == t)  # cap and scale are increasing
-            if softcap is not None:
-                means.append((softcap * (z.float() * (scale / softcap)).tanh()).mean(-1) * inv_temperature)
-    return {"mean_logits": torch.cat(means), **({"is_top1": torch.cat(tops)} if top else {})}
+    def _of_logits(self, targets: Tensor, valid: Tensor, hidden: Tensor, weight: Tensor, **head: Any) -> dict[str, Tensor]:
+        """mean_logits, the mean over the vocabulary of the logits z (docs/math.md E1), [b, L] fp32, and is_top1, whether
+        the target has the largest, [b, L] bool; those of ``outputs``. valid: [b * L]."""
+        shape, found = targets.shape, {}
+        options = resolve_compaction(self.options or Options(), targets, True)
+        projection = build_projection(
+            hidden, weight, head["bias"], self.inv_temperature, head["softcap"], head["logit_scale"], shape
+        )
+        if "mean_logits" in self.outputs:
+            shares = torch.full((projection.vocab,), 1 / projection.vocab, device=weight.device)
+            found["mean_logits"] = logit_sums.weighted_logits(projection, shares, valid, options).reshape(shape)
+        if "is_top1" in self.outputs:
+            largest = logit_sums.largest_logit(projection, valid, options).reshape(shape)
+            found["is_top1"] = largest == torch.where(targets == IGNORE_INDEX, -2, targets)
+        return found
 
 
 def add_eapo_head(
@@ -267,7 +251,7 @@ def add_eapo_head(
         temperature: the logits are divided by it. None: that of TRL's head, or 1.
         outputs: per-token fields to fill: log_probs, entropy, log_sum_sq_probs, mean_logits,
             is_top1. None: those of TRL's head, or log_probs and entropy. is_top1, and mean_logits
-            of a model with a soft-cap, cost a second product with the head.
+            of a model with a soft-cap, cost a product with the head each.
         backend, options: as in ``token_stats``.
         check: compare a few log-probs with the model's own logits. Without weights (meta device,
             ZeRO-3) there are none: False.

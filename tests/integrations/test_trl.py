@@ -357,7 +357,7 @@ def test_fused_head_of_a_mixture_of_experts() -> None:
 
 
 def _offline(kind: str, directory: Path, ours: bool) -> tuple[Any, list[dict[str, float]]]:
-    """One of TRL's other trainers after two steps, and what it logged."""
+    """One of TRL's trainers after two steps, and what it logged."""
     import trl
     from datasets import Dataset
 
@@ -367,11 +367,10 @@ def _offline(kind: str, directory: Path, ours: bool) -> tuple[Any, list[dict[str
         "DPO": {"prompt": texts, "chosen": [" w5 w6"] * 8, "rejected": [" w9 w10 w11"] * 8},
         "KTO": {"prompt": texts, "completion": [" w5 w6", " w9 w10 w11"] * 4, "label": [True, False] * 4},
         "RLOO": {"prompt": texts},
+        "GRPO": {"prompt": texts},
     }
-    own: dict[str, dict[str, Any]] = {
-        "DPO": {"use_weighting": True},
-        "RLOO": {"num_generations": 4, "max_completion_length": 5, "temperature": 0.7, "beta": 0.0},
-    }
+    online = {"num_generations": 4, "max_completion_length": 5, "temperature": 0.7, "beta": 0.0}
+    own: dict[str, dict[str, Any]] = {"DPO": {"use_weighting": True}, "RLOO": online, "GRPO": online}
     args = getattr(trl, f"{kind}Config")(
         output_dir=str(directory), max_steps=2, per_device_train_batch_size=4, logging_steps=1, save_strategy="no",
         use_cpu=True, bf16=False, seed=3, learning_rate=1e-3, disable_tqdm=True, gradient_checkpointing=False, report_to=[],
@@ -380,7 +379,7 @@ def _offline(kind: str, directory: Path, ours: bool) -> tuple[Any, list[dict[str
     torch.manual_seed(0)
     trainer = getattr(trl, f"{kind}Trainer")(
         model=_saved("gemma2_softcap", directory), args=args, train_dataset=Dataset.from_dict(rows[kind]),
-        processing_class=tiny_tokenizer(), **({"reward_funcs": _reward} if kind == "RLOO" else {}),
+        processing_class=tiny_tokenizer(), **({"reward_funcs": _reward} if kind in ("RLOO", "GRPO") else {}),
     )  # fmt: skip
     if ours:
         add_eapo_head(trainer.model)
@@ -388,8 +387,8 @@ def _offline(kind: str, directory: Path, ours: bool) -> tuple[Any, list[dict[str
     return trainer, trainer.state.log_history[:2]
 
 
-@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "RLOO"])
-def test_trls_other_trainers_train_as_with_their_own_head(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "RLOO", "GRPO"])
+def test_trls_trainers_train_as_with_their_own_head(kind: str, tmp_path: Path) -> None:
     theirs, expected = _offline(kind, tmp_path / "a", False)
     ours, found = _offline(kind, tmp_path / "b", True)
     timing = ("runtime", "per_second", "step_time", "accuracies")  # DPO starts at its reference: ties
