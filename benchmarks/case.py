@@ -3,6 +3,7 @@ float64."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -248,7 +249,16 @@ class Reference:
 
     def errors(self, results: Results, objective: str) -> dict[str, float]:
         """||result - reference|| / ||reference|| of everything the provider returned."""
-        errors = {}
+        return {name: float((got - exact).norm() / exact.norm()) for name, got, exact in self._pairs(results, objective)}
+
+    def largest_errors(self, results: Results, objective: str) -> dict[str, float]:
+        """The largest |result - reference|: in nats for log-probs, entropies and the loss, as a share of the largest
+        |reference| for gradients."""
+        found = {name: ((got - exact).abs().max(), exact.abs().max()) for name, got, exact in self._pairs(results, objective)}
+        return {name: float(error / size if name.startswith("d_") else error) for name, (error, size) in found.items()}
+
+    def _pairs(self, results: Results, objective: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, result in float64, reference) of everything the provider returned, where it is compared."""
         for name, value in results.items():
             if "/" in name:
                 continue
@@ -256,11 +266,9 @@ class Reference:
                 exact, value = getattr(self, name)[self.valid], value[self.valid]
             else:
                 exact = getattr(self, name)[objective]
-                value = {"d_hidden": lambda v: v[self.rows], "d_weight": lambda v: v[self.columns]}.get(name, lambda v: v)(
-                    value
-                )
-            errors[name] = float((value.double() - exact).norm() / exact.norm())
-        return errors
+                places = {"d_hidden": self.rows, "d_weight": self.columns}.get(name)
+                value = value if places is None else value[places]
+            yield name, value.double(), exact
 
 
 def reference_of(case: Case) -> Reference:

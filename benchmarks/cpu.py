@@ -20,6 +20,7 @@ from .providers import chosen
 from .real_rows import TEMPERATURES
 from .results import ResultFile, environment
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EVERY = (*MODES, *SPARSE_MODES)
 
 CASES = (
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON (default: print only)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each provider that count (default: %(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, default=None, metavar=("N", "D", "V"), help="instead of the two cases")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of --shape (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=None, metavar="MIB", help="memory budget of --shape, default: 512 MiB")
     parser.add_argument("--inputs", choices=INPUTS, nargs="+", default=None, help="default: those of the case")
     parser.add_argument("--modes", choices=EVERY, nargs="+", default=list(EVERY), help="default: all that the case has")
@@ -52,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = CASES
     if options.shape is not None:
         budget = None if options.budget is None else int(options.budget * 2**20)
-        cases = (Job(*options.shape, torch.float32, modes=EVERY, memory_budget=budget),)
+        cases = (Job(*options.shape, DTYPES[options.dtype], modes=EVERY, memory_budget=budget),)
     jobs = [
         Job(one.n, one.d, one.v, one.dtype, inputs, tuple(m for m in one.modes if m in options.modes), one.memory_budget)
         for one in cases

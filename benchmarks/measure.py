@@ -146,6 +146,7 @@ def measure(
     able = [p for p in providers if mode in p.modes]
     runs: dict[str, Callable[[], Results]] = {}
     errors: dict[str, Errors] = {}
+    largest: dict[str, Errors] = {}
     metrics: dict[str, dict[str, float]] = {}
     memory: dict[str, int] = {}
     reasons: dict[str, str] = {}
@@ -153,7 +154,7 @@ def measure(
     for provider in able:
         reason = provider.unavailable(device)
         if reason is None:
-            reason = _try(provider, case, reference, mode, runs, errors, metrics, memory)
+            reason = _try(provider, case, reference, mode, runs, errors, largest, metrics, memory)
             if reason is not None and provider.name.startswith("eapo"):
                 broken.append(f"{provider.name}: {reason}")
         if reason is not None:
@@ -167,7 +168,8 @@ def measure(
     state = telemetry(device)
     rows = [
         _row(provider, case, mode, reference)
-        | {"errors": errors.get(provider.name, {}), "peak_bytes": memory.get(provider.name)}
+        | {"errors": errors.get(provider.name, {}), "largest_errors": largest.get(provider.name, {})}
+        | {"peak_bytes": memory.get(provider.name)}
         | ({"metrics": metrics[provider.name]} if metrics.get(provider.name) else {})
         | _timing(provider.name, times, case.useful_flops(mode))
         | {"clocks": state, "error": reasons.get(provider.name) or (None if verdict["green"] else "not timed: the gate is red")}
@@ -183,6 +185,7 @@ def _try(
     mode: str,
     runs: dict[str, Callable[[], Results]],
     errors: dict[str, Errors],
+    largest: dict[str, Errors],
     metrics: dict[str, dict[str, float]],
     memory: dict[str, int],
 ) -> str | None:
@@ -192,12 +195,14 @@ def _try(
         run = provider.prepare(case, mode)
         results = run()
         errors[provider.name] = reference.errors(results, provider.objective)
+        largest[provider.name] = reference.largest_errors(results, provider.objective)
         metrics[provider.name] = {name: float(value) for name, value in results.items() if "/" in name}
         del results  # before the memory is measured
         memory[provider.name] = peak_memory(run, case.hidden.device)
         runs[provider.name] = run
     except Exception as error:  # a peer's own code: whatever it raises is its result
         errors.pop(provider.name, None)
+        largest.pop(provider.name, None)
         if cuda:
             _check_device(provider.name, error)
         return _sentence(error)

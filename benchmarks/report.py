@@ -426,10 +426,22 @@ def methods_part(result: Result) -> str:
     return "\n".join([where, "", *markdown_table(head, body, words=3)])
 
 
+def errors_part(result: Result) -> str:
+    """The largest errors of those that return log-probs, entropies and gradients."""
+    group = groups(result)[0]
+    names = ("logp", "entropy", "d_hidden")
+    full = [row for row in group.timed if all(name in row["largest_errors"] for name in names)]
+    full.sort(key=lambda row: float(row["largest_errors"]["logp"]))
+    body = [[f"`{row['provider']}`", *(error(row["largest_errors"][name]) for name in names)] for row in full]
+    head = ["implementation", "log-prob, nats", "entropy, nats", "d_hidden, share of its largest entry"]
+    return "\n".join([f"{where_and_when(result)}; {group.case}.", "", *markdown_table(head, body)])
+
+
 README = Target(ROOT / "README.md", "benchmark", readme_part)
 DOCS = Target(ROOT / "docs" / "benchmarks.md", "results", docs_part)
 SPARSE = Target(ROOT / "docs" / "sparse.md", "sparse", sparse_part)
 README_SPARSE = Target(ROOT / "README.md", "sparse", sparse_part)
+README_ERRORS = Target(ROOT / "README.md", "errors", errors_part)
 OVERHEAD = Target(ROOT / "docs" / "benchmarks.md", "methods", methods_part)
 
 
@@ -450,9 +462,10 @@ def main(arguments: list[str] | None = None) -> int:
         results = [load(path) for path in options.result] if options.result else newest_results(FOLDER)
         overheads = newest_results(FOLDER / "methods")
         sparse = newest_results(FOLDER / "sparse")
+        largest = newest_results(FOLDER / "errors")
         if options.check:
-            targets = [(README, results), (README_SPARSE, sparse), (DOCS, results), (SPARSE, sparse), (OVERHEAD, overheads)]
-            return _check(targets)
+            targets = [(README, results), (README_SPARSE, sparse), (README_ERRORS, largest)]
+            return _check([*targets, (DOCS, results), (SPARSE, sparse), (OVERHEAD, overheads)])
         if options.docs and sparse:
             from .plots import draw_sparse
 
@@ -461,6 +474,7 @@ def main(arguments: list[str] | None = None) -> int:
             (DOCS, options.docs, results),
             (SPARSE, options.docs, sparse),
             (README_SPARSE, options.readme, sparse),
+            (README_ERRORS, options.readme, largest),
             (OVERHEAD, options.docs, overheads),
             (README, options.readme, results),
         ):

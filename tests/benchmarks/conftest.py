@@ -40,7 +40,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """README.md and docs/benchmarks.md with empty blocks, and an empty results folder."""
     (tmp_path / "docs").mkdir()
     readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
-    readme.write_text("# Title\n\n<!-- benchmark -->\nold\n<!-- /benchmark -->\n\n<!-- sparse -->\n<!-- /sparse -->\n\ntail\n")
+    marks = "".join(f"<!-- {mark} -->\n<!-- /{mark} -->\n\n" for mark in ("sparse", "errors"))
+    readme.write_text(f"# Title\n\n<!-- benchmark -->\nold\n<!-- /benchmark -->\n\n{marks}tail\n")
     docs.write_text("# Benchmarks\n\n<!-- results -->\n<!-- /results -->\n")
     monkeypatch.setattr(report, "README", replace(report.README, path=readme))
     monkeypatch.setattr(report, "DOCS", replace(report.DOCS, path=docs))
@@ -51,5 +52,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sparse.write_text("# Sparse\n\n<!-- sparse -->\n<!-- /sparse -->\n")
     monkeypatch.setattr(report, "SPARSE", replace(report.SPARSE, path=sparse))
     monkeypatch.setattr(report, "README_SPARSE", replace(report.README_SPARSE, path=readme))
+    monkeypatch.setattr(report, "README_ERRORS", replace(report.README_ERRORS, path=readme))
     monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
     return tmp_path

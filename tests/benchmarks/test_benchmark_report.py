@@ -167,9 +167,9 @@ def test_blocks_are_renewed_and_checked(
     assert report.main(["--check"]) == 0
     readme, docs = (project / "README.md").read_text(), (project / "docs" / "benchmarks.md").read_text()
     assert readme.startswith("# Title\n\n<!-- benchmark -->\n")
-    sparse = "<!-- sparse -->\nNo result is committed yet.\n<!-- /sparse -->\n\ntail\n"
-    assert readme.endswith(f"<!-- /benchmark -->\n\n{sparse}")
-    for text in (readme.removesuffix(sparse), docs):
+    others = "".join(f"<!-- {mark} -->\nNo result is committed yet.\n<!-- /{mark} -->\n\n" for mark in ("sparse", "errors"))
+    assert readme.endswith(f"<!-- /benchmark -->\n\n{others}tail\n")
+    for text in (readme.removesuffix(f"{others}tail\n"), docs):
         assert ("NVIDIA H200" in text) == ("gpu" in kinds)
         assert ("CPU (x86_64" in text) == ("cpu" in kinds)
         assert ("No GPU result is committed yet." in text) == (kinds == ("cpu",))
@@ -219,9 +219,20 @@ def test_sparse_modes_have_a_table_and_a_picture(project: Path, cpu_result: Resu
     assert "| `sparse_gradient` | 0.50 | 37 | 5.2 % | 0.60 | 1.10 | 1.60 `unfused_eager` | 1.5e-03 | 4.0e-04 |" in text
     assert "| `sampling_mask` | 1.50 | 50 | - | 0.60 | 1.10 | 1.60 `unfused_eager` |" in text
     assert (project / "docs" / "sparse.png").stat().st_size > 10_000
-    assert text.split("<!-- sparse -->")[1] == (project / "README.md").read_text().split("<!-- sparse -->")[1].removesuffix(
-        "\ntail\n"
-    )
+    readme = (project / "README.md").read_text()
+    assert text.split("<!-- sparse -->")[1].rstrip() == readme.split("<!-- sparse -->")[1].split("<!-- errors -->")[0].rstrip()
+
+
+def test_the_largest_errors_have_a_table(project: Path, cpu_result: Result) -> None:
+    for row in cpu_result["rows"]:
+        row["largest_errors"] = {}
+        if row["provider"] in ("unfused_eager", "eapo_triton_op"):
+            row["largest_errors"] = {"logp": 1e-6 if "eapo" in row["provider"] else 2e-2, "entropy": 3e-6, "d_hidden": 4e-3}
+    cpu_result["rows"] = [row for row in cpu_result["rows"] if row["mode"] == "fwd_bwd"]
+    save(cpu_result, project / "results" / "errors")
+    assert report.main(["--readme"]) == 0
+    ((_, *body),) = tables((project / "README.md").read_text().split("<!-- errors -->")[1])
+    assert body == [["`eapo_triton_op`", "1.0e-06", "3.0e-06", "4.0e-03"], ["`unfused_eager`", "2.0e-02", "3.0e-06", "4.0e-03"]]
 
 
 def test_committed_blocks_are_current() -> None:

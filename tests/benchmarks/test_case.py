@@ -127,6 +127,9 @@ def test_errors_are_relative_norms_over_the_valid_rows(case: Case) -> None:
     }
     errors = reference.errors(results, "cross_entropy")
     assert errors == pytest.approx({"logp": 0.01, "loss": 0.5, "d_hidden": 2.0})
+    largest = reference.largest_errors(results, "cross_entropy")
+    expected = {"logp": 0.01 * reference.logp[half.valid].abs().max(), "loss": 0.5 * results["loss"] * 2, "d_hidden": 2.0}
+    assert largest == pytest.approx({name: float(value) for name, value in expected.items()})
 
 
 def test_inputs_differ_as_they_say() -> None:
