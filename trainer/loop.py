@@ -91,15 +91,18 @@ def train(config: Config) -> bool:
         TrainerError: bad configuration, data, model or rewards, or a run that diverged; see
             ``errors``.
     """
-    with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop, config.log.heartbeat) as console:
+    with (
+        ranks.init_distributed(config.model.device), StopRequest() as stop,
+        Console(stop, config.log.heartbeat) as console, Trackers(config) as trackers,
+    ):  # fmt: skip
         try:
-            return _train(config, console)
+            return _train(config, console, trackers)
         except Interrupted:
             console.line("interrupted before the first step: nothing to save")
             return False
 
 
-def _train(config: Config, console: Console) -> bool:
+def _train(config: Config, console: Console, trackers: Trackers) -> bool:
     rollout, budget = config.rollout, config.optim.micro_batch_tokens
 
     check_parts(config)
@@ -113,7 +116,6 @@ def _train(config: Config, console: Console) -> bool:
         return True
     with console.phase("checking checkpoints"):
         checkpoint, changes = ranks.run_on_main(lambda: choose(config, run, console))
-    trackers = Trackers(config)
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training prompts")
 
     with console.phase("estimating the memory"):
@@ -264,7 +266,6 @@ def _train(config: Config, console: Console) -> bool:
         raise
     finally:
         engine.close()
-        trackers.close()
     if not step:
         return False
 
@@ -278,7 +279,8 @@ def _train(config: Config, console: Console) -> bool:
         console.line(f"model    {run.model}")
         try:
             picture, page = write_report([run.path], run.path, resamples=config.eval.resamples)
-            console.line(f"report   {page}\nfigure   {picture}\n\n{summary_table(run.path, config.eval.resamples)}")
+            table = summary_table(run.path, config.eval.resamples)
+            console.line(f"report   {page}\nfigure   {picture}\n\n{table}".rstrip())
         except (OSError, ValueError, RuntimeError) as error:  # of the disk or matplotlib; the command report repeats it
             console.line(f"the report failed, the run did not: {type(error).__name__}: {error}")
 

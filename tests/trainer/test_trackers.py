@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import raised_by
 
 from trainer.__main__ import main
 from trainer.config import Config
 from trainer.config.settings import to_toml
+from trainer.errors import Interrupted
 from trainer.loop import train
 from trainer.runs.rundir import read
 from trainer.runs.trackers import Trackers
@@ -46,27 +49,24 @@ def test_tensorboard_goes_on_after_a_checkpoint_and_starts_anew_without(changed:
     board.mkdir()
     (board / "mine.txt").touch()
     for done, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        trackers = Trackers(config)
-        trackers.start(tmp_path, done)
-        for step in steps:
-            trackers.log({"x": step + 0.25 * done}, step)
-        trackers.close()
+        with Trackers(config) as trackers:
+            trackers.start(tmp_path, done)
+            for step in steps:
+                trackers.log({"x": step + 0.25 * done}, step)
     assert scalars(board)["x"] == [(1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5)]
-    trackers = Trackers(config)
-    assert scalars(board)["x"], "nothing is replaced before the start"
-    trackers.start(tmp_path, 0)
-    trackers.log({"x": 9.0}, 1)
-    trackers.close()
+    with Trackers(config) as trackers:
+        assert scalars(board)["x"], "nothing is replaced before the start"
+        trackers.start(tmp_path, 0)
+        trackers.log({"x": 9.0}, 1)
     assert scalars(board)["x"] == [(1, 9.0)]
     assert (board / "mine.txt").exists()
 
 
 def test_of_several_processes_the_first_one_logs(changed: Change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.ranks.is_main", lambda: False)
-    trackers = Trackers(changed(log={"tensorboard": True, "wandb": True}))
-    trackers.start(tmp_path, 0)
-    trackers.log({"x": 1.0}, 1)
-    trackers.close()
+    with Trackers(changed(log={"tensorboard": True, "wandb": True})) as trackers:
+        trackers.start(tmp_path, 0)
+        trackers.log({"x": 1.0}, 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -80,11 +80,10 @@ def test_wandb_offline_keeps_its_id_and_takes_finite_numbers(
     ids: list[str] = []
     records: list[Path] = []
     for done in (0, 1, 0):
-        trackers = Trackers(config)
-        trackers.start(tmp_path, done)
-        trackers.log({"reward/probe": 0.5 + done, "probe/nan": math.nan, "probe/none": None}, done + 1)
-        trackers.log({"evaluation/probe": 7.25}, done + 1)
-        trackers.close()
+        with Trackers(config) as trackers:
+            trackers.start(tmp_path, done)
+            trackers.log({"reward/probe": 0.5 + done, "probe/nan": math.nan, "probe/none": None}, done + 1)
+            trackers.log({"evaluation/probe": 7.25}, done + 1)
         ids.append((tmp_path / "wandb_id").read_text())
         (record,) = {*(tmp_path / "wandb").glob("offline-run-*/run-*.wandb")} - {*records}
         assert record.name == f"run-{ids[-1]}.wandb"
@@ -96,6 +95,42 @@ def test_wandb_offline_keeps_its_id_and_takes_finite_numbers(
             assert written.encode() in content, written
         assert b"probe/n" not in content
     assert ids[0] == ids[1] != ids[2], "the second continues the first, the third is a record of its own"
+
+
+class Wandb:
+    """A stand-in for the module and its run: collects the exit codes."""
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+
+    def init(self, **_: Any) -> Wandb:
+        return self
+
+    def log(self, *_: Any, **__: Any) -> None: ...
+
+    def finish(self, exit_code: int) -> None:
+        self.codes.append(exit_code)
+
+
+ENDS: dict[str, tuple[str | None, int, type[Exception], int]] = {
+    # The function that raises, at which call, what it raises, and the exit code.
+    "finished": (None, 1, OSError, 0),
+    "interrupted": ("trainer.rollouts.source.RolloutSource.draw", 2, Interrupted, 0),
+    "failed at the start": ("trainer.runs.progress.random_state", 1, OSError, 1),
+    "failed in a step": ("trainer.rollouts.source.RolloutSource.draw", 2, OSError, 1),
+    "failed behind the steps": ("trainer.models.policy.Policy.save", 1, OSError, 1),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_wandb_gets_the_exit_code(changed: Change, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    target, call, error, code = ENDS[end]
+    wandb = Wandb()
+    monkeypatch.setattr("trainer.runs.trackers.import_module", lambda _: wandb)
+    config = changed(log={"wandb": True}, data={"eval": ""})
+    with raised_by(target, call, error("end")) if target else nullcontext(), suppress(OSError):
+        assert train(config) is (end == "finished")
+    assert wandb.codes == [code]
 
 
 @pytest.mark.parametrize(("key", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from .. import ranks
@@ -15,7 +16,8 @@ from ..errors import ConfigError
 
 
 class Trackers:
-    """The trackers that ``config.log`` asks for; none by default. Only rank 0 logs.
+    """The trackers that ``config.log`` asks for; none by default. Only rank 0 logs. As a context it ends
+    their records, at wandb with exit code 1 where the run ends with an error.
 
     Raises:
         ConfigError: the package of a tracker is not installed.
@@ -28,6 +30,15 @@ class Trackers:
         board, wandb = (ranks.is_main() and wanted for wanted in (config.log.tensorboard, config.log.wandb))
         self._tensorboard: Any = _package("torch.utils.tensorboard", "tensorboard") if board else None
         self._wandb: Any = _package("wandb", "wandb") if wandb else None
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._writer:
+            self._writer.close()
+        if self._run:
+            self._run.finish(exit_code=int(error is not None))
 
     def start(self, directory: Path, step: int) -> None:
         """Open the records below the run's ``directory``: new ones at step 0, else continued.
@@ -57,12 +68,6 @@ class Trackers:
             self._writer.flush()
         if self._run:
             self._run.log(finite, step=step)
-
-    def close(self) -> None:
-        if self._writer:
-            self._writer.close()
-        if self._run:
-            self._run.finish()
 
 
 def _package(module: str, name: str) -> Any:
