@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import raised_by
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainer.__main__ import main
 from trainer.config import Config
 from trainer.dataset import PromptSet, load_prompts
-from trainer.evaluation import evaluate
 from trainer.evaluation.evaluate import Evaluation, Evaluator
 from trainer.loop import train
 from trainer.models.policy import Policy
@@ -122,22 +122,18 @@ def test_a_failed_evaluation_costs_only_itself(
     assert "evaluation on held-out prompts after step 0 failed, the run continues: RewardError: reward reward_functions:" in out
 
 
-def test_an_evaluation_out_of_memory_costs_only_itself(
-    changed: Change, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real, calls = evaluate.ngrams, []
-
-    def once(*arguments: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 1:
-            raise torch.OutOfMemoryError("tried to allocate")
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(evaluate, "ngrams", once)
-    config = changed(steps=1)
-    assert train(config)
-    assert [row["step"] for row in read(Path(config.out) / config.name, "evaluations")] == [1]
-    assert "the run continues: OutOfMemoryError: tried to allocate" in capsys.readouterr().out
+def test_another_error_of_an_evaluation_ends_the_run_and_costs_no_step(changed: Change) -> None:
+    """As on several ranks, of which one may have it alone. The evaluation is repeated at the resume."""
+    config = changed(steps=3, eval={"every": 2}, data={"eval_limit": 1})
+    with (
+        raised_by("trainer.evaluation.evaluate.ngrams", 2, torch.OutOfMemoryError("tried to allocate")),
+        pytest.raises(torch.OutOfMemoryError) as caught,
+    ):
+        train(config)
+    (note,) = caught.value.__notes__
+    assert "to continue from step-000002: python -m trainer train" in note
+    assert train(config.replace(resume="auto"))
+    assert [row["step"] for row in read(Path(config.out) / config.name, "evaluations")] == [0, 2, 3]
 
 
 def test_the_best_and_the_worst_completion_of_every_step_are_kept(changed: Change) -> None:

@@ -18,7 +18,7 @@ from eapo_kernels import EapoError
 from .. import ranks
 from ..config import Config
 from ..dataset import PromptSet
-from ..errors import Interrupted, TrainerError
+from ..errors import TrainerError
 from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.policy import Policy
@@ -128,16 +128,14 @@ class Evaluator:
 
     def __call__(self, step: int) -> list[Evaluation]:
         """Evaluate all sets after ``step`` training steps, and write the values and a completion to
-        each prompt to the run. An error in a set is reported, and the set is left out.
+        each prompt to the run. An error of the trainer or the library in a set is reported, and the set
+        is left out: all ranks have it. Any other error is raised, because one rank may have it alone.
         """
         began, found = time.monotonic(), []
         for name in self.sets:
             try:
                 result, samples = self.evaluate(name, step)
-            except Exception as error:
-                together = isinstance(error, TrainerError | EapoError) or ranks.size() == 1  # else other ranks wait
-                if isinstance(error, Interrupted) or not together:
-                    raise
+            except (TrainerError, EapoError) as error:
                 what = f"{type(error).__name__}: {error}"
                 self.console.line(f"evaluation on {name} prompts after step {step} failed, the run continues: {what}")
                 continue
