@@ -22,6 +22,7 @@ from .errors import DataError
 
 Prompt = str | list[dict[str, str]]
 """Text, or chat messages with the keys role and content."""
+FILES = (".jsonl", ".json", ".csv", ".parquet")
 TAKEN = ("prompts", "completions", "completion_ids")
 """Arguments of reward functions that no column may be named like."""
 
@@ -114,7 +115,7 @@ def _read(source: str, key: str) -> Sequence[Mapping[str, Any]]:
     try:
         if not source:
             raise ValueError("nothing")
-        if path.is_file() and path.suffix in (".jsonl", ".json", ".csv"):
+        if path.is_file() and path.suffix in FILES[:3]:
             with path.open(encoding="utf-8", newline="") as file:
                 if path.suffix == ".csv":
                     rows: Any = list(csv.DictReader(file, strict=True))
@@ -123,6 +124,8 @@ def _read(source: str, key: str) -> Sequence[Mapping[str, Any]]:
             if not isinstance(rows, list) or not all(isinstance(row, dict) and None not in row for row in rows):
                 raise ValueError("expected one object a row")
             return rows
+        if not path.exists() and (path.suffix in FILES or path.is_absolute()):  # else it would be looked for on the hub
+            raise FileNotFoundError(f"there is no {path.absolute()}")
         from datasets import disable_progress_bars, load_dataset
         from datasets import logging as datasets_logging
 

@@ -135,6 +135,15 @@ def test_what_is_not_there_is_one_line(source: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("source", ["missing.jsonl", "data/missing.parquet", "./no.csv", "~/no.json", "/no/such/folder"])
+def test_a_path_is_not_looked_for_on_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it would be a wrong name after five tries."""
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asks the hub"))
+    with pytest.raises(DataError) as error:
+        load(source)
+    assert str(error.value).endswith(f"got {source!r} (there is no {Path(source).expanduser().absolute()})")
+
+
 def test_text_becomes_one_user_message_where_there_is_a_template() -> None:
     chat, plain = make_tokenizer(), make_tokenizer(chat=False)
 
