@@ -13,6 +13,8 @@ from transformers import (
     AttentionInterface,
     CohereConfig,
     CohereForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -165,12 +167,35 @@ def test_a_completion_ends_at_any_of_the_ids(config: int | list[int] | None, exp
 )
 def test_flash_attention_is_taken_where_it_can_run(
     monkeypatch: pytest.MonkeyPatch, setting: str, device: str, dtype: Any, installed: tuple[int, ...], capability: int,
-    expected: str | None,
+    expected: str | None, model_dir: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
+    with_flash_attention(monkeypatch, installed, capability)
+    assert attention(ModelConfig(attention=setting, dtype=dtype), torch.device(device), model_dir) == expected
+    assert capsys.readouterr().out == ""
+
+
+def with_flash_attention(monkeypatch: pytest.MonkeyPatch, installed: tuple[int, ...], capability: int) -> None:
+    """A Hopper GPU (capability 9) or another one, with these versions of flash attention."""
     monkeypatch.setattr("trainer.models.policy.is_flash_attn_2_available", lambda: 2 in installed)
     monkeypatch.setattr("trainer.models.policy.is_flash_attn_3_available", lambda: 3 in installed)
+    monkeypatch.setattr("transformers.PreTrainedModel._flash_attn_import_error", lambda *_, **__: None)
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
-    assert attention(ModelConfig(attention=setting, dtype=dtype), torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("installed", [(2,), (2, 3)])
+def test_a_class_without_flash_attention_is_loaded_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], installed: tuple[int, ...]
+) -> None:
+    """With a line that says so."""
+    DogeForCausalLM(DogeConfig(**SIZES)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with_flash_attention(monkeypatch, installed, 9)
+    monkeypatch.setattr("trainer.models.policy.find_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr("trainer.models.policy.Policy", lambda model, *_: model)
+    loaded: Any = load_policy(ModelConfig(path=str(tmp_path), dtype="bfloat16"), LoraConfig(), seed=0)
+    assert loaded.config._attn_implementation == "sdpa"
+    assert "model.attention auto: sdpa or eager, because DogeForCausalLM does not support" in capsys.readouterr().out
 
 
 def test_a_model_that_sdpa_cannot_compute_is_loaded_with_eager_attention(tmp_path: Path) -> None:

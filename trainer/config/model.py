@@ -19,8 +19,8 @@ class ModelConfig(Section):
     """Precision of the computation; the trained weights themselves always stay in fp32."""
     attention: str = "auto"
     """Attention implementation as transformers names it: sdpa, eager, flash_attention_2, flash_attention_3. auto is flash
-    attention where its package is installed and dtype is bfloat16 (3 on Hopper), else transformers' choice: sdpa, or eager
-    for a model that sdpa cannot compute (Gemma 2)."""
+    attention where its package is installed, dtype is bfloat16 and the model's class supports it (3 on Hopper), else
+    transformers' choice: sdpa, or eager for a model that sdpa cannot compute (Gemma 2)."""
     packing: Literal["auto", "always", "never"] = "auto"
     """A micro-batch is one row of sequences without padding (always), or a row for each, padded to the longest (never).
     auto packs with flash attention: sdpa would compute the attention between all sequences of the row and mask it."""

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils import logging as transformers_logging
@@ -275,7 +275,7 @@ def _load(config: ModelConfig, lora: LoraConfig, device: torch.device, seed: int
         raise ModelError(f"lora.rank: expected 0 (the adapter in {directory} is trained on), got {lora.rank}")
     dtype = getattr(torch, config.dtype) if adapted or lora.rank else torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention(config, device))
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention(config, device, base))
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(f"model: expected a causal language model in {base}, got: {error}") from error
     if adapted:
@@ -314,20 +314,29 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMo
             raise ModelError(f"lora: expected modules of {type(model).__name__}, got: {error}") from error
 
 
-def attention(config: ModelConfig, device: torch.device) -> str | None:
+def attention(config: ModelConfig, device: torch.device, base: Path) -> str | None:
     """The implementation that ``model.attention`` names; auto is flash attention where it can run, 3
-    on Hopper, else None: transformers chooses.
+    on Hopper, else None: transformers chooses. base: the directory of the model.
 
     transformers checks the packages' versions, because flash-attn-4 installs an empty module of the
-    same name as flash-attn-2.
+    same name as flash-attn-2. What a model supports is known to its class, so one is made without
+    memory for its weights.
     """
     if config.attention != "auto":
         return config.attention
     if device.type != "cuda" or config.dtype != "bfloat16":
         return None
-    if is_flash_attn_3_available() and torch.cuda.get_device_capability(device)[0] == 9:
-        return "flash_attention_3"
-    return "flash_attention_2" if is_flash_attn_2_available() else None
+    hopper = is_flash_attn_3_available() and torch.cuda.get_device_capability(device)[0] == 9
+    flash = "flash_attention_3" if hopper else "flash_attention_2" if is_flash_attn_2_available() else None
+    if flash:
+        own = AutoConfig.from_pretrained(base)
+        try:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16, attn_implementation=flash)
+        except ValueError as error:
+            print(f"model.attention auto: sdpa or eager, because {str(error).split('. ')[0]}", flush=True)
+            return None
+    return flash
 
 
 def find_device(name: str, key: str) -> torch.device:
