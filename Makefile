@@ -37,7 +37,7 @@ $(VENV)/.train: $(VENV)/.created pyproject.toml constraints.txt requirements-mod
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(PIP) --editable '.[train,track,triton,cuda,dev]'
+	$(PIP) --editable '.[train,track,adamw-8bit,triton,cuda,dev]'
 	touch $@
 
 # Other people's packages; what benchmarks, adapters and their tests call of them needs nothing beyond '.[train]'.

@@ -18,6 +18,7 @@ from eapo_kernels.ops.chunking import default_budget
 from .config import Config
 from .dataset import PromptSampler, load_prompts
 from .errors import ConfigError, ModelError
+from .learning.learner import check_optimizer, moment_bytes
 from .models.embedded import base_of_adapter, resolve
 from .models.policy import find_device, with_adapters
 from .rewards.scoring import check_functions
@@ -82,12 +83,13 @@ def estimate(config: Config, processes: int) -> Estimate:
     stream = width if adapted else 4  # the residual stream follows the embedding
     layer = width * (4 * hidden + 2 * heads * head + cached / layers + 3 * inner) + 2 * stream * hidden
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-    tokens = max(config.optim.micro_batch_tokens, longest)
+    share = -(-rollout.prompts * rollout.responses // processes)
+    tokens = max(min(config.optim.micro_batch_tokens, share * longest), longest)
     kept = layers * stream * hidden + layer if config.model.gradient_checkpointing else layers * layer
 
     always = {
         "weights": (4 * trained + (width if adapted else 4) * frozen) / processes,
-        "AdamW": 8 * trained / processes,
+        "AdamW": moment_bytes((p for p in model.parameters() if p.requires_grad), config.optim, processes),
     }
     if config.method().config.kl_coef:
         always["reference weights"] = 4 * trained / processes
@@ -98,7 +100,6 @@ def estimate(config: Config, processes: int) -> Estimate:
     }
     if processes > 1:
         update["gathered layers"] = 2 * width * max(sizes, default=0) + 4 * root
-    share = -(-rollout.prompts * rollout.responses // processes)
     if rollout.engine == "transformers":
         rollouts = {"KV cache": float(width * cached * longest * min(rollout.batch, share))}
         if processes > 1:
@@ -140,12 +141,13 @@ def _skeleton(config: Config) -> Any:
 
 
 def check_parts(config: Config) -> None:
-    """Raise what the run would raise about rewards and engine, without loading a model.
+    """Raise what the run would raise about rewards, optimizer and engine, without loading a model.
 
     Raises:
-        ConfigError: a reward that cannot be imported or lacks its package or key, or no vLLM.
+        ConfigError: a reward that cannot be imported or lacks its package or key, no torchao, or no vLLM.
     """
     check_functions(config.rewards)
+    check_optimizer(config.optim)
     if config.rollout.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError("rollout.engine: expected an installed vllm (pip install '.[train,vllm]'), got none")
 

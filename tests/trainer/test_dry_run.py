@@ -17,6 +17,7 @@ from trainer.__main__ import main
 from trainer.config import Config
 from trainer.config.settings import to_toml
 from trainer.dry_run import GIB, estimate
+from trainer.learning.learner import make_optimizer
 from trainer.loop import train
 from trainer.models.policy import load_policy
 
@@ -60,9 +61,30 @@ def test_weights_gradients_and_optimizer_are_exact(changed: Change, tmp_path: Pa
     assert shared.rollouts["all weights gathered"] > 4 * root
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_eight_bit_moments_are_exact(changed: Change, tmp_path: Path, processes: int) -> None:
+    """In blocks of 256; in fp32 where a process holds less than 4096 weights or a part of a block."""
+    pytest.importorskip("torchao", reason="needs torchao: pip install '.[adamw-8bit]'")
+    config = changed(model={"path": model(tmp_path / "m")}, optim={"optimizer": "adamw_8bit"})
+    weights = load_policy(config.model, config.lora, seed=0).trainable()
+    shards = [torch.nn.Parameter(weight.detach()[: -(-len(weight) // processes)].clone()) for weight in weights]
+    optimizer = make_optimizer(shards, config.optim)
+    for weight in shards:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moments = [own[name] for own in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    quantized = [moment for moment in moments if hasattr(moment, "codes")]
+    assert 0 < len(quantized) < len(moments)
+    size = held(part for m in quantized for part in (m.codes, m.scale)) + held(m for m in moments if not hasattr(m, "codes"))
+    assert estimate(config, processes).always["AdamW"] == size
+
+
 def test_activations_and_the_cache_follow_the_shapes(changed: Change, tmp_path: Path) -> None:
     """Against the tensors that autograd keeps of one forward pass, each storage once."""
-    config = changed(model={"path": model(tmp_path / "m")}, optim={"micro_batch_tokens": 2048}, data={"max_prompt_tokens": 64})
+    config = changed(
+        model={"path": model(tmp_path / "m")}, optim={"micro_batch_tokens": 2048}, data={"max_prompt_tokens": 64},
+        rollout={"prompts": 16},
+    )  # fmt: skip
     policy = load_policy(config.model, config.lora, seed=0)
     storages: dict[int, int] = {}
 
@@ -82,7 +104,9 @@ def test_activations_and_the_cache_follow_the_shapes(changed: Change, tmp_path: 
     less = estimate(config.replace(model={"gradient_checkpointing": True}), 1).update["activations of 2048 tokens"]
     assert less < row / 2
     cache = estimate(config, 1).rollouts["KV cache"]
-    assert cache == 12 * (64 + 6) * 2 * 3 * 2 * 16 * 4  # completions, tokens, keys and values, layers, heads, head_dim, bytes
+    assert cache == 64 * (64 + 6) * 2 * 3 * 2 * 16 * 4  # completions, tokens, keys and values, layers, heads, head_dim, bytes
+    few = estimate(config.replace(rollout={"prompts": 3}), 1).update["activations of 840 tokens"]
+    assert few == pytest.approx(row * 840 / 2048), "a step has no more tokens"
 
 
 def test_vllms_share_is_on_top_unless_it_sleeps(changed: Change, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,9 +152,11 @@ def test_the_command_checks_everything_but_the_weights(
         (("--data.columns.answer", "solution"), "expected the column 'solution'"),
         (("--rollout.prompts", "9"), "rollout.prompts: expected at most the 8 training prompts, got 9"),
         (("--rollout.engine", "vllm"), "rollout.engine: expected an installed vllm"),
+        (("--optim.optimizer", "adamw_8bit"), "optim.optimizer: expected an installed torchao for adamw_8bit (pip install"),
         (("--data.max_prompt_tokens", "2"), "data.max_prompt_tokens: expected at least one prompt"),
     ):
         monkeypatch.setattr("trainer.dry_run.find_spec", lambda _: None)
+        monkeypatch.setattr("trainer.learning.learner.find_spec", lambda _: None)
         code, _, err = run("--dry-run", *flags)
         assert code == 2
         assert message in err

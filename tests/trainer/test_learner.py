@@ -226,6 +226,25 @@ def test_minibatches_and_epochs_take_as_many_optimizer_steps(policy: Policy, exp
     assert metrics["ratio_mean"] != 1.0
 
 
+def test_eight_bit_moments_follow_adamw() -> None:
+    """After ten updates the weights have moved as with AdamW, within 10 % of the way."""
+    pytest.importorskip("torchao", reason="needs torchao: pip install '.[adamw-8bit]'")
+    ways = []
+    for optimizer in ("adamw", "adamw_8bit"):
+        policy = Policy(make_model(hidden_size=64, intermediate_size=96), make_tokenizer())
+        sampling = Sampling(4, 9, TEMPERATURE, 1.0, seed=2)
+        sampled = TransformersEngine(policy, 64).generate([[5, 6, 7, 12, 8], [9], [10, 11, 12]], sampling, no_tick)
+        own, before = learner(policy, optimizer=optimizer, lr=1e-3), [w.detach().clone() for w in policy.trainable()]
+        experience = weighed(policy, sampled, "eapo")
+        for step in range(10):
+            own.update(replace(experience, positive_weight=torch.tensor(0.7)), step=step, seed=step, tick=no_tick)
+        ways.append(torch.cat([(w - b).flatten() for w, b in zip(policy.trainable(), before, strict=True)]))
+        quantized = [state for state in own.optimizer.state.values() if hasattr(state["exp_avg"], "codes")]
+        assert bool(quantized) is (optimizer == "adamw_8bit")
+        assert own.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert (ways[1] - ways[0]).norm() < 0.1 * ways[0].norm()
+
+
 def test_fewer_completions_than_minibatches_are_a_minibatch_each(policy: Policy, rollouts: Rollouts) -> None:
     completions, built = select(rollouts, [0, 5]), get_method("grpo")
     old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick)

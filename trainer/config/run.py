@@ -12,6 +12,9 @@ from .section import Count, Decay, Natural, NonNegative, Positive, Section
 class OptimConfig(Section):
     """AdamW, and how a step's completions are split into updates."""
 
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw keeps its moments in fp32, 8 bytes a trained weight. adamw_8bit is torchao's (arXiv:2110.02861): 8-bit numbers in
+    blocks of 256 with one scale, 2.03 bytes; tensors of less than 4096 weights or a part of a block stay in fp32."""
     lr: Positive = 1e-6
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)

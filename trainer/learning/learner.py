@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import count
 from typing import Any
 
@@ -18,7 +19,7 @@ from eapo_kernels import LossOutput, Method, Options, idle_sequences, loss_denom
 
 from .. import ranks
 from ..config import OptimConfig
-from ..errors import DivergenceError, Interrupted
+from ..errors import ConfigError, DivergenceError, Interrupted
 from ..models.policy import Policy
 from ..models.sharding import full_tensor
 from ..records import Tick
@@ -27,6 +28,8 @@ from .experience import Experience
 
 SEQUENCE_MEAN = "eapo/positive_fraction"
 """The one metric that is a mean over completions; all others are means over tokens."""
+BLOCK = 256
+"""Weights whose 8-bit moments share a scale."""
 
 
 class Learner:
@@ -40,9 +43,7 @@ class Learner:
         self.options = Options(gradient_tolerance=gradient_tolerance)
         self.inv_temperature, self.steps = 1 / temperature, steps
         self.one_pass = method.config.scope == "token" and method.config.entropy_top_p is None
-        self.optimizer = torch.optim.AdamW(
-            policy.trainable(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-        )
+        self.optimizer = make_optimizer(policy.trainable(), optim)
 
     def learning_rate(self, step: int) -> float:
         """The rate of training step ``step`` (from 0)."""
@@ -76,7 +77,8 @@ class Learner:
         """
         optim = self.optim
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            rate = self.learning_rate(step)
+            group["lr"] = group["lr"].new_tensor(rate) if isinstance(group["lr"], Tensor) else rate
         shuffle = np.random.default_rng(seed)
         minibatches = [
             indices.tolist()
@@ -163,6 +165,40 @@ class Learner:
             )  # fmt: skip
 
         return self.policy(batch.input_ids, batch.attention_mask, batch.rows, head, batch.lengths)
+
+
+def make_optimizer(weights: Sequence[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer ``optim.optimizer`` of the trained weights.
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    numbers: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(weights, **numbers, fused=True)
+    check_optimizer(optim)
+    from torchao.optim import AdamW8bit
+
+    optimizer = AdamW8bit(weights, **numbers, block_size=BLOCK)
+    if weights[0].device.type == "cpu":  # it compiles its step, for which a CPU may have no compiler
+        optimizer.step = torch.compiler.set_stance("force_eager")(optimizer.step)
+    return optimizer
+
+
+def check_optimizer(optim: OptimConfig) -> None:
+    """Raise ConfigError where the package of the optimizer is not installed."""
+    if optim.optimizer == "adamw_8bit" and find_spec("torchao") is None:
+        raise ConfigError(
+            "optim.optimizer: expected an installed torchao for adamw_8bit (pip install '.[adamw-8bit]'), got none"
+        )
+
+
+def moment_bytes(weights: Iterable[Tensor], optim: OptimConfig, processes: int) -> float:
+    """Bytes of the optimizer's two moments on each of ``processes``, of which each has a share of the rows."""
+    if optim.optimizer == "adamw":
+        return 8 * sum(weight.numel() for weight in weights) / processes
+    sizes = [-(-len(weight) // processes) * weight[0].numel() for weight in weights]
+    return sum((2 + 8 / BLOCK if size >= 4096 and size % BLOCK == 0 else 8) * size for size in sizes)
 
 
 def _share_of(name: str, out: LossOutput, sequences: int) -> Tensor | float:
