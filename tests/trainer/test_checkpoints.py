@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import reward_functions
 from test_loop import rows, without_times
-from tiny import raised_by, tiny_config
+from tiny import make_model, make_tokenizer, raised_by, tiny_config
 
 from trainer.__main__ import main
 from trainer.config import Config
@@ -26,6 +27,7 @@ from trainer.config.settings import parse_config, to_toml
 from trainer.errors import CheckpointError, ConfigError, DivergenceError
 from trainer.loop import train
 from trainer.runs.checkpoint import checkpoints
+from trainer.runs.resume import changes, settings_of
 
 Change = Callable[..., Config]
 HERE = Path(__file__).parent
@@ -207,15 +209,57 @@ def test_what_cannot_be_resumed_is_refused(short: Config, prompts: Path, tmp_pat
     assert names(short) == ["step-000002", "step-000003"]
 
 
+RESULTS = """
+seed model.path model.dtype lora.rank lora.alpha lora.layers lora.targets data.train data.train_limit
+data.columns.prompt data.columns.answer data.answer_after data.prompt_template data.system_prompt data.answer_marker
+data.teacher_prompt rollout.prompts rollout.responses rollout.max_new_tokens rollout.temperature rollout.top_p
+rollout.top_k rollout.min_p rollout.record_support rollout.resample_rounds rewards.functions rewards.weights
+rewards.on_failure rewards.overlong rewards.overlong_window rewards.embedding_model rewards.embedding_share
+rewards.judge.model rewards.judge.template rewards.judge.score_pattern rewards.judge.score_range
+rewards.judge.temperature rewards.judge.max_tokens rewards.reward_model.path rewards.reward_model.max_tokens
+rewards.reward_model.dtype loss.method loss.surrogate loss.advantage loss.reduction loss.clip_low loss.clip_high
+loss.entropy_coef loss.importance_cap loss.reference_ema loss.gradient_tolerance eapo.kappa eapo.scale eapo.low
+eapo.high eapo.ema eapo.anchor_steps optim.optimizer optim.betas optim.weight_decay optim.max_grad_norm
+optim.minibatches optim.epochs
+"""
+"""Settings that change the results, so that a resume refuses them."""
+ELSEWHERE = """
+name out overwrite resume steps samples_per_step diagnose_every model.attention model.packing model.device
+model.gradient_checkpointing model.cache data.eval data.eval_limit data.max_prompt_tokens rollout.engine rollout.batch
+rollout.vllm.dtype rollout.vllm.gpu_memory_utilization rollout.vllm.kv_cache_gib rollout.vllm.max_num_seqs
+rollout.vllm.tensor_parallel_size rollout.vllm.max_model_len rollout.vllm.enforce_eager rollout.vllm.sleep_level
+rewards.concurrency rewards.timeout rewards.judge.url rewards.judge.api_key_env rewards.judge.concurrency
+rewards.judge.timeout rewards.judge.retries rewards.reward_model.batch rewards.reward_model.device optim.lr
+optim.schedule optim.warmup_steps optim.old_logp optim.micro_batch_tokens eval.responses eval.greedy
+eval.train_prompts eval.first eval.every eval.resamples log.heartbeat log.tensorboard log.wandb log.wandb_project
+checkpoint.every checkpoint.keep
+"""
+"""Those that move time, memory, what is seen of a run or its learning rate."""
+
+
+def test_every_setting_may_change_at_a_resume_or_is_refused(config: Config, tmp_path: Path) -> None:
+    settings = settings_of(config)
+    refused, free = RESULTS.split(), ELSEWHERE.split()
+    assert sorted(settings) == sorted([*refused, *free]), "a new setting belongs to one of the lists"
+    for key in settings:
+        before = {**settings, key: "another"}
+        if key in free:
+            changes(tmp_path, before, config)
+        else:
+            with pytest.raises(ConfigError, match=f"; {re.escape(key)}: expected 'another'"):
+                changes(tmp_path, before, config)
+
+
 def test_settings_of_time_memory_and_evaluation_may_change(
     short: Config, capsys: pytest.CaptureFixture[str], prompts: Path
 ) -> None:
     """The run stays the same up to rounding; what was before is in environment.json."""
     train(short)
-    seen = {"samples_per_step": 1, "diagnose_every": 2, "data": {"eval": str(prompts)}, "eval": {"responses": 2, "every": 4}}
+    data = {"eval": str(prompts), "max_prompt_tokens": 99}
+    seen = {"samples_per_step": 1, "diagnose_every": 2, "data": data, "eval": {"responses": 2, "every": 4}}
     moved = {
         "model": {"attention": "eager", "gradient_checkpointing": True}, "rollout": {"batch": 5},
-        "optim": {"micro_batch_tokens": 40}, "rewards": {"timeout": 5.0}, "checkpoint": {"every": 2},
+        "optim": {"micro_batch_tokens": 40, "old_logp": "always"}, "rewards": {"timeout": 5.0}, "checkpoint": {"every": 2},
         "log": {"wandb_project": "x"},
     }  # fmt: skip
     longer, straight = short.replace(steps=5, resume="auto", **seen, **moved), short.replace(name="straight", steps=5)
@@ -237,6 +281,17 @@ def test_settings_of_time_memory_and_evaluation_may_change(
     assert entry["changed"]["optim.micro_batch_tokens"] == [8192, 40]
     assert entry["changed"]["log.wandb_project"] == ["eapo", "x"]
     assert entry["changed"]["steps"] == [3, 5]
+
+
+def test_the_limit_of_prompts_may_change_while_it_leaves_out_no_others(short: Config, prompts: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(prompts.read_text().replace("after n3 ?", "after n3 ? ?"))  # one of 8 tokens, the others have 7
+    config = short.replace(data={"train": str(file)})
+    assert train(config)
+    longer = config.replace(steps=4, resume="auto")
+    with pytest.raises(CheckpointError, match=r"data\.train: expected the prompts"):
+        train(longer.replace(data={"max_prompt_tokens": 7}))
+    assert train(longer.replace(data={"max_prompt_tokens": 8}))
 
 
 def test_a_diverged_run_continues_with_a_smaller_learning_rate(
@@ -301,6 +356,21 @@ def test_a_stopped_run_resumes_bitwise(
     straight = longer.replace(name="straight", resume="")
     assert train(longer)
     assert train(straight)
+    assert_same_run(straight, longer)
+
+
+def test_eight_bit_moments_resume_bitwise(changed: Change, tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="needs torchao: pip install '.[adamw-8bit]'")
+    make_model(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)  # matrices of 4096 weights and more
+    make_tokenizer().save_pretrained(tmp_path)
+    config = changed(model={"path": str(tmp_path)}, optim={"optimizer": "adamw_8bit"}, data={"eval": ""})
+    straight, stopped = config.replace(name="straight", steps=4), config.replace(name="stopped", steps=2)
+    assert train(straight)
+    assert train(stopped)
+    longer = stopped.replace(steps=4, resume="auto")
+    with pytest.raises(ConfigError, match=r"optim\.optimizer: expected 'adamw_8bit', got 'adamw'"):
+        train(longer.replace(optim={"optimizer": "adamw"}))
+    assert train(longer)
     assert_same_run(straight, longer)
 
 

@@ -13,13 +13,15 @@ from .rundir import RunDirectory
 
 FREE = (
     "name", "out", "overwrite", "resume", "steps", "samples_per_step", "diagnose_every", "log.", "checkpoint.", "eval.",
-    "data.eval", "data.eval_limit", "model.cache", "model.device", "model.attention", "model.packing",
-    "model.gradient_checkpointing", "rollout.engine", "rollout.batch", "rollout.vllm.", "optim.micro_batch_tokens",
-    "rewards.concurrency", "rewards.timeout", "rewards.judge.url", "rewards.judge.api_key_env", "rewards.judge.concurrency",
-    "rewards.judge.timeout", "rewards.judge.retries", "rewards.reward_model.batch", "rewards.reward_model.device",
+    "data.eval", "data.eval_limit", "data.max_prompt_tokens", "model.cache", "model.device", "model.attention",
+    "model.packing", "model.gradient_checkpointing", "rollout.engine", "rollout.batch", "rollout.vllm.",
+    "optim.micro_batch_tokens", "optim.old_logp", "rewards.concurrency", "rewards.timeout", "rewards.judge.url",
+    "rewards.judge.api_key_env", "rewards.judge.concurrency", "rewards.judge.timeout", "rewards.judge.retries",
+    "rewards.reward_model.batch", "rewards.reward_model.device",
 )  # fmt: skip
 """Settings that may change at a resume, because they move time, memory or what is seen of a run (a
-trailing dot: all settings of a section). The run remains the same up to rounding."""
+trailing dot: all settings of a section). The run remains the same up to rounding. Where
+data.max_prompt_tokens leaves out other prompts, ``Progress.restore`` refuses it."""
 STEERING = ("optim.lr", "optim.warmup_steps", "optim.schedule")
 """Settings that may change with a warning: they are how a diverging run is rescued."""
 WHERE = ("name", "out", "overwrite", "resume")
