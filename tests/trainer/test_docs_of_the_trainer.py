@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -24,6 +26,18 @@ def test_the_memory_of_the_head_is_as_the_guide_says() -> None:
         for said, tokens in ((short, 8192), (long, 65536)):
             assert float(said) == pytest.approx(12 * tokens * int(V) / 1e9, abs=0.051)
         assert float(gradient) == pytest.approx(4 * int(V) * int(D) / 1e9, abs=0.051)
+
+
+def test_the_recipe_of_the_guide_is_valid(tmp_path: Path) -> None:
+    """And its columns are those of the row above it."""
+    text = (ROOT / "docs" / "training.md").read_text()
+    (recipe,) = re.findall(r"\n\n((?:    .*\n)*    every = 10\n)", text)
+    (row,) = re.findall(r'\n    (\{"problem.*\})\n', text)
+    file = tmp_path / "sums.toml"
+    file.write_text(dedent(recipe))
+    config = parse_config([], recipe=file)
+    assert set(json.loads(row)) == {config.data.columns.prompt, config.data.columns.answer}
+    assert (config.rewards.functions, config.steps) == (("math_verify",), 40)
 
 
 def test_every_setting_that_the_guide_names_exists() -> None:
