@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from comparison import keep_fp16
 from ranks import WORLD, run_ranks
 from torch import Tensor
 
@@ -90,6 +91,23 @@ def test_every_extra_is_that_of_the_logits(
     ):
         assert ours.dtype == dtype
         assert_no_worse_than(ours, eager, exact, floor=FLOORS[dtype], name=f"d_{name}")
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_fp16_operands_keep_small_gradients(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where the products multiply fp16: the share of a class and the cotangents are below its range."""
+    keep_fp16(monkeypatch)
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        inputs = _inputs(torch.float16).to(dtype)
+        inputs.leaves()
+        given: dict[str, Any] = {"label_smoothing": 1.0, "softcap": softcap, "options": SMALL}
+        loss = linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, inputs.bias, **given)
+        assert isinstance(loss, Tensor)
+        found.append([g / 1e4 for g in torch.autograd.grad(loss * 1e4, inputs.leaves())])
+    for name, ours, exact in zip(("hidden", "weight", "bias"), *found, strict=True):
+        error = (ours.double() - exact).norm() / exact.norm()
+        assert error < 3e-3, f"d_{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
