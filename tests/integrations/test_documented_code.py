@@ -124,6 +124,14 @@ def test_trl(tmp_path: Path) -> None:
     assert float(trainer.eapo.controller.initial_entropy) > 0
 
 
+def test_cross_entropy() -> None:
+    hidden, head, ids = torch.randn(2, 5, 8), torch.nn.Linear(8, 31, bias=False), torch.randint(31, (2, 5))
+    found = _run("Cross-entropy", hidden=hidden, lm_head=head, ids=ids)
+    z = head(hidden)
+    torch.testing.assert_close(found["lse"], z.logsumexp(-1))
+    torch.testing.assert_close(found["loss"], torch.nn.functional.cross_entropy(z.flatten(0, 1), ids.flatten()))
+
+
 def test_liger() -> None:
     g = torch.Generator().manual_seed(0)
     found = _run(
@@ -232,7 +240,12 @@ WEIGHTS = [1.0, 1.0, 0.5, 1.0]
 def test_prime_rl(monkeypatch: pytest.MonkeyPatch) -> None:
     _module(monkeypatch, "prime_rl.configs.trainer", DefaultLossConfig=SimpleNamespace)
     _module(monkeypatch, "prime_rl.trainer.rl.loss", default_loss_fn=_default_loss)
-    loss = _run("prime-rl")["loss"]
+    model = torch.nn.Module()
+    model.lm_head = torch.nn.Linear(8, 31, bias=False)
+    _run("prime-rl", 0, model=model)
+    found = model.lm_head(torch.randn(2, 3, 8), torch.randint(31, (2, 3)), temperature=torch.ones(2, 3))
+    assert found["logprobs"].shape == found["entropy"].shape == (2, 3)
+    loss = _run("prime-rl", 1)["loss"]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     mask, advantages = torch.tensor([True, True, False]), torch.tensor([2.0, -1.0, 5.0])
     for entropies, weight in zip(STEPS, WEIGHTS, strict=True):
