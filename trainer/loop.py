@@ -47,7 +47,7 @@ from eapo_kernels import make_controller
 
 from . import ranks
 from .config import Config
-from .config.advice import advice, advice_on_rewards
+from .config.advice import advice, advice_on_rewards, advice_on_zero_gradients
 from .dataset import PromptSampler, fingerprint, load_prompts
 from .dry_run import check_parts, estimate
 from .errors import Interrupted, RewardError
@@ -162,7 +162,7 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
         config, run, policy, learner.optimizer, parts={"sampler": sampler, "controller": controller},
         reference=reference, prompts=fingerprint(train_set.ids),
     )  # fmt: skip
-    step, finished = step_of(checkpoint), False
+    step, finished, idle_steps = step_of(checkpoint), False, 0
     trackers.start(run.path, step)
     if checkpoint:
         with console.phase(f"reading {checkpoint}"):
@@ -244,7 +244,9 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
                 **cost_metrics(policy, drawn, sampled, seconds, passes=passes, epochs=config.optim.epochs),
                 "tokens_per_second": completions.tokens / sum(seconds.values()),
             }
-            for line in advice_on_rewards(config, sampled.scores.total) if step == 1 else ():
+            idle_steps = 0 if metrics["grad_norm"] else idle_steps + 1
+            found = advice_on_rewards(config, sampled.scores.total) if step == 1 else advice_on_zero_gradients(idle_steps)
+            for line in found:
                 console.line(f"advice: {line}")
             if changed := run.record_kernels():
                 console.line(f"advice: {changed}")

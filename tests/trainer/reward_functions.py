@@ -19,6 +19,10 @@ def low_numbers(completions: list[str], **_: Any) -> list[float]:
     return [sum(word in {f"n{i}" for i in range(10)} for word in text.split()) / 6 for text in completions]
 
 
+def same(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
 def has_a_low_number(completions: list[str], **_: Any) -> list[float]:
     """1 where a word is n0 to n9, else 0."""
     return [float(any(word in {f"n{i}" for i in range(10)} for word in text.split())) for text in completions]

@@ -62,3 +62,13 @@ def test_a_run_says_it_once(changed: Callable[..., Config], capsys: pytest.Captu
     output = capsys.readouterr().out
     assert output.count("advice: rollout.record_support is False") == 1
     assert output.count("advice: pear counts completions with a reward above 0.5") == 1
+
+
+@pytest.mark.parametrize(("reward", "expected"), [("same", 1), ("low_numbers", 0)])
+def test_a_run_that_learns_nothing_says_so_once(
+    changed: Callable[..., Config], capsys: pytest.CaptureFixture[str], reward: str, expected: int
+) -> None:
+    config = changed(steps=11, diagnose_every=0, data={"eval": ""}, rewards={"functions": (f"reward_functions:{reward}",)})
+    assert train(config)
+    output = capsys.readouterr().out
+    assert output.count("advice: the gradient of five steps was 0, so nothing was learned") == expected

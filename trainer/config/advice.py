@@ -34,6 +34,16 @@ def advice(config: Config) -> list[str]:
     return found
 
 
+def advice_on_zero_gradients(steps: int) -> list[str]:
+    """Warnings after ``steps`` steps in a row whose gradient was zero; once, after five."""
+    if steps != 5:
+        return []
+    return [
+        "the gradient of five steps was 0, so nothing was learned: most often all completions of a prompt have the same "
+        "reward. Look at samples.jsonl; with truncated near 1, rollout.max_new_tokens may be too small for an answer"
+    ]
+
+
 def advice_on_rewards(config: Config, rewards: Tensor) -> list[str]:
     """Warnings to print after the first step. rewards: [B], those of its completions."""
     method = config.method()
