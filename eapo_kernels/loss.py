@@ -24,7 +24,7 @@ from .objectives.policy import PolicyTerms, loss_and_sums, prepare, resolve_posi
 from .ops import collective_checks, dispatch, gradients, sparse
 from .ops.dispatch import Chunk, Coefficients, LogitCotangents, SurrogateTerms
 from .ops.gradients import MainGrad
-from .ops.lm_head import Projection, build_projection, check_values, resolve_compaction, scatter_rows, select_valid, take_rows
+from .ops.lm_head import Projection, build_projection, check_values, resolve_compaction, scatter_rows, select_valid
 from .ops.nucleus import project_nucleus_entropy
 from .ops.sparsify import Sparsity
 from .ops.token_stats import project_stats
@@ -196,17 +196,16 @@ class EAPOLoss(nn.Module):
 class _KnownGradients(torch.autograd.Function):
     """A loss whose gradients are known up to the factor that its backward receives.
 
-    finish: (factor, hidden, weight) -> the gradients. reads: it multiplies hidden and weight, which
-    are then saved as any operand of a product is: for in-place checks, offload, sharded parameters.
+    finish: (factor, *operands) -> the gradients. operands: what it multiplies, saved as any operand of
+    a product is: for in-place checks, offload, sharded parameters.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, finish: Any, reads: bool
+        ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, finish: Any, operands: tuple[Tensor, ...]
     ) -> Tensor:
         ctx.finish = finish
-        if reads:
-            ctx.save_for_backward(hidden, weight)
+        ctx.save_for_backward(*operands)
         return loss.clone()
 
     @staticmethod
@@ -230,13 +229,6 @@ def _one_pass(
     backend, valid = dispatch.load(backend_name), terms.valid
     has_bonus = terms.has_entropy_bonus
     wants_entropy = metrics or has_bonus
-    with torch.no_grad():
-        selected, index = select_valid(projection, valid, options.compact)
-        local, chosen, candidates = projection.local_targets(targets, valid), terms, support
-        if index is not None:
-            local, chosen = local[index], terms.rows(index)
-            candidates = None if support is None else support.select(index)
-    row_bytes = backend.chunk_row_bytes(selected, has_bonus) if candidates is None else sparse.row_bytes(candidates)
 
     def open_chunk(rows: slice) -> Chunk:
         part, here = selected.rows(rows), rows_of(local, rows)
@@ -263,20 +255,25 @@ def _one_pass(
             return Coefficients(LogitCotangents(*torch.autograd.grad(loss, leaves)), sums)
 
     with torch.no_grad():
+        selected, index = select_valid(projection, valid, options.compact)
+        local, chosen, candidates = projection.local_targets(targets, valid), terms, support
+        if index is not None:
+            local, chosen = local[index], terms.rows(index)
+            candidates = None if support is None else support.select(index)
+        row_bytes = backend.chunk_row_bytes(selected, has_bonus) if candidates is None else sparse.row_bytes(candidates)
         sums, finish, reads_operands, sparsity = gradients.one_pass(
             selected, local, backend, open_chunk, coefficients, row_bytes=row_bytes, needs=needs, options=options,
             main_grad=main_grad,
         )  # fmt: skip
 
     def all_rows(factor: Tensor, *operands: Tensor) -> gradients.Gradients:
-        """The gradients of all rows. operands: hidden [N, D] and weight, or nothing."""
-        again = None
-        if operands:
-            again = take_rows(replace(projection, hidden=operands[0], weight=operands[1]), valid, index, options.compact)
+        """The gradients of all rows. operands: the rows of hidden that count and weight, or nothing."""
+        again = replace(selected, hidden=operands[0], weight=operands[1]) if operands else None
         d_hidden, d_weight, d_bias = finish(factor, again)
         return None if d_hidden is None else scatter_rows(d_hidden, index, projection.n_rows), d_weight, d_bias
 
-    return _KnownGradients.apply(sums[0], *inputs, all_rows, reads_operands), sums, sparsity
+    operands = (selected.hidden, selected.weight) if reads_operands else ()
+    return _KnownGradients.apply(sums[0], *inputs, all_rows, operands), sums, sparsity
 
 
 def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms | None:

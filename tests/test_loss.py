@@ -320,6 +320,25 @@ def test_an_operand_changed_before_the_backward_is_noticed() -> None:
         loss.backward()
 
 
+def test_the_rows_that_count_are_kept_for_the_backward() -> None:
+    """A copy, where others are left out: hidden may be freed or written over, and is not gathered a second time."""
+    inputs = make_inputs(N, D, V)
+    batch = make_batch(inputs)
+    _, expected = run(inputs, batch, positive_weight=0.7, schedule="one_pass")
+    hidden, weight = inputs.leaves()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss = eapo_loss(hidden, weight, batch, positive_weight=0.7, schedule="one_pass").loss
+    *_, rows, operand = kept  # behind those of the coefficients
+    assert torch.equal(rows, inputs.hidden[batch.mask])
+    assert operand.data_ptr() == weight.data_ptr()
+    with torch.no_grad():
+        hidden.fill_(torch.nan)
+    loss.backward()
+    assert torch.equal(hidden.grad, expected[0])
+    assert torch.equal(weight.grad, expected[1])
+
+
 @pytest.mark.parametrize("plan", ["one_chunk", "chunks"])
 def test_the_incoming_gradient_scales_all_gradients(plan: str) -> None:
     """In fp16 too, where a small loss is scaled up before the backward."""

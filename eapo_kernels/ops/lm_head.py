@@ -255,15 +255,10 @@ def select_valid(projection: Projection, valid: Tensor, compact: bool | str) -> 
 
     All rows stay if all are valid, or if rows must not be selected; invalid rows are then zeroed.
     """
-    index = valid_index(valid) if may_compact(valid, compact) else None
-    return take_rows(projection, valid, index, compact), index
-
-
-def take_rows(projection: Projection, valid: Tensor, index: Tensor | None, compact: bool | str) -> Projection:
-    """The rows that ``select_valid`` selected with this ``index``, without looking for them again."""
-    if index is not None:
-        return projection.rows(index)
-    return projection if may_compact(valid, compact) else projection.zero_invalid_rows(valid)
+    if not may_compact(valid, compact):
+        return projection.zero_invalid_rows(valid), None
+    index = valid_index(valid)
+    return projection if index is None else projection.rows(index), index
 
 
 def scatter_rows(values: Tensor, index: Tensor | None, n_rows: int) -> Tensor:
