@@ -327,8 +327,8 @@ def _choose_schedule(schedule: str, config: EAPOConfig, plan: str, has_main: boo
 def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -> dict[str, Tensor]:
     """The metrics of the batch and, from sums over tokens, the means over the tokens that count."""
     tokens = terms.tokens
-    counts = terms.valid.float() if terms.token_split else terms.lengths.clamp_max(1)
-    fraction = counts.dot(terms.split.positive().float()) / counts.sum().clamp_min(1)
+    counts = terms.valid if terms.token_split else terms.lengths
+    fraction = counts.logical_and(terms.split.positive()).sum(dtype=torch.float32) / counts.count_nonzero().clamp_min(1)
     metrics = {"eapo/positive_weight": terms.positive_weight, "eapo/positive_fraction": fraction, "tokens": tokens}
     if sums is not None:
         names = {"entropy": "eapo/entropy", "clipped": "clip_fraction", "ratio": "ratio_mean"}

@@ -39,7 +39,7 @@ class Partition:
     def sum(self, values: Tensor) -> Tensor:
         """The sum of ``values`` [N] over the class."""
         chosen = values.double() if self._only is None else torch.where(self._only, values.double(), 0.0)
-        return chosen.new_zeros(self._size).index_add_(0, self.index, chosen)[self.index]
+        return chosen.new_zeros(self._size).index_add_(0, self.index, chosen).gather(0, self.index)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of ``values`` [N] over the class."""
@@ -48,7 +48,7 @@ class Partition:
     def max(self, values: Tensor) -> Tensor:
         """The largest of ``values`` [N] in the class."""
         chosen = values.double() if self._only is None else torch.where(self._only, values.double(), float("-inf"))
-        return chosen.new_zeros(self._size).scatter_reduce_(0, self.index, chosen, "amax", include_self=False)[self.index]
+        return chosen.new_full((self._size,), -torch.inf).scatter_reduce_(0, self.index, chosen, "amax").gather(0, self.index)
 
 
 class Groups:
@@ -71,5 +71,5 @@ class Groups:
     def normalised(self) -> Tensor:
         """[B] deviation / (std + 1e-6) with the unbiased std of the group."""
         deviations = self.deviations()
-        variance = self.members.sum(deviations.square()) / (self.members.counts - 1).clamp_min(1)
+        variance = self.members.sum(deviations * deviations) / (self.members.counts - 1).clamp_min(1)
         return deviations / (variance.sqrt() + _EPS)

@@ -92,7 +92,7 @@ class Entries(NamedTuple):
     @staticmethod
     def one_a_row(ids: Tensor, values: Tensor) -> Entries:
         """The entry of column ids[i] in row i, [R]."""
-        return Entries(torch.arange(len(ids), device=ids.device), ids, values, True)
+        return Entries(torch.arange(ids.shape[0], device=ids.device), ids, values, True)
 
     def by_row(self, source: Tensor) -> WeightedRows:
         """values times the rows of source [V, D] that belong to the columns, to be added to the rows."""
@@ -136,7 +136,7 @@ class WeightedRows(NamedTuple):
         Masked rows all have the same target, which would be one key with many entries.
         """
         keys, order = keys.masked_fill(values == 0, INVALID).sort(stable=True)
-        return WeightedRows(keys, order if rows is None else rows[order], values[order], source)
+        return WeightedRows(keys, order if rows is None else rows.gather(0, order), values.gather(0, order), source)
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,10 @@ def scale_rows(matrix: Tensor, row_scale: Tensor, dtype: torch.dtype) -> tuple[T
     more, which uses most of the range.
     """
     if dtype != torch.float16 or len(matrix) == 0:
-        return (matrix * row_scale.unsqueeze(1)).to(dtype), None
+        return torch.mul(matrix, row_scale.unsqueeze(1), out=torch.empty_like(matrix, dtype=dtype)), None
     largest = (torch.linalg.vector_norm(matrix, math.inf, dim=1).to(row_scale.dtype) * row_scale.abs()).amax()
     pow2_scale = torch.where(largest > 0, torch.exp2(largest.log2().floor() - 14), 1.0)
-    return (matrix * (row_scale / pow2_scale).unsqueeze(1)).to(dtype), pow2_scale
+    return torch.mul(matrix, (row_scale / pow2_scale).unsqueeze(1), out=torch.empty_like(matrix, dtype=dtype)), pow2_scale
 
 
 def add_weighted_rows_(out: Tensor, matrix: Tensor, row_scale: Tensor) -> Tensor:

@@ -179,11 +179,11 @@ def add_rows(
     """
     n_entries, source, dim = entries.keys.numel(), entries.source, out.shape[1]
     tile = tile or tiles.find("add_rows", family(out.device), source.element_size(), dim)
-    carries_tile = carries_tile or tiles.find("add_carries", family(out.device), 4, dim)
     per_block = tile.block_n * max(4, cdiv(n_entries, tile.block_n * MOST_BLOCKS))
     blocks = cdiv(n_entries, per_block)
+    alone = blocks == 1 or entries.distinct  # then there are no carries
     both = {
-        "out": out, "carries": out.new_empty(blocks, dim), "keys": entries.keys.contiguous(), "first": first,
+        "out": out, "carries": out if alone else out.new_empty(blocks, dim), "keys": entries.keys.contiguous(), "first": first,
         "n_keys": out.shape[0], "n_entries": n_entries, "dim": dim, "per_block": per_block,
         "out_stride_k": out.stride(0), "out_stride_d": out.stride(1),
     }  # fmt: skip
@@ -193,8 +193,9 @@ def add_rows(
         "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
     }  # fmt: skip
     first_launch = Launch(add_rows_kernel, blocks * cdiv(dim, tile.block_d), arguments, options(tile), out.device)
-    if blocks == 1 or entries.distinct:
+    if alone:
         return (first_launch,)
+    carries_tile = carries_tile or tiles.find("add_carries", family(out.device), 4, dim)
     arguments = both | {"BLOCK_N": carries_tile.block_n, "BLOCK_D": carries_tile.block_d}
     grid = (blocks - 1) * cdiv(dim, carries_tile.block_d)
     return first_launch, Launch(add_carries_kernel, grid, arguments, options(carries_tile), out.device)
