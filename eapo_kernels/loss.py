@@ -30,7 +30,7 @@ from .ops.sparsify import Sparsity
 from .ops.token_stats import project_stats
 from .ops.vocab_shard import VocabShard
 from .support import TokenSupport
-from .types import IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch, rows_of
+from .types import DEFAULT_OPTIONS, IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch, rows_of
 
 SCHEDULES = ("auto", "one_pass", "autograd")
 
@@ -112,7 +112,7 @@ def policy_loss(
     """
     try:
         shard = None if process_group is None else VocabShard.resolve(process_group, weight)
-        options = Options() if options is None else options
+        options = DEFAULT_OPTIONS if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         method = get_method(method) if isinstance(method, str) else method
         require(isinstance(method, Method), "method", "a name or a Method", method)

@@ -175,3 +175,6 @@ class Options:
         tol = self.gradient_tolerance
         small = tol is None or (is_number(tol) and 0 < tol <= 0.5)
         require(small, "Options.gradient_tolerance", "a number in (0, 0.5] or None", repr(tol))
+
+
+DEFAULT_OPTIONS = Options()

@@ -13,6 +13,11 @@ from ..types import TokenBatch, valid_tokens
 from .config import EAPOConfig
 
 _TOKEN_FLOATS = ("old_logp", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty")  # optional, [N]
+_OPTIONAL = (
+    ("rewards", False, FLOATS), ("group_ids", False, (torch.int64,)), ("mask", True, (torch.bool,)),
+    ("sequence_lengths", False, (*FLOATS, torch.int64, torch.int32)), *((name, True, FLOATS) for name in _TOKEN_FLOATS),
+)  # fmt: skip
+"""(name, whether it is [N] and not [B], dtypes)."""
 
 
 def n_sequences(batch: TokenBatch) -> int:
@@ -56,13 +61,9 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
         per_token = tuple(getattr(batch.advantages, "shape", ())) == tokens
         per_token = per_token if batch.token_advantages is None else batch.token_advantages
         require_tensor("batch.advantages", batch.advantages, tokens if per_token else sequences, FLOATS, targets)
-    for name, shape, dtypes in (
-        ("rewards", sequences, FLOATS), ("group_ids", sequences, (torch.int64,)),
-        ("sequence_lengths", sequences, (*FLOATS, torch.int64, torch.int32)), ("mask", tokens, (torch.bool,)),
-        *((name, tokens, FLOATS) for name in _TOKEN_FLOATS),
-    ):  # fmt: skip
-        if getattr(batch, name) is not None:
-            require_tensor(f"batch.{name}", getattr(batch, name), shape, dtypes, targets)
+    for name, per_token, dtypes in _OPTIONAL:
+        if (value := getattr(batch, name)) is not None:
+            require_tensor(f"batch.{name}", value, tokens if per_token else sequences, dtypes, targets)
     single = config.drop_zero_weight and config.split == "advantage" and has_token_advantages(batch)
     if single and config.reduction == "seq_mean_token_mean" and batch.sequence_lengths is not None:
         raise EapoError("batch.sequence_lengths: expected None where drop_zero_weight drops single tokens, got a tensor")

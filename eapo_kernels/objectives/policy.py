@@ -5,7 +5,7 @@ and ``loss_and_sums`` turns these, log-probs and entropies into the loss.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ SAME_POLICY = 1e-4
 """Rounding may separate two log-probs by this much (nats): the sign of log rho is noise, and |log rho| has no gradient."""
 
 
-@dataclass(frozen=True)
-class PolicyTerms:
+class PolicyTerms(NamedTuple):
     """The coefficients of a policy loss, which do not depend on its log-probs.
 
     Attributes:
@@ -80,7 +79,7 @@ class PolicyTerms:
 
     def without_idle(self) -> PolicyTerms:
         """The same loss with the ``live`` tokens only, if the scope is "token": else idle ones are in others' gradients."""
-        return self if self.config.scope != "token" else replace(self, valid=self.live())
+        return self if self.config.scope != "token" else self._replace(valid=self.live())
 
     def rows(self, index: slice | Tensor) -> PolicyTerms:
         """The same loss for some of the tokens."""
@@ -89,7 +88,7 @@ class PolicyTerms:
         names = ["valid", "sequence_ids", "scale", "importance", "old_logp", "ref_logp", "entropy_coef", "ratio_penalty"]
         names += ["advantages"] if self.token_advantages else []
         parts = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
-        return replace(self, **parts, split=Split(*(t[index] for t in self.split)) if self.token_split else self.split)
+        return self._replace(**parts, split=Split(*(t[index] for t in self.split)) if self.token_split else self.split)
 
 
 def resolve_positive_weight(

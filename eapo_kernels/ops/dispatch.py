@@ -139,8 +139,7 @@ class WeightedRows(NamedTuple):
         return WeightedRows(keys, order if rows is None else rows.gather(0, order), values.gather(0, order), source)
 
 
-@dataclass(frozen=True)
-class SurrogateTerms:
+class SurrogateTerms(NamedTuple):
     """A clipped, sign-weighted policy surrogate (E9, E10) for one fused launch.
 
     With i the sequence of token t, w_i = ``positive_weight`` where rewards_i > thresholds_i and

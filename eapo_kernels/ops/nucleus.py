@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import ShapeError, describe, require, require_number, require_tensor
-from ..types import IGNORE_INDEX, Options
+from ..types import DEFAULT_OPTIONS, IGNORE_INDEX, Options
 from . import chunking, gemm
 from .dispatch import LogitCotangents, LogitGradient
 from .gradients import GradientSum
@@ -182,7 +182,7 @@ def nucleus_entropy(
         ShapeError: a shape, dtype or device does not fit.
         EapoError: a value is out of range.
     """
-    options = Options() if options is None else options
+    options = DEFAULT_OPTIONS if options is None else options
     require(isinstance(options, Options), "options", "Options or None", options)
     require_number("top_p", top_p)
     require(0 < top_p < 1, "top_p", "a number in (0, 1)", top_p)

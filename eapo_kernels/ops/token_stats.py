@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import EapoError, ShapeError, describe, require, require_tensor
 from ..support import TokenSupport, require_support
-from ..types import IGNORE_INDEX, Options, TokenStats
+from ..types import DEFAULT_OPTIONS, IGNORE_INDEX, Options, TokenStats
 from . import chunking, collective_checks, dispatch, gemm, sparse, statistics_op
 from .dispatch import Backend, Entries, LogitCotangents, LogitGradient, RowStatistics
 from .gradients import Gradients, GradientSum
@@ -329,7 +329,7 @@ def token_stats(
     """
     try:
         shard = None if process_group is None else VocabShard.resolve(process_group, weight)
-        options = Options() if options is None else options
+        options = DEFAULT_OPTIONS if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         require(entropy in ENTROPY_MODES, "entropy", f"one of {', '.join(ENTROPY_MODES)}", repr(entropy))
         if not isinstance(targets, Tensor):

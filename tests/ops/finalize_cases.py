@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ def make_terms(n: int, device: str, seed: int = 0) -> SurrogateTerms:
         clip_high=0.3,
         dual_clip=None,
     )
-    return replace(terms, **{k: v.to(device) for k, v in vars(terms).items() if isinstance(v, Tensor)})
+    return terms._replace(**{k: v.to(device) for k, v in terms._asdict().items() if isinstance(v, Tensor)})
 
 
 def typed_again(logp: Tensor, entropy: Tensor, t: SurrogateTerms) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ rows whose sum is out of range, statistics; then the chunk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -55,8 +55,7 @@ def window(dtype: torch.dtype) -> Window:
     return _FP16 if dtype == torch.float16 else _WIDE
 
 
-@dataclass(frozen=True)
-class ScaledExpSums:
+class ScaledExpSums(NamedTuple):
     """Offsets and partial sums of E_v = 2^x_v, with x_v = z_v / log(2) - k in bits.
 
     Rows of ``offsets``: k (bits); the target's y_y as in ``common``, at most LOWEST where z_y is
@@ -256,7 +255,7 @@ def scaled_exp_gemm(
     assert matrix.stride(1) == 1
     if tile is None:
         tile = product_tile("scaled_exp_rescue" if rescue_ids else "scaled_exp_gemm", projection)
-        tile = replace(tile, block_v=sums.block_v) if rescue_ids else tile
+        tile = replace(tile, block_v=sums.block_v) if rescue_ids and tile.block_v != sums.block_v else tile
     assert tile.block_v == sums.block_v
     store = tile.stores and describable(matrix)
     arguments = product_arguments(projection, tile) | {

@@ -8,7 +8,6 @@ have the same E as without a split.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,7 +72,7 @@ def gather_sums(shard: VocabShard, sums: ScaledExpSums) -> ScaledExpSums:
     shift = torch.where(k == -torch.inf, 0.0, k - top)
     r = torch.exp2(shift)
     values = [r * sum_exp] + [r * (x + shift * sum_exp) for x in x_exp]
-    return replace(sums, offsets=torch.stack([top, sums.offsets[1]]), values=torch.stack(values))
+    return sums._replace(offsets=torch.stack([top, sums.offsets[1]]), values=torch.stack(values))
 
 
 def fit_factors(

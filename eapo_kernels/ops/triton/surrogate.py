@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import triton
@@ -76,14 +75,14 @@ def store_surrogate(
     tl.store(totals + 5, 0.0)
 
 
-_ARGUMENTS = [*(f.name for f in fields(SurrogateTerms)), "coefficient", "totals", "ratio_low", "ratio_high"]
+_ARGUMENTS = [*SurrogateTerms._fields, "coefficient", "totals", "ratio_low", "ratio_high"]
 
 
 def surrogate_arguments(terms: SurrogateTerms | None, like: Tensor, programs: int, n_rows: int) -> dict[str, Any]:
     """The arguments of ``store_surrogate`` with its outputs allocated; all None without terms."""
     if terms is None:
         return dict.fromkeys(_ARGUMENTS) | {"SURROGATE": False}
-    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in vars(terms).items()} | {
+    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in terms._asdict().items()} | {
         "coefficient": like.new_empty(n_rows), "totals": like.new_empty(programs, len(SUMS)),
         "ratio_low": 1.0 - terms.clip_low, "ratio_high": 1.0 + terms.clip_high, "SURROGATE": True,
     }  # fmt: skip

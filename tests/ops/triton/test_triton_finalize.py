@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -47,7 +46,7 @@ def check(logp: Tensor, terms: SurrogateTerms, rtol: float = 2e-6) -> Tensor:
 @pytest.mark.parametrize("n", [1, 63, 200, 2500])
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
 def test_surrogate(n: int, dual_clip: float | None, device: str) -> None:
-    terms = replace(make_terms(n, device), dual_clip=dual_clip)
+    terms = make_terms(n, device)._replace(dual_clip=dual_clip)
     logp = terms.old_logp + 0.5 * torch.randn(n, generator=torch.Generator().manual_seed(1)).to(device)
     logp = logp.clamp(max=-1e-3)
     sums = check(logp, terms)
@@ -59,9 +58,9 @@ def test_surrogate(n: int, dual_clip: float | None, device: str) -> None:
 def test_on_policy_nothing_is_clipped(clips: tuple[float, float], device: str) -> None:
     """At a ratio of exactly 1 both branches are equal, and the gradient is the unclipped one for
     any bounds."""
-    terms = replace(make_terms(200, device), clip_low=clips[0], clip_high=clips[1])
+    terms = make_terms(200, device)._replace(clip_low=clips[0], clip_high=clips[1])
     logp = terms.old_logp
-    terms = replace(terms, old_logp=run(logp, terms)[0].logp)
+    terms = terms._replace(old_logp=run(logp, terms)[0].logp)
     _, (cotangents, sums) = run(logp, terms)
     i = terms.sequence_ids
     w = torch.where(terms.rewards[i] > terms.thresholds[i], terms.positive_weight, terms.negative_weight)
@@ -74,8 +73,8 @@ def test_on_policy_nothing_is_clipped(clips: tuple[float, float], device: str) -
 
 
 def test_equal_bounds_are_the_symmetric_clip(device: str) -> None:
-    terms = replace(make_terms(200, device), clip_low=0.2, clip_high=0.2, positive_weight=torch.ones((), device=device))
-    terms = replace(terms, negative_weight=1.0)
+    terms = make_terms(200, device)._replace(clip_low=0.2, clip_high=0.2, positive_weight=torch.ones((), device=device))
+    terms = terms._replace(negative_weight=1.0)
     logp = (terms.old_logp + 0.4).clamp(max=-1e-3)
     statistics, (_, sums) = run(logp, terms)
     ratio = (statistics.logp - terms.old_logp).double().exp()
@@ -87,7 +86,7 @@ def test_equal_bounds_are_the_symmetric_clip(device: str) -> None:
 def test_far_ratios_are_finite_and_flat(device: str) -> None:
     """Beyond 60 nats the ratio is clamped and its gradient is zero."""
     terms = make_terms(4, device)
-    terms = replace(terms, old_logp=torch.tensor([-100.0, -0.1, -61.0, -0.5], device=device))
+    terms = terms._replace(old_logp=torch.tensor([-100.0, -0.1, -61.0, -0.5], device=device))
     logp = torch.tensor([-0.1, -80.0, -0.5, -0.6], device=device)
     _, (cotangents, sums) = run(logp, terms)
     assert sums.isfinite().all()
@@ -97,7 +96,7 @@ def test_far_ratios_are_finite_and_flat(device: str) -> None:
 
 def test_tie_with_the_threshold_is_not_positive(device: str) -> None:
     terms = make_terms(3, device)
-    terms = replace(terms, sequence_ids=torch.tensor([0, 6, 1], device=device))  # above, at and below their thresholds
+    terms = terms._replace(sequence_ids=torch.tensor([0, 6, 1], device=device))  # above, at and below their thresholds
     _, (cotangents, _) = run(terms.old_logp, terms)
     ratio = (run(terms.old_logp, terms)[0].logp - terms.old_logp).exp()
     weights = -cotangents.logp / (terms.scale * terms.advantages[terms.sequence_ids] * ratio)
@@ -110,8 +109,8 @@ def test_rows_that_do_not_count(device: str) -> None:
     logp = (terms.old_logp + 0.1).clamp(max=-1e-3)
     valid = torch.arange(300, device=device) % 3 != 1
     per_token = ("sequence_ids", "old_logp", "scale")
-    expected = run(logp[valid], replace(terms, **{k: getattr(terms, k)[valid] for k in per_token}))[1]
-    spoiled = replace(terms, old_logp=torch.where(valid, terms.old_logp, math.nan), valid=valid)
+    expected = run(logp[valid], terms._replace(**{k: getattr(terms, k)[valid] for k in per_token}))[1]
+    spoiled = terms._replace(old_logp=torch.where(valid, terms.old_logp, math.nan), valid=valid)
     _, (cotangents, sums) = run(logp, spoiled)
     torch.testing.assert_close(sums, expected.sums)
     assert torch.equal(cotangents.logp[valid], expected.cotangents.logp)
@@ -121,8 +120,8 @@ def test_rows_that_do_not_count(device: str) -> None:
 def test_run_to_run_bitwise_and_strided_terms(device: str) -> None:
     terms = make_terms(3000, device)
     logp = (terms.old_logp + 0.2).clamp(max=-1e-3)
-    spread = replace(
-        terms, old_logp=terms.old_logp.repeat_interleave(2)[::2], advantages=terms.advantages.repeat_interleave(3)[::3]
+    spread = terms._replace(
+        old_logp=terms.old_logp.repeat_interleave(2)[::2], advantages=terms.advantages.repeat_interleave(3)[::3]
     )
     first, second = run(logp, terms)[1], run(logp, spread)[1]
     assert torch.equal(first.sums, second.sums)
