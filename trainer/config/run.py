@@ -12,15 +12,15 @@ from .section import Count, Decay, Natural, NonNegative, Positive, Section
 class OptimConfig(Section):
     """AdamW, and how a step's completions are split into updates."""
 
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw keeps its moments in fp32, 8 bytes a trained weight. adamw_8bit is torchao's (arXiv:2110.02861): 8-bit numbers in
-    blocks of 256 with one scale, 2.03 bytes; tensors of less than 4096 weights or a part of a block stay in fp32."""
     lr: Positive = 1e-6
     """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of AdamW's first and second moments."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw keeps its moments in fp32, 8 bytes a trained weight. adamw_8bit is torchao's (arXiv:2110.02861): 8-bit numbers in
+    blocks of 256 with one scale, 2.03 bytes; tensors of less than 4096 weights or a part of a block stay in fp32."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this global norm."""
     schedule: Literal["constant", "cosine"] = "constant"
