@@ -96,6 +96,21 @@ def test_groups_of_one_and_groups_without_spread_have_no_gradient() -> None:
             assert out.metrics["eapo/positive_fraction"] == 0
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rewards_beyond_the_integers_of_fp32_keep_their_order(name: str) -> None:
+    """1e9 + i in fp64 is i: fp32 would make one number of them, and every advantage zero."""
+    inputs = make_inputs(N, D, V)
+    batch = make_batch(inputs)
+    near = torch.tensor([0.0, 1, 2, 3, 5, 5, 5, 5, 4, 1, 1, 2], dtype=torch.float64)
+    for schedule in ("autograd", "one_pass") if CONFIGS[name].scope == "token" else ("autograd",):
+        given = {"positive_weight": 0.7, "config": CONFIGS[name], "schedule": schedule}
+        found, grads = run(inputs, replace(batch, rewards=near + 1e9), **given)
+        expected, right = run(inputs, replace(batch, rewards=near.float()), **given)
+        assert found.metrics["eapo/positive_fraction"] == expected.metrics["eapo/positive_fraction"] > 0
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(grads, right, rtol=1e-4, atol=1e-7)
+
+
 def test_one_pass_backward_scales_and_runs_once() -> None:
     inputs = make_inputs(N, D, V)
     batch = make_batch(inputs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eapo_kernels.errors import require
+from eapo_kernels.objectives.grouping import Groups
 
 Tick = Callable[[int, int], None]
 """Called with (done, total) during a phase of work; may raise ``Interrupted``."""
@@ -142,7 +143,7 @@ class Scores:
     """Scores of B completions.
 
     Attributes:
-        total: [B] fp32 CPU, the weighted sum; NaN where the completion must not be trained on.
+        total: [B] fp64 CPU, the weighted sum; NaN where the completion must not be trained on.
         parts: function name -> its B scores; None where it did not score the completion or failed
             on it.
         failures: one entry for each failed score.
@@ -194,7 +195,8 @@ class ScoredRollouts:
 
     def varied_groups(self) -> list[list[int]]:
         """The groups whose rewards are not all equal."""
-        return [group for group in self.groups() if self.scores.total[group].unique().numel() > 1]
+        deviations = Groups(self.scores.total, torch.tensor(self.group_ids)).deviations()
+        return [group for group in self.groups() if deviations[group].any()]
 
     def fully_scored(self) -> list[int]:
         """Indices of the completions in groups in which every completion has a reward."""

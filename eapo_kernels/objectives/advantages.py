@@ -59,7 +59,8 @@ SPLITS = ("group", "batch", "advantage")
 
 
 class Split(NamedTuple):
-    """The sign split (E9, E10), both [B] fp32: a response is positive where value > threshold."""
+    """The sign split (E9, E10), both [B] fp32: a response is positive where value > threshold. The values are
+    centred in fp64: rewards themselves may exceed fp32's integers."""
 
     values: Tensor
     thresholds: Tensor
@@ -69,9 +70,8 @@ class Split(NamedTuple):
         return self.values > self.thresholds
 
 
-def split_responses(rewards: Tensor | None, advantages: Tensor, groups: Groups | None) -> Split:
+def split_responses(advantages: Tensor, groups: Groups | None) -> Split:
     """The split by the mean of the groups, or without groups by the advantage's sign."""
     if groups is None:
         return Split(advantages, torch.zeros_like(advantages))
-    assert rewards is not None
-    return Split(rewards.float(), (groups.means + groups.tie_width).float())
+    return Split((groups.rewards - groups.means).float(), groups.tie_width.float())

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 _EPS = 1e-6
-_TIE = torch.finfo(torch.float32).eps
-"""Rewards are fp32 and their mean need not be representable. A reward equals the mean of its group
-if they differ by at most this share of the group's largest magnitude."""
+_TIE, _TIE_FP64 = torch.finfo(torch.float32).eps, 2.0**-48
+"""The mean of rewards need not be representable. A reward equals the mean of its group if they differ by
+at most this share of the group's largest magnitude; fp64 rewards keep the order of 1e9 + i."""
 
 
 class Partition:
@@ -61,7 +61,7 @@ class Groups:
         self.rewards = rewards.double()
         self.members = Partition(torch.zeros_like(rewards, dtype=torch.int64) if group_ids is None else group_ids)
         self.means = self.members.mean(self.rewards)
-        self.tie_width = _TIE * self.members.max(self.rewards.abs())
+        self.tie_width = (_TIE_FP64 if rewards.dtype is torch.float64 else _TIE) * self.members.max(self.rewards.abs())
 
     def deviations(self) -> Tensor:
         """[B] r - mean of the group; exactly 0 at a tie with the mean, and for a group of one."""

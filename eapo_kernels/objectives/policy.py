@@ -140,7 +140,7 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
     else:
         advantages = batch.advantages.detach().float()
         advantages = advantages.masked_fill(idle, 0.0) if token_advantages else advantages
-    split = split_responses(batch.rewards, advantages, groups)
+    split = split_responses(advantages, groups)
     token_split = token_advantages and groups is None
 
     old_logp, rollout_logp, importance = masked(batch.old_logp), masked(batch.rollout_logp), None

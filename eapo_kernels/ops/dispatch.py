@@ -154,8 +154,8 @@ class SurrogateTerms(NamedTuple):
     old_logp: Tensor  # [C] fp32
     scale: Tensor  # [C] fp32, the reduction's weight of a token times its importance weight
     advantages: Tensor  # [B] fp32, A_i
-    rewards: Tensor  # [B] fp32
-    thresholds: Tensor  # [B] fp32, the mean reward of a sequence's group
+    rewards: Tensor  # [B] fp32, less the mean reward of a sequence's group
+    thresholds: Tensor  # [B] fp32, a deviation up to which it is a tie
     positive_weight: Tensor  # 0-dim fp32, on the device
     negative_weight: float
     clip_low: float  # >= 0

@@ -48,6 +48,19 @@ def test_close_rewards_are_not_ties() -> None:
     assert ADVANTAGES["sign"](rewards, torch.zeros(4, dtype=torch.int64)).tolist() == [-1, -1, 1, 1]
 
 
+@pytest.mark.parametrize("far", [1e9, -1e9, 2.0**31])
+def test_rewards_beyond_the_integers_of_fp32_keep_their_order(far: float) -> None:
+    """Given in fp64 they are centred before the cast; 1e9 + i is one number in fp32."""
+    near = torch.tensor([0.0, 1.0, 2.0, 3.0, 7.0, 7.0], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 0, 0, 1, 1])
+    for name in ("group_norm", "group_mean", "sign", "batch_norm"):
+        torch.testing.assert_close(ADVANTAGES[name](near + far, groups), ADVANTAGES[name](near.float(), groups))
+    positive = split_responses(near.float(), Groups(near + far, groups)).positive()
+    assert positive.tolist() == [False, False, True, True, False, False]
+    thirds = torch.tensor([0.1, 0.2, 0.3] * 50, dtype=torch.float64)
+    assert (ADVANTAGES["sign"](thirds, torch.arange(150) // 3).reshape(-1, 3)[:, 1] == 0).all(), "a tie in fp64 too"
+
+
 def test_binary() -> None:
     rewards = torch.tensor([1.0, 0.0, 1.0])
     assert ADVANTAGES["binary"](rewards, torch.zeros(3, dtype=torch.int64)).tolist() == [1, -1, 1]
@@ -64,7 +77,7 @@ def test_splits() -> None:
     }
     groups = {"group": Groups(REWARDS, GROUPS), "batch": Groups(REWARDS, None), "advantage": None}
     for name, positive in expected.items():
-        assert split_responses(REWARDS, advantages, groups[name]).positive().tolist() == positive
+        assert split_responses(advantages, groups[name]).positive().tolist() == positive
 
 
 def test_semantic_rewards() -> None:

@@ -60,6 +60,30 @@ def test_every_method_is_there_and_described() -> None:
             assert method.token_weighting.state <= set(values)
 
 
+BY_LEVEL = ("psr", "nsr", "w_reinforce", "aepo_agentic", "pear", "spine", "cure", "dcpo", "trace")
+"""Methods that may read the level of a reward (correct or not), not its place in the group alone."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rewards_beyond_the_integers_of_fp32_keep_their_order(name: str) -> None:
+    """1e9 + i in fp64 weights tokens as i does."""
+    step, method = make_step(), METHODS[name]
+    if method.config.reduction == "fixed_length":
+        method = get_method(name, fixed_length=16)
+    near = torch.tensor([0.0, 1, 2, 3, 4, 1, 1, 2], dtype=torch.float64)
+
+    def weighted(rewards: torch.Tensor) -> torch.Tensor:
+        batch = replace(step.batch, rewards=rewards)
+        return weight_tokens(method, batch, step.stats, state=state_of(method), extras=extras_of(step, method)).advantages
+
+    if method.config.advantage == "binary":
+        return
+    moved = weighted(near.float() + 8)
+    if moved is not None and not torch.allclose(moved, weighted(near.float()), rtol=1e-4, atol=1e-6):
+        assert name in BY_LEVEL
+    torch.testing.assert_close(weighted(near + 1e9), moved, rtol=1e-4, atol=1e-6)
+
+
 def _changed(value: object) -> object:
     """Another value that the numbers of all methods can take."""
     if isinstance(value, float) and value:

@@ -23,6 +23,16 @@ def same(completions: list[str], **_: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
+def far_numbers(completions: list[str], **_: Any) -> list[float]:
+    """The number of words n0 to n9, far beyond the integers of fp32."""
+    return [1e9 + 6 * share for share in low_numbers(completions)]
+
+
+def near_numbers(completions: list[str], **_: Any) -> list[float]:
+    """``far_numbers`` where fp32 holds them."""
+    return [6 * share for share in low_numbers(completions)]
+
+
 def has_a_low_number(completions: list[str], **_: Any) -> list[float]:
     """1 where a word is n0 to n9, else 0."""
     return [float(any(word in {f"n{i}" for i in range(10)} for word in text.split())) for text in completions]

@@ -196,6 +196,22 @@ def test_settings_run(changed: Change, sections: dict[str, Any]) -> None:
         assert [row["step"] for row in rows(config, "evaluations") if row["dataset"] == "train"] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("method", ["eapo", "dapo"])
+def test_rewards_beyond_the_integers_of_fp32_train_as_near_ones(changed: Change, method: str) -> None:
+    found = []
+    for name in ("near", "far"):
+        rewards = {"functions": (f"reward_functions:{name}_numbers",)}
+        config = changed(name=name, steps=2, data={"eval": ""}, rewards=rewards, loss={"method": method})
+        assert train(config)
+        found.append(rows(config))
+        assert {row["reward"] % 1 for row in rows(config, "samples")} == {0.0}
+    for near, far in zip(*found, strict=True):
+        assert far["reward/mean"] - 1e9 == pytest.approx(near["reward/mean"], abs=1e-5)
+        assert near["reward/std"] > 0
+        for key in ("loss", "grad_norm", "eapo/entropy", "reward/std", "reward/flat_groups"):
+            assert far[key] == pytest.approx(near[key], rel=1e-4, abs=1e-6), key
+
+
 def test_metrics_are_about_the_completions_before_a_selection(changed: Change) -> None:
     """Groups without spread are drawn again; the logged reward is the mean over the first draw."""
     config = changed(

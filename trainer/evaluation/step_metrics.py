@@ -23,7 +23,7 @@ def reward_metrics(sampled: ScoredRollouts) -> dict[str, float]:
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std().item() if len(rewards) > 1 else 0.0,
         "reward/group_std": spread.mean().item(),
-        "reward/flat_groups": (spread == 0).float().mean().item(),
+        "reward/flat_groups": 1 - len(sampled.varied_groups()) / len(spread),
     }
     for name, part in sampled.scores.parts.items():
         known = torch.tensor([value for value in part if value is not None])

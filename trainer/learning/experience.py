@@ -71,7 +71,7 @@ def weigh(
     """Update the controller and compute the weights of all tokens of the step.
 
     Args:
-        rewards: [B] fp32, finite.
+        rewards: [B] fp64, finite.
         group_ids: [B] int64; completions with equal numbers form a group.
         ref_logp: [T] fp32, for a KL penalty.
         extras: [T] each, as in ``weight_tokens``.

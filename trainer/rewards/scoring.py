@@ -82,7 +82,7 @@ class Rewards:
         if failures and self.config.on_failure == "stop":
             raise RewardError(str(failures[0]))
         measured = {f"{name}/{metric}": number for name, (_, own) in found.items() for metric, number in own.items()}
-        return Scores(total.float(), parts, sorted(failures, key=lambda failure: failure.index), measured)
+        return Scores(total, parts, sorted(failures, key=lambda failure: failure.index), measured)
 
     def check_binary(self, method: str, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
         """Score correct and shuffled reference answers before anything is generated, and refuse

@@ -251,7 +251,7 @@ class Entrocraft(TokenWeighting):
         if self.form == "paper":
             side = above.float() - below.float()
             return TokenWeights(advantages, keep=side * advantages >= 0)
-        raw = step.per_token(step.rewards)
+        raw = step.per_token(step.rewards.float())
         outside = torch.where(above, raw.clamp_min(0), raw.clamp_max(0))
         return TokenWeights(torch.where(above | below, outside, advantages))
 

@@ -58,7 +58,7 @@ class StepStats:
         valid: [N] bool, tokens that count. Values at the others are never read.
         sequence_ids: [N] int64 in [0, B); a response's tokens are contiguous and in order. 0 at
             tokens that do not count.
-        rewards: [B] fp32.
+        rewards: [B] as given.
         group_ids: [B] int64.
         estimator: (rewards [B], group_ids [B]) -> advantages [B], of the method's config.
         given: [B] fp32, the batch's own advantages, which replace the estimator's; or None.
@@ -123,7 +123,7 @@ class StepStats:
         return self.per_token(self.advantages())
 
     def raw_rewards(self) -> Tensor:
-        """[B] fp32, for methods with advantages of their own; raises where the batch has any."""
+        """[B] as given, for methods with advantages of their own; raises where the batch has any."""
         require(self.given is None, "batch.advantages", "None with a method that makes its own of the rewards", "a tensor")
         return self.rewards
 
@@ -425,7 +425,7 @@ def _step_stats(
     return StepStats(
         valid=valid,
         sequence_ids=ids,
-        rewards=batch.rewards.float(),
+        rewards=batch.rewards,
         group_ids=group_ids,
         estimator=estimator,
         given=None if batch.advantages is None else batch.advantages.float(),
