@@ -17,6 +17,9 @@ verl's batches carry no sampling mask: with top_p or top_k its losses are over t
 from __future__ import annotations
 
 import copy
+import functools
+import types
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from ..objectives.surrogates import Clip, log_ratio, ppo_clip
 from ..ops.token_stats import token_stats
 from ..types import Options
 from . import require_version
+from .own_logits import causal_lm, logit_transform
 from .weight import AdvantageWeight
 
 require_version("verl", ">=0.9,<0.10")
@@ -178,26 +182,90 @@ class FusedLinearForPPO(nn.Module):
 
         Raises:
             ShapeError: shapes do not fit.
+            EapoError: installed, and called by a model that verl has patched before.
         """
         if input_ids.shape != hidden_states.shape[:-1]:
             raise ShapeError(f"input_ids: expected integers {list(hidden_states.shape[:-1])}, got {describe(input_ids)}")
         stats = token_stats(
             hidden_states, vocab_weights, input_ids.long(), inv_temperature=1.0 / temperature, backend=self.backend,
-            options=self.options,
+            options=self.options, **self.head_options(hidden_states.dtype),
         )  # fmt: skip
         assert stats.entropy is not None
         return stats.logp, stats.entropy
+
+    def head_options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """bias, softcap and logit_scale as keywords of ``token_stats``: verl's call passes none."""
+        return {}
+
+
+class _ModelsOp(FusedLinearForPPO):
+    """The op as installed: with the bias, soft-cap and scale of the head of the model that calls it."""
+
+    def head_options(self, dtype: torch.dtype) -> dict[str, Any]:
+        model = _calling.get()
+        learned = None if model is None else vars(model).get(_LEARNED)
+        if learned is None:
+            raise EapoError(
+                "use_fused_kernels: expected a model that verl patches after install_fused_op, which learns the head's bias, "
+                "soft-cap and scale from it, got another (import verl_fused before the model is built)"
+            )
+        bias = model.lm_head.bias
+        return {"bias": None if bias is None else bias.to(dtype), **learned._asdict()}
+
+
+_LEARNED = "eapo_logit_transform"
+_calling: ContextVar[Any] = ContextVar("_calling", default=None)
+"""The model whose forward is running."""
 
 
 def install_fused_op() -> None:
     """Replace verl's FusedLinearForPPO in this process, for all model families.
 
     verl looks the class up at every forward with ``actor_rollout_ref.model.use_fused_kernels=True``
-    and ``impl_backend`` "torch" or "liger". In Ray workers, verl_fused.py calls this function.
+    and ``impl_backend`` "torch" or "liger". It gives the op the head's weight only. What a model does to its
+    logits beyond it is learned when verl patches its forward. In Ray workers, verl_fused.py calls
+    this function.
     """
+    from verl.models.transformers import monkey_patch
     from verl.utils.experimental import torch_functional
 
-    torch_functional.FusedLinearForPPO = FusedLinearForPPO
+    torch_functional.FusedLinearForPPO = _ModelsOp
+    if not hasattr(monkey_patch.patch_forward_with_backends, _LEARNED):
+        monkey_patch.patch_forward_with_backends = _learning(monkey_patch.patch_forward_with_backends)
+
+
+def _learning(patch: Any) -> Any:
+    """verl's ``patch_forward_with_backends``, which also learns the head of the model."""
+
+    @functools.wraps(patch)
+    def patched(model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None) -> None:
+        if not (use_fused_kernels and fused_kernels_backend in ("torch", "liger")):
+            patch(model, use_fused_kernels, fused_kernels_backend)
+            return
+        kind = type(model)
+        before = getattr(kind.forward, _LEARNED, kind.forward)
+        model.forward = types.MethodType(before, model)  # a model of this class may have been patched already
+        try:
+            learned = logit_transform(causal_lm(model))
+        finally:
+            del model.forward
+        patch(model, use_fused_kernels, fused_kernels_backend)
+        setattr(model, _LEARNED, learned)
+        forward = kind.forward
+
+        @functools.wraps(forward)
+        def calling(self: Any, *args: Any, **kwargs: Any) -> Any:
+            token = _calling.set(self)
+            try:
+                return forward(self, *args, **kwargs)
+            finally:
+                _calling.reset(token)
+
+        setattr(calling, _LEARNED, before)
+        kind.forward = calling
+
+    setattr(patched, _LEARNED, True)
+    return patched
 
 
 class EAPOMixin:

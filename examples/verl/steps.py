@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl import DataProto  # importing verl has registered the plugin
-from verl.models.transformers.monkey_patch import patch_forward_with_backends
+from verl.models.transformers import monkey_patch
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.workers.config import ActorConfig
@@ -35,12 +35,12 @@ def main() -> None:
     model = tiny.model()
     kind = type(model)
     plain = kind.forward
-    patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
+    install_fused_op()
+    monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
     fused = kind.forward
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     weight, config = AdvantageWeight(), ActorConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=8, rollout_n=RESPONSES)
     activate(weight)
-    install_fused_op()
     prompts = torch.randint(4, len(tiny.WORDS), (PROMPTS, 3)).repeat_interleave(RESPONSES, 0)
     mask = torch.ones(len(prompts), LENGTH, dtype=torch.int64)
     for step in range(STEPS):

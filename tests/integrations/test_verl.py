@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,21 +158,99 @@ def test_the_op_behind_verls_contract(dtype: torch.dtype) -> None:
         adapter.FusedLinearForPPO(impl_backend="triton")
 
 
+def _fused(model: Any, monkeypatch: pytest.MonkeyPatch, backend: str = "torch") -> Any:
+    """The model with verl's fused forward on our op; everything is restored after the test."""
+    from verl.models.transformers import monkey_patch
+    from verl.utils.experimental import torch_functional
+
+    monkeypatch.setattr(type(model), "forward", type(model).forward)
+    monkeypatch.setattr(torch_functional, "FusedLinearForPPO", torch_functional.FusedLinearForPPO)
+    monkeypatch.setattr(monkey_patch, "patch_forward_with_backends", monkey_patch.patch_forward_with_backends)
+    adapter.install_fused_op()
+    adapter.install_fused_op()
+    monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 0.05}),
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("phi", {}),  # a bias
+        ("minicpm3", {"dim_model_base": 8, "hidden_size": 32}),  # scaled hidden states
+        ("qwen2", {}),
+    ],
+)
+def test_the_fused_forward_computes_the_models_own_logits(
+    family: str, changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """verl's own op, which gets the head's weight only, is off for all of these but the last."""
+    from test_families import _tiny
+
+    if family == "minicpm3":
+        pytest.importorskip("transformers.models.minicpm3", reason="in newer releases of transformers")
+    model = _tiny(family, **changes).to(dtype)
+    twin = copy.deepcopy(model)
+    ids, _, _ = tiny_batch(rows=2)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits.float() / 0.7
+        for parameter in twin.parameters():
+            parameter.mul_(0.9)
+        others = twin(input_ids=ids).logits.float() / 0.7
+    expected = [z.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] for z in (logits, others)]
+    bound = (1e-5 if dtype == torch.float32 else 2**-8) * logits.abs().max()  # the model's own are rounded to its dtype
+    _fused(model, monkeypatch)
+    _fused(twin, monkeypatch, "liger")  # of the same class, as a reference policy is
+    for patched, right in zip((model, twin), expected, strict=True):
+        found = patched(input_ids=ids, return_dict=True, temperature=0.7)
+        assert (found.log_probs[:, :-1] - right).abs().max() < bound
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    assert (model(input_ids=ids, return_dict=True, temperature=0.7).entropy - entropy).abs().max() < bound
+    if family == "phi":
+        model(input_ids=ids, return_dict=True).log_probs[:, :-1].sum().backward()
+        assert model.lm_head.bias.grad.abs().sum() > 0
+
+
+def test_a_head_that_is_not_learned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.models.transformers.monkey_patch import patch_forward_with_backends
+
+    model = tiny_model("qwen2")
+    own = type(model).forward
+    monkeypatch.setattr(type(model), "forward", own)
+    patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
+    early = copy.deepcopy(model)
+    type(model).forward = lambda self, *args, **kwargs: _doubled(own(self, *args, **kwargs))
+    with pytest.raises(EapoError, match="expected logits that are a scaled or soft-capped output of the head"):
+        _fused(model, monkeypatch)
+    ids, _, _ = tiny_batch(rows=2)
+    type(model).forward = own
+    patch_forward_with_backends(early, use_fused_kernels=True, fused_kernels_backend="torch")
+    with pytest.raises(EapoError, match="expected a model that verl patches after install_fused_op"):
+        early(input_ids=ids, return_dict=True)
+
+
+def _doubled(output: Any) -> Any:
+    output.logits = torch.cat([2 * output.logits[..., :9], output.logits[..., 9:]], -1)
+    return output
+
+
 def test_training_steps_with_verls_functions_and_our_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """verl's patched forward, advantages and loss registry with our op, weight and loss: the reward rises."""
     from omegaconf import OmegaConf
     from verl.models.transformers.monkey_patch import patch_forward_with_backends
     from verl.trainer.ppo.ray_trainer import compute_advantage
-    from verl.utils.experimental import torch_functional
 
     model = tiny_model("qwen2")
-    kind = type(model)
-    monkeypatch.setattr(kind, "forward", kind.forward)  # restored after the test
+    kind, own = type(model), type(model).forward
+    monkeypatch.setattr(kind, "forward", own)  # restored after the test
     patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
     ids, attention, _ = tiny_batch(rows=B)
     theirs = model(input_ids=ids, attention_mask=attention, return_dict=True, temperature=0.9)
-    monkeypatch.setattr(torch_functional, "FusedLinearForPPO", torch_functional.FusedLinearForPPO)
-    adapter.install_fused_op()
+    kind.forward = own
+    _fused(model, monkeypatch)
     ours = model(input_ids=ids, attention_mask=attention, return_dict=True, temperature=0.9)
     torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.entropy, theirs.entropy, rtol=1e-4, atol=1e-5)
