@@ -39,7 +39,7 @@ def sampled(responses: int, length: int, temperature: float) -> tuple[Tensor, Te
     model, tokenizer = _model()
     torch.manual_seed(0)
     hidden, targets = [], []
-    with _QUESTIONS.open() as lines:
+    with _QUESTIONS.open(encoding="utf-8") as lines:
         questions = [json.loads(line)["prompt"] for line, _ in zip(lines, range(responses), strict=False)]
     for question in questions:
         chat = [{"role": "user", "content": question}]

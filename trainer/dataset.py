@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,15 +14,19 @@ from typing import Any, Literal
 
 import numpy as np
 from jinja2 import TemplateError
+from pydantic_core import PydanticSerializationError, to_json
 from transformers import PreTrainedTokenizerBase
 
 from . import ranks
 from .config import DataConfig
 from .errors import DataError
 
-Prompt = str | list[dict[str, str]]
-"""Text, or chat messages with the keys role and content."""
-FILES = (".jsonl", ".json", ".csv", ".parquet")
+Prompt = str | list[dict[str, Any]]
+"""Text, or chat messages with the keys role and content. The content is text, a list of text parts, or
+None beside tool calls."""
+WRITTEN = {".jsonl", ".json", ".csv"}
+"""Files whose values are taken as they are written: ``datasets`` would make dates of texts that look
+like one, and numbers of CSV's texts."""
 TAKEN = ("prompts", "completions", "completion_ids")
 """Arguments of reward functions that no column may be named like."""
 
@@ -96,8 +100,16 @@ def load_prompts(config: DataConfig, which: Literal["train", "eval"], limit: int
         prompt, answer = _at(row, config.columns.prompt, where, "prompt"), ""
         if config.columns.answer:
             answer = _at(row, config.columns.answer, where, "answer")
+            if answer is None or answer != answer:
+                expected = f"an answer in {config.columns.answer!r} (--data.columns.answer= where the data have none)"
+                raise DataError(f"{where}: expected {expected}, got {answer!r}")
         if not _is_prompt(prompt):
-            raise DataError(f"{where}: expected a prompt (text, or messages with role and content), got {prompt!r:.200}")
+            expected = "a prompt (text, or messages with role and content, in text parts at most)"
+            raise DataError(f"{where}: expected {expected}, got {prompt!r:.200}")
+        try:
+            to_json([prompt, answer], serialize_unknown=True, bytes_mode="base64")
+        except PydanticSerializationError as error:
+            raise DataError(f"{where}: expected text that UTF-8 can hold, got {[prompt, answer]!r:.200} ({error})") from None
         if config.answer_after:
             _, marker, answer = str(answer).rpartition(config.answer_after)
             if not marker:
@@ -108,37 +120,81 @@ def load_prompts(config: DataConfig, which: Literal["train", "eval"], limit: int
 
 
 def _read(source: str, key: str) -> Sequence[Mapping[str, Any]]:
-    """The rows of a file, a folder or a hub dataset. JSON and CSV are read as they are written:
-    ``datasets`` would make dates of texts that look like one, and numbers of CSV's texts.
-    """
+    """The rows of a file, a folder or a hub dataset."""
     path = Path(source).expanduser()
     try:
         if not source:
             raise ValueError("nothing")
-        if path.is_file() and path.suffix in FILES[:3]:
-            with path.open(encoding="utf-8", newline="") as file:
-                if path.suffix == ".csv":
-                    rows: Any = list(csv.DictReader(file, strict=True))
-                else:
-                    rows = json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
-            if not isinstance(rows, list) or not all(isinstance(row, dict) and None not in row for row in rows):
-                raise ValueError("expected one object a row")
-            return rows
-        if not path.exists() and (path.suffix in FILES or path.is_absolute()):  # else it would be looked for on the hub
+        if path.is_file() and path.suffix in WRITTEN:
+            return _written(path, path.suffix)
+        if not path.exists() and (path.suffix in {*WRITTEN, ".parquet"} or path.is_absolute()):  # no id of the hub
             raise FileNotFoundError(f"there is no {path.absolute()}")
-        from datasets import disable_progress_bars, load_dataset
-        from datasets import logging as datasets_logging
+        import datasets
 
-        disable_progress_bars()
-        datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # its errors are raised as well
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
         if path.is_file():
-            return load_dataset("parquet", data_files=str(path), split="train")
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
         name, *parts = re.split(r":(?![^\[]*\])", str(path))  # train[:200] is one part
-        return load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train")
+        split = parts[-1] if parts else "train"
+        builder = datasets.load_dataset_builder(name, *parts[:-1])
+        files = builder.config.data_files or {}
+        if builder.name not in ("json", "csv") or not {Path(file).suffix for own in files.values() for file in own} <= WRITTEN:
+            return datasets.load_dataset(name, *parts[:-1], split=split)
+        download = datasets.DownloadManager().download
+        rows = {
+            name: [row for file in own for row in _written(Path(download(file)), Path(file).suffix)]
+            for name, own in files.items()
+            if str(name) in split
+        }
+        chosen = datasets.ReadInstruction.from_spec(split).to_absolute({str(n): len(own) for n, own in rows.items()})
+        return [row for own in chosen for row in rows[own.splitname][own.from_ : own.to]]
     except (ValueError, TypeError, OSError, csv.Error, ImportError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         expected = "a JSONL, JSON, CSV or Parquet file, a folder, or a reachable hub dataset (ID, ID:SPLIT, ID:CONFIG:SPLIT)"
         raise DataError(f"{key}: expected {expected}, got {source!r} ({reason})") from error
+
+
+def _written(path: Path, suffix: str) -> list[dict[str, Any]]:
+    """The rows of a JSON, JSON lines or CSV file. suffix: of the name before a download."""
+    rows: Any
+    if suffix == ".csv":
+        limit = csv.field_size_limit(2**31 - 1)
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file, strict=True))
+        finally:
+            csv.field_size_limit(limit)
+    else:
+        with path.open("rb") as lines:
+            listed = suffix == ".json" and lines.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+            lines.seek(0)
+            rows = json.load(lines, parse_float=_finite) if listed else list(json_lines(lines))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and None not in row for row in rows):
+        raise ValueError("expected one object a row")
+    return rows
+
+
+def json_lines(file: Iterable[bytes]) -> Iterator[Any]:
+    """The values of JSON lines. A line ends at a line feed only: U+2028, U+2029 and U+0085 may stand in
+    a text as they are.
+
+    Raises:
+        ValueError: a line that is not JSON in UTF-8; names it.
+    """
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield json.loads(line, parse_float=_finite)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (np.inf, -np.inf):
+        raise ValueError(f"expected a number below 1.8e308, got {text}")
+    return value
 
 
 def _at(row: Mapping[str, Any], column: str, where: str, key: str) -> Any:
@@ -154,16 +210,35 @@ def _at(row: Mapping[str, Any], column: str, where: str, key: str) -> Any:
 def _is_prompt(prompt: object) -> bool:
     if isinstance(prompt, str):
         return bool(prompt)
-    return (
-        isinstance(prompt, list)
-        and bool(prompt)
-        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt)
-    )
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(own, dict) and _is_message(own) for own in prompt)
+
+
+def _is_message(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    if content is None:
+        good = bool(message.get("tool_calls"))
+    elif isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        good = 0 < len(parts) == len(content) and all(isinstance(text, str) for text in parts)
+    else:
+        good = isinstance(content, str)
+    return good and isinstance(message.get("role"), str)
+
+
+def content_of(message: Mapping[str, Any]) -> str:
+    """The text of a chat message, its parts joined; empty where it has tool calls only."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+
+
+def plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its text parts joined: templates of text models write a list as Python does."""
+    return {**message, "content": content_of(message)} if isinstance(message["content"], list) else {**message}
 
 
 def fill(template: str, prompt: Prompt, answer: object = "") -> Prompt:
     """``template`` with {prompt} and {answer} replaced. In chat messages it becomes the last message."""
-    values = {"{prompt}": prompt if isinstance(prompt, str) else prompt[-1]["content"], "{answer}": str(answer)}
+    values = {"{prompt}": prompt if isinstance(prompt, str) else content_of(prompt[-1]), "{answer}": str(answer)}
     text = re.sub(r"\{prompt\}|\{answer\}", lambda found: values[found[0]], template)
     return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
 
@@ -177,24 +252,25 @@ def encode(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, config
     Raises:
         DataError: messages without a chat template, or that the template refuses.
     """
-    plain, texts = tokenizer.chat_template is None, []
-    for prompt in prompts:
+    bare, texts = tokenizer.chat_template is None, []
+    for number, prompt in enumerate(prompts):
         asked = fill(config.prompt_template, prompt)
-        if isinstance(asked, str) and plain:
+        if isinstance(asked, str) and bare:
             texts.append(f"{config.system_prompt}\n\n{asked}" if config.system_prompt else asked)
             continue
-        if plain:
+        if bare:
             raise DataError("data: expected text prompts (this tokenizer has no chat template), got chat messages")
         system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
         messages = [*system, {"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        messages = [*map(plain, messages)]
         try:
             options = {"add_generation_prompt": True, "tokenize": False, **config.chat_template_kwargs}
             texts.append(tokenizer.apply_chat_template(messages, **options))
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise DataError(
-                f"data: expected messages that the chat template accepts, got {messages!r:.200} ({error})"
+                f"data: prompt {number}: expected messages that the chat template accepts, got {messages!r:.200} ({error})"
             ) from error
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=plain)["input_ids"]]
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=bare)["input_ids"]]
 
 
 def fingerprint(prompts: Sequence[Sequence[int]]) -> str:

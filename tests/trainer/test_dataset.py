@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
+import decimal
 import json
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,88 @@ def test_values_are_exactly_those_of_the_file(tmp_path: Path) -> None:
         {"prompt": "one, two\nthree", "answer": "007"},
         {"prompt": "NA", "answer": ""},
     ]
+
+
+TEXTS = [
+    "a\u2028b",
+    "a\u2029b",
+    "a\u0085b",
+    "a\x0bb\x0cb\x1cb",
+    "nul \x00 b",
+    "\ufeffa",
+    "tab\tb",
+    "e\u0301 \U0001f600",
+    "x" * 300_000,
+]
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_every_text_comes_back_and_ends_no_line(tmp_path: Path, escaped: bool) -> None:
+    """Separators of Unicode within JSON lines, NUL, byte-order marks, lines and CSV fields of any length."""
+    rows = [{"prompt": text, "answer": f"{text}!"} for text in TEXTS]
+    text = "".join(json.dumps(row, ensure_ascii=escaped) + "\r\n" for row in rows)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "lines.json").write_bytes(text.encode())
+    (tmp_path / "list.json").write_bytes(b"\xef\xbb\xbf \n" + json.dumps(rows, ensure_ascii=escaped).encode())
+    with (tmp_path / "a.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    before = csv.field_size_limit()
+    for name in ("a.jsonl", "lines.json", "list.json", "a.csv"):
+        assert load(str(tmp_path / name)).rows == rows, name
+    assert csv.field_size_limit() == before
+
+
+def test_a_folder_is_read_as_its_files_are(tmp_path: Path) -> None:
+    """``datasets`` makes dates of these answers, and numbers of CSV's texts."""
+    rows = [{"prompt": f"when {i} ?", "answer": f"1989-11-0{i}", "level": level} for i, level in enumerate((1, 2.5, None), 1)]
+    (tmp_path / "json").mkdir()
+    (tmp_path / "csv").mkdir()
+    for name, own in (("train-0", rows[:2]), ("train-1", rows[2:]), ("test", rows[:1])):
+        write(tmp_path / "json" / f"{name}.jsonl", own)
+        lines = "".join(f"{row['prompt']},{row['answer']},007\n" for row in own)
+        (tmp_path / "csv" / f"{name}.csv").write_text("prompt,answer,level\n" + lines)
+    assert load(str(tmp_path / "json")).rows == rows
+    assert load(f"{tmp_path / 'json'}:train[1:]").rows == rows[1:]
+    assert load(f"{tmp_path / 'json'}:test").rows == rows[:1]
+    assert load(str(tmp_path / "csv")).rows == [{**row, "level": "007"} for row in rows]
+    with pytest.raises(DataError, match="Unknown split"):
+        load(f"{tmp_path / 'json'}:nothing")
+
+
+def test_typed_values_of_parquet_stay(tmp_path: Path) -> None:
+    row = {"prompt": "n1", "answer": decimal.Decimal("1.50"), "day": datetime.date(1989, 11, 9), "raw": b"\xff", "none": None}
+    Dataset.from_list([row]).to_parquet(tmp_path / "a.parquet")
+    assert load(str(tmp_path / "a.parquet")).rows == [row]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "n1", "answer": "n2"}\n{"prompt": "n3", "answer": null}\n', "row 1 of .*: expected an answer .*got None"),
+        (b'{"prompt": "n1", "answer": "n2"}\n{"prompt": "n3"}\n', "row 1 of .*: expected the column 'answer'"),
+        (b'{"prompt": "n1", "answer": NaN}\n', "row 0 of .*: expected an answer .*got nan"),
+        (b'{"prompt": "n1", "answer": "caf\xe9"}\n', "line 1: 'utf-8' codec can't decode byte 0xe9"),
+        (b'{"prompt": "n1", "answer": "n2"}\n\n{"prompt": "n\x001"}\n', "line 3: Invalid control character"),
+        (b'{"prompt": "n1 \\ud800", "answer": "n2"}\n', "row 0 of .*: expected text that UTF-8 can hold"),
+        (b'{"prompt": "n1", "answer": 1e400}\n', r"line 1: expected a number below 1\.8e308, got 1e400"),
+        (b'{"prompt": "n1", "answer": 1' + b"0" * 5000 + b"}\n", "line 1: Exceeds the limit"),
+        (b'{"prompt": null, "answer": "n2"}\n', "row 0 of .*: expected a prompt"),
+        (b'{"prompt": [{"role": "user", "content": null}], "answer": "n2"}\n', "row 0 of .*: expected a prompt"),
+        (b'{"prompt": [{"role": "user", "content": 5}], "answer": "n2"}\n', "row 0 of .*: expected a prompt"),
+        (b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "n2"}\n', "row 0 of .*: expected a prompt"),
+        (b"prompt,answer\nn1,n2\nn3\n", "row 1 of .*: expected an answer .*got None"),
+        ("prompt,answer\nn1,caf\xe9\n".encode("latin-1"), "'utf-8' codec can't decode byte 0xe9"),
+    ],
+    ids=range(14),
+)
+def test_what_cannot_be_carried_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / ("a.csv" if content.startswith(b"prompt") else "a.jsonl")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        load(str(path))
+    assert "\n" not in str(error.value)
 
 
 def test_columns_by_name_nested_and_after_a_marker(tmp_path: Path) -> None:
@@ -186,9 +271,30 @@ def test_keywords_of_the_chat_template_and_its_refusals() -> None:
         assert tokenizer.decode(encode(["n1"], tokenizer, data)[0]) == expected
     tokenizer.chat_template = "{{ raise_exception('system messages are not supported') }}"
     with pytest.raises(
-        DataError, match=r"expected messages that the chat template accepts, got .*system messages are not supported"
+        DataError, match=r"prompt 0: expected messages that the chat template accepts, got .*system messages are not supported"
     ):
         encode(["n1"], tokenizer, DataConfig())
+    for template in ("{{ messages[1]['content'] }}", "{{ 1 / 0 }}", "{{ messages[0]['content'].nothing() }}", "{% if %}"):
+        tokenizer.chat_template = template
+        with pytest.raises(DataError, match="prompt 0: expected messages that the chat template accepts"):
+            encode(["n1"], tokenizer, DataConfig())
+
+
+def test_content_in_parts_is_its_text() -> None:
+    """A text model's template would write the list as Python does."""
+    tokenizer, config = make_tokenizer(), DataConfig(prompt_template="{prompt} n5")
+    parts = [{"type": "text", "text": "n1 "}, {"type": "text", "text": "n2", "image": None}]
+    asked: Any = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "n3"},
+        {"role": "user", "content": parts},
+    ]
+    plain = [{**message, "content": "n1 n2"} if message["content"] is parts else message for message in asked]
+    assert encode([asked], tokenizer, config) == encode([plain], tokenizer, config)
+    assert tokenizer.decode(encode([asked], tokenizer, config)[0]) == "user: n1 n2 assistant: n3 user: n1 n2 n5 assistant:"
+    called = [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, {"role": "user", "content": "n1"}]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] or 'n7' }} {% endfor %}"
+    assert tokenizer.decode(encode([called], tokenizer, DataConfig())[0]) == "n7 n1"
 
 
 def test_long_prompts_are_left_out_and_counted() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from trainer.config import RewardsConfig
+from trainer.config.settings import parse_config
 from trainer.errors import ConfigError, RewardError
 from trainer.evaluation.step_metrics import reward_metrics
 from trainer.records import Rollouts, ScoredRollouts
-from trainer.rewards.builtin import Similarity, agreement, exact_match, majority, rouge
+from trainer.rewards import Failed
+from trainer.rewards.builtin import BUILT_IN, Similarity, agreement, exact_match, majority, rouge
+from trainer.rewards.math_answers import MathVerify
 from trainer.rewards.scoring import Rewards
 
 HERE = "reward_functions:"
@@ -110,6 +116,37 @@ def test_built_in_values() -> None:
 
     similarity = Similarity(embedding, share=0.25)
     assert similarity(["the cat sat", "x"], ["the cat on the mat", "a cat"]) == pytest.approx([0.625, 0.15])
+
+
+@pytest.mark.parametrize("name", ["exact_match", "rouge", "math_verify", "similarity"])
+def test_a_missing_answer_is_never_a_text(name: str) -> None:
+    """Neither its name in Python nor an empty completion earns anything."""
+    if name == "math_verify":
+        pytest.importorskip("math_verify", reason="pip install '.[train]'")
+    function: Any = MathVerify(1) if name == "math_verify" else BUILT_IN.get(name) or Similarity(_same, 0.5)
+    missing: list[Any] = [None, math.nan, "", "  ", b"n1", [], ["n1"], {"a": 1}]
+    said = ["None", "nan", "", "", "b'n1'", "[]", "['n1']", "{'a': 1}"]
+    for score in function(completions=said, answer=missing):
+        assert isinstance(score, Failed)
+        assert "expected a reference answer" in score.reason
+    written: list[Any] = [decimal.Decimal("1.50"), 2, 2.5]
+    if name != "math_verify":
+        written += [datetime.date(1989, 11, 9), "007"]
+    scores = function(completions=[str(value) for value in written], answer=written)
+    assert scores == pytest.approx([1.0] * len(written))
+
+
+def _same(texts: Sequence[str]) -> torch.Tensor:
+    """A sentence embedding for which all texts are equal."""
+    return torch.ones(len(texts), 1)
+
+
+def test_no_reference_column_for_a_function_that_compares() -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.columns\.answer: expected the column of the reference answers that rouge compares"
+    ):
+        parse_config(["--data.columns.answer=", "--rewards.functions", "rouge"])
+    assert parse_config(["--data.columns.answer=", "--rewards.functions", "majority"]).data.columns.answer == ""
 
 
 def test_rewards_without_reference_answers() -> None:

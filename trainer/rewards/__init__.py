@@ -8,6 +8,8 @@ text. None means that the function does not apply to the completion; it is left 
 
 from __future__ import annotations
 
+import datetime
+import decimal
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,3 +33,11 @@ RewardFunction = Callable[..., Sequence[Score] | Coroutine[Any, Any, Sequence[Sc
 def text_of(completion: Completion) -> str:
     """The text of a completion in either form."""
     return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+
+
+def reference_of(answer: object) -> str | Failed:
+    """A reference answer as text. What is missing, empty or no single value is not compared with."""
+    kinds = (str, int, float, decimal.Decimal, datetime.date, datetime.time)
+    if isinstance(answer, kinds) and answer == answer and (text := str(answer)).strip():
+        return text
+    return Failed(f"expected a reference answer (text, number or date), got {answer!r:.120}")

@@ -5,7 +5,7 @@ one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from eapo_kernels import majority_rewards, semantic_rewards
 
 from ..models.embedding import SentenceEmbedding
-from . import Completion, RewardFunction, text_of
+from . import Completion, Failed, RewardFunction, reference_of, text_of
 
 
 class Similarity:
@@ -28,26 +28,36 @@ class Similarity:
     def __init__(self, embedding: SentenceEmbedding, share: float) -> None:
         self.embedding, self.share = embedding, share
 
-    def __call__(self, completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
+    def __call__(self, completions: Sequence[Completion], answer: Sequence[object], **_: object) -> list[float | Failed]:
         texts = [text_of(completion) for completion in completions]
-        vectors = self.embedding([*texts, *answer])
+        references = [reference if isinstance(reference := reference_of(own), str) else "" for own in answer]
+        vectors = self.embedding([*texts, *references])
         cosine = (vectors[: len(texts)] * vectors[len(texts) :]).sum(-1).tolist()
-        return [self.share * c + (1 - self.share) * r for c, r in zip(cosine, rouge(texts, answer), strict=True)]
+        return [
+            r if isinstance(r, Failed) else self.share * c + (1 - self.share) * r
+            for c, r in zip(cosine, rouge(texts, answer), strict=True)
+        ]
 
 
 _ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 
 
-def rouge(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
+def rouge(completions: Sequence[Completion], answer: Sequence[object], **_: object) -> list[float | Failed]:
     """F1 of ROUGE-L (longest common subsequence of stemmed words) with the reference answer."""
-    pairs = zip(completions, answer, strict=True)
-    return [_ROUGE.score(reference, text_of(completion))["rougeL"].fmeasure for completion, reference in pairs]
+    return _compared(lambda reference, text: _ROUGE.score(reference, text)["rougeL"].fmeasure, completions, answer)
 
 
-def exact_match(completions: Sequence[Completion], answer: Sequence[str], **_: object) -> list[float]:
+def exact_match(completions: Sequence[Completion], answer: Sequence[object], **_: object) -> list[float | Failed]:
     """1 where the completion equals the reference up to case and surrounding space, else 0."""
-    pairs = zip(completions, answer, strict=True)
-    return [float(text_of(c).strip().casefold() == str(reference).strip().casefold()) for c, reference in pairs]
+    return _compared(lambda r, text: float(text.strip().casefold() == r.strip().casefold()), completions, answer)
+
+
+def _compared(
+    score: Callable[[str, str], float], completions: Sequence[Completion], answer: Sequence[object]
+) -> list[float | Failed]:
+    """``score(reference, text)`` of each completion; a failure where there is no reference."""
+    pairs = [(reference_of(own), text_of(completion)) for own, completion in zip(answer, completions, strict=True)]
+    return [reference if isinstance(reference, Failed) else score(reference, text) for reference, text in pairs]
 
 
 def agreement(prompts: Sequence[Any], completions: Sequence[Completion], **_: object) -> list[float]:

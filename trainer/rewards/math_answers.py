@@ -15,7 +15,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from multiprocessing.pool import Pool
 
-from . import Completion, Failed, Score, text_of
+from . import Completion, Failed, Score, reference_of, text_of
 
 LIMIT = 60.0
 """Seconds after which a worker that does not obey math-verify's limit of 5 s for each operation is
@@ -56,8 +56,9 @@ class MathVerify:
         self.pool: Pool | None = None
 
     def __call__(self, completions: Sequence[Completion], answer: Sequence[object], **_: object) -> list[Score]:
-        pairs = [(str(gold), text_of(completion)) for gold, completion in zip(answer, completions, strict=True)]
+        pairs = [(reference_of(gold), text_of(completion)) for gold, completion in zip(answer, completions, strict=True)]
         found: dict[int, tuple[Score, bool]] = {}
+        found |= {i: (gold, True) for i, (gold, _) in enumerate(pairs) if isinstance(gold, Failed)}
         late = 0
         while len(found) < len(pairs):
             if self.pool is None:

@@ -111,7 +111,7 @@ def _rounded(value: Any) -> Any:
 
 def load(file: Path) -> Comparison:
     """Read what ``collect`` wrote."""
-    head, *lines = [json.loads(line) for line in file.read_text().splitlines()]
+    head, *lines = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
     runs: dict[str, dict[int, Run]] = {arm: {} for arm in ARMS}
     for line in lines:
         curves = {name: np.array(values, dtype=float) for name, values in line["curves"].items()}
