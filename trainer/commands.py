@@ -126,8 +126,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
         return COMMANDS[name](arguments)
     except (RemoteRankError, RemoteCrash):
         return 1
-    except ValueError as error:
-        if not isinstance(error, TrainerError):
+    except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and not isinstance(error, TrainerError):
             from eapo_kernels import EapoError  # imported before, by what raised it
 
             if not isinstance(error, EapoError):

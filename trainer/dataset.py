@@ -127,15 +127,15 @@ def _read(source: str, key: str) -> Sequence[Mapping[str, Any]]:
             raise ValueError("nothing")
         if path.is_file() and path.suffix in WRITTEN:
             return _written(path, path.suffix)
-        if not path.exists() and (path.suffix in {*WRITTEN, ".parquet"} or path.is_absolute()):  # no id of the hub
-            raise FileNotFoundError(f"there is no {path.absolute()}")
+        name, *parts = re.split(r":(?![^\[]*\])", str(path))  # train[:200] is one part
+        if not Path(name).exists() and (path.suffix in {*WRITTEN, ".parquet"} or path.is_absolute()):  # no id of the hub
+            raise FileNotFoundError(f"there is no {Path(name).absolute()}")
         import datasets
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
         if path.is_file():
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
-        name, *parts = re.split(r":(?![^\[]*\])", str(path))  # train[:200] is one part
         split = parts[-1] if parts else "train"
         builder = datasets.load_dataset_builder(name, *parts[:-1])
         files = builder.config.data_files or {}

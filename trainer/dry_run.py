@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from eapo_kernels.integrations.own_logits import causal_lm
 from eapo_kernels.ops.chunking import default_budget
 
 from .config import Config
@@ -20,6 +21,7 @@ from .dataset import PromptSampler, load_prompts
 from .errors import ConfigError, ModelError
 from .learning.learner import check_optimizer, moment_bytes
 from .models.embedded import base_of_adapter, resolve
+from .models.limits import check_prompts, load_tokenizer
 from .models.policy import find_device, with_adapters
 from .rewards.scoring import check_functions
 
@@ -77,9 +79,10 @@ def estimate(config: Config, processes: int) -> Estimate:
     root = trained + frozen - sum(sizes)  # embedding, head, last norm
 
     layers, hidden = text.num_hidden_layers, text.hidden_size
-    heads, inner = text.num_attention_heads, text.intermediate_size
-    head = getattr(text, "head_dim", None) or hidden // heads
-    cached = 2 * layers * getattr(text, "num_key_value_heads", heads) * head  # numbers of the KV cache, a token
+    heads = _number(text, "num_attention_heads", 1)  # a state-space model has none
+    inner = _number(text, "intermediate_size", 4 * hidden)  # GPT-2's configuration leaves it out
+    head = _number(text, "head_dim", hidden // heads)
+    cached = 2 * layers * _number(text, "num_key_value_heads", heads) * head  # numbers of the KV cache, a token
     stream = width if adapted else 4  # the residual stream follows the embedding
     layer = width * (4 * hidden + 2 * heads * head + cached / layers + 3 * inner) + 2 * stream * hidden
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
@@ -116,6 +119,12 @@ def estimate(config: Config, processes: int) -> Estimate:
         _title(trained, frozen, processes), always if asleep else {**always, **engine}, update,
         engine if asleep else {}, memory,
     )  # fmt: skip
+
+
+def _number(config: Any, name: str, default: int) -> int:
+    """A number of the model's configuration, of several layers the largest."""
+    value = getattr(config, name, None) or default
+    return int(max(value) if isinstance(value, list | tuple) else value)
 
 
 def _title(trained: int, frozen: int, processes: int) -> str:
@@ -159,10 +168,12 @@ def dry_run(config: Config, processes: int) -> None:
         TrainerError: as the run would.
     """
     check_parts(config)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path, config.model.cache, weights=False))
+    tokenizer = load_tokenizer(resolve(config.model.path, config.model.cache, weights=False))
+    model = causal_lm(_skeleton(config))
     for which in ("train", "eval"):
         if getattr(config.data, which):
             found = load_prompts(config.data, which).encoded(tokenizer, config.data)
+            check_prompts(model, tokenizer, found, config.rollout.max_new_tokens, print)
             print(f"data.{which}: {len(found)} prompts of at most {max(map(len, found.ids))} tokens")
             if which == "train":
                 PromptSampler(len(found), config.rollout.prompts, config.seed)

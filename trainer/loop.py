@@ -66,6 +66,7 @@ from .learning.batching import Completions, select
 from .learning.experience import extra_statistics, weigh
 from .learning.learner import Learner
 from .learning.measure import NOTHING, Measurement, Wanted, measure, recorded, wanted_by
+from .models.limits import check_prompts
 from .models.policy import load_policy
 from .models.reference import Reference
 from .records import Tick, derive_seed
@@ -127,6 +128,8 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
     with console.phase("encoding the prompts"):
         train_set = train_set.encoded(policy.tokenizer, config.data, console.line)
         held_out = held_out and held_out.encoded(policy.tokenizer, config.data, console.line)
+    for prompts in filter(None, (train_set, held_out)):
+        check_prompts(policy.language_model, policy.tokenizer, prompts, rollout.max_new_tokens, console.line)
     sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
 
     for line in advice(config):
@@ -273,7 +276,11 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
 
     if config.checkpoint.every and not finished:
         console.line(f"saved {progress.save()}: --resume auto continues from it")
-    policy.save(run.model)
+    try:
+        policy.save(run.model)
+    except BaseException as error:
+        progress.rescue(error)
+        raise
 
     def conclude() -> None:
         if finished:

@@ -95,7 +95,7 @@ def test_a_directory_that_no_run_wrote_is_refused(changed: Change) -> None:
     assert weights.exists()
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "/tmp", "a/b"])
+@pytest.mark.parametrize("name", ["..", ".", "", "/tmp", "a/b", "a\0b", "n" * 201])
 def test_a_run_stays_in_its_directory(name: str) -> None:
     with pytest.raises(ConfigError, match="name: expected the name of a directory in out"):
         parse_config(["--name", name])

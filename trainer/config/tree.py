@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
@@ -55,11 +56,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         """What several settings must satisfy together. Only here the library is imported."""
-        check("/" not in self.name and self.name not in ("", ".", ".."), "name", "the name of a directory in out", self.name)
+        named = not {"/", "\0"} & {*self.name} and self.name not in ("", ".", "..") and len(os.fsencode(self.name)) <= 200
+        check(named, "name", "the name of a directory in out", self.name)
         updates = self.rollout.prompts * self.rollout.responses
         expected = f"at most the {updates} completions of a step"
         check(self.optim.minibatches <= updates, "optim.minibatches", expected, self.optim.minibatches)
         self.loss.check()
+        compared = [name for name in self.rewards.functions if name in ("similarity", "rouge", "exact_match", "math_verify")]
+        if compared and not self.data.columns.answer:
+            check(False, "data.columns.answer", f"the column of the reference answers that {compared[0]} compares with", "")
         if self.method().config.entropy_top_p is not None:
             supported = self.rollout.sampling(self.rollout.responses, self.seed).support
             expected = f"False with {self.loss.method}, whose entropy bonus is that of a nucleus of the whole vocabulary"

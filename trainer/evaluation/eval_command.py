@@ -8,6 +8,7 @@ from .. import ranks
 from ..config import Config
 from ..dataset import load_prompts
 from ..errors import ConfigError, Interrupted
+from ..models.limits import check_prompts
 from ..models.policy import load_policy
 from ..rewards.scoring import Rewards
 from ..rollouts.engines import make_engine
@@ -33,6 +34,7 @@ def of_run(config: Config, run: Path, checkpoint: str | None) -> tuple[Config, P
     Raises:
         ConfigError: the run has no such model or checkpoint.
     """
+    run = run.resolve()
     there = RunDirectory(config.replace(out=str(run.parent), name=run.name))
     config = config.replace(out=str(run.parent), name=f"{run.name}-eval", overwrite=True, resume="")
     if checkpoint is None:
@@ -74,6 +76,8 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
             held_out = load_prompts(config.data, "eval") if config.data.eval else None
             run = RunDirectory(config)
             ranks.run_on_main(lambda: run.check_free(replace=config.overwrite))
+            if (run.path / "metrics.jsonl").exists():
+                raise ConfigError(f"name: expected another directory than that of a training run, got {run.path}")
             with console.phase(f"loading {config.model.path}"):
                 policy = load_policy(config.model, config.lora, seed=0)
                 if checkpoint is not None:
@@ -84,6 +88,8 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
                 name: prompts and prompts.encoded(policy.tokenizer, config.data, console.line)
                 for name, prompts in {"held-out": held_out, "train": train_set}.items()
             }
+            for prompts in filter(None, sets.values()):
+                check_prompts(policy.language_model, policy.tokenizer, prompts, config.rollout.max_new_tokens, console.line)
             ranks.run_on_main(run.start)
             evaluator = Evaluator(config, policy, engine, rewards, sets, run, console)
             for name in evaluator.sets:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..dataset import content_of
 from ..errors import DataError
 from ..runs.rundir import read
 from .evaluate import Evaluation, difference
@@ -74,15 +75,22 @@ def write_report(runs: Sequence[Path], directory: Path, *, resamples: int = 2000
     draw_curves(drawn, picture)
     sections = [f"# {', '.join(named)}\n\n![curves](curves.png)"]
     for name, run in named.items():
-        c = tomllib.loads((run / "config.toml").read_text())
+        c = _settings(run / "config.toml")
         about = (
             f"{c['model']['path']}, method {c['loss']['method']}, seed {c['seed']}, {drawn[name][0][-1]['step']} of "
             f"{c['steps']} steps, {c['rollout']['prompts']} prompts x {c['rollout']['responses']} completions a step, learning "
             f"rate {c['optim']['lr']}, LoRA rank {c['lora']['rank']} (0 = all weights)."
         )
         sections += [f"## {name}", about, summary_table(run, resamples), *_samples(read(run, "samples"))]
-    page.write_text("\n\n".join(filter(None, sections)) + "\n")
+    page.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
     return picture, page
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"report: expected the settings of a run in {file}, got: {error}") from error
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -102,7 +110,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     }.items():
         lines = []
         for row in rows:
-            asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            asked = row["prompt"] if isinstance(row["prompt"], str) else content_of(row["prompt"][-1])
             reward = "none" if row["reward"] is None else f"{row['reward']:.3f}"
             lines.append(f"- step {row['step']}, reward {reward}: {asked} -> {row['completion']!r}")
         if lines:

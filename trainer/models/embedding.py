@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from .embedded import resolve
+from .limits import load_tokenizer, positions
 
 
 class SentenceEmbedding:
@@ -24,10 +25,10 @@ class SentenceEmbedding:
 
     def __init__(self, name: str, cache: str, device: torch.device, batch: int = 64) -> None:
         directory = resolve(name, cache, "rewards.embedding_model")
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.tokenizer = load_tokenizer(directory, "rewards.embedding_model")
         self.model = AutoModel.from_pretrained(directory).to(device).eval().requires_grad_(False)
         self.device, self.batch = device, batch
-        self.max_tokens = min(self.tokenizer.model_max_length, 256)
+        self.max_tokens = min(self.tokenizer.model_max_length, 256, positions(self.model)[0] or 256)
         self._kept: dict[str, Tensor] | None = None
 
     @contextmanager

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils import logging as transformers_logging
@@ -25,8 +26,9 @@ from eapo_kernels.integrations.own_logits import backbone, logit_transform, requ
 
 from .. import ranks
 from ..config import LoraConfig, ModelConfig
-from ..errors import ModelError
+from ..errors import CheckpointError, ModelError
 from .embedded import base_of_adapter, resolve
+from .limits import load_tokenizer, token_rows
 from .sharding import fill, full_tensor, shard, skeleton, unsharded
 
 T = TypeVar("T")
@@ -70,12 +72,14 @@ class Policy(nn.Module):
         head = self.language_model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise ModelError(f"model: expected a plain linear output head (no adapter on it), got {type(head).__name__}")
-        own = self.language_model.generation_config.eos_token_id
+        own, known = self.language_model.generation_config.eos_token_id, range(token_rows(self.language_model))
         found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-        if not found:
-            raise ModelError("model: expected an end-of-sequence token in the generation config or tokenizer, got none")
-        self.eos_ids: list[int] = sorted(found)
-        self.pad_id: int = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.eos_ids: list[int] = sorted(found & {*known})
+        if not self.eos_ids:
+            expected = f"an end-of-sequence token in the generation config or tokenizer, one of the model's {len(known)}"
+            raise ModelError(f"model: expected {expected}, got {sorted(found) or 'none'}")
+        # Padding is masked, so any token will do; one that was only added to the tokenizer has no row.
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id in known else self.eos_ids[0]
         self.head_options: dict[str, float | None] = {}
         self.checkpointed = [
             m for m in self.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
@@ -213,6 +217,9 @@ class Policy(nn.Module):
         and peft.
 
         All ranks call it and rank 0 writes, to a temporary directory that is renamed at the end.
+
+        Raises:
+            CheckpointError: it cannot be written; an earlier one stays.
         """
         adapted = isinstance(self.model, PeftModel)
         weights: dict[str, Tensor] = {}
@@ -229,11 +236,15 @@ class Policy(nn.Module):
 
         def write() -> None:
             shutil.rmtree(scratch, ignore_errors=True)
-            self.model.save_pretrained(scratch, state_dict=weights, **options)
-            self.tokenizer.save_pretrained(scratch)
-            if directory.exists():
-                shutil.rmtree(directory)
-            scratch.rename(directory)
+            try:
+                self.model.save_pretrained(scratch, state_dict=weights, **options)
+                self.tokenizer.save_pretrained(scratch)
+                if directory.exists():
+                    shutil.rmtree(directory)
+                scratch.rename(directory)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                shutil.rmtree(scratch, ignore_errors=True)
+                raise CheckpointError(f"{directory}: expected to write the model, got: {error}") from error
 
         ranks.run_on_main(write)
 
@@ -258,7 +269,7 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
         return skeleton(whole) if ranks.size() > 1 else whole
 
     model = ranks.run_on_main(load)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(config.path, config.cache, weights=False))
+    tokenizer = load_tokenizer(resolve(config.path, config.cache, weights=False))
     if config.gradient_checkpointing:
         with _renames_ignored():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

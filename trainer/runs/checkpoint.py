@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -25,12 +26,13 @@ from .. import ranks
 from ..errors import CheckpointError
 
 FORMAT = 2
+NAME = re.compile(r"step-\d{6,}")
 MANIFEST, STATE, UNFINISHED = "manifest.json", "state.pt", ".tmp"
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints below ``root``, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.suffix != UNFINISHED)
+    """The complete checkpoints below ``root``, oldest first. A copy under another name is none."""
+    return sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path: Path | None) -> int:
@@ -57,20 +59,27 @@ def write(
     if ranks.run_on_main(path.exists):
         return path
     ranks.run_on_main(lambda: prune(root, None))
-    with _reported(path, "to write it"):
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, sync_files=True), no_dist=ranks.size() == 1)
 
     def finish() -> None:
-        torch.save(state, scratch / STATE)
-        sizes = {file.name: file.stat().st_size for file in scratch.iterdir()}
-        (scratch / MANIFEST).write_text(json.dumps({"format": FORMAT, "settings": settings, "files": sizes}, indent=1) + "\n")
-        for name in (STATE, MANIFEST, "."):
-            _sync(scratch / name)
-        scratch.rename(path)
-        _sync(root)
-        prune(root, keep)
+        with _reported(path, "to write it"):
+            torch.save(state, scratch / STATE)
+            sizes = {file.name: file.stat().st_size for file in scratch.iterdir()}
+            manifest = {"format": FORMAT, "settings": settings, "files": sizes}
+            (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            for name in (STATE, MANIFEST, "."):
+                _sync(scratch / name)
+            scratch.rename(path)
+            _sync(root)
+            prune(root, keep)
 
-    ranks.run_on_main(finish)
+    try:
+        with _reported(path, "to write it"):
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(scratch, sync_files=True), no_dist=ranks.size() == 1)
+        ranks.run_on_main(finish)
+    except BaseException:
+        if ranks.is_main():  # a full disk needs the room
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
     return path
 
 
@@ -78,7 +87,8 @@ def prune(root: Path, keep: int | None) -> None:
     """Remove unfinished checkpoints, and all but the last ``keep`` (None: no others)."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(f"step-*{UNFINISHED}"):
-        shutil.rmtree(leftover)
+        if NAME.fullmatch(leftover.stem):
+            shutil.rmtree(leftover)
     for old in checkpoints(root)[:-keep] if keep else ():
         remove(old)
 
@@ -158,6 +168,6 @@ def _reported(path: Path, expected: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             yield
-    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+    except (dcp.api.CheckpointException, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"checkpoint {path}: expected {expected}, got: {reason}") from error

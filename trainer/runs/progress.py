@@ -14,7 +14,7 @@ from ..config import Config
 from ..errors import CheckpointError
 from ..models.policy import Policy
 from ..models.reference import Reference
-from .checkpoint import checkpoints, prune, read_state, read_tensors, remove, saved_names, write
+from .checkpoint import checkpoints, prune, read_state, read_tensors, remove, saved_names, step_of, write
 from .randomness import random_state, restore_random_state
 from .resume import settings_of
 from .rundir import RunDirectory
@@ -85,11 +85,14 @@ class Progress:
             try:
                 path = self.save()
             except BaseException as second:
-                error.add_note(f"the state after step {step} could not be saved: {second}")
+                error.add_note(self._continued(f"the state after step {step} could not be saved: {second}"))
                 raise error from second
-        saved = f"saved {path}" if path else f"nothing was saved: {reason}"
-        there = path or next(reversed(checkpoints(self.run.checkpoints)), None)
-        error.add_note(f"{saved}; to continue from {there.name}: {self.run.command()}" if there else saved)
+        error.add_note(self._continued(f"saved {path}" if path else f"nothing was saved: {reason}"))
+
+    def _continued(self, saved: str) -> str:
+        """``saved``, with the command that continues from the last checkpoint where there is one."""
+        there = next(reversed(checkpoints(self.run.checkpoints)), None)
+        return f"{saved}; to continue from {there.name}: {self.run.command()}" if there else saved
 
     def restore(self, path: Path) -> None:
         """Resume from a verified checkpoint and remove later ones.
@@ -115,7 +118,7 @@ class Progress:
         def take_back() -> None:
             self.run.truncate(state["offsets"])
             for other in checkpoints(self.run.checkpoints):
-                if other.name > path.name:
+                if step_of(other) > step_of(path):
                     remove(other)
             prune(self.run.checkpoints, self.config.checkpoint.keep)  # a kill behind the last write left this undone
 

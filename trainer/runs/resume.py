@@ -45,6 +45,7 @@ def choose(config: Config, run: RunDirectory, console: Console) -> tuple[Path | 
         return None, {}
     if config.overwrite:
         raise ConfigError("overwrite: expected False together with resume, got True")
+    run.check_writable()
     there = checkpoints(run.checkpoints)
     if config.resume == "auto":
         found = _latest_valid(there, console)

@@ -22,7 +22,8 @@ from eapo_kernels.ops.verdicts import used
 from .. import ranks
 from ..config import Config
 from ..config.settings import to_toml
-from ..errors import CheckpointError, ConfigError
+from ..dataset import json_lines
+from ..errors import CheckpointError, ConfigError, DataError, check
 from .checkpoint import checkpoints, remove
 
 STREAMS = ("metrics", "samples", "evaluations")
@@ -38,7 +39,7 @@ class RunDirectory:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config, self.path = config, Path(config.out) / config.name
+        self.config, self.path = config, Path(config.out).expanduser() / config.name
         self._kernels: dict[str, str] = {}
 
     @property
@@ -54,8 +55,9 @@ class RunDirectory:
 
         Raises:
             ConfigError: there are results and ``replace`` is False, or a model or checkpoints that
-                no run wrote.
+                no run wrote; or as ``check_writable``.
         """
+        self.check_writable()
         if not replace and any((self.path / name).exists() for name in ("metrics.jsonl", "evaluations.jsonl")):
             raise ConfigError(
                 f"name: expected a new run (or --overwrite True, or --resume auto), got {self.config.name!r}, "
@@ -63,6 +65,15 @@ class RunDirectory:
             )
         if not (self.path / "environment.json").exists() and (self.model.exists() or self.checkpoints.exists()):
             raise ConfigError(f"name: expected a new directory or that of a run, got {self.path}, where no run wrote model/")
+
+    def check_writable(self) -> None:
+        """
+        Raises:
+            ConfigError: files cannot be written to the directory.
+        """
+        there = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        check(writable, "out", f"a directory in which {self.config.name!r} can be written", str(there))
 
     def start(self) -> None:
         """Begin a new run in the place of an earlier one. Called when everything that the run needs
@@ -91,15 +102,14 @@ class RunDirectory:
         """Write the present configuration, without ``overwrite`` and ``resume``, and mark the run as
         unfinished.
         """
-        (self.path / "config.toml").write_text(to_toml(self.config.replace(overwrite=False, resume="")))
+        _write(self.path / "config.toml", to_toml(self.config.replace(overwrite=False, resume="")))
         (self.path / "finished.json").unlink(missing_ok=True)
 
     def _described(self) -> dict[str, Any]:
-        file = self.path / "environment.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        return _json(self.path / "environment.json") or {}
 
     def _describe(self, content: Mapping[str, Any]) -> None:
-        (self.path / "environment.json").write_text(json.dumps(content, indent=2) + "\n")
+        _write(self.path / "environment.json", json.dumps(content, indent=2) + "\n")
 
     def command(self) -> str:
         """The command that resumes the run."""
@@ -108,12 +118,12 @@ class RunDirectory:
 
     def finish(self, step: int) -> None:
         """Mark the run as finished, after all its files have been written."""
-        (self.path / "finished.json").write_text(json.dumps({"step": step}) + "\n")
+        _write(self.path / "finished.json", json.dumps({"step": step}) + "\n")
 
     def finished(self) -> int | None:
         """Number of steps of a finished run; None for an unfinished one."""
-        file = self.path / "finished.json"
-        return json.loads(file.read_text())["step"] if file.exists() else None
+        found = _json(self.path / "finished.json")
+        return found["step"] if found else None
 
     def record_kernels(self) -> str | None:
         """Write what computed the losses so far to environment.json; return what has changed since
@@ -134,10 +144,21 @@ class RunDirectory:
         return f"other kernels than in the earlier part of the run: {'; '.join(changed)}" if changed else None
 
     def append(self, stream: str, record: dict[str, Any]) -> None:
-        """Append one JSON object to ``<stream>.jsonl``. NaN becomes null."""
+        """Append one JSON object to ``<stream>.jsonl``. NaN becomes null; a value that JSON has no type for,
+        text.
+
+        Raises:
+            OSError: it cannot be written; with the file's name.
+        """
         if ranks.is_main():
-            with (self.path / f"{stream}.jsonl").open("a") as file:
-                file.write(to_json(record, inf_nan_mode="null").decode() + "\n")
+            line = to_json(record, inf_nan_mode="null", bytes_mode="base64", serialize_unknown=True) + b"\n"
+            path = self.path / f"{stream}.jsonl"
+            try:
+                with path.open("ab") as file:
+                    file.write(line)
+            except OSError as error:
+                error.filename = str(path)  # a failed write does not say it
+                raise
 
     def _streams(self) -> list[Path]:
         return [file for stream in STREAMS if (file := self.path / f"{stream}.jsonl").exists()]
@@ -170,9 +191,33 @@ class RunDirectory:
 def read(path: Path, stream: str) -> list[dict[str, Any]]:
     """The objects of ``<stream>.jsonl`` in a run's directory; none when it does not exist. A last
     line that a killed run left unfinished is skipped.
+
+    Raises:
+        DataError: another line is damaged.
     """
     file = path / f"{stream}.jsonl"
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+    try:
+        return list(json_lines(file.read_bytes().split(b"\n")[:-1])) if file.exists() else []
+    except ValueError as error:
+        raise DataError(f"{file}: expected a JSON object a line, got {error}") from error
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file whole or leave the old one as it is."""
+    scratch = file.with_name(f"{file.name}.tmp")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _json(file: Path) -> Any:
+    """The content of a JSON file of the run; None where there is no such file."""
+    try:
+        return json.loads(file.read_bytes()) if file.exists() else None
+    except ValueError as error:
+        raise CheckpointError(f"{file}: expected JSON, got {error}: remove it, or restore it") from error
 
 
 def environment() -> dict[str, Any]:
