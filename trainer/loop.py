@@ -48,7 +48,7 @@ from eapo_kernels import make_controller
 from . import ranks
 from .config import Config
 from .config.advice import advice, advice_on_rewards, advice_on_zero_gradients
-from .dataset import PromptSampler, fingerprint, load_prompts
+from .dataset import PromptSampler, PromptSet, fingerprint, load_prompts
 from .dry_run import check_parts, estimate
 from .errors import Interrupted, RewardError
 from .evaluation.cost import cost_metrics
@@ -63,7 +63,7 @@ from .evaluation.step_metrics import (
     sample_record,
 )
 from .learning.batching import Completions, select
-from .learning.experience import extra_statistics, weigh
+from .learning.experience import extra_statistics, teacher_prompts, weigh
 from .learning.learner import Learner
 from .learning.measure import NOTHING, Measurement, Wanted, measure, recorded, wanted_by
 from .models.limits import check_prompts
@@ -128,7 +128,12 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
     with console.phase("encoding the prompts"):
         train_set = train_set.encoded(policy.tokenizer, config.data, console.line)
         held_out = held_out and held_out.encoded(policy.tokenizer, config.data, console.line)
-    for prompts in filter(None, (train_set, held_out)):
+    given = [train_set, *([held_out] if held_out else [])]
+    if (weighting := config.method().token_weighting) and "teacher_logp" in weighting.needs:
+        columns = train_set.columns(range(len(train_set)), 1)
+        taught = teacher_prompts(config.data, columns["prompt"], columns["answer"], policy.tokenizer)
+        given.append(PromptSet(train_set.rows, "data.teacher_prompt", taught))
+    for prompts in given:
         check_prompts(policy.language_model, policy.tokenizer, prompts, rollout.max_new_tokens, console.line)
     sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
 

@@ -74,4 +74,4 @@ def split_responses(advantages: Tensor, groups: Groups | None) -> Split:
     """The split by the mean of the groups, or without groups by the advantage's sign."""
     if groups is None:
         return Split(advantages, torch.zeros_like(advantages))
-    return Split((groups.rewards - groups.means).float(), groups.tie_width.float())
+    return Split(groups.margins.float(), groups.tie_width.float())

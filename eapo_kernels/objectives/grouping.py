@@ -54,19 +54,18 @@ class Partition:
 class Groups:
     """Statistics, [B] fp64, of rewards [B] in groups of equal ``group_ids`` (None: one group).
 
-    tie_width: deviations from the mean up to this size are rounding.
+    margins: r - mean of the group. tie_width: margins up to this size are rounding.
     """
 
     def __init__(self, rewards: Tensor, group_ids: Tensor | None) -> None:
         self.rewards = rewards.double()
         self.members = Partition(torch.zeros_like(rewards, dtype=torch.int64) if group_ids is None else group_ids)
-        self.means = self.members.mean(self.rewards)
+        self.margins = self.rewards - self.members.mean(self.rewards)
         self.tie_width = (_TIE_FP64 if rewards.dtype is torch.float64 else _TIE) * self.members.max(self.rewards.abs())
 
     def deviations(self) -> Tensor:
         """[B] r - mean of the group; exactly 0 at a tie with the mean, and for a group of one."""
-        margin = self.rewards - self.means
-        return margin.masked_fill(margin.abs() <= self.tie_width, 0.0)
+        return self.margins.masked_fill(self.margins.abs() <= self.tie_width, 0.0)
 
     def normalised(self) -> Tensor:
         """[B] deviation / (std + 1e-6) with the unbiased std of the group."""

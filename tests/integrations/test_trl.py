@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +422,32 @@ def test_a_deep_copy_keeps_its_own_weights() -> None:
         assert torch.equal(found[0].log_probs, expected[0].log_probs)
         assert torch.equal(found[1].logits, expected[1].logits)
         assert not torch.equal(model(input_ids=ids).logits, expected[1].logits)
+
+
+@pytest.mark.parametrize("how", ["pickle", "replica", "export"])
+@torch.no_grad()
+def test_other_copies_compute_with_their_own_weights_too(how: str) -> None:
+    """What a pickle, nn.DataParallel and torch.export make of the model."""
+    from test_hf import _replica
+
+    model = tiny_model("gemma2_softcap")
+    add_eapo_head(model)
+    ids, _, _ = tiny_batch()
+    given = {"input_ids": ids, "labels": ids, "fused_lm_head": True}
+    negative = tiny_model("gemma2_softcap")
+    for parameter in negative.parameters():
+        parameter.neg_()
+    if how == "export":
+        twin = torch.export.export(model, (), given, strict=False).module()
+        negative = tiny_model("gemma2_softcap")
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+        for parameter in twin.parameters():
+            parameter.neg_()
+    else:
+        twin = _replica(model)
+    expected = negative(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert (twin(**given).log_probs - expected).abs().max() < 1e-5
 
 
 def test_the_settings_of_trls_head_are_taken_over() -> None:

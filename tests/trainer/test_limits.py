@@ -190,6 +190,15 @@ def test_learned_positions_are_one_line_before_training(
     assert not (tmp_path / "tiny").exists()
 
 
+def test_the_teachers_prompts_are_compared_too(run: Callable[..., Config]) -> None:
+    """They hold the reference answer as well, so they are longer."""
+    sections: dict[str, Any] = {"data": {"eval": "", "teacher_prompt": "{prompt} {answer}"}, "loss": {"method": "trace"}}
+    model, new_tokens = gpt2(), {"max_new_tokens": LIMIT - 7}
+    assert train(run(model, make_tokenizer(), rollout={"max_new_tokens": LIMIT - 9}, **sections))
+    with pytest.raises(DataError, match=r"data.teacher_prompt: expected prompt and completion within the 16 learned positions"):
+        train(run(model, make_tokenizer(), rollout=new_tokens, name="longer", **sections))
+
+
 def test_a_folder_without_a_tokenizer_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], prompts: Path) -> None:
     make_model().save_pretrained(tmp_path / "model")
     (tmp_path / "recipe.toml").write_text(to_toml(tiny_config(tmp_path / "model", prompts, tmp_path)))

@@ -135,6 +135,7 @@ def test_recomputed_activations_give_the_same_gradients(model_dir: Path) -> None
         ({"path": "no-such-model"}, {}, "model.path: expected a folder, an embedded name .smollm2-135m"),
         ({"device": "quantum"}, {}, "expected auto, cpu or cuda"),
         ({"attention": "magic"}, {}, "expected a causal language model in"),
+        ({"attention": "flash_attention_2"}, {}, "expected a causal language model in .*[Ff]lash"),
         ({}, {"rank": 2, "targets": ("nothing",)}, "expected modules of LlamaForCausalLM"),
         ({}, {"rank": 2, "targets": ("lm_head",), "layers": ()}, "expected a plain linear output head"),
     ],

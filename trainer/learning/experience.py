@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from eapo_kernels import Method, TokenBatch, diagnostics, observed_entropy, weight_tokens
 from eapo_kernels.objectives.controllers import Controller
 
-from ..config import Config
-from ..dataset import encode, fill
+from ..config import Config, DataConfig
+from ..dataset import Prompt, encode, fill
 from ..models.policy import Policy
 from ..records import ScoredRollouts, Tick
 from .batching import Completions
@@ -127,6 +127,14 @@ def final_answer(completions: Completions, marker: str, tokenizer: PreTrainedTok
     return torch.tensor(flags)
 
 
+def teacher_prompts(
+    config: DataConfig, prompts: Sequence[Prompt], answers: Sequence[object], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Token ids of the prompts in ``data.teacher_prompt``, with their reference answers."""
+    asked = [fill(config.teacher_prompt, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return encode(asked, tokenizer, config)
+
+
 def extra_statistics(
     config: Config, method: Method, policy: Policy, sampled: ScoredRollouts, completions: Completions, tick: Tick
 ) -> dict[str, Tensor]:
@@ -141,9 +149,8 @@ def extra_statistics(
     if "answer" in needs:
         extras["answer"] = final_answer(completions, config.data.answer_marker, policy.tokenizer)
     if "teacher_logp" in needs:
-        asked = zip(sampled.columns["prompt"], sampled.columns["answer"], strict=True)
-        prompts = [fill(config.data.teacher_prompt, prompt, answer) for prompt, answer in asked]
-        shown = replace(completions, prompt_ids=encode(prompts, policy.tokenizer, config.data))
+        taught = teacher_prompts(config.data, sampled.columns["prompt"], sampled.columns["answer"], policy.tokenizer)
+        shown = replace(completions, prompt_ids=taught)
         temperature, budget = config.rollout.temperature, config.optim.micro_batch_tokens
         extras["teacher_logp"] = measure(policy, shown, temperature=temperature, budget=budget, tick=tick).logp
     return {name: values.to(policy.device) for name, values in extras.items()}
