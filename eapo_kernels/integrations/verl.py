@@ -32,7 +32,7 @@ from ..objectives.surrogates import Clip, log_ratio, ppo_clip
 from ..ops.token_stats import token_stats
 from ..types import Options
 from . import require_version
-from .own_logits import causal_lm, logit_transform
+from .own_logits import LogitTransform, causal_lm, logit_transform
 from .weight import AdvantageWeight
 
 require_version("verl", ">=0.9,<0.10")
@@ -243,12 +243,16 @@ def _learning(patch: Any) -> Any:
             patch(model, use_fused_kernels, fused_kernels_backend)
             return
         kind = type(model)
-        before = getattr(kind.forward, _LEARNED, kind.forward)
-        model.forward = types.MethodType(before, model)  # a model of this class may have been patched already
-        try:
-            learned = logit_transform(causal_lm(model))
-        finally:
-            del model.forward
+        before = getattr(kind.forward, _LEARNED, kind.forward)  # a model of this class may have been patched already
+        early = before.__name__ in ("forward_with_torch_backend", "forward_with_triton_backend")
+        require(not early, "install_fused_op", "a call before verl patches the first model", "one after it")
+        learned = LogitTransform()  # verl's own forward of models with images applies the head alone
+        if before.__name__ != "forward_with_normal_backend":
+            model.forward = types.MethodType(before, model)
+            try:
+                learned = logit_transform(causal_lm(model))
+            finally:
+                del model.forward
         patch(model, use_fused_kernels, fused_kernels_backend)
         setattr(model, _LEARNED, learned)
         forward = kind.forward

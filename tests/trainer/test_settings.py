@@ -97,7 +97,7 @@ def test_wrong_flags_are_one_line(arguments: list[str], expected: str, got: str,
     ("text", "expected"),
     [
         ("stepps = 3", "stepps: expected at the top level one of"),
-        ("[optim]\nlearning_rate = 1.0", "optim.learning_rate: expected at optim one of lr, "),
+        ("[optim]\nlearning_rate = 1.0", "optim.learning_rate: expected at optim one of "),
         ("optim = 3", "optim: expected a table, got 3"),
         ("[steps]\na = 1", "steps: expected a valid integer, got {'a': 1}"),
         ('steps = "many"', "steps: expected a valid integer, got 'many'"),
