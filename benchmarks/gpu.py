@@ -517,6 +517,8 @@ def main(arguments: list[str] | None = None) -> int:
         limits |= {"tests": MORE["tests"], "speed": speed}
     if o.tune:
         limits["tune"] = MORE["tune"]
+    if o.rehearse:  # with interpreted kernels, on any processor
+        limits = {name: 5 * seconds for name, seconds in limits.items()}
     child = [sys.executable, "-m", "benchmarks.gpu", "--device", o.device, "--out", str(plan.out), "--rounds", str(o.rounds)]
     child += [flag for flag in ("--rehearse", "--peers", "--full") if getattr(o, flag[2:])]
     verdicts = run(plan, limits, child + (["--without", *o.without] if o.without else []))
