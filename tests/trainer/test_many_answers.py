@@ -12,6 +12,7 @@ import pytest
 from benchmarks.experiments.many_answers import __main__ as command
 from benchmarks.experiments.many_answers import page
 from benchmarks.experiments.many_answers.arms import ARMS, CONTROL, SEARCH_SEED, TESTED, TITLES, Job, Size
+from benchmarks.experiments.many_answers.runs import positive_weight
 from benchmarks.experiments.many_answers.task import FEWEST, USED, Question, all_questions, answers, example, right_answer
 from eapo_kernels import make_controller
 
@@ -62,10 +63,11 @@ def test_arms(arm: str) -> None:
     config = Job(arm, 3e-4, 7, 20, 0.6 if arm == CONTROL else None).config(Size(), Path("model"))
     method, controller = config.method(), make_controller(config.method())
     if controller is None:
-        assert method.positive_weight == {"nsr": 0.0, "w_reinforce": 0.1}[arm]
+        assert positive_weight(method, None) == {"nsr": 0.0, "w_reinforce": 0.1}[arm]
         return
     controller.update(2.0, 1.0)
-    weight = float(controller.update(1.0, 1.0))  # the entropy has halved
+    controller.update(1.0, 1.0)  # the entropy has halved
+    weight = positive_weight(method, controller)
     expected = {"eapo": 0.5, "constant": 0.6, "eapo_smoothed": 1.0}
     assert weight == pytest.approx(expected.get(arm, 1.0))
     assert method.config.clip_high == (0.28 if arm == "clip_higher" else 0.2)
@@ -139,3 +141,9 @@ def test_a_tiny_experiment_from_weights_to_page_and_again(tmp_path: Path, capsys
     assert command.main(arguments) == 0  # everything is there
     assert page.load(tmp_path / "out" / page.RESULTS) == rows
     assert "pass@1" not in capsys.readouterr().out
+
+
+def test_the_control_needs_the_tested_arm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["train", "--out", str(tmp_path), "--arms", "constant"])
+    assert "--arms: expected eapo beside constant" in capsys.readouterr().err

@@ -49,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("width", "layers", "supervised_steps"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None)
     options = parser.parse_args(arguments)
+    if CONTROL in options.arms and TESTED not in options.arms:
+        parser.error(f"--arms: expected {TESTED} beside {CONTROL}, which has its learning rate and mean weight")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command == "train":
         train(options)

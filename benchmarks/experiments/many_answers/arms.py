@@ -36,6 +36,7 @@ TITLES = {
 }
 TESTED, CONTROL = "eapo", "constant"
 """The pre-registered comparison. The control has the learning rate of the tested arm."""
+SAMPLES = 16
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 SEARCH_SEED, SEARCH_STEPS = 100, 100
 """Of the runs that choose a learning rate: the one with the highest pass@1 on held-out questions at their end."""
@@ -47,7 +48,7 @@ class Size:
 
     Attributes:
         steps, prompts, responses: of training; every step has new questions.
-        questions, samples: of an evaluation, on held-out questions.
+        questions: held-out ones of an evaluation, with ``SAMPLES`` answers each.
         every: steps between evaluations.
         minibatches: updates in a step; with one alone the ratio is 1 and clipping does nothing.
         model, dtype, device: as in the trainer's section model; the model is what is supervised first, an own
@@ -58,7 +59,6 @@ class Size:
     prompts: int = 16
     responses: int = 8
     questions: int = 200
-    samples: int = 16
     every: int = 40
     minibatches: int = 4
     model: str = ""

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.evaluation.diversity import bootstrap
 from trainer.evaluation.report import markdown_table
 
 from .arms import ARMS, CONTROL, SEARCH_SEED, TESTED, TITLES
@@ -30,6 +31,7 @@ MEASURED = {
 COLLAPSE = 0.5
 """A run has collapsed when its last pass@1 is below this share of its highest."""
 RESAMPLES = 10_000
+"""Of the bootstrap over seeds."""
 
 Row = dict[str, Any]
 Numbers = NDArray[np.float64]
@@ -95,15 +97,6 @@ def sign_flips(differences: Numbers) -> float:
     return float((np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12).mean())
 
 
-def interval(values: Numbers) -> str:
-    """Mean and percentile bootstrap interval over seeds."""
-    if len(values) < 2:
-        return f"{values.mean():+.3f}"
-    drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return f"{values.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
 def tables(rows: Sequence[Row]) -> str:
     """The generated part of the page."""
     arms, parts = main_runs(rows), []
@@ -112,7 +105,7 @@ def tables(rows: Sequence[Row]) -> str:
         each = ", ".join(f"{value:+.3f}" for value in found)
         parts.append(
             f"**The test.** pass@16 at equal pass@1, {TITLES[TESTED]} minus {TITLES[CONTROL]}, {len(found)} pairs: "
-            f"{interval(found)}, p = {sign_flips(found):.3f}. Each seed: {each}."
+            f"{bootstrap(found.tolist(), RESAMPLES)}, p = {sign_flips(found):.3f}. Each seed: {each}."
         )
     ends = []
     for arm, runs in arms.items():
@@ -130,7 +123,7 @@ def tables(rows: Sequence[Row]) -> str:
     if CONTROL in arms:
         equal = [
             [TITLES[arm], str(len(gaps(runs, arms[CONTROL], "pass@16"))),
-             *(interval(gaps(runs, arms[CONTROL], metric)) for metric in list(MEASURED)[1:])]
+             *(str(bootstrap(gaps(runs, arms[CONTROL], metric).tolist(), RESAMPLES)) for metric in list(MEASURED)[1:])]
             for arm, runs in arms.items()
             if arm != CONTROL and runs.keys() & arms[CONTROL].keys()
         ]  # fmt: skip

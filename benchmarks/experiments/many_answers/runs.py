@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from eapo_kernels import make_controller
+from eapo_kernels import Method, make_controller
+from eapo_kernels.objectives.controllers import Controller
 from trainer.errors import DivergenceError
 from trainer.learning.batching import select
 from trainer.learning.experience import weigh
 from trainer.learning.learner import Learner
 from trainer.learning.measure import NOTHING, measure, recorded
 from trainer.models.policy import Policy, load_policy
-from trainer.records import Rollouts, derive_seed
+from trainer.records import Rollouts, Sampling, derive_seed
 from trainer.rollouts.engines import RolloutEngine, make_engine
 
-from .arms import Job, Size
+from .arms import SAMPLES, Job, Size
 from .task import Answer, Question, all_questions, right_answer
 
 SAMPLE, UPDATE, WEIGHT, EVALUATE = 1, 2, 3, 4
@@ -49,7 +50,12 @@ def run(job: Job, size: Size, model: Path) -> dict[str, Any]:
     for step in range(job.steps + 1):
         engine.sync_weights(policy)
         if step % size.every == 0 or step == job.steps:
-            evaluations.append({"step": step, **evaluate(policy, engine, job, size, held_out)})
+            evaluations.append(
+                {
+                    "step": step,
+                    **evaluate(policy, engine, config.rollout.sampling(SAMPLES, derive_seed(job.seed, EVALUATE)), held_out),
+                }
+            )
         if step == job.steps:
             break
         # New questions in every step, until all have been asked once.
@@ -71,8 +77,7 @@ def run(job: Job, size: Size, model: Path) -> dict[str, Any]:
         except DivergenceError:
             diverged = step
             break
-        weight = float(controller.metrics()["eapo/positive_weight"]) if controller else float(method.positive_weight or 1.0)
-        steps.append((float(rewards.mean()), float(old.entropy.mean()), weight))
+        steps.append((float(rewards.mean()), float(old.entropy.mean()), positive_weight(method, controller)))
     engine.close()
     points = [np.mean(steps[i : i + AVERAGED], axis=0) for i in range(0, len(steps), AVERAGED)]
     curves = {name: [float(point[i]) for point in points] for i, name in enumerate(("reward", "entropy", "weight"))}
@@ -82,8 +87,15 @@ def run(job: Job, size: Size, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def positive_weight(method: Method, controller: Controller | None) -> float:
+    """The weight of the right answers in the present step."""
+    if controller is not None:
+        return float(controller.metrics()["eapo/positive_weight"])
+    return 1.0 if method.positive_weight is None else float(method.positive_weight)
+
+
 def sample(
-    policy: Policy, engine: RolloutEngine, asked: Sequence[Question], sampling: Any
+    policy: Policy, engine: RolloutEngine, asked: Sequence[Question], sampling: Sampling
 ) -> tuple[Rollouts, list[Answer | None]]:
     """Completions of the questions, and the right answer that each is, if it is one."""
     prompts = [policy.tokenizer.encode(str(question), add_special_tokens=False) for question in asked]
@@ -94,17 +106,15 @@ def sample(
     return rollouts, [None if cut else right_answer(question, text.replace(" ", "")) for question, text, cut in found]
 
 
-def evaluate(policy: Policy, engine: RolloutEngine, job: Job, size: Size, held_out: Sequence[Question]) -> dict[str, float]:
-    """Means over held-out questions, always with the same random numbers for a seed."""
-    config = job.config(size, Path())
-    sampling = config.rollout.sampling(size.samples, derive_seed(job.seed, EVALUATE))
+def evaluate(policy: Policy, engine: RolloutEngine, sampling: Sampling, held_out: Sequence[Question]) -> dict[str, float]:
+    """Means over held-out questions."""
     rollouts, right = sample(policy, engine, held_out, sampling)
-    each = [right[i : i + size.samples] for i in range(0, len(right), size.samples)]
+    each = [right[i : i + SAMPLES] for i in range(0, len(right), SAMPLES)]
     entropy = torch.cat(rollouts.entropy).mean() if rollouts.entropy else torch.tensor(torch.nan)
     correct = [sum(answer is not None for answer in answers) for answers in each]
     return {
-        "pass@1": float(np.mean([n / size.samples for n in correct])),
-        f"pass@{size.samples}": float(np.mean([n > 0 for n in correct])),
+        "pass@1": float(np.mean([n / SAMPLES for n in correct])),
+        f"pass@{SAMPLES}": float(np.mean([n > 0 for n in correct])),
         "distinct_right": float(np.mean([len({answer for answer in answers if answer}) for answers in each])),
         "entropy": float(entropy),
         "ended": 1 - float(np.mean(rollouts.truncated)),
