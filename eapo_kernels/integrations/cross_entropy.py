@@ -17,7 +17,7 @@ from ..ops import chunking, collective_checks, logit_sums
 from ..ops.lm_head import build_projection, resolve_compaction
 from ..ops.token_stats import token_stats
 from ..ops.vocab_shard import VocabShard
-from ..types import IGNORE_INDEX, Options, TokenBatch
+from ..types import DEFAULT_OPTIONS, IGNORE_INDEX, Options, TokenBatch
 
 REDUCTIONS = ("mean", "sum", "none")
 _METHOD = Method("cross_entropy", EAPOConfig(surrogate="reinforce", split="advantage"))
@@ -132,7 +132,7 @@ def cross_entropy(
     """
     try:
         shard = None if process_group is None else VocabShard.resolve(process_group, weight)
-        options = Options() if options is None else options
+        options = DEFAULT_OPTIONS if options is None else options
         require(isinstance(options, Options), "options", "Options or None", options)
         require_choice("reduction", reduction, REDUCTIONS)
         require_number("z_loss", z_loss, 0)
@@ -159,10 +159,10 @@ def cross_entropy(
         targets = torch.cat([targets[..., shift:], torch.full_like(targets[..., :shift], IGNORE_INDEX)], -1)
         keep = slice(0, positions - shift)
     valid = targets != IGNORE_INDEX
-    head: dict[str, Any] = {
+    call: dict[str, Any] = {
         "bias": bias, "inv_temperature": inv_temperature, "softcap": softcap, "logit_scale": logit_scale,
+        "process_group": shard, "backend": backend, "options": options,
     }  # fmt: skip
-    call: dict[str, Any] = {**head, "process_group": shard, "backend": backend, "options": options}
     extras = lse or predicted or z_loss or label_smoothing or token_scaling or class_weights is not None
     if reduction != "none" and not extras:
         return CrossEntropy(_one_pass(hidden, weight, targets, reduction, schedule, call), None, None, None, valid)

@@ -29,7 +29,7 @@ from ..objectives.controllers import EntropyRatio
 from ..ops import logit_sums
 from ..ops.lm_head import build_projection, resolve_compaction
 from ..ops.token_stats import token_stats
-from ..types import IGNORE_INDEX, Options, TokenStats
+from ..types import DEFAULT_OPTIONS, IGNORE_INDEX, Options, TokenStats
 from . import require_version
 from .head import head_statistics
 from .hf import Patched, install_head, next_token_targets, patch_class, run_backbone
@@ -217,7 +217,7 @@ class _Head:
         """mean_logits, the mean over the vocabulary of the logits z (docs/math.md E1), [b, L] fp32, and is_top1, whether
         the target has the largest, [b, L] bool; those of ``outputs``. valid: [b * L]."""
         shape, found = targets.shape, {}
-        options = resolve_compaction(self.options or Options(), targets, True)
+        options = resolve_compaction(self.options or DEFAULT_OPTIONS, targets, True)
         projection = build_projection(
             hidden, weight, head["bias"], self.inv_temperature, head["softcap"], head["logit_scale"], shape
         )
