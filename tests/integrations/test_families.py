@@ -13,6 +13,7 @@ from tiny_models import tiny_batch
 from eapo_kernels import EapoError
 from eapo_kernels.integrations.hf import next_token_targets, patch_causal_lm
 from eapo_kernels.integrations.own_logits import logit_transform
+from trainer.models.limits import positions
 
 transformers = pytest.importorskip("transformers")
 
@@ -118,6 +119,23 @@ def test_log_probs_are_those_of_the_models_own_logits(family: str) -> None:
         if "softcap" in name or "soft_cap" in name or "scal" in name or "multiplier" in name
     ]
     assert not acts or (head.softcap, head.logit_scale) != (None, None)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_TINY and "musicgen" not in name])
+@torch.no_grad()
+def test_learned_positions_are_those_that_the_model_takes(family: str) -> None:
+    model = _tiny(family)
+    held, _ = positions(model)
+
+    def fits(length: int) -> bool:
+        try:
+            model(input_ids=torch.full((1, length), 5), use_cache=False)
+        except (IndexError, RuntimeError, ValueError):
+            return False
+        return True
+
+    assert fits(held or SIZES["n_ctx"])
+    assert fits((held or SIZES["n_ctx"]) + 1) == (held is None)
 
 
 @pytest.mark.parametrize("family", [name for name in REFUSED if name in FAMILIES])
