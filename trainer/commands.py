@@ -52,7 +52,7 @@ def _eval(arguments: Sequence[str]) -> int:
     else:
         check("--config" not in rest, "--config", "nothing together with --run (its recipe is the run's)", "--config")
     config = parse_config(rest, recipe=options.run and options.run / "config.toml", prog=prog)
-    from .evaluation.eval_command import evaluate_model, of_run
+    from .evaluation.evaluate import evaluate_model, of_run
 
     if options.run is None:
         return 0 if evaluate_model(config) else 130

@@ -51,16 +51,15 @@ from .config.advice import advice, advice_on_rewards, advice_on_zero_gradients
 from .dataset import PromptSampler, PromptSet, fingerprint, load_prompts
 from .dry_run import check_parts, estimate
 from .errors import Interrupted, RewardError
-from .evaluation.cost import cost_metrics
 from .evaluation.evaluate import Evaluator
 from .evaluation.report import summary_table, write_report
 from .evaluation.step_metrics import (
-    best_and_worst,
     call_metrics,
     completion_metrics,
+    cost_metrics,
     engine_metrics,
     reward_metrics,
-    sample_record,
+    sample_records,
 )
 from .learning.batching import Completions, select
 from .learning.experience import extra_statistics, teacher_prompts, weigh
@@ -142,8 +141,6 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
     with console.phase(f"starting the engine {rollout.engine}"):
         engine = make_engine(config, policy)
     method, resample_rounds = config.method(), config.resample_rounds()
-    if method.config.advantage == "binary":
-        ranks.run_on_main(lambda: rewards.check_binary(method.name, train_set.rows[:4], policy.tokenizer))
     learner = Learner(
         policy, method, config.optim, temperature=rollout.temperature, steps=config.steps,
         gradient_tolerance=config.loss.gradient_tolerance,
@@ -260,8 +257,8 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
                 console.line(f"advice: {changed}")
             run.append("metrics", metrics)
             trackers.log(metrics, step)
-            for i in best_and_worst(sampled, config.samples_per_step):
-                run.append("samples", sample_record(step, i, sampled))
+            for record in sample_records(step, sampled, config.samples_per_step):
+                run.append("samples", record)
             progress.mark(step)
             completion_seconds = sum(seconds[phase] for phase in ("rollouts", "rewards", "old_logp")) / len(drawn)
             console.step(metrics, config.steps, evaluator.seconds_left(step, completion_seconds))
@@ -292,9 +289,8 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
             run.finish(step)
         console.line(f"model    {run.model}")
         try:
-            picture, page = write_report([run.path], run.path, resamples=config.eval.resamples)
-            table = summary_table(run.path, config.eval.resamples)
-            console.line(f"report   {page}\nfigure   {picture}\n\n{table}".rstrip())
+            picture, page = write_report([run.path], run.path)
+            console.line(f"report   {page}\nfigure   {picture}\n\n{summary_table(run.path)}".rstrip())
         except (OSError, ValueError, RuntimeError) as error:  # of the disk or matplotlib; the command report repeats it
             console.line(f"the report failed, the run did not: {type(error).__name__}: {error}")
 

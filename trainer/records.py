@@ -147,13 +147,13 @@ class Scores:
         parts: function name -> its B scores; None where it did not score the completion or failed
             on it.
         failures: one entry for each failed score.
-        measured: "<function>/<metric>" -> a measurement of the calls.
+        seconds: function name -> duration of its calls, of the slowest rank.
     """
 
     total: Tensor
     parts: dict[str, list[float | None]]
     failures: list[Failure]
-    measured: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def with_part(self, name: str, values: Tensor) -> Scores:
         """These scores with [B] ``values`` added, as the part ``name``."""

@@ -38,6 +38,14 @@ def has_a_low_number(completions: list[str], **_: Any) -> list[float]:
     return [float(any(word in {f"n{i}" for i in range(10)} for word in text.split())) for text in completions]
 
 
+def share_of_the_longest(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Compares the completions of a prompt, which must therefore come together."""
+    longest: dict[str, int] = {}
+    for prompt, text in zip(prompts, completions, strict=True):
+        longest[prompt] = max(len(text), longest.get(prompt, 1))
+    return [len(text) / longest[prompt] for prompt, text in zip(prompts, completions, strict=True)]
+
+
 def nan_for_number_1(completions: list[str], number: list[int], **_: Any) -> list[float]:
     """The last completion to prompt 1 has no valid score."""
     last = max((i for i, n in enumerate(number) if n == 1), default=None)

@@ -26,7 +26,7 @@ ROUNDED = {"rollout": {"engine": "vllm", "vllm": VllmConfig(dtype="bfloat16")}}
         (LATE, "kl_cov has no effect while the ratio is 1"),
         ({**LATE, "optim": {"epochs": 2}}, None),
         ({**LATE, "optim": {"minibatches": 2}}, None),
-        ({"loss": {"method": "spear"}}, "spear: only its loss is in this trainer, not a replay of good completions"),
+        ({"loss": {"method": "spear"}}, "spear: only its loss is in this trainer, not its way to sample completions"),
         (CUT, "rollout.record_support is False"),
         ({"rollout": {"top_p": 0.9, "top_k": 5}}, None),
         ({"rollout": {"record_support": False}}, None),

@@ -215,8 +215,8 @@ data.columns.prompt data.columns.answer data.answer_after data.prompt_template d
 data.teacher_prompt rollout.prompts rollout.responses rollout.max_new_tokens rollout.temperature rollout.top_p
 rollout.top_k rollout.min_p rollout.record_support rollout.resample_rounds rewards.functions rewards.weights
 rewards.on_failure rewards.overlong rewards.overlong_window rewards.embedding_model rewards.embedding_share
-rewards.judge.model rewards.judge.template rewards.judge.score_pattern rewards.judge.score_range
-rewards.judge.temperature rewards.judge.max_tokens rewards.reward_model.path rewards.reward_model.max_tokens
+rewards.judge.model rewards.judge.template
+rewards.judge.max_tokens rewards.reward_model.path rewards.reward_model.max_tokens
 rewards.reward_model.dtype loss.method loss.surrogate loss.advantage loss.reduction loss.clip_low loss.clip_high
 loss.entropy_coef loss.importance_cap loss.reference_ema loss.gradient_tolerance eapo.kappa eapo.scale eapo.low
 eapo.high eapo.ema eapo.anchor_steps optim.optimizer optim.betas optim.weight_decay optim.max_grad_norm
@@ -228,10 +228,10 @@ name out overwrite resume steps samples_per_step diagnose_every model.attention 
 model.gradient_checkpointing model.cache data.eval data.eval_limit data.max_prompt_tokens rollout.engine rollout.batch
 rollout.vllm.dtype rollout.vllm.gpu_memory_utilization rollout.vllm.kv_cache_gib rollout.vllm.max_num_seqs
 rollout.vllm.tensor_parallel_size rollout.vllm.max_model_len rollout.vllm.enforce_eager rollout.vllm.sleep_level
-rewards.concurrency rewards.timeout rewards.judge.url rewards.judge.api_key_env rewards.judge.concurrency
-rewards.judge.timeout rewards.judge.retries rewards.reward_model.batch rewards.reward_model.device optim.lr
+rewards.concurrency rewards.timeout rewards.judge.url rewards.judge.api_key_env
+rewards.judge.retries rewards.reward_model.batch optim.lr
 optim.schedule optim.warmup_steps optim.old_logp optim.micro_batch_tokens eval.responses eval.greedy
-eval.train_prompts eval.first eval.every eval.resamples log.heartbeat log.tensorboard log.wandb log.wandb_project
+eval.train_prompts eval.first eval.every log.heartbeat log.tensorboard log.wandb log.wandb_project
 checkpoint.every checkpoint.keep
 """
 """Those that move time, memory, what is seen of a run or its learning rate."""

@@ -7,7 +7,7 @@ import torch
 from tiny import make_model, make_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.evaluation import cost
+from trainer.evaluation import step_metrics as cost
 from trainer.models.policy import Policy
 from trainer.records import Rollouts, ScoredRollouts, Scores
 

@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "aepo": {"loss": {"method": "aepo"}},
     "dapo": {"loss": {"method": "dapo"}, "rewards": {"functions": ("reward_functions:has_a_low_number",)}},
-    "majority": {"rewards": {"functions": ("majority",)}, "loss": {"method": "grpo"}},
+    "compared": {"rewards": {"functions": ("reward_functions:share_of_the_longest",)}, "loss": {"method": "grpo"}},
     "bfloat16": {"steps": 3, "model": {"dtype": "bfloat16"}, "lora": {"rank": 2}, "optim": {"lr": 1e-3}},
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ def base_config(directory: Path, **sizes: Any) -> Config:
         out=str(directory / "runs"), steps=2, diagnose_every=2, model=ModelConfig(path=str(directory / "tiny"), device="cpu"),
         data=DataConfig(train=data, eval=data, eval_limit=3), rollout=RolloutConfig(prompts=3, responses=4, max_new_tokens=6),
         rewards=RewardsConfig(functions=("reward_functions:low_numbers",)), optim=OptimConfig(lr=1e-2),
-        eapo=PAPER, eval=EvalConfig(responses=3, resamples=50),
+        eapo=PAPER, eval=EvalConfig(responses=3),
     )  # fmt: skip
 
 

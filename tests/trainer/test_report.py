@@ -15,10 +15,10 @@ from trainer.config import Config
 from trainer.config.settings import to_toml
 from trainer.errors import DataError
 from trainer.evaluation.diversity import bootstrap
-from trainer.evaluation.evaluate import Evaluation, difference
-from trainer.evaluation.report import markdown_table, summary_table, write_report
+from trainer.evaluation.evaluate import Evaluation, difference, markdown_table
+from trainer.evaluation.report import summary_table, write_report
 
-NAMES = ("reward", "reward_best", "distinct_1", "distinct_2", "self_bleu", "entropy", "length", "truncated")
+NAMES = ("reward", "reward_best", "distinct_1", "distinct_2", "entropy", "length", "truncated")
 
 
 def evaluation(step: int, shift: float) -> Evaluation:
@@ -44,14 +44,14 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_change_is_paired_by_prompt() -> None:
-    change = difference(evaluation(0, 0.0), evaluation(9, 0.5), "reward", resamples=200)
+    change = difference(evaluation(0, 0.0), evaluation(9, 0.5), "reward")
     assert (change.mean, change.low, change.high) == (0.5, 0.5, 0.5)
     assert bootstrap([1.5, 3.5], 200).low < 2.5 < bootstrap([1.5, 3.5], 200).high
 
 
 def test_summary_has_before_after_and_change(run: Path) -> None:
-    table = summary_table(run, resamples=100)
-    assert "one: 3 held-out prompts, 4 completions each" in table
+    table = summary_table(run)
+    assert "3 held-out prompts, 4 completions each, mean [95 % interval] | step 0 " in table
     cells = [cell.strip() for cell in next(line for line in table.splitlines() if "| reward  " in line).split("|")]
     assert cells[1] == "reward"
     assert cells[2].startswith("2.000 [")
@@ -69,7 +69,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 def test_report_draws_runs_with_gaps_and_refuses_runs_without_steps(run: Path, tmp_path: Path, figures: list[Figure]) -> None:
     other = shutil.copytree(run, tmp_path / "elsewhere" / run.name)
-    picture, page = write_report([run, other], tmp_path / "out", resamples=50)
+    picture, page = write_report([run, other], tmp_path / "out")
     assert picture.stat().st_size > 10_000
     assert f"## {run}" in page.read_text(), "runs of one name are told apart by their paths"
     reward, *hidden = figures[0].axes
@@ -82,7 +82,7 @@ def test_report_draws_runs_with_gaps_and_refuses_runs_without_steps(run: Path, t
 
 def test_curves_are_smooth_over_the_raw_values_with_evaluations_and_whole_steps(run: Path, figures: list[Figure]) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1, "reward/mean": i % 2}) + "\n" for i in range(40)))
-    write_report([run], run, resamples=50)
+    write_report([run], run)
     reward = figures[0].axes[0]
     raw, smooth = (line.get_ydata().tolist() for line in reward.lines[:2])
     assert raw == [i % 2 for i in range(40)]
@@ -101,7 +101,7 @@ def test_completions_of_some_steps_and_of_the_evaluations_are_shown(run: Path) -
         for step, reward in ((0, None), (10, 0.5), (25, 1.0))
     ]
     file.write_text(file.read_text() + "".join(json.dumps(row) + "\n" for row in evaluated))
-    _, page = write_report([run], run, resamples=50)
+    _, page = write_report([run], run)
     best_and_worst, before_and_after = (
         page.read_text().split("Best and worst completion of a step:")[1].split("Held-out prompts")
     )

@@ -92,5 +92,3 @@ def test_what_is_no_reward_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"rewards\.reward_model: expected a sequence classifier"):
         load(tmp_path / "empty")
-    with pytest.raises(ModelError, match=r"rewards\.reward_model\.device: expected"):
-        load(tmp_path / "two", device="tpu9x")

@@ -220,7 +220,6 @@ def test_a_run(run: Callable[..., Config], lora: int) -> None:
     assert len(rows) == 4
     for row in rows:
         assert row["rollout/logp_gap_max"] < EXACT, "stale weights after the first step would be off by more"
-        assert row["rollout/importance_mean"] == pytest.approx(1, abs=1e-5)
         assert row["rollout/importance_ess"] == pytest.approx(1, abs=1e-5)
         assert math.isfinite(row["loss"])
     assert rows[0]["reward/mean"] != rows[-1]["reward/mean"]

@@ -68,7 +68,7 @@ def tiny_config(model: Path, prompts: Path, out: Path) -> Config:
         rewards=RewardsConfig(functions=("reward_functions:low_numbers",)),
         eapo=PAPER,
         optim=OptimConfig(lr=1e-2),
-        eval=EvalConfig(responses=3, resamples=50),
+        eval=EvalConfig(responses=3),
     )
 
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .tree import Config
+from . import Config
 
-NOT_HERE = {
-    "aepo": "correct completions sampled at another temperature", "aepo_agentic": "branches of completions",
-    "cure": "completions cut and continued", "spear": "a replay of good completions", "t1": "oversampling",
-}  # fmt: skip
-"""Method -> the part of it that concerns the rollouts and is not in this trainer."""
+LOSS_ALONE = ("aepo", "aepo_agentic", "cure", "spear", "t1")
+"""Methods with rollouts of their own, which are not in this trainer."""
 
 
 def advice(config: Config) -> list[str]:
     """Warnings to print before the first step."""
     rollout, optim, method = config.rollout, config.optim, config.method()
     found = []
-    if method.name in NOT_HERE:
-        found.append(f"{method.name}: only its loss is in this trainer, not {NOT_HERE[method.name]} (docs/methods.md)")
+    if method.name in LOSS_ALONE:
+        found.append(f"{method.name}: only its loss is in this trainer, not its way to sample completions (docs/methods.md)")
     if method.name == "kl_cov" and optim.minibatches == optim.epochs == 1:
         found.append(
             "kl_cov has no effect while the ratio is 1, in the first update: set optim.minibatches or optim.epochs > 1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from difflib import get_close_matches
 from typing import Annotated, Any, Self, get_origin
@@ -14,6 +15,7 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -29,6 +31,8 @@ class Section(BaseModel):
         kind = cls.model_fields[str(info.field_name)].annotation
         if get_origin(kind) is tuple and isinstance(value, str):
             return value.split()
+        if get_origin(kind) is dict and isinstance(value, dict):
+            return {key: literal(text) for key, text in value.items()}
         if isinstance(value, bool) and kind is not bool:
             raise PydanticCustomError("bool", "Input should be a number or text")
         return value
@@ -37,6 +41,16 @@ class Section(BaseModel):
         """A checked copy with these fields; a dict changes fields of a section."""
         changes = {k: getattr(self, k).replace(**v) if isinstance(v, dict) else v for k, v in changes.items()}
         return self.model_validate({**dict(self), **changes})
+
+
+def literal(value: Any) -> Any:
+    """The value of a flag's text for a setting without a type: a number, a truth value, None, else
+    the text.
+    """
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(value, value)) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return value
 
 
 def problem(error: ValidationError, model: type[BaseModel]) -> str:
@@ -54,6 +68,7 @@ def problem(error: ValidationError, model: type[BaseModel]) -> str:
     else:
         expected = re.sub(r"^\w+ should (be|have) (?=greater|less)", "a number ", first["msg"])
         expected = re.sub(r"^\w+ should (be|have) |,? (unable|after|got) .*$", "", expected)
+        expected = expected.replace("String should match pattern", "text that matches")
     return f"{'.'.join(names)}: expected {expected}, got {first['input']!r}"
 
 

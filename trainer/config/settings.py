@@ -9,15 +9,14 @@ import tomllib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ..errors import ConfigError
-from .loss import LossConfig
+from . import Config, LossConfig
 from .section import problem
-from .tree import Config
 
 
 def parse_config(arguments: Sequence[str], *, recipe: Path | None = None, prog: str = "python -m trainer train") -> Config:
@@ -103,50 +102,43 @@ def to_toml(config: Config) -> str:
 
 def _help(prog: str) -> str:
     usage = f"usage: {prog} [--config RECIPE.toml] [--section.key value ...]\n\nFlags win over the recipe."
-    return "\n".join([usage, *_describe(Config, "")])
+    schema = Config.model_json_schema()
+    return "\n".join([usage, *_describe(schema, "", schema["$defs"])])
 
 
-def _describe(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    """Lines of help on a section's settings, then on those of its sections."""
+def _describe(section: dict[str, Any], prefix: str, sections: dict[str, Any]) -> Iterator[str]:
+    """Lines of help on a section's settings, then on those of its sections. section: its JSON
+    schema.
+    """
     width = min(shutil.get_terminal_size().columns, 120)
 
-    def wrapped(text: str | None, indent: str) -> str:
-        return textwrap.fill(" ".join((text or "").split()), width, initial_indent=indent, subsequent_indent=indent)
+    def wrapped(text: str, indent: str) -> str:
+        return textwrap.fill(" ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent)
 
-    yield "\n" + wrapped(f"{prefix.rstrip('.') or 'run'}: {section.__doc__}", "")
-    inner = {name: field for name, field in section.model_fields.items() if _is_section(field.annotation)}
-    for name, field in section.model_fields.items():
+    yield "\n" + wrapped(f"{prefix.rstrip('.') or 'run'}: {section['description']}", "")
+    inner = {name: field for name, field in section["properties"].items() if "$ref" in field}
+    for name, field in section["properties"].items():
         if name not in inner:
-            yield f"  --{prefix}{name}  {_kind(field.annotation, field.metadata)}  (default: {_shown(field.default)})"
-            yield wrapped(field.description, "      ")
+            yield f"  --{prefix}{name}  {_kind(field)}  (default: {_shown(field['default'])})"
+            yield wrapped(field["description"], "      ")
     for name, field in inner.items():
-        yield from _describe(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+        yield from _describe(sections[field["$ref"].rpartition("/")[2]], f"{prefix}{name}.", sections)
 
 
 def _shown(default: Any) -> str:
-    text = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    text = " ".join(map(str, default)) if isinstance(default, list) else str(default)
     return repr(text) if text == "" or "\n" in text else text
 
 
-SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+SIGNS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 
-def _kind(annotation: Any, bounds: Sequence[Any] = ()) -> str:
-    """A type and its bounds as text: ``float > 0``."""
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _kind(parts[0], [bound for field in parts[1:] for bound in field.metadata])
-    if origin is Literal:
-        text = " | ".join(map(str, parts))
-    elif origin is dict:
-        text = "table"
-    elif origin is tuple:
-        text = " ".join(_kind(part) if part is not ... else "..." for part in parts)
-    else:
-        text = " | ".join("None" if part is type(None) else _kind(part) for part in parts) or annotation.__name__
-    limits = [f"{sign} {getattr(bound, name):g}" for bound in bounds for name, sign in SIGNS.items() if hasattr(bound, name)]
-    return " ".join([text, ", ".join(limits)]).strip()
+def _kind(field: dict[str, Any]) -> str:
+    """A type and its bounds as text: ``number > 0``."""
+    if "anyOf" in field:
+        return " | ".join(map(_kind, field["anyOf"]))
+    if "enum" in field:
+        return " | ".join(field["enum"])
+    limits = [f"{sign} {field[name]:g}" for name, sign in SIGNS.items() if name in field]
+    name = "None" if field["type"] == "null" else field["type"]
+    return f"{name} {', '.join(limits)}".strip()

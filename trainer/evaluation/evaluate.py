@@ -1,5 +1,5 @@
 """Evaluation on fixed prompts with a fixed seed: quality, diversity and entropy, one value a
-prompt.
+prompt. In a run, and as the command ``python -m trainer eval``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,22 +18,25 @@ from eapo_kernels import EapoError
 
 from .. import ranks
 from ..config import Config
-from ..dataset import PromptSet
-from ..errors import TrainerError
+from ..dataset import PromptSet, load_prompts
+from ..errors import ConfigError, Interrupted, TrainerError, check
 from ..learning.batching import select
 from ..learning.measure import measure
-from ..models.policy import Policy
-from ..records import Tick, derive_seed
+from ..models.limits import check_prompts
+from ..models.policy import Policy, load_policy
+from ..records import derive_seed
 from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
-from ..rollouts.engines import RolloutEngine
+from ..rollouts.engines import RolloutEngine, make_engine
+from ..runs.checkpoint import checkpoints, read_weights, step_of, verify
 from ..runs.console import Console
+from ..runs.interrupt import StopRequest
 from ..runs.rundir import RunDirectory
-from .diversity import Estimate, bootstrap, dispersion, distinct, ngrams, pass_at_k, self_bleu
+from .diversity import Estimate, bootstrap, dispersion, distinct, pass_at_k
 
 EVALUATION_SEED = 1_000_003
 """Larger than any step number, so that no evaluation shares random numbers with a step."""
-HEADLINE = ("entropy", "distinct_2", "self_bleu", "dispersion", "truncated")
+HEADLINE = ("entropy", "distinct_2", "dispersion", "truncated")
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,18 @@ class Evaluation:
     responses: int
     greedy: bool = False
 
-    def estimates(self, resamples: int) -> dict[str, Estimate]:
+    def estimates(self) -> dict[str, Estimate]:
         """Mean over prompts with a bootstrap interval, for every metric."""
-        return {name: bootstrap(known(column), resamples) for name, column in self.values.items()}
+        return {name: bootstrap(known(column)) for name, column in self.values.items()}
 
     def metrics(self) -> dict[str, float]:
         """Mean over prompts of every metric that any prompt has, under the names of trackers."""
-        columns = {name: [value for value in known(column) if not math.isnan(value)] for name, column in self.values.items()}
-        return {f"evaluation/{self.dataset}/{name}": sum(found) / len(found) for name, found in columns.items() if found}
+        found = {f"evaluation/{self.dataset}/{name}": estimate.mean for name, estimate in self.estimates().items()}
+        return {name: mean for name, mean in found.items() if not math.isnan(mean)}
 
-    def headline(self, resamples: int) -> str:
+    def headline(self) -> str:
         """Reward, entropy and diversity in one line."""
-        found = self.estimates(resamples)
+        found = self.estimates()
         passed = [name for name in found if name.startswith("pass@")][-1:]
         others = "  ".join(f"{name} {found[name].mean:.3f}" for name in (*passed, *HEADLINE) if name in found)
         return f"reward {found['reward']}  {others}"
@@ -79,10 +83,29 @@ def known(column: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in column]
 
 
-def difference(before: Evaluation, after: Evaluation, metric: str, resamples: int) -> Estimate:
+def difference(before: Evaluation, after: Evaluation, metric: str) -> Estimate:
     """After minus before, paired by prompt."""
     pairs = zip(known(before.values[metric]), known(after.values[metric]), strict=True)
-    return bootstrap([b - a for a, b in pairs], resamples)
+    return bootstrap([b - a for a, b in pairs])
+
+
+def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
+    """The first and the last of evaluations on the same prompts and the change, or a single one."""
+    before, after = evaluations[0], evaluations[-1]
+    first, last = before.estimates(), after.estimates()
+    if before is after:
+        return markdown_table([str(after), "mean [95 % interval]"], [[name, str(found)] for name, found in last.items()])
+    header = [f"{after}, mean [95 % interval]", f"step {before.step}", f"step {after.step}", "change"]
+    both = [name for name in first if name in last]  # pass@k is measured only where all rewards are 0 or 1
+    rows = [[name, str(first[name]), str(last[name]), str(difference(before, after, name))] for name in both]
+    return markdown_table(header, rows)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    return "\n".join(f"| {line} |" for line in [lines[0], " | ".join("-" * width for width in widths), *lines[1:]])
 
 
 class Evaluator:
@@ -93,15 +116,9 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        config: Config,
-        policy: Policy,
-        engine: RolloutEngine,
-        rewards: Rewards,
-        sets: Mapping[str, PromptSet | None],
-        run: RunDirectory,
-        console: Console,
-    ) -> None:
+        self, config: Config, policy: Policy, engine: RolloutEngine, rewards: Rewards,
+        sets: Mapping[str, PromptSet | None], run: RunDirectory, console: Console,
+    ) -> None:  # fmt: skip
         self.config, self.policy, self.engine, self.rewards = config, policy, engine, rewards
         self.sets = {name: prompts for name, prompts in sets.items() if prompts}
         self.run, self.console = run, console
@@ -141,7 +158,7 @@ class Evaluator:
                 continue
             found.append(result)
             self.record(result, samples[:: result.responses])
-            self.console.line(f"after step {step}, {name} prompts: {result.headline(self.config.eval.resamples)}")
+            self.console.line(f"after step {step}, {name} prompts: {result.headline()}")
         self.seconds = time.monotonic() - began
         return found
 
@@ -157,8 +174,7 @@ class Evaluator:
 
         A failed reward is reported and left out of the mean of its prompt. Where all rewards are 0
         or 1, pass@k is measured too; with the reward similarity, also the dispersion of its
-        sentence embeddings. Ranks share the generation, the rewards, the forward passes and the
-        texts.
+        sentence embeddings. Ranks share the generation, the rewards and the forward passes.
 
         Raises:
             TrainerError: on all ranks; a failed reward only with ``rewards.on_failure`` "stop".
@@ -168,13 +184,14 @@ class Evaluator:
 
     def _evaluate(self, dataset: str, step: int) -> tuple[Evaluation, list[dict[str, Any]]]:
         config, policy, console, prompts = self.config, self.policy, self.console, self.sets[dataset]
-        sampling, k, indices = self.sampling, self.sampling.responses, range(len(prompts))
+        sampling, k = self.sampling, self.sampling.responses
         title = f"evaluation on {dataset} prompts"
         with console.phase(f"{title}: completions", alone=True) as tick:
             rollouts = self.engine.generate(prompts.ids, sampling, tick)
-        texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
+        columns = prompts.columns(range(len(prompts)), k)
+        texts = policy.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
         with console.phase(f"{title}: rewards", alone=True) as tick:
-            scores = self.rewards.score(prompts.columns(indices, k), texts, rollouts.completion_ids, tick)
+            scores = self.rewards.score(columns, texts, rollouts.completion_ids, tick)
         for line in scores.failure_lines():
             console.line(line)
         entropies = rollouts.entropy
@@ -183,47 +200,102 @@ class Evaluator:
                 completions, budget = select(rollouts, range(len(texts))), config.optim.micro_batch_tokens
                 found = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick)
                 entropies = list(found.entropy.cpu().split(list(map(len, rollouts.completion_ids))))
-        groups = [slice(q * k, (q + 1) * k) for q in indices]
         verified = bool(((scores.total == 0) | (scores.total == 1) | scores.total.isnan()).all())
-        with console.phase(f"{title}: diversity", alone=True) as tick:
-            diversity = self._diversity([texts[own] for own in groups], tick) if k > 1 else [{} for _ in groups]
         values: dict[str, list[float | None]] = {}
-        for own, varied in zip(groups, diversity, strict=True):
-            valid = [total for total in scores.total[own].tolist() if not math.isnan(total)]
-            row = {
-                "reward": sum(valid) / len(valid) if valid else math.nan,
-                **({"reward_best": max(valid, default=math.nan)} if k > 1 else {}),
-                **varied,
-                "entropy": torch.cat(entropies[own]).mean().item(),
-                "length": sum(map(len, rollouts.completion_ids[own])) / k,
-                "truncated": sum(rollouts.truncated[own]) / k,
-                **({f"pass@{2**i}": pass_at_k(valid, 2**i) for i in range(k.bit_length())} if verified else {}),
-            }
-            for name, value in row.items():
-                values.setdefault(name, []).append(value)
-        asked = (row["prompt"] for row in prompts.rows for _ in range(k))
+        with console.phase(f"{title}: diversity") as tick:
+            for start in range(0, len(texts), k):
+                tick(start, len(texts))
+                own = slice(start, start + k)
+                valid = [total for total in scores.total[own].tolist() if not math.isnan(total)]
+                row = {
+                    "reward": sum(valid) / len(valid) if valid else math.nan,
+                    "entropy": torch.cat(entropies[own]).mean().item(),
+                    "length": sum(map(len, rollouts.completion_ids[own])) / k,
+                    "truncated": sum(rollouts.truncated[own]) / k,
+                }
+                if k > 1:
+                    row["reward_best"] = max(valid, default=math.nan)
+                    row |= {f"distinct_{n}": distinct(texts[own], n) for n in (1, 2)}
+                if k > 1 and self.embedding:
+                    row["dispersion"] = dispersion(self.embedding(texts[own]))
+                if verified:
+                    row |= {f"pass@{2**i}": pass_at_k(valid, 2**i) for i in range(k.bit_length())}
+                for name, value in row.items():
+                    values.setdefault(name, []).append(value)
         samples = [
             {"step": step, "dataset": dataset, "prompt": prompt, "completion": text, "reward": reward}
-            for prompt, text, reward in zip(asked, texts, scores.total.tolist(), strict=True)
+            for prompt, text, reward in zip(columns["prompt"], texts, scores.total.tolist(), strict=True)
         ]
         return Evaluation(dataset, step, values, k, config.eval.greedy), samples
 
-    def _diversity(self, groups: Sequence[Sequence[str]], tick: Tick) -> list[dict[str, float]]:
-        """Measures of the completions of each prompt; each rank computes those of some prompts, as
-        with rewards.
-        """
-        own = range(ranks.rank(), len(groups), ranks.size())
 
-        def measured() -> list[dict[str, float]]:
-            rows = []
-            texts = [text for q in own for text in groups[q]]
-            vectors = self.embedding(texts).split(len(groups[0])) if self.embedding and texts else ()
-            for number, q in enumerate(own):
-                tick(number, len(own))
-                grams = ngrams(groups[q], 4)
-                row = {"distinct_1": distinct(grams[0]), "distinct_2": distinct(grams[1]), "self_bleu": self_bleu(grams)}
-                rows.append(row | ({"dispersion": dispersion(vectors[number])} if vectors else {}))
-            return rows
+def of_run(config: Config, run: Path, checkpoint: str | None) -> tuple[Config, Path | None]:
+    """Configuration and checkpoint for the evaluation of a run: its exported model, or
+    ``checkpoint`` ("latest" or a name). Its results go to ``<run>-eval`` beside the run.
 
-        shares = ranks.all_gather(measured)
-        return [shares[q % ranks.size()][q // ranks.size()] for q in range(len(groups))]
+    Args:
+        config: the run's, possibly with other prompts or another number of completions.
+
+    Raises:
+        ConfigError: the run has no such model or checkpoint.
+    """
+    run = run.resolve()
+    there = RunDirectory(config.replace(out=str(run.parent), name=run.name))
+    config = config.replace(out=str(run.parent), name=f"{run.name}-eval", overwrite=True, resume="")
+    if checkpoint is None:
+        if not there.model.is_dir():
+            raise ConfigError(f"--run: expected a run with a saved model (or --checkpoint latest), got none in {run}")
+        return config.replace(model={"path": str(there.model)}), None
+    found = {path.name: path for path in checkpoints(there.checkpoints)}
+    if found:
+        found["latest"] = list(found.values())[-1]
+    check(checkpoint in found, "--checkpoint", f"one of {there.checkpoints} ({', '.join(found) or 'none'})", checkpoint)
+    return config.replace(name=f"{config.name}-{found[checkpoint].name}"), found[checkpoint]
+
+
+def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
+    """Evaluate ``config.model`` without training, print a table for each set of prompts and write
+    the values to a run directory of their own. Returns False when interrupted.
+
+    Args:
+        checkpoint: of a run with this configuration; its weights are loaded into the model first.
+            Without one no new adapters are added, because they would not change the model.
+
+    Raises:
+        TrainerError: bad configuration, data, model, rewards or checkpoint.
+    """
+    if checkpoint:
+        verify(checkpoint)
+    else:
+        config = config.replace(lora={"rank": 0})
+    data, train_prompts = config.data, config.eval.train_prompts
+    check(bool(data.eval or train_prompts), "data.eval", "prompts, or eval.train_prompts of at least 1", data.eval)
+    try:
+        with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop, config.log.heartbeat) as console:
+            found = {"held-out": load_prompts(data, "eval")} if data.eval else {}
+            if train_prompts:
+                found["train"] = load_prompts(data, "train", train_prompts)
+            run = RunDirectory(config)
+            ranks.run_on_main(lambda: run.check_free(replace=config.overwrite))
+            if (run.path / "metrics.jsonl").exists():
+                raise ConfigError(f"name: expected another directory than that of a training run, got {run.path}")
+            with console.phase(f"loading {config.model.path}"):
+                policy = load_policy(config.model, config.lora, seed=0)
+                if checkpoint:
+                    read_weights(checkpoint, policy)
+                rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
+                engine = make_engine(config, policy)
+            sets = {name: prompts.encoded(policy.tokenizer, data, console.line) for name, prompts in found.items()}
+            for prompts in sets.values():
+                check_prompts(policy.language_model, policy.tokenizer, prompts, config.rollout.max_new_tokens, console.line)
+            ranks.run_on_main(run.start)
+            evaluator = Evaluator(config, policy, engine, rewards, sets, run, console)
+            for name in sets:
+                result, samples = evaluator.evaluate(name, step_of(checkpoint))
+                evaluator.record(result, samples)
+                console.line(f"\n{evaluation_table([result])}")
+            engine.close()
+            console.line(f"\nvalues  {run.path / 'evaluations.jsonl'}")
+    except Interrupted:
+        return False
+    return True

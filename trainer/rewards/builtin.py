@@ -1,20 +1,13 @@
-"""Built-in rewards: similarity to a reference answer, and agreement between completions without
-one.
-"""
+"""Built-in rewards that compare the texts with the reference answers alone."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from eapo_kernels import majority_rewards, semantic_rewards
-
 from ..models.embedding import SentenceEmbedding
-from . import Completion, Failed, RewardFunction, reference_of, text_of
+from . import Completion, Failed, reference_of, text_of
 
 
 class Similarity:
@@ -58,34 +51,3 @@ def _compared(
     """``score(reference, text)`` of each completion; a failure where there is no reference."""
     pairs = [(reference_of(own), text_of(completion)) for own, completion in zip(answer, completions, strict=True)]
     return [reference if isinstance(reference, Failed) else score(reference, text) for reference, text in pairs]
-
-
-def agreement(prompts: Sequence[Any], completions: Sequence[Completion], **_: object) -> list[float]:
-    """Share of the prompt's completions with the same text, up to case and space; needs no
-    reference answer (EMPO).
-    """
-    return semantic_rewards(*_clusters(prompts, completions)).tolist()
-
-
-def majority(prompts: Sequence[Any], completions: Sequence[Completion], **_: object) -> list[float]:
-    """1 for the completions in the largest set of equal texts of the prompt, else 0; needs no
-    reference answer (SPINE).
-    """
-    return majority_rewards(*_clusters(prompts, completions)).tolist()
-
-
-def _clusters(prompts: Sequence[Any], completions: Sequence[Completion]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B] int64 each: a number for equal completions (-1: empty) and for equal prompts."""
-    texts = [" ".join(text_of(completion).casefold().split()) for completion in completions]
-    keys = [json.dumps(prompt) for prompt in prompts]
-    cluster = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    group = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    clusters = torch.tensor([cluster[text] if text else -1 for text in texts])
-    return clusters, torch.tensor([group[key] for key in keys])
-
-
-BUILT_IN: dict[str, RewardFunction] = {
-    "rouge": rouge, "exact_match": exact_match, "agreement": agreement, "majority": majority,
-}  # fmt: skip
-"""Functions that need nothing but the texts. ``similarity`` is built in too, with the configured
-embedding."""

@@ -1,13 +1,9 @@
 """How reward functions are called: ordinary functions one after the other, then all async functions
 concurrently.
 
-An ordinary function receives all completions in one call. When it raises, it is called again for
-each completion alone, to find those it fails on. An async function is called once for all
-completions of one prompt (neighbours with equal prompts), so that it may compare them, with at most
-``concurrency`` concurrent calls and ``timeout`` seconds for each. A call that raises or times out
-is a failure of all its completions: their group is left out of the step, as it would be with a
-single failure. An async function with a true attribute ``limits_itself`` is called once with
-everything.
+An ordinary function receives all completions in one call, and when it raises each of them alone, to
+find those it fails on. An async function receives the completions of one prompt (neighbours with
+equal prompts) in each call, and a call that raises or times out is a failure of them all.
 """
 
 from __future__ import annotations
@@ -58,53 +54,48 @@ def _is_async(function: RewardFunction) -> bool:
 def _ordinary(name: str, function: RewardFunction, arguments: Arguments) -> Called:
     begun, count = time.monotonic(), len(arguments["completions"])
 
-    def on(chosen: Sequence[int]) -> list[Score]:
-        return _checked(name, function(**rows(arguments, chosen)), len(chosen))
+    def alone(i: int) -> Score:
+        try:
+            values = function(**rows(arguments, [i]))
+        except Exception as error:  # users' code may raise anything
+            return Failed(f"{type(error).__name__}: {error}")
+        return _checked(name, values, 1)[0]
 
     try:
-        return on(range(count)), time.monotonic() - begun
-    except RewardError:
-        raise
-    except Exception as first:  # users' code may raise anything; retried below for each completion
-        scores: list[Score] = []
-        for i in range(count):
-            try:
-                scores += on([i])
-            except RewardError:
-                raise
-            except Exception as error:
-                scores.append(Failed(f"{type(error).__name__}: {error}"))
+        values = function(**arguments)
+    except Exception as error:
+        scores = [alone(i) for i in range(count)]
         if not any(isinstance(score, Failed) for score in scores):
             raise RewardError(
-                f"reward {name}: expected the same result for one completion as for many, got {type(first).__name__}: {first} "
+                f"reward {name}: expected the same result for one completion as for many, got {type(error).__name__}: {error} "
                 f"on {count} completions together and none on each alone"
-            ) from first
-        return scores, time.monotonic() - begun
+            ) from error
+    else:
+        scores = _checked(name, values, count)
+    return scores, time.monotonic() - begun
 
 
 async def _side_by_side(
     functions: Mapping[str, RewardFunction], arguments: Arguments, concurrency: int, timeout: float, tick: Tick
 ) -> dict[str, Called]:
     prompts = arguments["prompts"]
-    everything = list(range(len(prompts)))
-    by_prompt = [list(group) for _, group in groupby(everything, key=lambda i: prompts[i])]
+    by_prompt = [list(group) for _, group in groupby(range(len(prompts)), key=prompts.__getitem__)]
 
     async def called(name: str, function: Any) -> Called:
         begun, gate = time.monotonic(), asyncio.Semaphore(concurrency)
-        alone = getattr(function, "limits_itself", False)
 
         async def on(chosen: list[int]) -> list[Score]:
             async with gate:
                 try:
-                    async with asyncio.timeout(None if alone else timeout) as limit:
-                        scores = await function(**rows(arguments, chosen))
+                    async with asyncio.timeout(timeout) as limit:
+                        values = await function(**rows(arguments, chosen))
                 except Exception as error:  # users' code may raise anything
                     late = f"no scores within {timeout:g} s (rewards.timeout)"
                     reason = late if limit.expired() else f"{type(error).__name__}: {error}"
                     return [Failed(reason)] * len(chosen)
-            return _checked(name, scores, len(chosen))
+            return _checked(name, values, len(chosen))
 
-        found = await asyncio.gather(*map(on, [everything] if alone else by_prompt))
+        found = await asyncio.gather(*map(on, by_prompt))
         return [score for scores in found for score in scores], time.monotonic() - begun
 
     tasks = {name: asyncio.create_task(called(name, function)) for name, function in functions.items()}

@@ -15,7 +15,6 @@ from ..dataset import content_of, plain
 from ..errors import ModelError
 from ..models.embedded import resolve
 from ..models.limits import load_tokenizer, positions, token_rows
-from ..models.policy import find_device
 from . import Completion, Failed, Score, text_of
 
 
@@ -32,7 +31,6 @@ class RewardModel:
 
     def __init__(self, config: RewardModelConfig, cache: str, device: torch.device) -> None:
         directory = resolve(config.path, cache, "rewards.reward_model.path")
-        self.device = device if config.device == "auto" else find_device(config.device, "rewards.reward_model.device")
         try:
             self.tokenizer = load_tokenizer(directory, "rewards.reward_model")
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -41,20 +39,17 @@ class RewardModel:
         except (ImportError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"rewards.reward_model: expected a sequence classifier in {directory}, got: {reason}") from error
-        missing = sorted(loaded["missing_keys"])
-        if missing:
+        if missing := sorted(loaded["missing_keys"]):
             raise ModelError(f"rewards.reward_model: expected all weights in {directory}, got none of {', '.join(missing)}")
-        if model.config.num_labels != 1:
-            raise ModelError(
-                f"rewards.reward_model: expected a model with 1 output, got {model.config.num_labels} in {directory}"
-            )
+        if (outputs := model.config.num_labels) != 1:
+            raise ModelError(f"rewards.reward_model: expected a model with 1 output, got {outputs} in {directory}")
         self.rows, held = token_rows(model), positions(model)[0]
         self.max_tokens = config.max_tokens if held is None else min(held, config.max_tokens)
         pad = self.tokenizer.pad_token_id
         self.batch = config.batch if pad in range(self.rows) else 1
         if self.batch > 1:
             model.config.get_text_config().pad_token_id = pad  # the classifier reads the last token that is no padding
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model = model.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Completion], **_: object) -> list[Score]:
@@ -63,9 +58,8 @@ class RewardModel:
         fitting = sorted((i for i, score in enumerate(scores) if score is None), key=lambda i: len(encoded[i]["input_ids"]))
         for start in range(0, len(fitting), self.batch):
             chunk = fitting[start : start + self.batch]
-            tokens = [encoded[i] for i in chunk]
-            inputs = self.tokenizer.pad(tokens, return_tensors="pt") if len(chunk) > 1 else _alone(tokens[0])
-            logits = self.model(**{name: values.to(self.device) for name, values in inputs.items()}).logits
+            inputs = self.tokenizer.pad([encoded[i] for i in chunk], padding=len(chunk) > 1, return_tensors="pt")
+            logits = self.model(**inputs.to(self.model.device)).logits
             for i, score in zip(chunk, logits[:, 0].float().tolist(), strict=True):
                 scores[i] = score
         return scores
@@ -84,7 +78,3 @@ class RewardModel:
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*map(plain, prompt)]
         text = self.tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": completion}], tokenize=False)
         return dict(self.tokenizer(text, add_special_tokens=False))
-
-
-def _alone(tokens: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([values]) for name, values in tokens.items()}

@@ -1,10 +1,9 @@
 """The configured reward functions, and what a failed score does.
 
-The reward of a completion is the weighted sum over the functions that scored it. An exception, NaN,
-an infinite score or ``Failed(reason)`` is a failure of that completion. It is reported, and the
-completion's group is left out of the step (the group mean would be wrong) or the run stops
-(``rewards.on_failure``). A function that returns anything but one number for each completion breaks
-its contract, and the run always stops.
+An exception, NaN, an infinite score or ``Failed(reason)`` is a failure of that completion. It is
+reported, and the completion's group is left out of the step (the group mean would be wrong) or the
+run stops (``rewards.on_failure``). A function that returns anything but one number for each
+completion breaks its contract, and the run always stops.
 """
 
 from __future__ import annotations
@@ -13,25 +12,21 @@ import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from .. import ranks
 from ..config import RewardsConfig
 from ..errors import ConfigError, RewardError
 from ..models.embedding import SentenceEmbedding
 from ..records import Failure, Scores, Tick
-from . import Completion, Failed, RewardFunction, Score
-from .builtin import BUILT_IN, Similarity
-from .calls import Arguments, call_all, rows
-
-Columns = Mapping[str, Sequence[Any]]
-Found = dict[str, tuple[list[Score], dict[str, float]]]
-"""For every function its B scores and its measurements: ``seconds`` and those of its ``metrics()``."""
+from . import Completion, Failed, RewardFunction
+from .builtin import Similarity, exact_match, rouge
+from .calls import Arguments, Called, call_all, rows
+from .math_answers import MathVerify
+from .reward_model import RewardModel
 
 
 class Rewards:
@@ -45,13 +40,11 @@ class Rewards:
     def __init__(self, config: RewardsConfig, *, cache: str, device: torch.device) -> None:
         self.config = config
         check_functions(config)
-        self.functions: dict[str, RewardFunction] = {}
-        for name in config.functions:
-            self.functions[name] = _function(name, config, cache, device)
+        self.functions = {name: _function(name, config, cache, device) for name in config.functions}
 
     def score(
         self,
-        columns: Columns,
+        columns: Mapping[str, Sequence[Any]],
         texts: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
         tick: Tick = lambda *_: None,
@@ -59,93 +52,55 @@ class Rewards:
         """Score B completions, given as text. columns: those of the data, with ``prompt``.
 
         All ranks hold all completions and receive all scores. The completions of one prompt (and of
-        its duplicates) are scored by one rank, because functions may compare them. A measurement of
-        the calls is the largest over the ranks. tick: called by each rank while its async functions
-        are running.
+        its duplicates) are scored by one rank, because functions may compare them. tick: called by
+        each rank while its async functions are running.
 
         Raises:
             RewardError: a function broke its contract, or failed while ``on_failure`` is "stop".
         """
-        prompts, found = columns["prompt"], self._shared(_arguments(columns, texts, completion_ids), tick)
-        failures = [
-            Failure(name, i, prompts[i], texts[i], score.reason)
-            for name, (scores, _) in found.items()
-            for i, score in enumerate(scores)
-            if isinstance(score, Failed)
+        prompts = columns["prompt"]
+        completions: list[Completion] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
         ]
+        others = {name: column for name, column in columns.items() if name != "prompt"}
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **others}
+        found = self._shared(given, tick)
+
         parts = {name: [None if isinstance(s, Failed) else s for s in scores] for name, (scores, _) in found.items()}
-        total = self._sum(parts)
-        total[[failure.index for failure in failures]] = math.nan
-        known = {failure.index for failure in failures}
-        unscored = [i for i in total.isnan().nonzero().flatten().tolist() if i not in known]
-        failures += [Failure("(all)", i, prompts[i], texts[i], "no function scored it") for i in unscored]
+        failures: list[Failure] = []
+        total: list[float] = []
+        for i, scores in enumerate(zip(*(own for own, _ in found.values()), strict=True)):
+            reasons = [(name, score.reason) for name, score in zip(found, scores, strict=True) if isinstance(score, Failed)]
+            weighted = [w * score for w, score in zip(self.config.weights, scores, strict=True) if isinstance(score, float)]
+            if not reasons and not weighted:
+                reasons = [("(all)", "no function scored it")]
+            failures += [Failure(name, i, prompts[i], texts[i], reason) for name, reason in reasons]
+            total.append(math.nan if reasons else sum(weighted))
         if failures and self.config.on_failure == "stop":
             raise RewardError(str(failures[0]))
-        measured = {f"{name}/{metric}": number for name, (_, own) in found.items() for metric, number in own.items()}
-        return Scores(total, parts, sorted(failures, key=lambda failure: failure.index), measured)
+        seconds = {name: seconds for name, (_, seconds) in found.items()}
+        return Scores(torch.tensor(total, dtype=torch.float64), parts, failures, seconds)
 
-    def check_binary(self, method: str, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Score correct and shuffled reference answers before anything is generated, and refuse
-        rewards other than 0 or 1.
+    def _shared(self, arguments: Arguments, tick: Tick) -> dict[str, Called]:
+        """The scores of every function, computed by the ranks together."""
 
-        A function that fails on them is not refused here.
+        def call(given: Arguments) -> dict[str, Called]:
+            own = self.config
+            return call_all(self.functions, given, concurrency=own.concurrency, timeout=own.timeout, tick=tick)
 
-        Raises:
-            ConfigError: a reward that ``method`` cannot use.
-        """
-        references = [str(row["answer"]) for row in rows]
-        texts = [*references, *references[1:], references[0]]
-        columns = {name: [row[name] for row in rows] * 2 for name in rows[0]}
-        found = self._call(_arguments(columns, texts, [tokenizer(text)["input_ids"] for text in texts]), lambda *_: None)
-        total = self._sum({name: [math.nan if isinstance(s, Failed) else s for s in own] for name, (own, _) in found.items()})
-        off = torch.minimum(total.abs(), (total - 1).abs()).nan_to_num(0.0)
-        worst = int(off.argmax())
-        if off[worst] > 0:
-            raise ConfigError(
-                f"rewards.functions: expected rewards of 0 or 1 with method {method!r} (exact_match or one of your own), "
-                f"got {total[worst]:.3g} from {', '.join(self.functions)} for the completion {texts[worst][:80]!r}"
-            )
-
-    def _sum(self, parts: Mapping[str, Sequence[float | None]]) -> Tensor:
-        """[B] fp64: the weighted sum of each completion's numbers, NaN where it has none."""
-        weighted = [
-            [w * value for w, value in zip(self.config.weights, row, strict=True) if value is not None]
-            for row in zip(*parts.values(), strict=True)
-        ]
-        return torch.tensor([sum(own) if own else math.nan for own in weighted], dtype=torch.float64)
-
-    def _shared(self, arguments: Arguments, tick: Tick) -> Found:
-        """``_call`` with the work shared among the ranks."""
         if ranks.size() == 1:
-            return self._call(arguments, tick)
+            return call(arguments)
         keys = [json.dumps(prompt, sort_keys=True) for prompt in arguments["prompts"]]
         number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         owners = [number[key] % ranks.size() for key in keys]
         own = [i for i, owner in enumerate(owners) if owner == ranks.rank()]
-        parts = ranks.all_gather(lambda: self._call(rows(arguments, own), tick) if own else {})
-        found: Found = {}
+        parts = ranks.all_gather(lambda: call(rows(arguments, own)) if own else {})
+        found: dict[str, Called] = {}
         for name in self.functions:
             scores = [iter(part[name][0] if part else ()) for part in parts]
-            measured = [part[name][1] for part in parts if part]
-            largest = {metric: max(other[metric] for other in measured) for metric in measured[0]}
-            found[name] = [next(scores[owner]) for owner in owners], largest
+            found[name] = [next(scores[owner]) for owner in owners], max(part[name][1] for part in parts if part)
         return found
-
-    def _call(self, arguments: Arguments, tick: Tick) -> Found:
-        config = self.config
-        called = call_all(self.functions, arguments, concurrency=config.concurrency, timeout=config.timeout, tick=tick)
-        own = {name: f.metrics() for name, f in self.functions.items() if hasattr(f, "metrics")}
-        return {name: (scores, {"seconds": seconds, **own.get(name, {})}) for name, (scores, seconds) in called.items()}
-
-
-def _arguments(columns: Columns, texts: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> Arguments:
-    """The arguments of reward functions."""
-    completions: list[Completion] = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(columns["prompt"], texts, strict=True)
-    ]
-    others = {name: column for name, column in columns.items() if name != "prompt"}
-    return {"prompts": columns["prompt"], "completions": completions, "completion_ids": completion_ids, **others}
 
 
 def overlong_penalty(lengths: Sequence[int], most: int, window: int) -> Tensor:
@@ -161,42 +116,31 @@ def _function(name: str, config: RewardsConfig, cache: str, device: torch.device
     if name == "similarity":
         return Similarity(SentenceEmbedding(config.embedding_model, cache, device), config.embedding_share)
     if name == "reward_model":
-        from .reward_model import RewardModel
-
         return RewardModel(config.reward_model, cache, device)
     if name == "math_verify":
-        from .math_answers import MathVerify
-
         return MathVerify()
     if name == "judge":
-        from .judge import Judge
+        from .judge import Judge  # openai takes a second to import
 
-        judge = Judge(config.judge)
+        judge = Judge(config)
         judge.check()
         return judge
-    return BUILT_IN[name] if name in BUILT_IN else import_function(name)
-
-
-LOADED = ("similarity", "math_verify", "reward_model", "judge")
-"""Names of ``_function`` beside ``BUILT_IN``."""
-PACKAGES = {"judge": "openai", "math_verify": "math_verify"}
+    plain: dict[str, RewardFunction] = {"rouge": rouge, "exact_match": exact_match}
+    return plain[name] if name in plain else import_function(name)
 
 
 def check_functions(config: RewardsConfig) -> None:
-    """Look for the configured functions, their packages and the judge's key, without loading models.
+    """Import the user's functions and look for the judge's key, without loading models.
 
     Raises:
         ConfigError: one is not there.
     """
     for name in config.functions:
-        if name in PACKAGES and find_spec(PACKAGES[name]) is None:
-            expected = f"the package {PACKAGES[name]} (pip install '.[train]')"
-            raise ConfigError(f"rewards.functions: expected {expected} for {name}, got none")
         if name == "judge":
             from .judge import Judge
 
-            Judge(config.judge)
-        elif name not in (*BUILT_IN, *LOADED):
+            Judge(config)
+        elif ":" in name:
             import_function(name)
 
 
@@ -204,12 +148,9 @@ def import_function(path: str) -> RewardFunction:
     """The function behind ``module:function``.
 
     Raises:
-        ConfigError: another form, no such module or function, or not callable.
+        ConfigError: no such module or function, or not callable.
     """
     module, _, attribute = path.partition(":")
-    if not attribute:
-        names = ", ".join([*BUILT_IN, *LOADED])
-        raise ConfigError(f"rewards.functions: expected one of {names} or module:function, got {path!r}")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

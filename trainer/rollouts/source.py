@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
+from ..errors import ConfigError
 from ..records import Sampling, ScoredRollouts
 from ..rewards.scoring import Rewards, overlong_penalty
 from ..runs.console import Console
@@ -47,6 +48,10 @@ class RolloutSource:
             lengths = [len(ids) for ids in rollouts.completion_ids]
             penalty = overlong_penalty(lengths, self.config.rollout.max_new_tokens, own.overlong_window)
             scores = scores.with_part("overlong", penalty)
+        graded = scores.total[(scores.total != 0) & (scores.total != 1) & ~scores.total.isnan()]
+        if len(graded) and self.config.method().config.advantage == "binary":
+            method, got = self.config.loss.method, f"{graded[0]:.3g} from {', '.join(scores.parts)}"
+            raise ConfigError(f"rewards.functions: expected rewards of 0 or 1 with method {method!r}, got {got}")
         for line in scores.failure_lines():
             self.console.line(f"left out: {line}")
         return ScoredRollouts(rollouts, texts, repeated, scores, groups)

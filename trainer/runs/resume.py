@@ -16,8 +16,7 @@ FREE = (
     "data.eval", "data.eval_limit", "data.max_prompt_tokens", "model.cache", "model.device", "model.attention",
     "model.packing", "model.gradient_checkpointing", "rollout.engine", "rollout.batch", "rollout.vllm.",
     "optim.micro_batch_tokens", "optim.old_logp", "rewards.concurrency", "rewards.timeout", "rewards.judge.url",
-    "rewards.judge.api_key_env", "rewards.judge.concurrency", "rewards.judge.timeout", "rewards.judge.retries",
-    "rewards.reward_model.batch", "rewards.reward_model.device",
+    "rewards.judge.api_key_env", "rewards.judge.retries", "rewards.reward_model.batch",
 )  # fmt: skip
 """Settings that may change at a resume, because they move time, memory or what is seen of a run (a
 trailing dot: all settings of a section). The run remains the same up to rounding. Where

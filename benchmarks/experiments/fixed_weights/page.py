@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from trainer.config import Config
 from trainer.config.settings import to_toml
 from trainer.evaluation.diversity import Estimate
-from trainer.evaluation.report import markdown_table
+from trainer.evaluation.evaluate import markdown_table
 from trainer.runs.rundir import RunDirectory, read
 
 from .runs import ARMS
@@ -31,6 +31,8 @@ from .statistics import LEVELS, SMOOTHING, Numbers, Run, crossed, match, over_se
 METRICS, PAGE, FIGURE = "metrics.jsonl", "README.md", "curves.png"
 BEGIN, END = "<!-- generated: comparison -->", "<!-- /generated -->"
 BASELINE = "grpo"
+RESAMPLES = 2000
+"""Bootstrap resamples of an interval."""
 REWARD, ENTROPY, DISTINCT, WEIGHT = "reward/mean", "eapo/entropy", "diversity/distinct_2", "eapo/positive_weight"
 COMPARED = (REWARD, ENTROPY, DISTINCT)
 TITLES = {
@@ -60,10 +62,6 @@ class Comparison:
 
     config: dict[str, Any]
     runs: dict[str, dict[int, Run]]
-
-    @property
-    def resamples(self) -> int:
-        return int(self.config["eval"]["resamples"])
 
     def stack(self, arm: str, metric: str) -> Numbers:
         """[seeds, steps]."""
@@ -206,7 +204,7 @@ def training_table(found: Comparison) -> str:
     for arm, runs in found.runs.items():
         ends = {metric: [run.end(metric) for run in runs.values()] for metric in COMPARED}
         spreads = (spread(np.array(ends[REWARD])[:, None]), spread(found.stack(arm, REWARD)), spread(found.stack(arm, ENTROPY)))
-        means = (_show(over_seeds(values, found.resamples)) for values in ends.values())
+        means = (_show(over_seeds(values, RESAMPLES)) for values in ends.values())
         rows.append(
             [TITLES[arm], str(len(runs)), *means, *map(_number, (float(found.stack(arm, WEIGHT)[:, -1].mean()), *spreads))]
         )
@@ -231,14 +229,13 @@ def evaluation_table(found: Comparison, dataset: str, *, paired: bool = False) -
             if pairs:
                 own, base = zip(*pairs, strict=True)
                 gaps = [matrix(own, 1, name) - matrix(base, 1, name) for name in shown]
-                rows.append([TITLES[arm], *(_show(crossed(gap, found.resamples), sign=True) for gap in gaps)])
+                rows.append([TITLES[arm], *(_show(crossed(gap, RESAMPLES), sign=True) for gap in gaps)])
     else:
         # All arms of a seed start from the same model: one of them stands for the seed.
         start = {run.seed: run for runs in reversed(found.runs.values()) for run in runs.values()}.values()
         parts = [("before training", start, 0), *((TITLES[arm], runs.values(), 1) for arm, runs in found.runs.items())]
         rows = [
-            [title, *(_show(crossed(matrix(runs, place, name), found.resamples)) for name in shown)]
-            for title, runs, place in parts
+            [title, *(_show(crossed(matrix(runs, place, name), RESAMPLES)) for name in shown)] for title, runs, place in parts
         ]
     return markdown_table(["", *(EVALUATED[name] for name in shown)], rows)
 
@@ -253,7 +250,7 @@ def difference_table(found: Comparison) -> str:
         gaps = [[own.end(metric) - base.end(metric) for own, base in pairs] for metric in COMPARED]
         at = [[m.gap[name] for m in matched] for name in (ENTROPY, DISTINCT)]
         up_to = [[m.mean_gap[name] for m in matched] for name in (ENTROPY, DISTINCT)]
-        ends, equal = ([_show(over_seeds(g, found.resamples), sign=True) for g in group] for group in (gaps, at + up_to))
+        ends, equal = ([_show(over_seeds(g, RESAMPLES), sign=True) for g in group] for group in (gaps, at + up_to))
         rewards, steps = [f"{m.reward:.3f}" for m in matched], [f"{m.step}/{m.baseline_step}" for m in matched]
         rows.append([TITLES[arm], str(len(pairs)), *ends, ", ".join(rewards), ", ".join(steps), *equal])
     names = [f"{name} {place} R*" for place in ("at", "up to") for name in ("entropy", "distinct-2")]

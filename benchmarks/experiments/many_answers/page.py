@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.evaluation.diversity import bootstrap
-from trainer.evaluation.report import markdown_table
+from trainer.evaluation.evaluate import markdown_table
 
 from .arms import ARMS, CONTROL, SEARCH_SEED, TESTED, TITLES
 
