@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .config.settings import parse_config, to_toml
@@ -20,14 +20,11 @@ A method at work on a small machine: not a medical model, not a benchmark, not m
 """
 
 
-def _train(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+def _train(arguments: Sequence[str], recipe: Path | None = None, prog: str = "python -m trainer train") -> int:
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--dry-run", nargs="?", type=int, const=int(os.environ.get("WORLD_SIZE", "1")), metavar="PROCESSES")
-    try:
-        options, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"command line: {error}") from None
-    config, processes = parse_config(rest), options.dry_run
+    options, rest = _split(parser, arguments)
+    config, processes = parse_config(rest, recipe=recipe, prog=prog), options.dry_run
     check(bool(config.data.train), "data.train", "training prompts", config.data.train)
     if processes is not None:
         check(processes >= 1, "--dry-run", "a number of processes", processes)
@@ -39,6 +36,12 @@ def _train(arguments: Sequence[str]) -> int:
     from .loop import train
 
     return 0 if train(config) else 130
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    if not {"-h", "--help"} & set(arguments):
+        print(DEMO_NOTICE, flush=True)
+    return _train(arguments, DEMO, "python -m trainer demo")
 
 
 def _eval(arguments: Sequence[str]) -> int:
@@ -54,9 +57,8 @@ def _eval(arguments: Sequence[str]) -> int:
     config = parse_config(rest, recipe=options.run and options.run / "config.toml", prog=prog)
     from .evaluation.evaluate import evaluate_model, of_run
 
-    if options.run is None:
-        return 0 if evaluate_model(config) else 130
-    return 0 if evaluate_model(*of_run(config, options.run, options.checkpoint)) else 130
+    config, checkpoint = (config, None) if options.run is None else of_run(config, options.run, options.checkpoint)
+    return 0 if evaluate_model(config, checkpoint) else 130
 
 
 def _split(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -100,20 +102,10 @@ def _print_config(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _demo(arguments: Sequence[str]) -> int:
-    config = parse_config(arguments, recipe=DEMO, prog="python -m trainer demo")
-    print(DEMO_NOTICE, flush=True)
-    from .loop import train
-
-    return 0 if train(config) else 130
-
-
-COMMANDS = {
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train, "eval": _eval, "export": _export, "report": _report,
     "print-config": _print_config, "demo": _demo,
 }  # fmt: skip
-SINGLE_PROCESS = ("export", "report")
-"""Commands that refuse to run under torchrun."""
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -121,8 +113,6 @@ def run(name: str, arguments: Sequence[str]) -> int:
     try:
         if name not in COMMANDS:
             raise ConfigError(f"command: expected one of {', '.join(COMMANDS)}, got {name!r}")
-        processes = os.environ.get("WORLD_SIZE", "1")
-        check(name not in SINGLE_PROCESS or processes == "1", name, "one process (no torchrun)", f"{processes} processes")
         return COMMANDS[name](arguments)
     except (RemoteRankError, RemoteCrash):
         return 1

@@ -4,25 +4,23 @@ needs no weights.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from eapo_kernels.integrations.own_logits import causal_lm
 from eapo_kernels.ops.chunking import default_budget
 
 from .config import Config
 from .dataset import PromptSampler, load_prompts
-from .errors import ConfigError, ModelError
+from .errors import ConfigError
 from .learning.learner import check_optimizer, moment_bytes
-from .models.embedded import base_of_adapter, resolve
-from .models.limits import check_prompts, load_tokenizer
-from .models.policy import find_device, with_adapters
+from .models.embedded import resolve
+from .models.limits import check_prompts, heads_of, load_tokenizer, number
+from .models.policy import find_device, load_model
 from .rewards.scoring import check_functions
 
 GIB = 2**30
@@ -68,7 +66,7 @@ def estimate(config: Config, processes: int) -> Estimate:
     """
     device = find_device(config.model.device, "model.device")
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    model = _skeleton(config)
+    model = skeleton_of(config)
     text, rollout, own = model.config.get_text_config(), config.rollout, config.rollout.vllm
     width = getattr(torch, config.model.dtype).itemsize
     adapted = any(not p.requires_grad for p in model.parameters())
@@ -79,10 +77,9 @@ def estimate(config: Config, processes: int) -> Estimate:
     root = trained + frozen - sum(sizes)  # embedding, head, last norm
 
     layers, hidden = text.num_hidden_layers, text.hidden_size
-    heads = _number(text, "num_attention_heads", 1)  # a state-space model has none
-    inner = _number(text, "intermediate_size", 4 * hidden)  # GPT-2's configuration leaves it out
-    head = _number(text, "head_dim", hidden // heads)
-    cached = 2 * layers * _number(text, "num_key_value_heads", heads) * head  # numbers of the KV cache, a token
+    heads, head = heads_of(text)
+    inner = number(text, "intermediate_size", 4 * hidden)  # GPT-2's configuration leaves it out
+    cached = 2 * layers * number(text, "num_key_value_heads", heads) * head  # numbers of the KV cache, a token
     stream = width if adapted else 4  # the residual stream follows the embedding
     layer = width * (4 * hidden + 2 * heads * head + cached / layers + 3 * inner) + 2 * stream * hidden
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
@@ -107,46 +104,24 @@ def estimate(config: Config, processes: int) -> Estimate:
         rollouts = {"KV cache": float(width * cached * longest * min(rollout.batch, share))}
         if processes > 1:
             rollouts["all weights gathered"] = float(width * sum(sizes) + 4 * root)
-        return Estimate(_title(trained, frozen, processes), always, update, rollouts, memory)
-    wide = width if own.dtype == "auto" else getattr(torch, own.dtype).itemsize
-    together = own.tensor_parallel_size
-    copy = wide * (frozen if adapted else trained) / together
-    asked = wide * cached * longest * min(share * together, own.max_num_seqs or 256) / together
-    cache = own.kv_cache_gib * GIB or (GIB if memory is None else max(own.gpu_memory_utilization * memory - copy, 0.0))
-    engine = {"vLLM's weights": copy, f"vLLM's KV cache ({asked / GIB:.1f} GiB hold all at full length)": cache}
-    asleep = memory is not None and own.sleep_level > 0
-    return Estimate(
-        _title(trained, frozen, processes), always if asleep else {**always, **engine}, update,
-        engine if asleep else {}, memory,
-    )  # fmt: skip
-
-
-def _number(config: Any, name: str, default: int) -> int:
-    """A number of the model's configuration, of several layers the largest."""
-    value = getattr(config, name, None) or default
-    return int(max(value) if isinstance(value, list | tuple) else value)
-
-
-def _title(trained: int, frozen: int, processes: int) -> str:
+    else:
+        wide = width if own.dtype == "auto" else getattr(torch, own.dtype).itemsize
+        together = own.tensor_parallel_size
+        copy = wide * (frozen if adapted else trained) / together
+        asked = wide * cached * longest * min(share * together, own.max_num_seqs or 256) / together
+        cache = own.kv_cache_gib * GIB or (GIB if memory is None else max(own.gpu_memory_utilization * memory - copy, 0.0))
+        rollouts = {"vLLM's weights": copy, f"vLLM's KV cache ({asked / GIB:.1f} GiB hold all at full length)": cache}
+        if memory is None or own.sleep_level == 0:  # it never frees them
+            always, rollouts = {**always, **rollouts}, {}
     each = f"each of {processes} processes" if processes > 1 else "one process"
-    return f"memory of {each}, estimated ({trained + frozen:,} weights, {trained:,} of them trained):"
+    title = f"memory of {each}, estimated ({trained + frozen:,} weights, {trained:,} of them trained):"
+    return Estimate(title, always, update, rollouts, memory)
 
 
-def _skeleton(config: Config) -> Any:
+def skeleton_of(config: Config) -> PreTrainedModel | PeftModel:
     """The model with its adapters, without memory for its weights."""
-    directory = resolve(config.model.path, config.model.cache, weights=False)
-    adapted = base_of_adapter(directory, config.model.cache, weights=False)
-    base = adapted or directory
-    try:
-        with torch.device("meta"), warnings.catch_warnings(action="ignore", category=FutureWarning):  # as in ``load_policy``
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-            if adapted:
-                peft = PeftConfig.from_pretrained(directory)
-                peft.inference_mode, peft.base_model_name_or_path = False, str(base)
-                return get_peft_model(model, peft)
-            return with_adapters(model, config.lora, 0) if config.lora.rank else model
-    except (ImportError, ValueError, OSError) as error:
-        raise ModelError(f"model.path: expected a causal language model in {base}, got: {error}") from error
+    with torch.device("meta"):
+        return load_model(config.model, config.lora, seed=0, device=None)
 
 
 def check_parts(config: Config) -> None:
@@ -169,7 +144,7 @@ def dry_run(config: Config, processes: int) -> None:
     """
     check_parts(config)
     tokenizer = load_tokenizer(resolve(config.model.path, config.model.cache, weights=False))
-    model = causal_lm(_skeleton(config))
+    model = causal_lm(skeleton_of(config))
     for which in ("train", "eval"):
         if getattr(config.data, which):
             found = load_prompts(config.data, which).encoded(tokenizer, config.data)

@@ -42,6 +42,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from eapo_kernels import make_controller
 
@@ -61,23 +62,19 @@ from .evaluation.step_metrics import (
     reward_metrics,
     sample_records,
 )
-from .learning.batching import Completions, select
 from .learning.experience import extra_statistics, teacher_prompts, weigh
 from .learning.learner import Learner
-from .learning.measure import NOTHING, Measurement, Wanted, measure, recorded, wanted_by
+from .learning.measure import Measurement, measure, recorded, wanted_by
 from .models.limits import check_prompts
 from .models.policy import load_policy
-from .models.reference import Reference
-from .records import Tick, derive_seed
+from .models.weights import Reference
+from .records import Rollouts, Tick, derive_seed
 from .rewards.scoring import Rewards
 from .rollouts.engines import make_engine
 from .rollouts.source import RolloutSource
 from .runs.checkpoint import step_of
 from .runs.console import Console
-from .runs.interrupt import StopRequest
-from .runs.progress import Progress
-from .runs.randomness import seed_generators
-from .runs.resume import choose
+from .runs.resume import Progress, choose
 from .runs.rundir import RunDirectory
 from .runs.trackers import Trackers
 
@@ -92,9 +89,10 @@ def train(config: Config) -> bool:
             ``errors``.
     """
     with (
-        ranks.init_distributed(config.model.device), StopRequest() as stop,
-        Console(stop, config.log.heartbeat) as console, Trackers(config) as trackers,
-    ):  # fmt: skip
+        ranks.init_distributed(config.model.device),
+        Console(config.log.heartbeat) as console,
+        Trackers(config) as trackers,
+    ):
         try:
             return _train(config, console, trackers)
         except Interrupted:
@@ -108,14 +106,14 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
     check_parts(config)
     train_set = load_prompts(config.data, "train")
     held_out = load_prompts(config.data, "eval") if config.data.eval else None
-    seed_generators(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
+    set_seed(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
     run = RunDirectory(config)
     done = ranks.run_on_main(run.finished)
     if config.resume and done and done >= config.steps:
         console.line(f"run {run.path} is finished ({done} steps): nothing to resume; a larger --steps continues it")
         return True
     with console.phase("checking checkpoints"):
-        checkpoint, changes = ranks.run_on_main(lambda: choose(config, run, console))
+        checkpoint = ranks.run_on_main(lambda: choose(config, run, console))
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training prompts")
 
     with console.phase("estimating the memory"):
@@ -146,7 +144,7 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
         gradient_tolerance=config.loss.gradient_tolerance,
     )  # fmt: skip
     controller = make_controller(method)
-    reference = Reference(policy, config.loss.reference_share()) if method.config.kl_coef else None
+    reference = Reference(policy.trainable(), config.loss.reference_share()) if method.config.kl_coef else None
 
     def next_prompts() -> tuple[list[list[int]], dict[str, list[Any]]]:
         indices = sampler.next()
@@ -160,8 +158,8 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
     sets = {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)}
     evaluator = Evaluator(config, policy, engine, rewards, sets, run, console)
 
-    def statistics(completions: Completions, tick: Tick, wanted: Wanted = NOTHING) -> Measurement:
-        return measure(policy, completions, temperature=rollout.temperature, budget=budget, tick=tick, wanted=wanted)
+    def statistics(completions: Rollouts, tick: Tick, **wanted: Any) -> Measurement:
+        return measure(policy, completions, temperature=rollout.temperature, budget=budget, tick=tick, **wanted)
 
     progress = Progress(
         config, run, policy, learner.optimizer, parts={"sampler": sampler, "controller": controller},
@@ -173,7 +171,7 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
         with console.phase(f"reading {checkpoint}"):
             progress.restore(checkpoint)
         console.line(f"resuming from {checkpoint.name}: {step} of {config.steps} steps are done")
-    ranks.run_on_main(lambda: run.resume(step, changes) if checkpoint else run.start())
+    ranks.run_on_main(lambda: run.resume() if checkpoint else run.start())
     progress.mark(step)
 
     try:
@@ -198,14 +196,14 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
                     f"step {step + 1}: expected at least one fully scored group, got none; {drawn.scores.failures[0]}"
                 )
 
-            completions = select(sampled.rollouts, range(len(sampled)))
+            completions = sampled.rollouts
             with console.phase("old_logp") as tick:
                 wanted = wanted_by(method, tempered=float(state.get("temperature", 1.0)), diagnose=diagnosed)
                 known = recorded(completions, method, config.optim, wanted, policy.device)
-                old = known or statistics(completions, tick, wanted)
+                old = known or statistics(completions, tick, **wanted)
                 if known:
                     compared = [group[0] for group in sampled.groups()]
-                    logp = statistics(select(sampled.rollouts, compared), tick).logp.cpu()
+                    logp = statistics(completions.take(compared), tick).logp.cpu()
                 else:
                     compared, logp = list(range(len(sampled))), old.logp.cpu()
                 ref_logp = None

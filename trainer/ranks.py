@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +29,10 @@ MEETING = datetime.timedelta(seconds=30)
 """How long a rank that failed waits for the others to fail at the same point."""
 _exchanged: BaseException | None = None
 """The error of this rank that ``all_gather`` has made known to all ranks."""
-_at_end: list[Callable[[], Any]] = []
+_end = ExitStack()
+at_end = _end.callback
+"""Call a function when all ranks are done: it may destroy process groups, the default one too. It is
+not called after an error."""
 
 
 def rank() -> int:
@@ -62,15 +65,14 @@ def init_distributed(device: str) -> Iterator[None]:
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    local = int(os.environ["LOCAL_RANK"])
-    cuda = device != "cpu" and torch.cuda.is_available()
     if device not in ("auto", "cpu", "cuda"):
         raise ModelError(f"model.device: expected auto, cpu or cuda under torchrun (a GPU for each process), got {device!r}")
-    if cuda:
-        if local >= torch.cuda.device_count():
-            raise ModelError(f"model.device: expected a GPU for each process, got {torch.cuda.device_count()} for {local + 1}")
+    local, gpus = int(os.environ["LOCAL_RANK"]), 0 if device == "cpu" else torch.cuda.device_count()
+    if gpus:
+        if local >= gpus:
+            raise ModelError(f"model.device: expected a GPU for each process, got {gpus} for {local + 1}")
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
     try:
         yield
     except (RemoteRankError, RemoteCrash, Interrupted):
@@ -81,24 +83,20 @@ def init_distributed(device: str) -> Iterator[None]:
         error.add_note(f"(rank {rank()} of {size()})")
         raise
     dist.barrier()
-    for call in _at_end:
-        call()
-    _at_end.clear()
+    _end.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def at_end(call: Callable[[], Any]) -> None:
-    """Call ``call`` when all ranks are done: it may destroy process groups, the default one too. It
-    is not called after an error.
-    """
-    _at_end.append(call)
+def _store() -> Any:
+    """The store of the process group. Its calls raise RuntimeError when the job has ended."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def _failed_before() -> bool:
-    """Whether another rank failed earlier. A store that cannot be reached has ended with the job."""
+    """Whether another rank failed earlier."""
     try:
-        return dist.distributed_c10d._get_default_store().add("failed", 1) > 1
+        return _store().add("failed", 1) > 1
     except RuntimeError:
         return True
 
@@ -142,20 +140,19 @@ def failed_together(error: BaseException) -> bool:
     Every rank calls it with the error that it is about to end with.
 
     An error of the trainer or the library in the loop is raised on all ranks, and so is one that
-    ``all_gather`` has exchanged. With any other (one rank is out of memory within a forward pass) the other ranks are
-    waiting in a collective, which fails when this process ends.
+    ``all_gather`` has exchanged. With any other (one rank is out of memory within a forward pass) the
+    other ranks are waiting in a collective, which fails when this process ends.
     """
     if size() == 1:
         return True
     shared = isinstance(error, TrainerError | EapoError | RemoteCrash) or error is _exchanged
     places = [f"left/{number}" for number in range(size())]
     try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(places[rank()], str(int(shared)))
+        _store().set(places[rank()], str(int(shared)))
         if shared:
-            store.wait(places, MEETING)
-        return shared and all(store.get(place) == b"1" for place in places)
-    except RuntimeError:  # a rank did not come, or the store has ended with its job
+            _store().wait(places, MEETING)
+        return shared and all(_store().get(place) == b"1" for place in places)
+    except RuntimeError:  # a rank did not come
         return False
 
 
@@ -166,11 +163,7 @@ def run_on_main(work: Callable[[], T]) -> T:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
-    if size() == 1:
-        return flag
-    found = torch.tensor(int(flag))
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+    return bool(all_reduce_sum(torch.tensor(int(flag))))
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -178,15 +171,3 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if size() > 1:
         dist.all_reduce(values)
     return values
-
-
-def shares(costs: list[int], indices: list[int]) -> list[list[int]]:
-    """Distribute ``indices`` over the ranks with balanced total cost: in order of falling cost,
-    each goes to the rank with the smallest sum.
-    """
-    loads, result = [0] * size(), [[] for _ in range(size())]  # type: list[int], list[list[int]]
-    for index in sorted(indices, key=lambda i: -costs[i]):
-        least = loads.index(min(loads))
-        loads[least] += costs[index]
-        result[least].append(index)
-    return result

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,31 +98,37 @@ class Rollouts:
     support: list[Support] | None = None
     entropy: list[Tensor] | None = None
 
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """B + 1 offsets into the row of all T completion tokens."""
+        return list(accumulate(map(len, self.completion_ids), initial=0))
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of completion tokens."""
+        return self.starts[-1]
+
+    def length(self, index: int) -> int:
+        """Tokens of completion ``index`` and its prompt."""
+        return len(self.prompt_ids[index]) + len(self.completion_ids[index])
+
+    def _columns(self) -> dict[str, list[Any]]:
+        return {own.name: column for own in fields(self) if (column := getattr(self, own.name)) is not None}
+
     def take(self, indices: Sequence[int]) -> Rollouts:
         """The completions ``indices``, in that order."""
-        return Rollouts(
-            [self.prompt_ids[i] for i in indices],
-            [self.completion_ids[i] for i in indices],
-            [self.logp[i] for i in indices],
-            [self.truncated[i] for i in indices],
-            None if self.support is None else [self.support[i] for i in indices],
-            None if self.entropy is None else [self.entropy[i] for i in indices],
-        )
+        return replace(self, **{name: [column[i] for i in indices] for name, column in self._columns().items()})
 
     def concat(self, other: Rollouts) -> Rollouts:
         """These completions followed by ``other``. Both have a support or none has. Entropies are kept
         where both have them.
         """
-        have = [rollouts.support for rollouts in (self, other) if rollouts.support is not None]
-        require(len(have) != 1, "support", "one of all completions or of none", "one of some")
-        return Rollouts(
-            self.prompt_ids + other.prompt_ids,
-            self.completion_ids + other.completion_ids,
-            self.logp + other.logp,
-            self.truncated + other.truncated,
-            have[0] + have[1] if have else None,
-            None if self.entropy is None or other.entropy is None else self.entropy + other.entropy,
-        )
+        ours, theirs = self._columns(), other._columns()
+        require(("support" in ours) == ("support" in theirs), "support", "one of all completions or of none", "one of some")
+        return Rollouts(**{name: ours[name] + theirs[name] for name in ours if name in theirs})
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from trainer import commands, loop, ranks
 from trainer.config import Config
 from trainer.config.settings import parse_config
 from trainer.models import policy as policy_module
-from trainer.models.sharding import fill, full_tensor
+from trainer.models.weights import fill, full_tensor
 from trainer.rollouts.vllm_engine import _import_vllm
 
 

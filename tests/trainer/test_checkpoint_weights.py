@@ -13,8 +13,8 @@ from tiny import WORDS, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from trainer.errors import ModelError
-from trainer.models.checkpoint_weights import checkpoint_weights
 from trainer.models.policy import Policy
+from trainer.models.weights import checkpoint_weights
 
 
 def adapted(model: Any, **options: Any) -> Any:
@@ -38,7 +38,7 @@ def same(found: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None
 def test_names_and_values_of_a_dense_model(tmp_path: Path, tied: bool, lora: bool) -> None:
     model = make_model(tie_word_embeddings=tied)
     model = adapted(model) if lora else model
-    found = {name: weight.clone() for name, weight in checkpoint_weights(Policy(model, make_tokenizer()))}
+    found = {name: weight.clone() for name, weight in checkpoint_weights(Policy(model, make_tokenizer()).language_model)}
     (model.merge_and_unload() if lora else model).save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert ("lm_head.weight" in saved) is not tied
@@ -52,12 +52,15 @@ def test_experts_are_stacked_in_memory_and_single_in_the_file(tmp_path: Path) ->
     MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert any(name.endswith("experts.gate_up_proj") for name in model.state_dict())
-    same(dict(checkpoint_weights(Policy(model.eval(), make_tokenizer()))), load_file(tmp_path / "model.safetensors"))
+    same(
+        dict(checkpoint_weights(Policy(model.eval(), make_tokenizer()).language_model)),
+        load_file(tmp_path / "model.safetensors"),
+    )
 
 
 def test_frozen_weights_in_bf16_are_merged_in_fp32() -> None:
     policy = Policy(adapted(make_model().to(torch.bfloat16)), make_tokenizer(), torch.bfloat16)
-    found = dict(checkpoint_weights(policy))["model.layers.0.self_attn.q_proj.weight"]
+    found = dict(checkpoint_weights(policy.language_model))["model.layers.0.self_attn.q_proj.weight"]
     layer = policy.language_model.get_submodule("model.layers.0.self_attn.q_proj")
     a, b = (getattr(layer, name)["default"].weight.double() for name in ("lora_A", "lora_B"))
     wanted = layer.base_layer.weight.double() + 4 * b @ a
@@ -78,4 +81,4 @@ def test_frozen_weights_in_bf16_are_merged_in_fp32() -> None:
 def test_what_cannot_be_merged_is_refused(options: dict[str, Any], weight: str) -> None:
     policy = Policy(adapted(make_model(), **options), make_tokenizer())
     with pytest.raises(ModelError, match=rf"expected plain LoRA on linear layers \(or none\) to merge, got .*{weight}"):
-        list(checkpoint_weights(policy))
+        list(checkpoint_weights(policy.language_model))

@@ -132,25 +132,14 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
     assert names(short) == ["step-000002", "step-000003"]
     latest = path_of(short) / "checkpoints" / "step-000003"
     damage(latest / file, how)
-    with pytest.raises(CheckpointError, match=message):
-        train(longer.replace(resume=str(latest)))
     capsys.readouterr()
     assert train(longer)
     output = capsys.readouterr().out
-    assert f"refused: checkpoint {latest}" in output
+    assert re.search(f"refused: checkpoint {latest}: {message}", output)
     assert "resuming from step-000002: 2 of 5 steps are done" in output
     assert train(straight)
     assert_same_run(straight, longer)
     assert names(longer) == ["step-000004", "step-000005"]
-
-
-def test_a_checkpoint_of_another_version_is_refused(short: Config) -> None:
-    train(short)
-    latest = path_of(short) / "checkpoints" / "step-000003"
-    manifest = json.loads((latest / "manifest.json").read_text())
-    (latest / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
-    with pytest.raises(CheckpointError, match=r"step-000003: expected format 2 of this version of the trainer, got 1"):
-        train(short.replace(steps=4, resume=str(latest)))
 
 
 def test_auto_raises_where_all_checkpoints_are_damaged(short: Config) -> None:
@@ -158,7 +147,7 @@ def test_auto_raises_where_all_checkpoints_are_damaged(short: Config) -> None:
     for path in (path_of(short) / "checkpoints").iterdir():
         damage(path / "__0_0.distcp", "truncated")
     logged = rows(short)
-    with pytest.raises(CheckpointError, match="got only refused ones: step-000003, step-000002"):
+    with pytest.raises(CheckpointError, match=r"step-000003: __0_0.*step-000002: __0_0.*checkpoints a new run starts"):
         train(short.replace(steps=4, resume="auto"))
     assert rows(short) == logged
 
@@ -180,7 +169,7 @@ def test_resume_auto_starts_where_there_is_nothing(short: Config, capsys: pytest
     assert_same_run(short, again)
 
 
-def test_what_cannot_be_resumed_is_refused(short: Config, prompts: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_resumed_is_refused(short: Config, prompts: Path) -> None:
     train(short)
     longer = short.replace(steps=4, resume="auto")
     other = longer.replace(seed=5, optim={"lr": 0.5, "minibatches": 2}, loss={"kl_coef": 0.1})
@@ -192,8 +181,6 @@ def test_what_cannot_be_resumed_is_refused(short: Config, prompts: Path, tmp_pat
         train(longer.replace(steps=2))
     with pytest.raises(ConfigError, match="overwrite: expected False together with resume"):
         train(longer.replace(overwrite=True))
-    with pytest.raises(ConfigError, match=r"resume: expected auto or a checkpoint in .*step-000002, step-000003"):
-        train(longer.replace(resume=str(tmp_path)))
     changed_rows = prompts.read_text().replace("n3 ?", "n33 ?")
     kept = prompts.read_text()
     try:
@@ -253,7 +240,7 @@ def test_every_setting_may_change_at_a_resume_or_is_refused(config: Config, tmp_
 def test_settings_of_time_memory_and_evaluation_may_change(
     short: Config, capsys: pytest.CaptureFixture[str], prompts: Path
 ) -> None:
-    """The run stays the same up to rounding; what was before is in environment.json."""
+    """The run stays the same up to rounding."""
     train(short)
     data = {"eval": str(prompts), "max_prompt_tokens": 99}
     seen = {"samples_per_step": 1, "diagnose_every": 2, "data": data, "eval": {"responses": 2, "every": 4}}
@@ -275,12 +262,9 @@ def test_settings_of_time_memory_and_evaluation_may_change(
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5)
     assert [row["step"] for row in rows(longer, "evaluations")] == [4, 5]
     assert parse_config([], recipe=path_of(longer) / "config.toml") == longer.replace(resume="")
-    (entry,) = json.loads((path_of(longer) / "environment.json").read_text())["resumed"]
-    assert entry["step"] == 3
-    assert entry["processes"] == 1
-    assert entry["changed"]["optim.micro_batch_tokens"] == [8192, 40]
-    assert entry["changed"]["log.wandb_project"] == ["eapo", "x"]
-    assert entry["changed"]["steps"] == [3, 5]
+    environment = json.loads((path_of(longer) / "environment.json").read_text())
+    assert environment["kernels"]
+    assert environment["processes"] == 1
 
 
 def test_the_limit_of_prompts_may_change_while_it_leaves_out_no_others(short: Config, prompts: Path, tmp_path: Path) -> None:
@@ -316,10 +300,12 @@ def test_a_diverged_run_continues_with_a_smaller_learning_rate(
 
 
 def test_an_earlier_checkpoint_can_be_gone_back_to(short: Config) -> None:
+    """By removing the later ones."""
     train(short)
+    shutil.rmtree(path_of(short) / "checkpoints" / "step-000003")
     straight = short.replace(name="straight", steps=4)
     train(straight)
-    back = short.replace(steps=4, resume=str(path_of(short) / "checkpoints" / "step-000002"))
+    back = short.replace(steps=4, resume="auto")
     assert train(back)
     assert_same_run(straight, back)
 

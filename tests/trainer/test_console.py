@@ -10,12 +10,11 @@ from rich.console import Console as RichConsole
 
 from trainer.errors import Interrupted
 from trainer.runs.console import Console, duration
-from trainer.runs.interrupt import StopRequest
 
 
 @pytest.mark.parametrize("heartbeat", [0.2, 5.0, 0.0])
 def test_a_long_phase_without_a_terminal_speaks_by_itself(capsys: pytest.CaptureFixture[str], heartbeat: float) -> None:
-    with Console(StopRequest(), heartbeat) as console, console.phase("thinking") as tick:
+    with Console(heartbeat) as console, console.phase("thinking") as tick:
         tick(1, 3)
         time.sleep(1.2)
     assert ("... thinking 1/3 (" in capsys.readouterr().out) == (heartbeat == 0.2)
@@ -23,11 +22,10 @@ def test_a_long_phase_without_a_terminal_speaks_by_itself(capsys: pytest.Capture
 
 
 def test_a_stop_request_leaves_at_the_next_tick(capsys: pytest.CaptureFixture[str]) -> None:
-    stop = StopRequest()
-    console = Console(stop)
+    console = Console()
     with console.phase("work") as tick:
         tick(0, 2)
-        stop.requested = True
+        console.stopping = True
         with pytest.raises(Interrupted):
             tick(1, 2)
 
@@ -43,7 +41,7 @@ def test_the_first_line_of_a_step_is_followed_by_a_forecast(monkeypatch: pytest.
     now = [0.0]
     monkeypatch.setattr("trainer.runs.console.time.monotonic", lambda: now[0])
     out = RichConsole(file=io.StringIO(), width=160, highlight=False)
-    console = Console(StopRequest(), rich=out)
+    console = Console(rich=out)
     for step, seconds in ((1, 30.0), (2, 10.0)):
         console.seconds.clear()
         with console.phase("update"):
@@ -58,7 +56,7 @@ def test_the_first_line_of_a_step_is_followed_by_a_forecast(monkeypatch: pytest.
 
 def test_the_live_line_shows_the_step() -> None:
     terminal = RichConsole(file=io.StringIO(), force_terminal=True, width=160, highlight=False)
-    console = Console(StopRequest(), rich=terminal)
+    console = Console(rich=terminal)
     with console:
         with console.phase("rollouts") as tick:
             tick(1, 2)

@@ -22,7 +22,7 @@ from trainer.config.settings import parse_config, to_toml
 from trainer.errors import ConfigError, DivergenceError, ModelError, RewardError, TrainerError
 from trainer.loop import train
 from trainer.models.policy import Policy
-from trainer.models.reference import Reference
+from trainer.models.weights import Reference
 
 Change = Callable[..., Config]
 
@@ -216,8 +216,8 @@ def test_the_command_says_in_one_line_what_failed_and_how_to_continue(
 
 def test_a_reference_is_installed_without_allocating(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """So a lack of memory cannot leave the weights of two policies mixed."""
-    monkeypatch.setattr("trainer.models.reference.CHUNK", 100)  # most weights have more
-    reference = Reference(policy, 1.0)
+    monkeypatch.setattr("trainer.models.weights.CHUNK", 100)  # most weights have more
+    reference = Reference(policy.trainable(), 1.0)
     old = [weight.clone() for weight in policy.trainable()]
     with torch.no_grad():
         new = [weight.add_(1).clone() for weight in policy.trainable()]

@@ -79,6 +79,13 @@ def test_eight_bit_moments_are_exact(changed: Change, tmp_path: Path, processes:
     assert estimate(config, processes).always["AdamW"] == size
 
 
+def test_a_saved_adapter_is_estimated_with_its_base(changed: Change, tmp_path: Path) -> None:
+    config = changed(model={"path": model(tmp_path / "m"), "dtype": "bfloat16"}, lora={"rank": 4})
+    load_policy(config.model, config.lora, seed=0).save(tmp_path / "adapter")
+    saved = config.replace(model={"path": str(tmp_path / "adapter")}, lora={"rank": 0})
+    assert estimate(saved, 2) == estimate(config, 2)
+
+
 def test_activations_and_the_cache_follow_the_shapes(changed: Change, tmp_path: Path) -> None:
     """Against the tensors that autograd keeps of one forward pass, each storage once."""
     config = changed(

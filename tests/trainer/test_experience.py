@@ -16,12 +16,11 @@ from tiny import make_model, make_tokenizer, no_tick
 from eapo_kernels import TokenStats, diagnostics, get_method, make_controller, observed_entropy, weight_tokens
 from trainer.config import Config, OptimConfig
 from trainer.dataset import fill
-from trainer.learning.batching import Completions, select
 from trainer.learning.experience import extra_statistics, final_answer, per_token, weigh
-from trainer.learning.measure import Wanted, measure, recorded, wanted_by
+from trainer.learning.measure import measure, recorded, wanted_by
 from trainer.loop import train
 from trainer.models.policy import Policy
-from trainer.models.reference import Reference
+from trainer.models.weights import Reference
 from trainer.records import Rollouts, Sampling, ScoredRollouts, Scores
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.runs.rundir import read
@@ -32,12 +31,11 @@ PROMPTS = [[5, 6, 7, 12, 8], [9], [10, 11, 12]]
 
 
 @pytest.fixture
-def completions(policy: Policy) -> Completions:
-    rollouts = TransformersEngine(policy, 64).generate(PROMPTS, Sampling(4, 9, TEMPERATURE, 1.0, seed=2), no_tick)
-    return select(rollouts, range(12))
+def completions(policy: Policy) -> Rollouts:
+    return TransformersEngine(policy, 64).generate(PROMPTS, Sampling(4, 9, TEMPERATURE, 1.0, seed=2), no_tick)
 
 
-def dense(policy: Policy, completions: Completions) -> torch.Tensor:
+def dense(policy: Policy, completions: Rollouts) -> torch.Tensor:
     """[T, V] float64 raw logits, one completion at a time."""
     rows = []
     for prompt, completion in zip(completions.prompt_ids, completions.completion_ids, strict=True):
@@ -47,9 +45,9 @@ def dense(policy: Policy, completions: Completions) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("budget", [30, 1000])
-def test_everything_that_methods_read(policy: Policy, completions: Completions, budget: int) -> None:
-    wanted = Wanted(second_moments=True, tempered=1.5, top_p=0.7)
-    found = measure(policy, completions, temperature=TEMPERATURE, budget=budget, tick=no_tick, wanted=wanted)
+def test_everything_that_methods_read(policy: Policy, completions: Rollouts, budget: int) -> None:
+    wanted: dict[str, Any] = {"second_moments": True, "tempered": 1.5, "top_p": 0.7}
+    found = measure(policy, completions, temperature=TEMPERATURE, budget=budget, tick=no_tick, **wanted)
     z, targets = dense(policy, completions), torch.tensor([token for ids in completions.completion_ids for token in ids])
     log_p = (z / TEMPERATURE).log_softmax(-1)
     p = log_p.exp()
@@ -75,29 +73,29 @@ def test_everything_that_methods_read(policy: Policy, completions: Completions, 
         )
 
 
-def test_only_what_is_wanted_is_measured(policy: Policy, completions: Completions) -> None:
+def test_only_what_is_wanted_is_measured(policy: Policy, completions: Rollouts) -> None:
     plain = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick)
     assert plain.p2 is None
     assert plain.tempered_logp is None
     assert plain.nucleus_entropy is None
-    assert wanted_by(get_method("grpo"), tempered=1.2, diagnose=False) == Wanted()
-    assert wanted_by(get_method("clip_v"), tempered=1.2, diagnose=False) == Wanted(second_moments=True)
-    assert wanted_by(get_method("dcpo"), tempered=1.2, diagnose=True) == Wanted(second_moments=True, tempered=1.2)
-    assert wanted_by(get_method("siren"), tempered=1.2, diagnose=False) == Wanted(top_p=0.8)
+    assert wanted_by(get_method("grpo"), tempered=1.2, diagnose=False) == {}
+    assert wanted_by(get_method("clip_v"), tempered=1.2, diagnose=False) == {"second_moments": True}
+    assert wanted_by(get_method("dcpo"), tempered=1.2, diagnose=True) == {"second_moments": True, "tempered": 1.2}
+    assert wanted_by(get_method("siren"), tempered=1.2, diagnose=False) == {"top_p": 0.8}
 
 
 def test_the_final_answer_follows_the_marker() -> None:
     tokenizer = make_tokenizer()
     n1, n2, n3 = tokenizer.convert_tokens_to_ids(["n1", "n2", "n3"])
     completions = [[n1, n2, n3, 1], [n3, n3], [n2], [n1, n1, n2], [n2, n1, n2]]
-    completions = select(Rollouts([[5]] * 5, completions, [torch.zeros(len(c)) for c in completions], [False] * 5), range(5))
+    completions = Rollouts([[5]] * 5, completions, [torch.zeros(len(c)) for c in completions], [False] * 5)
     found = final_answer(completions, "n2", tokenizer)
     assert found.tolist() == [False, False, True, True] + [False] * 2 + [False] + [False] * 3 + [False, True, True]
     assert not final_answer(completions, "n1 n3", tokenizer).any()
     assert per_token(torch.tensor([1, 2, 3, 4, 5]), completions).tolist() == [1] * 4 + [2] * 2 + [3] + [4] * 3 + [5] * 3
 
 
-def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: Config, completions: Completions) -> None:
+def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: Config, completions: Rollouts) -> None:
     assert fill("{prompt} is {answer}", "what ?", "n1") == "what ? is n1"
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "what ?"}]
     assert fill("{answer} {prompt}", messages, 3)[1] == {"role": "user", "content": "3 what ?"}
@@ -116,11 +114,11 @@ def test_the_teacher_is_the_policy_that_sees_the_answer(policy: Policy, config: 
     assert set(extra_statistics(config, get_method("pear"), policy, sampled, completions, no_tick)) == {"answer"}
 
 
-def test_the_predicted_change_has_the_sign_of_a_small_steps(policy: Policy, completions: Completions) -> None:
+def test_the_predicted_change_has_the_sign_of_a_small_steps(policy: Policy, completions: Rollouts) -> None:
     """A gradient step on the loss in logit space, applied to the policy's own logits."""
     method = get_method("w_reinforce")
-    wanted = Wanted(second_moments=True)
-    old = measure(policy, completions, temperature=1.0, budget=1000, tick=no_tick, wanted=wanted)
+    wanted: dict[str, Any] = {"second_moments": True}
+    old = measure(policy, completions, temperature=1.0, budget=1000, tick=no_tick, **wanted)
     rewards = (torch.arange(12) % 3 == 0).float()
     experience = weigh(method, completions, rewards, torch.arange(12) // 4, old)
     found = experience.diagnose(method)["dynamics/predicted_entropy_change"]
@@ -135,7 +133,7 @@ def test_the_predicted_change_has_the_sign_of_a_small_steps(policy: Policy, comp
     assert found == pytest.approx(((total(z + step) - total(z - step)) / 2e-4).item(), rel=1e-3)
 
 
-def test_the_controllers_number_reaches_the_loss(policy: Policy, completions: Completions) -> None:
+def test_the_controllers_number_reaches_the_loss(policy: Policy, completions: Rollouts) -> None:
     method = get_method("eapo")
     controller = make_controller(method)
     assert controller is not None
@@ -151,7 +149,7 @@ def test_the_controllers_number_reaches_the_loss(policy: Policy, completions: Co
 
 def test_a_reference_stays_or_follows(policy: Policy) -> None:
     start = [p.detach().clone() for p in policy.trainable()]
-    fixed, moving = Reference(policy, 1.0), Reference(policy, 0.75)
+    fixed, moving = Reference(policy.trainable(), 1.0), Reference(policy.trainable(), 0.75)
     with torch.no_grad():
         for p in policy.trainable():
             p.add_(1.0)
@@ -185,20 +183,20 @@ def test_diagnostics_can_be_left_out(changed: Change) -> None:
 
 def test_models_differ() -> None:
     """The tiny model is not uniform, so mistakes show in the tests above."""
-    z = dense(Policy(make_model(), make_tokenizer()), select(Rollouts([[5]], [[6, 7]], [torch.zeros(2)], [True]), [0]))
+    z = dense(Policy(make_model(), make_tokenizer()), Rollouts([[5]], [[6, 7]], [torch.zeros(2)], [True]))
     assert z.std() > 0.3
 
 
-def test_weights_are_those_of_weight_tokens(policy: Policy, completions: Completions) -> None:
+def test_weights_are_those_of_weight_tokens(policy: Policy, completions: Rollouts) -> None:
     """The controller is updated with the statistic it observes before its state is read; progress
     and seed are passed on.
     """
     rewards, groups = torch.arange(12.0) % 5, torch.arange(12) // 4
-    for name, wanted in {"siren": Wanted(top_p=0.8), "entrocraft": Wanted(), "clip_cov": Wanted(), "epo": Wanted()}.items():
+    for name, wanted in {"siren": {"top_p": 0.8}, "entrocraft": {}, "clip_cov": {}, "epo": {}}.items():
         changes = {"clip_cov": {"ratio": 0.2, "low": 0.01, "high": 9.0}, "entrocraft": {"low_first": 0.1, "high_first": 0.2}}
         method = get_method(name, fixed_length=9, **changes.get(name, {}))
         controller, twin = make_controller(method), make_controller(method)
-        old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick, wanted=wanted)
+        old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick, **wanted)
         experience = weigh(method, completions, rewards, groups, old, controller=controller, progress=0.75, seed=11)
         extras = {} if old.nucleus_entropy is None else {"nucleus_entropy": old.nucleus_entropy}
         plain = replace(experience.batch, advantages=None, token_advantages=None, entropy_coef=None, mask=None)
@@ -237,7 +235,7 @@ def test_a_step_without_the_measurement_is_the_step_with_it(changed: Change, mon
     """
     tokens: list[int] = []
 
-    def spy(policy: Policy, completions: Completions, **options: Any) -> Any:
+    def spy(policy: Policy, completions: Rollouts, **options: Any) -> Any:
         tokens.append(len(completions))
         return measure(policy, completions, **options)
 
@@ -267,18 +265,18 @@ def test_a_step_without_the_measurement_is_the_step_with_it(changed: Change, mon
 @pytest.mark.parametrize(
     ("method", "optim", "wanted"),
     [
-        ("grpo", {"minibatches": 2}, Wanted()),
-        ("grpo", {"epochs": 2}, Wanted()),
-        ("grpo", {"old_logp": "always"}, Wanted()),
-        ("grpo", {}, Wanted(second_moments=True)),
-        ("epo", {}, Wanted()),
+        ("grpo", {"minibatches": 2}, {}),
+        ("grpo", {"epochs": 2}, {}),
+        ("grpo", {"old_logp": "always"}, {}),
+        ("grpo", {}, {"second_moments": True}),
+        ("epo", {}, {}),
     ],
 )
 def test_what_needs_the_measurement_has_it(
-    policy: Policy, completions: Completions, method: str, optim: dict[str, Any], wanted: Wanted
+    policy: Policy, completions: Rollouts, method: str, optim: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
     built, settings, device = get_method(method), OptimConfig(**optim), torch.device("cpu")
     assert recorded(completions, built, settings, wanted, device) is None
-    assert recorded(completions, get_method("grpo", importance_cap=2.0), OptimConfig(), Wanted(), device) is None
-    assert recorded(replace(completions, rollout_entropy=None), get_method("grpo"), OptimConfig(), Wanted(), device) is None
-    assert recorded(completions, get_method("grpo"), OptimConfig(), Wanted(), device) is not None
+    assert recorded(completions, get_method("grpo", importance_cap=2.0), OptimConfig(), {}, device) is None
+    assert recorded(replace(completions, entropy=None), get_method("grpo"), OptimConfig(), {}, device) is None
+    assert recorded(completions, get_method("grpo"), OptimConfig(), {}, device) is not None

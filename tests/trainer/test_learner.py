@@ -4,6 +4,7 @@ is not finite.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +16,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForC
 from eapo_kernels import METHODS, TokenSupport, get_method, idle_sequences, make_controller
 from trainer.config import OptimConfig
 from trainer.errors import DivergenceError, Interrupted
-from trainer.learning.batching import Completions, collate, plan, select
+from trainer.learning.batching import collate, plan
 from trainer.learning.experience import Experience, weigh
 from trainer.learning.learner import Learner
-from trainer.learning.measure import Measurement, Wanted, measure
+from trainer.learning.measure import Measurement, measure
 from trainer.models.policy import Policy
 from trainer.records import Rollouts, Sampling
 from trainer.rollouts.transformers_engine import TransformersEngine
@@ -50,9 +51,9 @@ def weighed(
     reads.
     """
     number = len(rollouts.completion_ids)
-    completions, built = select(rollouts, range(number)), get_method(method, fixed_length=9, **changes)
-    wanted = Wanted(second_moments=True, tempered=1.2, top_p=0.8)
-    old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick, wanted=wanted)
+    completions, built = rollouts, get_method(method, fixed_length=9, **changes)
+    wanted: dict[str, Any] = {"second_moments": True, "tempered": 1.2, "top_p": 0.8}
+    old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick, **wanted)
     if rewards is None:
         rewards = torch.randint(0, 2, (number,), generator=torch.Generator().manual_seed(0)).float()
         rewards[:3] = torch.tensor([0.0, 1.0, 1.0])
@@ -88,15 +89,16 @@ def test_a_tolerance_of_the_gradient_is_used_and_reported(policy: Policy, experi
 
 
 def test_batches_hold_every_response_token_once(rollouts: Rollouts) -> None:
-    completions = select(rollouts, [7, 0, 3, 11, 5])
+    completions = rollouts.take([7, 0, 3, 11, 5])
     groups = plan(completions, range(5), budget=30)
     assert sorted(i for group in groups for i in group) == list(range(5))
     tokens = []
     for group in groups:
         assert len(group) == 1 or len(group) * max(map(completions.length, group)) <= 30
         batch = collate(completions, group, torch.device("cpu"))
-        columns = (batch.rows, batch.targets, batch.sequence_ids, batch.tokens)
-        for row, target, sequence, token in zip(*(column.tolist() for column in columns), strict=True):
+        columns = (batch.rows, batch.targets, batch.tokens)
+        for row, target, token in zip(*(column.tolist() for column in columns), strict=True):
+            sequence = bisect_right(completions.starts, token) - 1
             position = token - completions.starts[sequence]
             assert target == completions.completion_ids[sequence][position]
             place, column = divmod(row, batch.input_ids.shape[1])
@@ -110,7 +112,7 @@ def test_batches_hold_every_response_token_once(rollouts: Rollouts) -> None:
 
 @pytest.mark.parametrize("budget", [1, 40, 1000])
 def test_measurement_equals_dense_logits(policy: Policy, rollouts: Rollouts, budget: int) -> None:
-    completions = select(rollouts, range(12))
+    completions = rollouts
     found = measure(policy, completions, temperature=TEMPERATURE, budget=budget, tick=no_tick)
     for i, (prompt, completion) in enumerate(zip(completions.prompt_ids, completions.completion_ids, strict=True)):
         with torch.no_grad():
@@ -120,12 +122,12 @@ def test_measurement_equals_dense_logits(policy: Policy, rollouts: Rollouts, bud
         torch.testing.assert_close(found.logp[own].double(), full.gather(1, torch.tensor(completion)[:, None])[:, 0],
                                    atol=2e-5, rtol=0)  # fmt: skip
         torch.testing.assert_close(found.entropy[own].double(), -(full.exp() * full).sum(-1), atol=2e-5, rtol=0)
-    torch.testing.assert_close(found.logp, completions.rollout_logp, atol=2e-5, rtol=0)
-    torch.testing.assert_close(found.entropy, completions.rollout_entropy, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found.logp, torch.cat(completions.logp), atol=2e-5, rtol=0)
+    torch.testing.assert_close(found.entropy, torch.cat(completions.entropy), atol=2e-5, rtol=0)
 
 
 def test_batches_hold_the_support_of_their_tokens(cut: Rollouts) -> None:
-    completions = select(cut, [7, 0, 3, 11, 5])
+    completions = cut.take([7, 0, 3, 11, 5])
     assert completions.support is not None
     by_token = [kept for own in completions.support for kept in own.ids.split(own.counts.tolist())]
     for group in plan(completions, range(5), budget=30):
@@ -139,9 +141,9 @@ def test_batches_hold_the_support_of_their_tokens(cut: Rollouts) -> None:
 
 @pytest.mark.parametrize("budget", [1, 40, 1000])
 def test_measurement_over_a_support_equals_dense_logits(policy: Policy, cut: Rollouts, budget: int) -> None:
-    completions = select(cut, range(12))
-    wanted = Wanted(second_moments=True, tempered=1.5)
-    found = measure(policy, completions, temperature=TEMPERATURE, budget=budget, tick=no_tick, wanted=wanted)
+    completions = cut
+    wanted: dict[str, Any] = {"second_moments": True, "tempered": 1.5}
+    found = measure(policy, completions, temperature=TEMPERATURE, budget=budget, tick=no_tick, **wanted)
     assert completions.support is not None
     expected: list[list[float]] = []
     rows = zip(completions.prompt_ids, completions.completion_ids, completions.support, strict=True)
@@ -158,8 +160,10 @@ def test_measurement_over_a_support_equals_dense_logits(policy: Policy, cut: Rol
     assert found.tempered_logp is not None
     got = torch.stack([found.logp, found.entropy, found.p2, found.tempered_logp], 1)
     torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), atol=2e-5, rtol=0)
-    torch.testing.assert_close((found.logp - completions.rollout_logp).exp(), torch.ones(completions.tokens), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.entropy, completions.rollout_entropy, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        (found.logp - torch.cat(completions.logp)).exp(), torch.ones(completions.tokens), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(found.entropy, torch.cat(completions.entropy), atol=2e-5, rtol=0)
 
 
 def gradients(policy: Policy, experience: Experience, budget: int, method: str, **changes: Any) -> tuple[list, dict]:
@@ -198,7 +202,7 @@ def test_the_cut_into_micro_batches_changes_nothing_over_a_support(policy: Polic
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["eapo/entropy"] == pytest.approx(experience.old.entropy.mean().item(), rel=1e-5)
     whole = measure(policy, replace(experience.completions, support=None), temperature=TEMPERATURE, budget=99, tick=no_tick)
-    assert (whole.logp - experience.completions.rollout_logp).exp().mean() < 0.9
+    assert (whole.logp - torch.cat(experience.completions.logp)).exp().mean() < 0.9
 
 
 def test_gradient_is_that_of_the_equation(policy: Policy, experience: Experience) -> None:
@@ -246,7 +250,7 @@ def test_eight_bit_moments_follow_adamw() -> None:
 
 
 def test_fewer_completions_than_minibatches_are_a_minibatch_each(policy: Policy, rollouts: Rollouts) -> None:
-    completions, built = select(rollouts, [0, 5]), get_method("grpo")
+    completions, built = rollouts.take([0, 5]), get_method("grpo")
     old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick)
     experience = weigh(built, completions, torch.tensor([0.0, 1.0]), torch.zeros(2, dtype=torch.int64), old)
     own = learner(policy, "grpo", minibatches=5)
@@ -286,9 +290,8 @@ def test_schedules() -> None:
     assert [cosine.learning_rate(step) for step in (2, 6, 10)] == pytest.approx([1e-2, 5.5e-3, 1e-3])
 
 
-def completions_of(lengths: list[tuple[int, int]]) -> Completions:
-    rollouts = Rollouts([[2] * p for p, _ in lengths], [[3] * c for _, c in lengths], [torch.zeros(c) for _, c in lengths], [])
-    return select(rollouts, range(len(lengths)))
+def completions_of(lengths: list[tuple[int, int]]) -> Rollouts:
+    return Rollouts([[2] * p for p, _ in lengths], [[3] * c for _, c in lengths], [torch.zeros(c) for _, c in lengths], [])
 
 
 def test_plan_puts_neighbours_in_length_together() -> None:
@@ -299,7 +302,7 @@ def test_plan_puts_neighbours_in_length_together() -> None:
 @pytest.mark.parametrize("method", ["psr", "grpo"])
 def test_a_step_with_nothing_to_learn_leaves_the_weights(policy: Policy, rollouts: Rollouts, method: str) -> None:
     """psr without a correct completion, grpo with equal rewards: a loss of zero and no gradient."""
-    completions, built = select(rollouts, range(12)), get_method(method)
+    completions, built = rollouts, get_method(method)
     old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick)
     before = [p.clone() for p in policy.trainable()]
     own = learner(policy, method, micro_batch_tokens=45, minibatches=2)
@@ -321,7 +324,7 @@ def test_the_heads_gradient_is_summed_in_fp32(tied: bool, monkeypatch: pytest.Mo
     random = torch.Generator().manual_seed(0)
     prompts = [[int(i)] for i in torch.randint(2, 49, (64,), generator=random)]
     answers = [torch.randint(2, 49, (5,), generator=random).tolist() for _ in range(64)]
-    completions = select(Rollouts(prompts, answers, [torch.zeros(5)] * 64, [True] * 64), range(64))
+    completions = Rollouts(prompts, answers, [torch.zeros(5)] * 64, [True] * 64)
     rewards, method = torch.rand(64, generator=random), get_method("grpo")
     known = Measurement(torch.zeros(320), torch.ones(320))
     experience = weigh(method, completions, rewards, torch.arange(64) // 8, known)
@@ -453,7 +456,7 @@ def test_dropped_completions_leave_the_denominator(policy: Policy, rollouts: Rol
     """nsr with two wrong completions of twelve: the mean over the tokens of those two, for any
     split.
     """
-    completions, built = select(rollouts, range(12)), get_method("nsr")
+    completions, built = rollouts, get_method("nsr")
     old = measure(policy, completions, temperature=TEMPERATURE, budget=1000, tick=no_tick)
     rewards = torch.ones(12)
     rewards[[2, 7]] = 0

@@ -13,7 +13,6 @@ from tiny import make_model, make_tokenizer, no_tick
 from eapo_kernels import get_method
 from eapo_kernels.objectives.advantages import ADVANTAGES
 from trainer.config import Config, OptimConfig
-from trainer.learning.batching import select
 from trainer.learning.experience import Experience, weigh
 from trainer.learning.learner import Learner
 from trainer.learning.measure import measure
@@ -44,7 +43,7 @@ def test_masked_completions_train_nothing_and_count_in_their_group(policy: Polic
     method = get_method("grpo")
 
     def experience(indices: list[int], advantages: torch.Tensor | None) -> Experience:
-        completions = select(rollouts, indices)
+        completions = rollouts.take(indices)
         old = measure(policy, completions, temperature=1.0, budget=1000, tick=no_tick)
         found = weigh(method, completions, REWARDS[indices], GROUPS[indices], old)
         given = {} if advantages is None else {"advantages": advantages, "token_advantages": False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from trainer import ranks
 from trainer.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, RewardsConfig, RolloutConfig
 from trainer.config.settings import to_toml
 from trainer.errors import RemoteRankError
+from trainer.learning.batching import plan_shares
 from trainer.models.policy import load_policy
+from trainer.records import Rollouts
 from trainer.runs.export import export
 
 HERE = Path(__file__).parent
@@ -163,8 +166,12 @@ def pair(base: Config) -> Pair:
     one = {name: config.replace(name=f"one-{name}") for name, config in two.items()}
     for config in one.values():
         assert train(config)
-    narrowed = half.replace(resume=str(path_of(half) / "checkpoints" / "step-000002"))
+    (path_of(half) / "finished.json").unlink()
+    for later in ("step-000004", "step-000005"):
+        shutil.rmtree(path_of(half) / "checkpoints" / later)
+    narrowed = half.replace(resume="auto")
     assert train(narrowed)
+    assert json.loads((path_of(half) / "environment.json").read_text())["processes"] == 1
     return Pair(one, two, straight, killed, narrowed, failed, loads, statuses, out, err)
 
 
@@ -334,8 +341,15 @@ def test_one_process_needs_no_group() -> None:
 
 def test_shares_are_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "size", lambda: 3)
-    costs = [5, 9, 1, 1, 7, 3, 2, 8]
-    found = ranks.shares(costs, list(range(8)))
-    assert sorted(i for share in found for i in share) == list(range(8))
-    assert [sum(costs[i] for i in share) for share in found] == [12, 12, 12]
-    assert ranks.shares(costs, [4]) == [[4], [], []]
+    lengths = [5, 9, 2, 2, 7, 3, 2, 8]
+    completions = Rollouts([[2]] * 8, [[3] * (length - 1) for length in lengths], [], [])
+    found, one = [], []
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        (own,), repeated = plan_shares(completions, range(8), budget=1000)
+        assert not repeated
+        found.append(own)
+        one.append(plan_shares(completions, [4], budget=1000))
+    assert sorted(i for own in found for i in own) == list(range(8))
+    assert [sum(lengths[i] for i in own) for own in found] == [13, 13, 12]
+    assert one == [([[4]], []), ([], [[4]]), ([], [[4]])]

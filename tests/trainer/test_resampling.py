@@ -10,7 +10,6 @@ from tiny import no_tick
 
 from eapo_kernels import EapoError
 from trainer.config import Config
-from trainer.learning.batching import select
 from trainer.learning.measure import measure
 from trainer.models.policy import Policy
 from trainer.records import Sampling, ScoredRollouts
@@ -18,7 +17,6 @@ from trainer.rewards.scoring import Rewards
 from trainer.rollouts.source import RolloutSource
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.runs.console import Console
-from trainer.runs.interrupt import StopRequest
 
 PROMPTS = [[5, 6, 7, 12, 8], [9], [10, 11, 12], [5, 6]]
 COLUMNS = {"prompt": ["a", "b", "c", "d"], "answer": ["n1", "n2", "n3", "n4"]}
@@ -29,7 +27,7 @@ SAMPLING = Sampling(responses=4, max_new_tokens=8, temperature=1.0, top_p=1.0, s
 def source(policy: Policy, config: Config) -> RolloutSource:
     config = config.replace(rollout={"max_new_tokens": SAMPLING.max_new_tokens})
     rewards = Rewards(config.rewards, cache="unused", device=policy.device)
-    engine, console = TransformersEngine(policy, 64), Console(StopRequest())
+    engine, console = TransformersEngine(policy, 64), Console()
     return RolloutSource(config, policy.tokenizer, engine, rewards, console, lambda: (PROMPTS, COLUMNS))
 
 
@@ -88,9 +86,9 @@ def test_completions_keep_their_support(source: RolloutSource, policy: Policy) -
     sampled.scores.total[4:] = 0.5
     sampled = source.resample(sampled, cut, rounds=2, seed=9)
     assert sampled.rollouts.support is not None
-    completions = select(sampled.rollouts, range(len(sampled)))
+    completions = sampled.rollouts
     found = measure(policy, completions, temperature=1.0, budget=200, tick=no_tick)
-    torch.testing.assert_close(found.logp, completions.rollout_logp, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found.logp, torch.cat(completions.logp), atol=2e-5, rtol=0)
     plain = source.draw(PROMPTS, COLUMNS, range(4), SAMPLING).rollouts
     with pytest.raises(EapoError, match="support: expected one of all completions or of none, got one of some"):
         sampled.rollouts.concat(plain)

@@ -24,7 +24,7 @@ from trainer.config.settings import to_toml
 from trainer.errors import CheckpointError, DataError
 from trainer.loop import train
 from trainer.models.policy import Policy
-from trainer.runs import checkpoint, progress
+from trainer.runs import checkpoint, resume
 from trainer.runs.rundir import RunDirectory, read
 
 Change = Callable[..., Config]
@@ -106,7 +106,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint(
 
         with monkeypatch.context() as patch:
             if where == "tensors":
-                patch.setattr(progress, "write", filling)
+                patch.setattr(resume, "write", filling)
             else:
                 patch.setattr(checkpoint.torch, "save", cut)
             line = fails(short, capsys, "--resume", "auto")
@@ -142,7 +142,7 @@ def test_small_files_are_written_whole_or_stay(short: Config) -> None:
     run.start()
     before = {file.name: file.read_bytes() for file in run.path.iterdir()}
     with full_disk(10):
-        for write in (lambda: run.resume(1, {"steps": [1, 2]}), lambda: run.finish(3), run.record_kernels):
+        for write in (run.resume, lambda: run.finish(3), run.record_kernels):
             with pytest.raises(OSError, match="File too large"):
                 write()
     assert {file.name: file.read_bytes() for file in run.path.iterdir()} == before

@@ -116,7 +116,7 @@ ENDS: dict[str, tuple[str | None, int, type[Exception], int]] = {
     # The function that raises, at which call, what it raises, and the exit code.
     "finished": (None, 1, OSError, 0),
     "interrupted": ("trainer.rollouts.source.RolloutSource.draw", 2, Interrupted, 0),
-    "failed at the start": ("trainer.runs.progress.random_state", 1, OSError, 1),
+    "failed at the start": ("trainer.runs.resume.random_state", 1, OSError, 1),
     "failed in a step": ("trainer.rollouts.source.RolloutSource.draw", 2, OSError, 1),
     "failed behind the steps": ("trainer.models.policy.Policy.save", 1, OSError, 1),
 }

@@ -412,8 +412,8 @@ class Config(Section):
     """Directory of all runs."""
     overwrite: bool = False
     """Replace a run of the same name instead of raising an error."""
-    resume: str = ""
-    """auto: from the run's latest valid checkpoint, or a new run where there is none. Or the path of one of its checkpoints."""
+    resume: Literal["", "auto"] = ""
+    """auto: from the run's latest valid checkpoint, or a new run where there is none."""
     seed: Natural = 0
     """Seed of everything: order of prompts, initial adapter weights, sampling of completions."""
     steps: Count = 100

@@ -20,7 +20,6 @@ from .. import ranks
 from ..config import Config
 from ..dataset import PromptSet, load_prompts
 from ..errors import ConfigError, Interrupted, TrainerError, check
-from ..learning.batching import select
 from ..learning.measure import measure
 from ..models.limits import check_prompts
 from ..models.policy import Policy, load_policy
@@ -28,9 +27,8 @@ from ..records import derive_seed
 from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
 from ..rollouts.engines import RolloutEngine, make_engine
-from ..runs.checkpoint import checkpoints, read_weights, step_of, verify
+from ..runs.checkpoint import checkpoints, read_tensors, step_of, verify
 from ..runs.console import Console
-from ..runs.interrupt import StopRequest
 from ..runs.rundir import RunDirectory
 from .diversity import Estimate, bootstrap, dispersion, distinct, pass_at_k
 
@@ -197,8 +195,8 @@ class Evaluator:
         entropies = rollouts.entropy
         if entropies is None:  # of an engine that has none, or of whole vocabularies where it had filters
             with console.phase(f"{title}: entropy") as tick:
-                completions, budget = select(rollouts, range(len(texts))), config.optim.micro_batch_tokens
-                found = measure(policy, completions, temperature=sampling.temperature, budget=budget, tick=tick)
+                budget = config.optim.micro_batch_tokens
+                found = measure(policy, rollouts, temperature=sampling.temperature, budget=budget, tick=tick)
                 entropies = list(found.entropy.cpu().split(list(map(len, rollouts.completion_ids))))
         verified = bool(((scores.total == 0) | (scores.total == 1) | scores.total.isnan()).all())
         values: dict[str, list[float | None]] = {}
@@ -271,7 +269,7 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
     data, train_prompts = config.data, config.eval.train_prompts
     check(bool(data.eval or train_prompts), "data.eval", "prompts, or eval.train_prompts of at least 1", data.eval)
     try:
-        with ranks.init_distributed(config.model.device), StopRequest() as stop, Console(stop, config.log.heartbeat) as console:
+        with ranks.init_distributed(config.model.device), Console(config.log.heartbeat) as console:
             found = {"held-out": load_prompts(data, "eval")} if data.eval else {}
             if train_prompts:
                 found["train"] = load_prompts(data, "train", train_prompts)
@@ -282,7 +280,7 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
             with console.phase(f"loading {config.model.path}"):
                 policy = load_policy(config.model, config.lora, seed=0)
                 if checkpoint:
-                    read_weights(checkpoint, policy)
+                    read_tensors(checkpoint, {"weights": policy.trained_weights()})
                 rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
                 engine = make_engine(config, policy)
             sets = {name: prompts.encoded(policy.tokenizer, data, console.line) for name, prompts in found.items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ranks
+from ..models.limits import heads_of
 from ..models.policy import Policy
 from ..records import Rollouts, ScoredRollouts
 from .diversity import distinct
@@ -141,8 +142,7 @@ def forward_flops(policy: Policy, rollouts: Rollouts, prompts: Sequence[int] | N
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     body = sum(weight.numel() for weight in policy.parameters()) - embedding.numel()
     body -= 0 if head is embedding else head.numel()
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = math.prod(heads_of(config))
     flops, counted = 0.0, None if prompts is None else set(prompts)
     for i, (prompt, completion) in enumerate(zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)):
         before = 0 if counted is None or i in counted else len(prompt)

@@ -17,48 +17,7 @@ from torch.nn import functional
 from eapo_kernels import TokenSupport
 
 from .. import ranks
-from ..records import Rollouts, Support
-
-
-@dataclass(frozen=True)
-class Completions:
-    """Completions as the learner uses them.
-
-    Attributes:
-        prompt_ids, completion_ids: B token lists each.
-        rollout_logp: [T] fp32, the engine's log-probs (nats).
-        starts: B + 1 offsets into the row of T tokens.
-        support: B entries, or None: the whole vocabulary.
-        rollout_entropy: [T] fp32, the engine's entropies (nats), or None.
-    """
-
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    rollout_logp: Tensor
-    starts: list[int]
-    support: list[Support] | None = None
-    rollout_entropy: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.completion_ids)
-
-    @property
-    def tokens(self) -> int:
-        return self.starts[-1]
-
-    def length(self, index: int) -> int:
-        """Tokens of completion ``index`` and its prompt."""
-        return len(self.prompt_ids[index]) + len(self.completion_ids[index])
-
-
-def select(rollouts: Rollouts, indices: Sequence[int]) -> Completions:
-    """The completions ``indices`` of ``rollouts``, numbered in that order."""
-    ids = [rollouts.completion_ids[i] for i in indices]
-    logp = torch.cat([rollouts.logp[i] for i in indices])
-    starts = list(accumulate(map(len, ids), initial=0))
-    support = None if rollouts.support is None else [rollouts.support[i] for i in indices]
-    entropy = None if rollouts.entropy is None else torch.cat([rollouts.entropy[i] for i in indices])
-    return Completions([rollouts.prompt_ids[i] for i in indices], ids, logp, starts, support, entropy)
+from ..records import Rollouts
 
 
 @dataclass(frozen=True)
@@ -72,7 +31,6 @@ class MicroBatch:
         rows: [N] int64, flattened positions of the hidden states that predict the completion tokens
             (one before each token).
         targets: [N] int64, the completion tokens.
-        sequence_ids: [N] int64, the number of the token's completion among all B.
         tokens: [N] int64, positions in the row of T tokens.
         support: of the N tokens, or None: the whole vocabulary.
     """
@@ -82,12 +40,11 @@ class MicroBatch:
     lengths: list[int] | None
     rows: Tensor
     targets: Tensor
-    sequence_ids: Tensor
     tokens: Tensor
     support: TokenSupport | None = field(kw_only=True)
 
 
-def plan(completions: Completions, indices: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
+def plan(completions: Rollouts, indices: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
     """Split ``indices`` into micro-batches of at most ``budget`` tokens (with their padding), sorted
     by length.
 
@@ -107,39 +64,43 @@ def plan(completions: Completions, indices: Sequence[int], budget: int, packed: 
 
 
 def plan_shares(
-    completions: Completions, indices: Sequence[int], budget: int, packed: bool = False
+    completions: Rollouts, indices: Sequence[int], budget: int, packed: bool = False
 ) -> tuple[list[list[int]], list[list[int]]]:
     """This rank's micro-batches of ``indices``, and micro-batches to run with zero weight.
 
     A sharded model is gathered by all ranks together, so all ranks must run the same number of
     forward passes. A rank with fewer micro-batches repeats the shortest completion. On one process
-    the second list is empty.
+    the second list is empty. Completions go to the ranks in order of falling length, each to the one
+    with the fewest tokens.
     """
-    costs = [completions.length(index) for index in range(len(completions))]
-    plans = [plan(completions, share, budget, packed) for share in ranks.shares(costs, list(indices))]
+    loads, shares = [0] * ranks.size(), [list[int]() for _ in range(ranks.size())]
+    for index in sorted(indices, key=completions.length, reverse=True):
+        least = loads.index(min(loads))
+        loads[least] += completions.length(index)
+        shares[least].append(index)
+    plans = [plan(completions, share, budget, packed) for share in shares]
     own = plans[ranks.rank()]
     shortest = min(indices, key=completions.length)
     return own, [[shortest]] * (max(map(len, plans)) - len(own))
 
 
-def collate(completions: Completions, indices: Sequence[int], device: torch.device, packed: bool = False) -> MicroBatch:
+def collate(completions: Rollouts, indices: Sequence[int], device: torch.device, packed: bool = False) -> MicroBatch:
     """Build the tensors of one micro-batch on ``device``."""
     lengths = list(map(completions.length, indices))
     width = max(lengths)
     starts = list(accumulate(lengths if packed else [width] * len(lengths), initial=0))
     input_ids = torch.zeros(starts[-1], dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
-    rows, sequence_ids, tokens = [], [], []
+    rows, tokens = [], []
     for start, length, index in zip(starts, lengths, indices, strict=False):
         prompt, completion = completions.prompt_ids[index], completions.completion_ids[index]
         input_ids[start : start + length] = torch.tensor(prompt + completion)
         attention_mask[start : start + length] = 1
         rows.append(torch.arange(start + len(prompt) - 1, start + length - 1))
-        sequence_ids.append(torch.full((len(completion),), index))
         tokens.append(torch.arange(completions.starts[index], completions.starts[index + 1]))
     chosen = torch.cat(rows)
     shape = (1, -1) if packed else (len(indices), width)
-    tensors = (chosen, input_ids[chosen + 1], torch.cat(sequence_ids), torch.cat(tokens))
+    tensors = (chosen, input_ids[chosen + 1], torch.cat(tokens))
     support = None
     if completions.support is not None:
         ids, counts = (torch.cat(parts) for parts in zip(*(completions.support[index] for index in indices), strict=True))

@@ -17,8 +17,7 @@ from eapo_kernels.objectives.controllers import Controller
 from ..config import Config, DataConfig
 from ..dataset import Prompt, encode, fill
 from ..models.policy import Policy
-from ..records import ScoredRollouts, Tick
-from .batching import Completions
+from ..records import Rollouts, ScoredRollouts, Tick
 from .measure import Measurement, measure
 
 
@@ -34,7 +33,7 @@ class Experience:
         positive_weight: 0-dim, the controller's weight; None for a method with a weight of its own.
     """
 
-    completions: Completions
+    completions: Rollouts
     batch: TokenBatch
     old: Measurement
     positive_weight: Tensor | None
@@ -57,7 +56,7 @@ class Experience:
 
 def weigh(
     method: Method,
-    completions: Completions,
+    completions: Rollouts,
     rewards: Tensor,
     group_ids: Tensor,
     old: Measurement,
@@ -86,7 +85,7 @@ def weigh(
         group_ids=group_ids.to(device),
         old_logp=None if old.on_policy else old.logp,
         ref_logp=ref_logp,
-        rollout_logp=completions.rollout_logp.to(device),
+        rollout_logp=torch.cat(completions.logp).to(device),
     )
     measured = {"tempered_logp": old.tempered_logp, "nucleus_entropy": old.nucleus_entropy}
     extras = {**(extras or {}), **{name: value for name, value in measured.items() if value is not None}}
@@ -105,12 +104,12 @@ def weigh(
     return Experience(completions, weighted, old, output if method.positive_weight is None else None)
 
 
-def per_token(per_answer: Tensor, completions: Completions) -> Tensor:
+def per_token(per_answer: Tensor, completions: Rollouts) -> Tensor:
     """[T] from [B], one value a completion repeated for each of its tokens, on the CPU."""
     return per_answer.repeat_interleave(torch.tensor([len(ids) for ids in completions.completion_ids]))
 
 
-def final_answer(completions: Completions, marker: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def final_answer(completions: Rollouts, marker: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """[T] bool CPU: the tokens after the one that completes ``marker`` in the decoded text; none
     where the marker does not occur.
     """
@@ -136,7 +135,7 @@ def teacher_prompts(
 
 
 def extra_statistics(
-    config: Config, method: Method, policy: Policy, sampled: ScoredRollouts, completions: Completions, tick: Tick
+    config: Config, method: Method, policy: Policy, sampled: ScoredRollouts, completions: Rollouts, tick: Tick
 ) -> dict[str, Tensor]:
     """The extras of ``weight_tokens`` that are not measured on the policy's own completions, [T]
     each: answer mask, teacher log-probs.

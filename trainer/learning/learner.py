@@ -21,7 +21,7 @@ from .. import ranks
 from ..config import OptimConfig
 from ..errors import ConfigError, DivergenceError, Interrupted
 from ..models.policy import Policy
-from ..models.sharding import full_tensor
+from ..models.weights import full_tensor
 from ..records import Tick
 from .batching import MicroBatch, collate, plan_shares
 from .experience import Experience

@@ -4,6 +4,7 @@ weights before the first update.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from eapo_kernels import Method, TokenStats, nucleus_entropy, token_stats
 from .. import ranks
 from ..config import OptimConfig
 from ..models.policy import Policy
-from ..records import Tick
-from .batching import Completions, MicroBatch, collate, plan_shares
+from ..records import Rollouts, Tick
+from .batching import MicroBatch, collate, plan_shares
 
 
 @dataclass(frozen=True)
@@ -52,58 +53,45 @@ class Measurement:
         return TokenStats(**{name: getattr(self, name) for name in TokenStats._fields})
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Statistics to measure besides log-prob and entropy.
-
-    Attributes:
-        second_moments: p2, p2_logp and varentropy.
-        tempered: the other temperature, as a factor on the sampling temperature, or None.
-        top_p: the probability mass of the nucleus, or None.
-    """
-
-    second_moments: bool = False
-    tempered: float | None = None
-    top_p: float | None = None
-
-
-NOTHING = Wanted()
-
-
-def wanted_by(method: Method, *, tempered: float, diagnose: bool) -> Wanted:
-    """The statistics that ``method`` needs, and with ``diagnose`` those of its diagnostics.
+def wanted_by(method: Method, *, tempered: float, diagnose: bool) -> dict[str, Any]:
+    """The statistics that ``method`` needs besides log-prob and entropy, and with ``diagnose`` those of
+    its diagnostics, as keywords of ``measure``.
 
     tempered: the temperature factor, for a method that needs log-probs at another temperature.
     """
     needs = frozenset() if method.token_weighting is None else method.token_weighting.needs
-    return Wanted(
-        second_moments=diagnose or "second_moments" in needs,
-        tempered=tempered if "tempered_logp" in needs else None,
-        top_p=method.config.entropy_top_p if "nucleus_entropy" in needs else None,
-    )
+    found = {
+        "second_moments": diagnose or "second_moments" in needs,
+        "tempered": tempered if "tempered_logp" in needs else None,
+        "top_p": method.config.entropy_top_p if "nucleus_entropy" in needs else None,
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def recorded(
-    completions: Completions, method: Method, optim: OptimConfig, wanted: Wanted, device: torch.device
+    completions: Rollouts, method: Method, optim: OptimConfig, wanted: Mapping[str, Any], device: torch.device
 ) -> Measurement | None:
     """What the engine measured while it sampled ``completions`` from the present policy, where a step
     needs no more: one update, and a method that weighs responses, not tokens. Else None.
     """
-    entropy = completions.rollout_entropy
     off_policy = optim.old_logp == "always" or optim.minibatches * optim.epochs > 1 or method.config.importance_cap is not None
-    if entropy is None or off_policy or method.token_weighting is not None or wanted != NOTHING:
+    if completions.entropy is None or off_policy or method.token_weighting is not None or wanted:
         return None
-    return Measurement(completions.rollout_logp.to(device), entropy.to(device))
+    return Measurement(*(torch.cat(column).to(device) for column in (completions.logp, completions.entropy)))
 
 
 @torch.no_grad()
 def measure(
-    policy: Policy, completions: Completions, *, temperature: float, budget: int, tick: Tick, wanted: Wanted = NOTHING
-) -> Measurement:
+    policy: Policy, completions: Rollouts, *, temperature: float, budget: int, tick: Tick,
+    second_moments: bool = False, tempered: float | None = None, top_p: float | None = None,
+) -> Measurement:  # fmt: skip
     """Teacher-forced statistics of ``completions`` at the sampling temperature, in micro-batches of
-    ``budget`` tokens.
+    ``budget`` tokens. Every rank measures a share and receives the statistics of all completions.
 
-    Every rank measures a share and receives the statistics of all completions.
+    Args:
+        second_moments: also measure p2, p2_logp and varentropy.
+        tempered: also the log-prob at another temperature, a factor on the sampling temperature.
+        top_p: also the entropy of the nucleus with this probability mass.
     """
     columns: dict[str, Tensor] = {}
     groups, repeated = plan_shares(completions, range(len(completions)), budget, policy.packed)
@@ -116,16 +104,16 @@ def measure(
             targets, support = batch.targets, batch.support
             found = token_stats(
                 hidden, weight, targets, inv_temperature=1 / temperature, entropy="nograd",
-                second_moments=wanted.second_moments, support=support, **options,
+                second_moments=second_moments, support=support, **options,
             )._asdict()  # fmt: skip
-            if wanted.tempered is not None:
-                other = 1 / (temperature * wanted.tempered)
+            if tempered is not None:
+                other = 1 / (temperature * tempered)
                 found["tempered_logp"] = token_stats(
                     hidden, weight, targets, inv_temperature=other, entropy="none", support=support, **options
                 ).logp
-            if wanted.top_p is not None:
+            if top_p is not None:
                 found["nucleus_entropy"] = nucleus_entropy(
-                    hidden, weight, top_p=wanted.top_p, inv_temperature=1 / temperature, **options
+                    hidden, weight, top_p=top_p, inv_temperature=1 / temperature, **options
                 )
             return found
 

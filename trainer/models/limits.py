@@ -50,6 +50,18 @@ def positions(model: Any) -> tuple[int | None, int | None]:
     return min(held, default=None), stated
 
 
+def number(config: Any, name: str, default: int) -> int:
+    """A number of a model's configuration, of several layers the largest."""
+    value = getattr(config, name, None) or default
+    return int(max(value) if isinstance(value, list | tuple) else value)
+
+
+def heads_of(config: Any) -> tuple[int, int]:
+    """Attention heads of a layer, and the width of one. A state-space model counts as one head."""
+    heads = number(config, "num_attention_heads", 1)
+    return heads, number(config, "head_dim", config.hidden_size // heads)
+
+
 def check_prompts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from inspect import signature
 from itertools import accumulate
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
@@ -29,9 +31,11 @@ from ..config import LoraConfig, ModelConfig
 from ..errors import CheckpointError, ModelError
 from .embedded import base_of_adapter, resolve
 from .limits import load_tokenizer, token_rows
-from .sharding import fill, full_tensor, shard, skeleton, unsharded
+from .weights import fill, shard, skeleton, unsharded
 
 T = TypeVar("T")
+RENAMED = "`(is_)?gradient_checkpointing"
+"""Start of a warning: transformers 5.23 renames these methods, and peft still uses the old names."""
 
 
 class Policy(nn.Module):
@@ -106,11 +110,13 @@ class Policy(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
-    def precision(self) -> AbstractContextManager[Any]:
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Name -> trained weight, in the model's own memory."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def precision(self) -> torch.autocast:
         """Autocast to the compute dtype; the trained weights stay in fp32."""
-        if self.dtype is torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor, head: Callable[..., T],
@@ -222,14 +228,10 @@ class Policy(nn.Module):
             CheckpointError: it cannot be written; an earlier one stays.
         """
         adapted = isinstance(self.model, PeftModel)
-        weights: dict[str, Tensor] = {}
-        gathered: dict[int, Tensor] = {}  # tied weights are written once
-        for name, weight in self.model.state_dict(keep_vars=True).items():
-            if "lora_" in name or not adapted:  # gathered one by one, kept on rank 0 only
-                if id(weight) not in gathered:
-                    full = full_tensor(weight.detach())
-                    gathered[id(weight)] = full.cpu() if ranks.is_main() else full[:0]
-                weights[name] = gathered[id(weight)]
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
+        weights = get_model_state_dict(self.model, options=whole)  # on rank 0, nothing on the others
+        for tied in self.language_model.all_tied_weights_keys:  # gathered twice, written once
+            weights.pop(tied, None)
         # Otherwise peft looks up the base model to compare embeddings, which adapters never change here.
         options = {"save_embedding_layers": False} if adapted else {}
         scratch = directory.with_name(f"{directory.name}.tmp")
@@ -260,53 +262,56 @@ def load_policy(config: ModelConfig, lora: LoraConfig, *, seed: int) -> Policy:
         ModelError: the model is not found, or this trainer cannot use it.
     """
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", RENAMED, FutureWarning)
     device = find_device(config.device, "model.device")
     whole: PreTrainedModel | PeftModel | None = None
 
     def load() -> PreTrainedModel | PeftModel:
         nonlocal whole
-        whole = _load(config, lora, device, seed)
+        whole = load_model(config, lora, seed, device)
         return skeleton(whole) if ranks.size() > 1 else whole
 
     model = ranks.run_on_main(load)
     tokenizer = load_tokenizer(resolve(config.path, config.cache, weights=False))
     if config.gradient_checkpointing:
-        with _renames_ignored():
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weights = (whole.state_dict() if whole else {}) if ranks.size() > 1 else None
     return Policy(model, tokenizer, getattr(torch, config.dtype), device, config.packing, weights)
 
 
-def _load(config: ModelConfig, lora: LoraConfig, device: torch.device, seed: int) -> PreTrainedModel | PeftModel:
-    """The whole model on the CPU, with its adapters."""
-    directory = resolve(config.path, config.cache)  # converts or downloads it, once
-    adapted = base_of_adapter(directory, config.cache)
+def load_model(config: ModelConfig, lora: LoraConfig, seed: int, device: torch.device | None) -> PreTrainedModel | PeftModel:
+    """The whole model on the CPU, with its adapters. device: on which it shall run. None is for the meta
+    device, as PyTorch's default: without weights, which are not downloaded.
+
+    Raises:
+        ModelError: see ``load_policy``.
+    """
+    warnings.filterwarnings("ignore", RENAMED, FutureWarning)
+    directory = resolve(config.path, config.cache, weights=device is not None)  # converts or downloads it, once
+    adapted = base_of_adapter(directory, config.cache, weights=device is not None)
     base = adapted or directory
     if adapted and lora.rank:
         raise ModelError(f"lora.rank: expected 0 (the adapter in {directory} is trained on), got {lora.rank}")
     dtype = getattr(torch, config.dtype) if adapted or lora.rank else torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention(config, device, base))
+        if device is None:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        else:
+            chosen = attention(config, device, base)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=chosen)
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(f"model: expected a causal language model in {base}, got: {error}") from error
+    if adapted and device is None:
+        settings = PeftConfig.from_pretrained(directory)
+        settings.inference_mode = False
+        return get_peft_model(model, settings)
     if adapted:
-        with _renames_ignored():
-            return PeftModel.from_pretrained(model, directory, is_trainable=True)
+        return PeftModel.from_pretrained(model, directory, is_trainable=True)
     if lora.rank:
         model = with_adapters(model, lora, seed)
         name = str(base.resolve()) if Path(config.path).expanduser().is_dir() else config.path
         model.peft_config["default"].base_model_name_or_path = name
     return model
-
-
-@contextmanager
-def _renames_ignored() -> Iterator[None]:
-    """Ignore the deprecation of "gradient checkpointing", which transformers 5.23 renames and peft
-    still uses.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
@@ -317,7 +322,7 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMo
         layers_to_transform=list(lora.layers) or None,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng([]), _renames_ignored():
+    with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, peft_config)
@@ -352,14 +357,9 @@ def attention(config: ModelConfig, device: torch.device, base: Path) -> str | No
 
 def find_device(name: str, key: str) -> torch.device:
     """The device that the setting ``key`` names; auto is cuda where available, else cpu."""
+    cuda = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"{key}: expected auto, cpu or cuda[:N], got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"{key}: expected a device of this machine, got {name!r} and no CUDA")
-    return device
+        name = "cuda" if cuda else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name != "cpu" and not cuda):
+        raise ModelError(f"{key}: expected auto, cpu or cuda[:N] of this machine, got {name!r}{'' if cuda else ' and no CUDA'}")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)

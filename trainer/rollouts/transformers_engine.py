@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ..models.policy import Policy
-from ..models.sharding import unsharded
+from ..models.weights import unsharded
 from ..records import Rollouts, Sampling, Support, Tick, derive_seed
 from .engines import sample_shares
 

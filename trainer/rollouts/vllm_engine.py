@@ -12,6 +12,7 @@ trainer. Without tensor parallelism these groups have one member, and the engine
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import tempfile
@@ -26,12 +27,11 @@ import torch
 from .. import ranks
 from ..config import RolloutConfig
 from ..errors import ConfigError, Interrupted, ModelError
-from ..learning.batching import select
 from ..learning.measure import measure
-from ..models.checkpoint_weights import checkpoint_weights
 from ..models.policy import Policy
+from ..models.weights import checkpoint_weights
 from ..records import Rollouts, Sampling, Support, Tick, derive_seed
-from ..runs.randomness import random_state, restore_random_state
+from ..runs.checkpoint import random_state, restore_random_state
 from .engines import sample_shares
 
 OLDEST = (0, 32)
@@ -80,10 +80,9 @@ class VllmEngine:
         self.dtype = policy.dtype if self.own.dtype == "auto" else getattr(torch, self.own.dtype)
         generators = random_state()  # vLLM seeds them all
         with tempfile.TemporaryDirectory(prefix="vllm-") as directory:  # only the configuration is read
-            config = policy.language_model.config.to_dict()
-            type(policy.language_model.config).from_dict(
-                {**config, "architectures": [type(policy.language_model).__name__]}
-            ).save_pretrained(directory)
+            config = copy.deepcopy(policy.language_model.config)
+            config.architectures = [type(policy.language_model).__name__]
+            config.save_pretrained(directory)
             try:
                 self.llm = vllm.LLM(
                     model=directory,
@@ -103,9 +102,8 @@ class VllmEngine:
                     return_sampling_mask=self.masks,
                 )
             except (ValueError, NotImplementedError) as error:
-                reason = str(error).strip().splitlines()[-1]
-                if said := re.search(r"Value error, (.*?)(?: \[type=|$)", str(error)):  # pydantic's last line is a link
-                    reason = said[1]
+                said = re.search(r"Value error, (.*?)(?: \[type=|$)", str(error))  # of pydantic, whose last line is a link
+                reason = said[1] if said else str(error).strip().splitlines()[-1]
                 if reason.startswith("sampling distribution replay"):
                     want = "a vLLM that returns the tokens left by top_p, top_k and min_p (on a GPU it does; otherwise"
                     instead = "rollout.engine transformers, or record_support False and a biased loss)"
@@ -125,8 +123,6 @@ class VllmEngine:
         if longest >= room:
             key = "rollout.vllm.max_model_len, or the model's own limit"
             raise ModelError(f"{key}: expected room for a completion to {longest} tokens, got {room} in all")
-        if sampling.support and not self.masks:
-            raise ModelError("rollout.record_support: expected an engine that was started with a filter, got one without")
         if self._wake("weights") and self.sleep_level == 2:
             self._load()
         self._wake("kv_cache")
@@ -149,7 +145,7 @@ class VllmEngine:
 
     def _load(self) -> None:
         """Copy the policy's present weights and drop caches computed with earlier ones."""
-        weights = checkpoint_weights(self.policy)
+        weights = checkpoint_weights(self.policy.language_model)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights, "is_checkpoint_format": True})
         if self.policy.device.type == "cpu":
             self.llm.apply_model(_repack_heads)
@@ -220,9 +216,8 @@ class VllmEngine:
         prompt = [i % self.vocabulary for i in range(1, 6)]
         sampling, tick = Sampling(4 * ranks.size() // self.together, 8, 1.0, 1.0, seed=0), lambda *_: None
         rollouts = self._share([prompt], sampling, tick)
-        completions = select(rollouts, range(sampling.responses))
-        old = measure(self.policy, completions, temperature=1.0, budget=64, tick=tick).logp.cpu()
-        apart = (old - completions.rollout_logp).abs().split([len(ids) for ids in rollouts.completion_ids])
+        old = measure(self.policy, rollouts, temperature=1.0, budget=64, tick=tick).logp.cpu()
+        apart = (old - torch.cat(rollouts.logp)).abs().split([len(ids) for ids in rollouts.completion_ids])
         gap = max(torch.cat(apart[i : i + 4]).mean().item() for i in range(0, len(apart), 4))  # the worst engine's
         exact = self.dtype is torch.float32 and self.policy.dtype is torch.float32
         kind, bound = type(self.policy.language_model).__name__, 1e-3 if exact else 0.1

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import warnings
@@ -19,13 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 
 from .. import ranks
 from ..errors import CheckpointError
 
-FORMAT = 2
 NAME = re.compile(r"step-\d{6,}")
 MANIFEST, STATE, UNFINISHED = "manifest.json", "state.pt", ".tmp"
 
@@ -58,14 +59,13 @@ def write(
     scratch = path.with_suffix(UNFINISHED)
     if ranks.run_on_main(path.exists):
         return path
-    ranks.run_on_main(lambda: prune(root, None))
+    ranks.run_on_main(lambda: prune(root))
 
     def finish() -> None:
         with _reported(path, "to write it"):
             torch.save(state, scratch / STATE)
             sizes = {file.name: file.stat().st_size for file in scratch.iterdir()}
-            manifest = {"format": FORMAT, "settings": settings, "files": sizes}
-            (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            (scratch / MANIFEST).write_text(json.dumps({"settings": settings, "files": sizes}, indent=1) + "\n")
             for name in (STATE, MANIFEST, "."):
                 _sync(scratch / name)
             scratch.rename(path)
@@ -83,8 +83,8 @@ def write(
     return path
 
 
-def prune(root: Path, keep: int | None) -> None:
-    """Remove unfinished checkpoints, and all but the last ``keep`` (None: no others)."""
+def prune(root: Path, keep: int = 0) -> None:
+    """Remove unfinished checkpoints, and all but the last ``keep`` where it is not 0."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(f"step-*{UNFINISHED}"):
         if NAME.fullmatch(leftover.stem):
@@ -95,9 +95,7 @@ def prune(root: Path, keep: int | None) -> None:
 
 def remove(path: Path) -> None:
     """Remove a checkpoint. It is renamed first, so a partly removed one never has a valid name."""
-    doomed = path.with_suffix(UNFINISHED)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(path.rename(path.with_suffix(UNFINISHED)))
 
 
 def _sync(path: Path) -> None:
@@ -113,26 +111,18 @@ def verify(path: Path) -> dict[str, Any]:
     """Check that all files of a checkpoint are there in full. Returns the settings of its run.
 
     Raises:
-        CheckpointError: a file is missing or truncated, or the format is that of another version.
+        CheckpointError: a file is missing or truncated.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files, written, settings = manifest["files"], manifest["format"], manifest.get("settings", {})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path}: expected a readable {MANIFEST}, got {error}") from error
-    if written != FORMAT:
-        raise CheckpointError(f"checkpoint {path}: expected format {FORMAT} of this version of the trainer, got {written}")
-    for name, size in files.items():
+    for name, size in manifest["files"].items():
         got = (path / name).stat().st_size if (path / name).is_file() else None
         if got != size:
             found = "no file" if got is None else f"{got} (truncated?)"
             raise CheckpointError(f"checkpoint {path}: {name}: expected {size} bytes, got {found}")
-    return settings
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The ``state`` given to ``write``."""
-    return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    return manifest["settings"]
 
 
 def saved_names(path: Path) -> set[str]:
@@ -150,13 +140,22 @@ def read_tensors(path: Path, into: dict[str, Any]) -> None:
         dcp.load(into, storage_reader=dcp.FileSystemReader(path), no_dist=ranks.size() == 1)
 
 
-def read_weights(path: Path, model: torch.nn.Module) -> None:
-    """Load the trained weights of a verified checkpoint into a model of the same configuration.
-
-    Raises:
-        CheckpointError: it is a checkpoint of another model.
+def random_state() -> dict[str, Any]:
+    """State of the global generators in this process, as values that ``torch.load`` accepts with
+    weights_only. The trainer derives its own numbers from seeds; users' rewards may use these.
     """
-    read_tensors(path, {"weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}})
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state = {"python": random.getstate(), "numpy": (kind, np.asarray(keys).tolist(), *rest), "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Restore ``random_state()``; the state of a GPU is skipped on a machine without one."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 @contextmanager

@@ -4,7 +4,7 @@ inference engines load.
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from peft import PeftModel
 from ..config.settings import parse_config
 from ..errors import ConfigError, check
 from ..models.policy import Policy, load_policy
-from .checkpoint import read_weights, verify
+from .checkpoint import read_tensors, verify
 
 DTYPES = ("float32", "bfloat16")
 
@@ -43,15 +43,12 @@ def export(source: Path, out: Path, dtype: str) -> Path:
     policy = _load(source)
     model = policy.model.float().merge_and_unload() if isinstance(policy.model, PeftModel) else policy.model
     model.to(getattr(torch, dtype))
-    scratch = out.with_name(f"{out.name}.tmp")
-    check(not scratch.exists(), "--out", f"no other export that is being written, or was cut off, at {scratch}", "one")
-    scratch.mkdir(parents=True)
-    try:
-        model.save_pretrained(scratch)
-        policy.tokenizer.save_pretrained(scratch)
-        scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        complete = Path(scratch) / out.name
+        model.save_pretrained(complete)
+        policy.tokenizer.save_pretrained(complete)
+        complete.rename(out)
     return out
 
 
@@ -69,5 +66,5 @@ def _load(source: Path) -> Policy:
         return load_policy(model.replace(path=str(run / "model")), config.lora.replace(rank=0), seed=0)
     verify(source)
     policy = load_policy(model, config.lora, seed=0)
-    read_weights(source, policy)
+    read_tensors(source, {"weights": policy.trained_weights()})
     return policy

@@ -26,8 +26,8 @@ from ..dataset import json_lines
 from ..errors import CheckpointError, ConfigError, DataError, check
 from .checkpoint import checkpoints, remove
 
-STREAMS = ("metrics", "samples", "evaluations")
-RESULTS = (*(f"{stream}.jsonl" for stream in STREAMS), "finished.json", "report.md", "curves.png", "diagnostics.png")
+STREAMS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
+RESULTS = (*STREAMS, "finished.json", "report.md", "curves.png")
 """Files of a run that the next one of its name does not write at its start. A new run removes an
 earlier one's files by name, so other files in its directory stay."""
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "numpy", "eapo-kernels")
@@ -40,15 +40,9 @@ class RunDirectory:
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, Path(config.out).expanduser() / config.name
+        self.model, self.checkpoints = self.path / "model", self.path / "checkpoints"
+        self._environment, self._finished = self.path / "environment.json", self.path / "finished.json"
         self._kernels: dict[str, str] = {}
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
 
     def check_free(self, *, replace: bool) -> None:
         """Refuse a directory whose results or model must not be replaced. Changes nothing.
@@ -63,7 +57,7 @@ class RunDirectory:
                 f"name: expected a new run (or --overwrite True, or --resume auto), got {self.config.name!r}, "
                 f"which is in {self.path}"
             )
-        if not (self.path / "environment.json").exists() and (self.model.exists() or self.checkpoints.exists()):
+        if not self._environment.exists() and (self.model.exists() or self.checkpoints.exists()):
             raise ConfigError(f"name: expected a new directory or that of a run, got {self.path}, where no run wrote model/")
 
     def check_writable(self) -> None:
@@ -87,29 +81,19 @@ class RunDirectory:
         if self.model.exists():
             shutil.rmtree(self.model)
         self._describe(environment())
-        self._configure()
 
-    def resume(self, step: int, changed: Mapping[str, Any]) -> None:
-        """Continue the run after ``step`` steps. The values before of changed settings are kept in
-        environment.json, under "resumed".
-        """
-        content, now = self._described(), environment()
-        entry = {"step": step, "changed": changed, **{key: now[key] for key in ("command", "commit", "processes")}}
-        self._describe({**content, "resumed": [*content.get("resumed", []), entry]})
-        self._configure()
-
-    def _configure(self) -> None:
-        """Write the present configuration, without ``overwrite`` and ``resume``, and mark the run as
-        unfinished.
-        """
-        _write(self.path / "config.toml", to_toml(self.config.replace(overwrite=False, resume="")))
-        (self.path / "finished.json").unlink(missing_ok=True)
-
-    def _described(self) -> dict[str, Any]:
-        return _json(self.path / "environment.json") or {}
+    def resume(self) -> None:
+        """Continue the run: its configuration and environment are the present ones."""
+        self._describe({**self._described(), **environment()})
+        self._finished.unlink(missing_ok=True)
 
     def _describe(self, content: Mapping[str, Any]) -> None:
-        _write(self.path / "environment.json", json.dumps(content, indent=2) + "\n")
+        """Write environment.json, and the present configuration without ``overwrite`` and ``resume``."""
+        _write(self._environment, json.dumps(content, indent=2) + "\n")
+        _write(self.path / "config.toml", to_toml(self.config.replace(overwrite=False, resume="")))
+
+    def _described(self) -> dict[str, Any]:
+        return _json(self._environment) or {}
 
     def command(self) -> str:
         """The command that resumes the run."""
@@ -118,11 +102,11 @@ class RunDirectory:
 
     def finish(self, step: int) -> None:
         """Mark the run as finished, after all its files have been written."""
-        _write(self.path / "finished.json", json.dumps({"step": step}) + "\n")
+        _write(self._finished, json.dumps({"step": step}) + "\n")
 
     def finished(self) -> int | None:
         """Number of steps of a finished run; None for an unfinished one."""
-        found = _json(self.path / "finished.json")
+        found = _json(self._finished)
         return found["step"] if found else None
 
     def record_kernels(self) -> str | None:
@@ -160,18 +144,15 @@ class RunDirectory:
                 error.filename = str(path)  # a failed write does not say it
                 raise
 
-    def _streams(self) -> list[Path]:
-        return [file for stream in STREAMS if (file := self.path / f"{stream}.jsonl").exists()]
-
     def offsets(self) -> dict[str, int]:
         """Size in bytes of each log file."""
-        return {file.name: file.stat().st_size for file in self._streams()}
+        return {name: (self.path / name).stat().st_size for name in STREAMS if (self.path / name).exists()}
 
     def sync(self) -> None:
         """Flush the log files to disk."""
-        for file in self._streams() if ranks.is_main() else ():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+        for name in self.offsets() if ranks.is_main() else ():
+            with (self.path / name).open("rb") as file:
+                os.fsync(file.fileno())
 
     def truncate(self, offsets: dict[str, int]) -> None:
         """Cut the log files back to earlier ``offsets()``, so that repeated steps are not logged
@@ -180,12 +161,13 @@ class RunDirectory:
         Raises:
             CheckpointError: a file is shorter than its offset.
         """
+        there = self.offsets()
         for name, size in offsets.items():
-            got = (self.path / name).stat().st_size if (self.path / name).exists() else 0
-            if got < size:
-                raise CheckpointError(f"{self.path / name}: expected at least the {size} bytes of the checkpoint, got {got}")
-        for file in self._streams():
-            os.truncate(file, offsets.get(file.name, 0))
+            if there.get(name, 0) < size:
+                expected = f"expected at least the {size} bytes of the checkpoint"
+                raise CheckpointError(f"{self.path / name}: {expected}, got {there.get(name, 0)}")
+        for name in there:
+            os.truncate(self.path / name, offsets.get(name, 0))
 
 
 def read(path: Path, stream: str) -> list[dict[str, Any]]:
@@ -230,22 +212,14 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "processes": ranks.size(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {own.name: own.version for own in metadata.distributions() if own.name in PACKAGES},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
     """Git commit of this checkout, with "-dirty" where files differ from it; None outside one."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
         return None
-    return done.stdout.strip() or None

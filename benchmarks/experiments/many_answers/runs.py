@@ -13,10 +13,9 @@ import torch
 from eapo_kernels import Method, make_controller
 from eapo_kernels.objectives.controllers import Controller
 from trainer.errors import DivergenceError
-from trainer.learning.batching import select
 from trainer.learning.experience import weigh
 from trainer.learning.learner import Learner
-from trainer.learning.measure import NOTHING, measure, recorded
+from trainer.learning.measure import measure, recorded
 from trainer.models.policy import Policy, load_policy
 from trainer.records import Rollouts, Sampling, derive_seed
 from trainer.rollouts.engines import RolloutEngine, make_engine
@@ -64,12 +63,11 @@ def run(job: Job, size: Size, model: Path) -> dict[str, Any]:
             policy, engine, asked, config.rollout.sampling(size.responses, derive_seed(job.seed, SAMPLE, step))
         )
         rewards = torch.tensor([float(answer is not None) for answer in right])
-        completions = select(rollouts, range(len(right)))
-        old = recorded(completions, method, config.optim, NOTHING, policy.device) or measure(
-            policy, completions, temperature=1.0, budget=config.optim.micro_batch_tokens, tick=_no_tick
+        old = recorded(rollouts, method, config.optim, {}, policy.device) or measure(
+            policy, rollouts, temperature=1.0, budget=config.optim.micro_batch_tokens, tick=_no_tick
         )
         experience = weigh(
-            method, completions, rewards, groups, old, controller=controller,
+            method, rollouts, rewards, groups, old, controller=controller,
             progress=step / job.steps, seed=derive_seed(job.seed, WEIGHT, step),
         )  # fmt: skip
         try:
