@@ -2,7 +2,8 @@
 
 Two schedules compute the same loss. *autograd*: ``token_stats``, then vector operations, for any
 loss. *one_pass*: loss and gradients chunk by chunk with one logit computation, for losses in which
-a token's coefficient depends on its own statistics only.
+a token's coefficient depends on its own statistics only. With ``main_grad`` other losses take its
+chunks after a pass for the statistics of all tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .objectives.controllers import EntropyRatio
 from .objectives.methods import METHODS, Method, get_method
 from .objectives.policy import PolicyTerms, loss_and_sums, prepare, resolve_positive_weight
 from .ops import collective_checks, dispatch, gradients, sparse
-from .ops.dispatch import Chunk, Coefficients, LogitCotangents, SurrogateTerms
+from .ops.dispatch import Chunk, Coefficients, LogitCotangents, RowStatistics, SurrogateTerms
 from .ops.gradients import MainGrad
 from .ops.lm_head import Projection, build_projection, check_values, resolve_compaction, scatter_rows, select_valid
 from .ops.nucleus import project_nucleus_entropy
@@ -30,7 +31,7 @@ from .ops.sparsify import Sparsity
 from .ops.token_stats import project_stats
 from .ops.vocab_shard import VocabShard
 from .support import TokenSupport
-from .types import DEFAULT_OPTIONS, IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch, rows_of
+from .types import DEFAULT_OPTIONS, IGNORE_INDEX, SUMS, LossOutput, Options, TokenBatch, TokenStats, rows_of
 
 SCHEDULES = ("auto", "one_pass", "autograd")
 
@@ -62,9 +63,9 @@ def eapo_loss(
         schedule: "one_pass" (its loss allows one ``backward``), "autograd" or "auto".
         options: memory budget, plan and checks.
         main_grad: [V, D] fp32 (fp64 for fp64 inputs) accumulator. This call adds the weight's
-            gradient to it (one-pass schedule) and ``backward`` gives ``weight`` none. Not inside a
-            checkpointed region, because its recomputation would add the gradient again. None:
-            ``backward`` gives the gradient to ``weight``.
+            gradient to it and ``backward`` gives ``weight`` none. Not inside a checkpointed region,
+            because its recomputation would add the gradient again. Not with schedule "autograd" or
+            entropy_top_p. None: ``backward`` gives the gradient to ``weight``.
         main_grad_scale: the factor by which the caller will multiply the loss before ``backward``
             (gradient accumulation, loss scaling).
         metrics: False: entropies that the loss does not need are not computed, and tokens whose
@@ -116,7 +117,7 @@ def policy_loss(
         require(isinstance(options, Options), "options", "Options or None", options)
         method = get_method(method) if isinstance(method, str) else method
         require(isinstance(method, Method), "method", "a name or a Method", method)
-        config = method.config
+        config, support = method.config, batch.support
         require(isinstance(config, EAPOConfig), "config", "an EAPOConfig or None", config)
         require_choice("schedule", schedule, SCHEDULES)
         check_batch(batch, config, debug=options.debug)
@@ -127,7 +128,7 @@ def policy_loss(
         lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
         expected = "None with entropy_top_p: a nucleus is chosen from all logits of a row"
         require(shard is None or config.entropy_top_p is None, "process_group", expected, process_group)
-        require(batch.support is None or config.entropy_top_p is None, "batch.support", expected, "a TokenSupport")
+        require(support is None or config.entropy_top_p is None, "batch.support", expected, "a TokenSupport")
         all_terms = prepare(batch, config, lam)
         terms = all_terms if metrics else all_terms.without_idle()
         projection = build_projection(hidden, weight, bias, inv_temperature, softcap, logit_scale, batch.targets.shape, shard)
@@ -139,7 +140,7 @@ def policy_loss(
             require_tensor("main_grad", main_grad, tuple(weight.shape), (projection.statistics_dtype,), projection.hidden)
             require_number("main_grad_scale", main_grad_scale)
             main = MainGrad(main_grad.detach(), main_grad_scale)
-        full_entropy = batch.support is not None and batch.support.full_entropy
+        full_entropy = support is not None and support.full_entropy
         schedule = _choose_schedule(schedule, config, options.plan, main is not None, full_entropy)
         if not torch.compiler.is_compiling():
             backend = dispatch.resolve(backend, projection).name
@@ -151,14 +152,18 @@ def policy_loss(
         collective_checks.compare(
             projection, targets, options, call="policy_loss", backend=backend, schedule=schedule, method=method.name,
             metrics=metrics, main_grad=main is not None, old_logp=batch.old_logp is not None,
-            entropy_bonus=terms.has_entropy_bonus, support=batch.support is not None,
+            entropy_bonus=terms.has_entropy_bonus, support=support is not None,
         )  # fmt: skip
-    if schedule == "one_pass":
-        check_values(projection, targets, options.debug, batch.support)
-        loss, sums, sparsity = _one_pass(projection, targets, terms, batch.support, backend, options, main, metrics)
+    if schedule != "autograd":
+        check_values(projection, targets, options.debug, support)
+        known = None
+        if schedule == "two_passes":
+            with torch.no_grad():
+                stats = project_stats(projection, targets, entropy="nograd", backend=backend, options=options, support=support)
+            known = _coefficients(terms, stats, torch.is_grad_enabled())
+        loss, sums, sparsity = _one_pass(projection, targets, terms, support, backend, options, main, metrics, known)
     else:
-        loss, sums = _autograd(projection, targets, terms, batch.support, backend, options, metrics)
-        sparsity = None
+        (loss, sums), sparsity = _autograd(projection, targets, terms, support, backend, options, metrics), None
     found = _metrics(all_terms, sums if metrics else None, positive_weight)
     return LossOutput(loss, found | ({} if sparsity is None else sparsity.metrics()))
 
@@ -219,40 +224,32 @@ class _KnownGradients(torch.autograd.Function):
 
 def _one_pass(
     projection: Projection, targets: Tensor, terms: PolicyTerms, support: TokenSupport | None, backend_name: str,
-    options: Options, main_grad: MainGrad | None, metrics: bool,
+    options: Options, main_grad: MainGrad | None, metrics: bool, known: Coefficients | None,
 ) -> tuple[Tensor, Tensor, Sparsity | None]:  # fmt: skip
-    """(loss, sums, sparsity) with all gradients computed. targets: -100 where ``terms.valid`` is False."""
+    """(loss, sums, sparsity) with all gradients computed. targets: -100 where ``terms.valid`` is False.
+    known: the coefficients of all rows, of a loss whose tokens need each other's; else None."""
     inputs = (projection.hidden, projection.weight, projection.bias)
     enabled = torch.is_grad_enabled()
     d_hidden, d_weight, d_bias = (enabled and t is not None and t.requires_grad for t in inputs)
     needs = (d_hidden, d_weight or (enabled and main_grad is not None), d_bias)
-    backend, valid = dispatch.load(backend_name), terms.valid
-    has_bonus = terms.has_entropy_bonus
-    wants_entropy = metrics or has_bonus
+    backend, valid, has_bonus = dispatch.load(backend_name), terms.valid, terms.has_entropy_bonus
 
     def open_chunk(rows: slice) -> Chunk:
         part, here = selected.rows(rows), rows_of(local, rows)
         if candidates is not None:
             some = candidates.select(rows)
-            return sparse.SupportChunk(part, here, rows_of(chosen.valid, rows), some, backend, entropy=wants_entropy)
+            return sparse.SupportChunk(part, here, rows_of(chosen.valid, rows), some, backend, entropy=metrics or has_bonus)
         guess = None if chosen.old_logp is None else rows_of(chosen.old_logp, rows)
-        return backend.open_chunk(part, here, entropy=wants_entropy, entropy_gradient=has_bonus, logp_guess=guess)
+        return backend.open_chunk(part, here, entropy=metrics or has_bonus, entropy_gradient=has_bonus, logp_guess=guess)
 
     def coefficients(chunk: Chunk, rows: slice) -> Coefficients:
+        if known is not None:
+            chunk.statistics()  # which the gradient reads
+            return Coefficients(known.cotangents.rows(rows), known.sums if rows.start == 0 else torch.zeros_like(known.sums))
         part = chosen.rows(rows)
         surrogate = _surrogate_terms(part)
         fused = None if surrogate is None else chunk.surrogate(surrogate)
-        if fused is not None:
-            return fused
-        stats = chunk.statistics()
-        with torch.enable_grad():
-            logp = stats.logp.detach().requires_grad_()
-            entropy = None if stats.entropy is None else stats.entropy.detach().requires_grad_(has_bonus)
-            loss, sums = loss_and_sums(part, logp, entropy)
-            if not any(needs):
-                return Coefficients(LogitCotangents(None), sums)
-            leaves = [logp, entropy] if entropy is not None and has_bonus else [logp]
-            return Coefficients(LogitCotangents(*torch.autograd.grad(loss, leaves)), sums)
+        return _coefficients(part, chunk.statistics(), any(needs)) if fused is None else fused
 
     with torch.no_grad():
         selected, index = select_valid(projection, valid, options.compact)
@@ -260,6 +257,7 @@ def _one_pass(
         if index is not None:
             local, chosen = local[index], terms.rows(index)
             candidates = None if support is None else support.select(index)
+            known = None if known is None else known._replace(cotangents=known.cotangents.rows(index))
         row_bytes = backend.chunk_row_bytes(selected, has_bonus) if candidates is None else sparse.row_bytes(candidates)
         sums, finish, reads_operands, sparsity = gradients.one_pass(
             selected, local, backend, open_chunk, coefficients, row_bytes=row_bytes, needs=needs, options=options,
@@ -274,6 +272,16 @@ def _one_pass(
 
     operands = (selected.hidden, selected.weight) if reads_operands else ()
     return _KnownGradients.apply(sums[0], *inputs, all_rows, operands), sums, sparsity
+
+
+def _coefficients(terms: PolicyTerms, stats: RowStatistics | TokenStats, wanted: bool) -> Coefficients:
+    """The loss of rows with these statistics. wanted: the cotangents too."""
+    with torch.enable_grad():
+        logp = stats.logp.detach().requires_grad_()
+        entropy = None if stats.entropy is None else stats.entropy.detach().requires_grad_(terms.has_entropy_bonus)
+        loss, sums = loss_and_sums(terms, logp, entropy)
+        leaves = [logp, entropy] if entropy is not None and terms.has_entropy_bonus else [logp]
+        return Coefficients(LogitCotangents(*(torch.autograd.grad(loss, leaves) if wanted else [None])), sums)
 
 
 def _surrogate_terms(terms: PolicyTerms) -> SurrogateTerms | None:
@@ -298,9 +306,7 @@ def _autograd(
     """(loss, sums) of the autograd schedule. ``entropy_top_p`` does not change the metric."""
     top_p = terms.config.entropy_top_p if terms.has_entropy_bonus else None
     mode = "grad" if terms.has_entropy_bonus and top_p is None else "nograd" if metrics else "none"
-    stats = project_stats(
-        projection, targets, entropy=mode, second_moments=False, backend=backend, options=options, support=support
-    )
+    stats = project_stats(projection, targets, entropy=mode, backend=backend, options=options, support=support)
     entropy = stats.entropy if top_p is None else project_nucleus_entropy(projection, terms.valid, top_p, options)
     loss, sums = loss_and_sums(terms, stats.logp, entropy)
     if top_p is not None and stats.entropy is not None:
@@ -314,14 +320,16 @@ def _choose_schedule(schedule: str, config: EAPOConfig, plan: str, has_main: boo
     forced = "main_grad" if has_main else "Options(plan='chunks')" if plan == "chunks" else None
     require(not forced or schedule != "autograd", "schedule", f"'one_pass' or 'auto' with {forced}", "'autograd'")
     top_p = config.entropy_top_p
-    fits = config.scope == "token" and top_p is None and not full_entropy
+    whole = top_p is not None or full_entropy  # reads more than the log-probs and the entropies of a chunk
+    fits = config.scope == "token" and not whole
+    if has_main and schedule == "auto" and not (fits or whole):
+        return "two_passes"
     if (forced or schedule == "one_pass") and not fits:
         reason = f"a loss of {config.scope} scope ({config.surrogate})" if top_p is None else f"entropy_top_p={top_p}"
         reason = "a support with full_entropy" if full_entropy else reason
         raise EapoError(f"schedule: expected 'autograd' for {reason}, got 'one_pass'")
-    if forced or schedule != "auto":
-        return "one_pass" if forced else schedule
-    return "one_pass" if fits and plan != "recompute" and not torch.compiler.is_compiling() else "autograd"
+    auto = fits and plan != "recompute" and not torch.compiler.is_compiling()
+    return "one_pass" if forced or schedule == "one_pass" or (schedule == "auto" and auto) else "autograd"
 
 
 def _metrics(terms: PolicyTerms, sums: Tensor | None, positive_weight: object) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eapo_kernels import EapoError, Options, ShapeError, TokenBatch, eapo_loss, policy_loss
+from eapo_kernels import METHODS, EapoError, Method, Options, ShapeError, TokenBatch, TokenSupport, eapo_loss, policy_loss
 from eapo_kernels.ops import gradients
 from eapo_kernels.ops.lm_head import Projection, fill_holes_
 from eapo_kernels.testing import Inputs, make_inputs, peak_memory
@@ -32,6 +32,11 @@ def _batch(inputs: Inputs, *, far: float = 0.1) -> TokenBatch:
         group_ids=torch.arange(16, device=device) // 4,
         old_logp=logp.float() + noise.to(device),
     )
+
+
+def _with(name: str, **config: Any) -> Method:
+    method = METHODS[name]
+    return replace(method, config=replace(method.config, **config))
 
 
 def _run(inputs: Inputs, batch: TokenBatch, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,6 +88,39 @@ def test_main_grad_takes_the_weight_gradient(options: Options, dtype: torch.dtyp
     assert float(error) < {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [Options(), Options(SOME), Options(compact=True)], ids=["one_chunk", "chunks", "compact"])
+@pytest.mark.parametrize("supported", [False, True], ids=["vocabulary", "support"])
+def test_main_grad_of_a_loss_whose_tokens_need_each_other(
+    supported: bool, options: Options, dtype: torch.dtype, device: str
+) -> None:
+    """GSPO, whose ratio is that of a response, with an entropy bonus: the autograd schedule's loss and gradients."""
+    inputs = make_inputs(N, D, V, dtype=dtype, device=device)
+    batch = replace(_batch(inputs), mask=torch.arange(N, device=device) % 7 != 3)
+    if supported:
+        near = (inputs.targets[:, None] + torch.arange(10, device=device)) % V
+        batch = replace(batch, support=TokenSupport.from_padded(near))
+    given = {"method": _with("gspo", entropy_coef=0.1, clip_low=0.2, clip_high=0.2)}
+
+    def run(inputs: Inputs, **more: Any) -> tuple[Tensor, ...]:
+        hidden, weight, bias = (t.detach().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.weight[:, 0] * 0.1))
+        out = policy_loss(hidden, weight, batch, bias=bias, **given, **more)
+        (8 * out.loss).backward()
+        return out.loss.detach(), hidden.grad, bias.grad, out.metrics["eapo/entropy"], out.metrics["ratio_mean"], weight.grad
+
+    exact = run(inputs.to(torch.float64), schedule="autograd")
+    before = torch.randn(V, D, generator=torch.Generator().manual_seed(1)).to(device)
+    main = before.clone()
+    *found, none = run(inputs, options=options, main_grad=main, main_grad_scale=8.0)
+    assert none is None
+    tolerance = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
+    for ours, plain in zip([*found, main.double() - before.double()], exact, strict=True):
+        assert float((ours.double() - plain.double()).norm() / plain.double().norm()) < tolerance
+    with torch.no_grad():
+        assert torch.equal(policy_loss(inputs.hidden, inputs.weight, batch, main_grad=main.clone(), **given).loss,
+                           policy_loss(inputs.hidden, inputs.weight, batch, schedule="autograd", **given).loss)  # fmt: skip
+
+
 def test_main_grad_is_refused_where_it_cannot_be(device: str) -> None:
     inputs = make_inputs(32, D, V, device=device)
     batch, main = _batch(inputs), torch.zeros(V, D, device=device)
@@ -94,8 +132,8 @@ def test_main_grad_is_refused_where_it_cannot_be(device: str) -> None:
         _run(inputs, batch, main_grad=main.bfloat16())
     with pytest.raises(EapoError, match="main_grad_scale: expected a finite number, got nan"):
         _run(inputs, batch, main_grad=main, main_grad_scale=float("nan"))
-    with pytest.raises(EapoError, match="schedule: expected 'autograd' for a loss of sequence scope"):
-        policy_loss(inputs.hidden, inputs.weight, batch, main_grad=main, method="gspo")
+    with pytest.raises(EapoError, match=r"schedule: expected 'autograd' for entropy_top_p=0\.2"):
+        policy_loss(inputs.hidden, inputs.weight, batch, main_grad=main, method=_with("gspo", entropy_top_p=0.2))
 
 
 def test_plans_are_refused_where_they_cannot_be(device: str) -> None:

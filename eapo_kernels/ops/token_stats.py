@@ -238,7 +238,7 @@ statistics_op.register_gradients(_forward_op, _backward_op, operands=5, others=1
 
 
 def project_stats(
-    projection: Projection, targets: Tensor, *, entropy: str, second_moments: bool, backend: str, options: Options,
+    projection: Projection, targets: Tensor, *, entropy: str, backend: str, options: Options, second_moments: bool = False,
     support: TokenSupport | None = None,
 ) -> TokenStats:  # fmt: skip
     """``token_stats`` of a checked projection, [N] each. targets: -100 masks a row. backend: resolved, or "auto" in a trace."""
@@ -249,7 +249,7 @@ def project_stats(
             p, targets, support, entropy=own, second_moments=second_moments, backend=backend, debug=options.debug
         )
         if entropy != "none" and support.full_entropy:
-            whole = project_stats(p, targets, entropy=entropy, second_moments=False, backend=backend, options=options)
+            whole = project_stats(p, targets, entropy=entropy, backend=backend, options=options)
             stats = stats._replace(entropy=whole.entropy)
     else:
         wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (p.hidden, p.weight, p.bias))

@@ -100,6 +100,7 @@ CASES = {
     "main_grad": Case("eapo", _EAPO | {"main": True, "options": CHUNKS}, gathers=3, reductions=3),
     "frozen": Case("eapo", _EAPO, frozen=True),
     "sequence_ratio": Case("gspo", {"schedule": "autograd"}),
+    "sequence_ratio_main_grad": Case("gspo", {"main": True, "options": CHUNKS}, gathers=4, reductions=3),
     "steep": Case("logp", {"entropy": "nograd"}, change=_steep),
     "steep_statistics": Case("stats", change=_steep),
     "removed": Case("eapo", _EAPO, change=_removed),

@@ -312,8 +312,9 @@ def test_a_step_with_nothing_to_learn_leaves_the_weights(policy: Policy, rollout
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_heads_gradient_is_summed_in_fp32(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heads_gradient_is_summed_in_fp32(tied: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16: 64 micro-batches give the gradient of one up to fp32 rounding. A model without layers,
     so that hidden states do not depend on the micro-batch.
 
@@ -325,12 +326,12 @@ def test_the_heads_gradient_is_summed_in_fp32(tied: bool, monkeypatch: pytest.Mo
     prompts = [[int(i)] for i in torch.randint(2, 49, (64,), generator=random)]
     answers = [torch.randint(2, 49, (5,), generator=random).tolist() for _ in range(64)]
     completions = Rollouts(prompts, answers, [torch.zeros(5)] * 64, [True] * 64)
-    rewards, method = torch.rand(64, generator=random), get_method("grpo")
+    rewards, method = torch.rand(64, generator=random), get_method(name)
     known = Measurement(torch.zeros(320), torch.ones(320))
     experience = weigh(method, completions, rewards, torch.arange(64) // 8, known)
 
     def error(budget: int) -> float:
-        gradients(policy, experience, budget, "grpo")
+        gradients(policy, experience, budget, name)
         found = model.lm_head.weight.grad
         assert found is not None
         assert found.dtype is torch.float32

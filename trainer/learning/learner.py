@@ -42,7 +42,6 @@ class Learner:
         self.policy, self.method, self.optim = policy, method, optim
         self.options = Options(gradient_tolerance=gradient_tolerance)
         self.inv_temperature, self.steps = 1 / temperature, steps
-        self.one_pass = method.config.scope == "token" and method.config.entropy_top_p is None
         self.optimizer = make_optimizer(policy.trainable(), optim)
 
     def learning_rate(self, step: int) -> float:
@@ -152,8 +151,8 @@ class Learner:
         """What one micro-batch adds to the loss of its minibatch. counts: the factor on it before the
         backward pass.
 
-        The gradient of a trained head is added to its fp32 sum here. Losses that the one-pass schedule
-        cannot compute (gspo, entropy_top_p) give it to the backward pass, in the compute dtype.
+        The gradient of a trained head is added to its fp32 sum here; with entropy_top_p (siren) the backward pass
+        receives it, in the compute dtype.
         """
         token_batch = replace(experience.batch.select(batch.tokens), denominator=denominator, support=batch.support)
 
@@ -161,7 +160,7 @@ class Learner:
             return policy_loss(
                 hidden, weight, token_batch, method=self.method, positive_weight=experience.positive_weight,
                 inv_temperature=self.inv_temperature, options=self.options, main_grad_scale=counts,
-                main_grad=self.policy.main_grad() if self.one_pass else None, **options,
+                main_grad=self.policy.main_grad() if self.method.config.entropy_top_p is None else None, **options,
             )  # fmt: skip
 
         return self.policy(batch.input_ids, batch.attention_mask, batch.rows, head, batch.lengths)
