@@ -37,7 +37,7 @@ TITLES = {
 TESTED, CONTROL = "eapo", "constant"
 """The pre-registered comparison. The control has the learning rate of the tested arm."""
 SAMPLES = 16
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 SEARCH_SEED, SEARCH_STEPS = 100, 100
 """Of the runs that choose a learning rate: the one with the highest pass@1 on held-out questions at their end."""
 

@@ -33,10 +33,10 @@ class Recipe:
 
     base: str = ""
     width: int = 128
-    layers: int = 6
-    steps: int = 2000
+    layers: int = 3
+    steps: int = 8000
     batch: int = 64
-    lr: float = 1e-3
+    lr: float = 3e-3
     seed: int = 0
 
     def folder(self, root: Path) -> Path:
