@@ -22,7 +22,8 @@ A method at work on a small machine: not a medical model, not a benchmark, not m
 
 def _train(arguments: Sequence[str], recipe: Path | None = None, prog: str = "python -m trainer train") -> int:
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--dry-run", nargs="?", type=int, const=int(os.environ.get("WORLD_SIZE", "1")), metavar="PROCESSES")
+    parser.add_argument("--dry-run", nargs="?", type=int, const=int(os.environ.get("WORLD_SIZE", "1")), metavar="PROCESSES",
+                        help="check everything that needs no weights, and estimate the memory of each process")  # fmt: skip
     options, rest = _split(parser, arguments)
     config, processes = parse_config(rest, recipe=recipe, prog=prog), options.dry_run
     check(bool(config.data.train), "data.train", "training prompts", config.data.train)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -48,16 +48,13 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def head(self, count: int) -> PromptSet:
-        """The first ``count`` prompts."""
-        return PromptSet(self.rows[:count], self.setting, self.ids[:count])
+    def take(self, indices: Sequence[int]) -> PromptSet:
+        """The encoded prompts ``indices``, in that order."""
+        return PromptSet([self.rows[i] for i in indices], self.setting, [self.ids[i] for i in indices])
 
-    def columns(self, indices: Sequence[int], repeats: int) -> dict[str, list[Any]]:
-        """Columns of the chosen rows, each row ``repeats`` times in a row, as reward functions
-        receive them.
-        """
-        chosen = [self.rows[i] for i in indices for _ in range(repeats)]
-        return {name: [row[name] for row in chosen] for name in chosen[0]}
+    def columns(self, repeats: int = 1) -> dict[str, list[Any]]:
+        """The columns, each row ``repeats`` times in a row, as reward functions receive them."""
+        return {name: [row[name] for row in self.rows for _ in range(repeats)] for name in self.rows[0]}
 
     def encoded(
         self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, report: Callable[[str], None] = print
@@ -76,7 +73,7 @@ class PromptSet:
         if left := len(found) - len(kept):
             longest = max(map(len, found))
             report(f"{self.setting}: {left} of {len(found)} prompts left out: more than {most} tokens (longest: {longest})")
-        return PromptSet([self.rows[i] for i in kept], self.setting, [found[i] for i in kept])
+        return replace(self, ids=found).take(kept)
 
 
 def load_prompts(config: DataConfig, which: Literal["train", "eval"], limit: int | None = None) -> PromptSet:

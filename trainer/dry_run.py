@@ -1,9 +1,10 @@
-"""Before a run: its memory, estimated from the model's configuration, and a check of everything that
-needs no weights.
+"""Before a run: a check of everything that needs no weights, and its memory, estimated from the
+model's configuration.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -14,9 +15,11 @@ from transformers import PreTrainedModel
 from eapo_kernels.integrations.own_logits import causal_lm
 from eapo_kernels.ops.chunking import default_budget
 
+from . import ranks
 from .config import Config
-from .dataset import PromptSampler, load_prompts
+from .dataset import PromptSampler, PromptSet, load_prompts
 from .errors import ConfigError
+from .learning.experience import teacher_prompts
 from .learning.learner import check_optimizer, moment_bytes
 from .models.embedded import resolve
 from .models.limits import check_prompts, heads_of, load_tokenizer, number
@@ -57,16 +60,12 @@ class Estimate:
         return "\n".join([*lines, self.line()])
 
 
-def estimate(config: Config, processes: int) -> Estimate:
+def estimate(config: Config, processes: int, model: PreTrainedModel | PeftModel, prompt: int) -> Estimate:
     """The memory of each of ``processes``. Weights, gradients and AdamW are exact; activations, KV
-    cache and gathered layers are calculated from the shapes.
-
-    Raises:
-        ModelError: no configuration of a causal language model.
+    cache and gathered layers are calculated from the shapes. prompt: tokens of the longest one.
     """
     device = find_device(config.model.device, "model.device")
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    model = skeleton_of(config)
     text, rollout, own = model.config.get_text_config(), config.rollout, config.rollout.vllm
     width = getattr(torch, config.model.dtype).itemsize
     adapted = any(not p.requires_grad for p in model.parameters())
@@ -82,7 +81,7 @@ def estimate(config: Config, processes: int) -> Estimate:
     cached = 2 * layers * number(text, "num_key_value_heads", heads) * head  # numbers of the KV cache, a token
     stream = width if adapted else 4  # the residual stream follows the embedding
     layer = width * (4 * hidden + 2 * heads * head + cached / layers + 3 * inner) + 2 * stream * hidden
-    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    longest = prompt + rollout.max_new_tokens
     share = -(-rollout.prompts * rollout.responses // processes)
     tokens = max(min(config.optim.micro_batch_tokens, share * longest), longest)
     kept = layers * stream * hidden + layer if config.model.gradient_checkpointing else layers * layer
@@ -118,39 +117,55 @@ def estimate(config: Config, processes: int) -> Estimate:
     return Estimate(title, always, update, rollouts, memory)
 
 
+def prepare(
+    config: Config, processes: int, report: Callable[[str], None] = print
+) -> tuple[PromptSet, PromptSet | None, Estimate]:
+    """Check everything that needs no weights: rewards, optimizer, engine, data, and the prompts against
+    what the model's tables hold. All ranks call it.
+
+    Returns:
+        The encoded training and held-out prompts (None without ``data.eval``), and the memory of each
+        process.
+
+    Raises:
+        TrainerError: what a run would raise about them.
+    """
+    check_functions(config.rewards)
+    check_optimizer(config.optim)
+    if config.rollout.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError("rollout.engine: expected an installed vllm (pip install '.[train,vllm]'), got none")
+    train_set = load_prompts(config.data, "train")
+    held_out = load_prompts(config.data, "eval") if config.data.eval else None
+    tokenizer = load_tokenizer(ranks.run_on_main(lambda: resolve(config.model.path, config.model.cache, weights=False)))
+    model = skeleton_of(config)
+    train_set = train_set.encoded(tokenizer, config.data, report)
+    held_out = held_out and held_out.encoded(tokenizer, config.data, report)
+    given = [train_set, *([held_out] if held_out else [])]
+    longest = max(len(ids) for prompts in given for ids in prompts.ids)
+    if (weighting := config.method().token_weighting) and "teacher_logp" in weighting.needs:
+        columns = train_set.columns()
+        taught = teacher_prompts(config.data, columns["prompt"], columns["answer"], tokenizer)
+        given.append(PromptSet(train_set.rows, "data.teacher_prompt", taught))
+    for prompts in given:
+        check_prompts(causal_lm(model), tokenizer, prompts, config.rollout.max_new_tokens, report)
+    return train_set, held_out, estimate(config, processes, model, longest)
+
+
 def skeleton_of(config: Config) -> PreTrainedModel | PeftModel:
     """The model with its adapters, without memory for its weights."""
     with torch.device("meta"):
         return load_model(config.model, config.lora, seed=0, device=None)
 
 
-def check_parts(config: Config) -> None:
-    """Raise what the run would raise about rewards, optimizer and engine, without loading a model.
-
-    Raises:
-        ConfigError: a reward that cannot be imported or lacks its package or key, no torchao, or no vLLM.
-    """
-    check_functions(config.rewards)
-    check_optimizer(config.optim)
-    if config.rollout.engine == "vllm" and find_spec("vllm") is None:
-        raise ConfigError("rollout.engine: expected an installed vllm (pip install '.[train,vllm]'), got none")
-
-
 def dry_run(config: Config, processes: int) -> None:
-    """Check rewards, engine and data, and print the estimate, without loading weights.
+    """Print what a run would need, without loading weights.
 
     Raises:
         TrainerError: as the run would.
     """
-    check_parts(config)
-    tokenizer = load_tokenizer(resolve(config.model.path, config.model.cache, weights=False))
-    model = causal_lm(skeleton_of(config))
-    for which in ("train", "eval"):
-        if getattr(config.data, which):
-            found = load_prompts(config.data, which).encoded(tokenizer, config.data)
-            check_prompts(model, tokenizer, found, config.rollout.max_new_tokens, print)
-            print(f"data.{which}: {len(found)} prompts of at most {max(map(len, found.ids))} tokens")
-            if which == "train":
-                PromptSampler(len(found), config.rollout.prompts, config.seed)
+    train_set, held_out, found = prepare(config, processes)
+    PromptSampler(len(train_set), config.rollout.prompts, config.seed)
+    for prompts in filter(None, (train_set, held_out)):
+        print(f"{prompts.setting}: {len(prompts)} prompts of at most {max(map(len, prompts.ids))} tokens")
     print(f"rewards: {', '.join(config.rewards.functions)}; engine: {config.rollout.engine}")
-    print(estimate(config, processes).table())
+    print(found.table())

@@ -49,8 +49,8 @@ from eapo_kernels import make_controller
 from . import ranks
 from .config import Config
 from .config.advice import advice, advice_on_rewards, advice_on_zero_gradients
-from .dataset import PromptSampler, PromptSet, fingerprint, load_prompts
-from .dry_run import check_parts, estimate
+from .dataset import PromptSampler, PromptSet, fingerprint
+from .dry_run import prepare
 from .errors import Interrupted, RewardError
 from .evaluation.evaluate import Evaluator
 from .evaluation.report import summary_table, write_report
@@ -62,10 +62,9 @@ from .evaluation.step_metrics import (
     reward_metrics,
     sample_records,
 )
-from .learning.experience import extra_statistics, teacher_prompts, weigh
+from .learning.experience import extra_statistics, weigh
 from .learning.learner import Learner
 from .learning.measure import Measurement, measure, recorded, wanted_by
-from .models.limits import check_prompts
 from .models.policy import load_policy
 from .models.weights import Reference
 from .records import Rollouts, Tick, derive_seed
@@ -103,10 +102,6 @@ def train(config: Config) -> bool:
 def _train(config: Config, console: Console, trackers: Trackers) -> bool:
     rollout, budget = config.rollout, config.optim.micro_batch_tokens
 
-    check_parts(config)
-    train_set = load_prompts(config.data, "train")
-    held_out = load_prompts(config.data, "eval") if config.data.eval else None
-    set_seed(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
     run = RunDirectory(config)
     done = ranks.run_on_main(run.finished)
     if config.resume and done and done >= config.steps:
@@ -114,28 +109,19 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
         return True
     with console.phase("checking checkpoints"):
         checkpoint = ranks.run_on_main(lambda: choose(config, run, console))
+    with console.phase("checking data, rewards and memory"):
+        train_set, held_out, memory = prepare(config, ranks.size(), console.line)
+        sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
     console.line(f"run {run.path}: {config.loss.method}, {config.steps} steps, {len(train_set)} training prompts")
+    console.line(memory.line())
+    for line in advice(config):
+        console.line(f"advice: {line}")
 
-    with console.phase("estimating the memory"):
-        console.line(ranks.run_on_main(lambda: estimate(config, ranks.size()).line()))
+    set_seed(derive_seed(config.seed, GLOBAL_SEED, ranks.rank()))
     with console.phase(f"loading {config.model.path} (an embedded model is converted the first time)"):
         policy = load_policy(config.model, config.lora, seed=derive_seed(config.seed, ADAPTER_SEED))
     with console.phase("loading the rewards"):
         rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
-    with console.phase("encoding the prompts"):
-        train_set = train_set.encoded(policy.tokenizer, config.data, console.line)
-        held_out = held_out and held_out.encoded(policy.tokenizer, config.data, console.line)
-    given = [train_set, *([held_out] if held_out else [])]
-    if (weighting := config.method().token_weighting) and "teacher_logp" in weighting.needs:
-        columns = train_set.columns(range(len(train_set)), 1)
-        taught = teacher_prompts(config.data, columns["prompt"], columns["answer"], policy.tokenizer)
-        given.append(PromptSet(train_set.rows, "data.teacher_prompt", taught))
-    for prompts in given:
-        check_prompts(policy.language_model, policy.tokenizer, prompts, rollout.max_new_tokens, console.line)
-    sampler = PromptSampler(len(train_set), rollout.prompts, config.seed)
-
-    for line in advice(config):
-        console.line(f"advice: {line}")
     with console.phase(f"starting the engine {rollout.engine}"):
         engine = make_engine(config, policy)
     method, resample_rounds = config.method(), config.resample_rounds()
@@ -146,17 +132,16 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
     controller = make_controller(method)
     reference = Reference(policy.trainable(), config.loss.reference_share()) if method.config.kl_coef else None
 
-    def next_prompts() -> tuple[list[list[int]], dict[str, list[Any]]]:
-        indices = sampler.next()
-        return [train_set.ids[i] for i in indices], train_set.columns(indices, 1)
-
-    source = RolloutSource(config, policy.tokenizer, engine, rewards, console, next_prompts)
+    source = RolloutSource(config, policy.tokenizer, engine, rewards, console)
     trained, weights = (sum(p.numel() for p in group) for group in (policy.trainable(), policy.parameters()))
     rows = "packed" if policy.packed else "padded"
     console.line(f"training {trained:,} of {weights:,} weights on {policy.device}, micro-batches {rows}")
 
-    sets = {"held-out": held_out, "train": train_set.head(config.eval.train_prompts)}
-    evaluator = Evaluator(config, policy, engine, rewards, sets, run, console)
+    sets = {"held-out": held_out, "train": train_set.take(range(len(train_set))[: config.eval.train_prompts])}
+    evaluator = Evaluator(config, policy, source, sets, run)
+
+    def next_prompts() -> PromptSet:
+        return train_set.take(sampler.next())
 
     def statistics(completions: Rollouts, tick: Tick, **wanted: Any) -> Measurement:
         return measure(policy, completions, temperature=rollout.temperature, budget=budget, tick=tick, **wanted)
@@ -187,17 +172,18 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
             diagnosed = bool(config.diagnose_every) and step % config.diagnose_every == 0
             sampling = rollout.sampling(rollout.responses, derive_seed(config.seed, ROLLOUT_SEED, step))
             state = controller.values() if controller else {}
-            drawn = source.draw(*next_prompts(), range(rollout.prompts), sampling)
+            drawn = source.draw(next_prompts(), range(rollout.prompts), sampling)
             sampled = scored = drawn.take(drawn.fully_scored())
             if len(scored) and resample_rounds:
-                sampled = source.resample(scored, sampling, resample_rounds, derive_seed(config.seed, RESAMPLE_SEED, step))
+                seed = derive_seed(config.seed, RESAMPLE_SEED, step)
+                sampled = source.resample(scored, sampling, resample_rounds, seed, next_prompts)
             if not len(sampled):
                 raise RewardError(
                     f"step {step + 1}: expected at least one fully scored group, got none; {drawn.scores.failures[0]}"
                 )
 
             completions = sampled.rollouts
-            with console.phase("old_logp") as tick:
+            with console.phase("measurement") as tick:
                 wanted = wanted_by(method, tempered=float(state.get("temperature", 1.0)), diagnose=diagnosed)
                 known = recorded(completions, method, config.optim, wanted, policy.device)
                 old = known or statistics(completions, tick, **wanted)
@@ -258,7 +244,7 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
             for record in sample_records(step, sampled, config.samples_per_step):
                 run.append("samples", record)
             progress.mark(step)
-            completion_seconds = sum(seconds[phase] for phase in ("rollouts", "rewards", "old_logp")) / len(drawn)
+            completion_seconds = sum(seconds[phase] for phase in ("rollouts", "rewards", "measurement")) / len(drawn)
             console.step(metrics, config.steps, evaluator.seconds_left(step, completion_seconds))
             if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == config.steps):
                 with console.phase("saving a checkpoint"):

@@ -163,15 +163,6 @@ class Scores:
     failures: list[Failure]
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def with_part(self, name: str, values: Tensor) -> Scores:
-        """These scores with [B] ``values`` added, as the part ``name``."""
-        return replace(self, total=self.total + values, parts={**self.parts, name: values.tolist()})
-
-    def failure_lines(self, most: int = 3) -> list[str]:
-        """The first ``most`` failures as lines to print, and the number of the others."""
-        more = len(self.failures) - most
-        return [str(failure) for failure in self.failures[:most]] + ([f"... and {more} more failures"] if more > 0 else [])
-
 
 @dataclass(frozen=True)
 class ScoredRollouts:

@@ -44,7 +44,7 @@ def test_a_prompt_of_a_group_is_generated_from_once(policy: Policy) -> None:
 
 def test_cost_of_a_step(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     step = scored([1.0, 0.0, 0.5, 0.5])  # the second group has no gradient
-    seconds = {"sync": 0.5, "rollouts": 2.0, "rewards": 1.0, "old_logp": 0.5, "update": 4.0}
+    seconds = {"sync": 0.5, "rollouts": 2.0, "rewards": 1.0, "measurement": 0.5, "update": 4.0}
     found = cost.cost_metrics(policy, step, step, seconds, passes=2, epochs=3)
     assert {name: value for name, value in found.items() if name != "memory/peak_gib"} == {
         "share/rollout": 2.5 / 8, "share/reward": 1 / 8, "share/measurement": 0.5 / 8, "share/update": 4 / 8,

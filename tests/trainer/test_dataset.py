@@ -6,6 +6,7 @@ import csv
 import datetime
 import decimal
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,8 @@ def test_columns_by_name_nested_and_after_a_marker(tmp_path: Path) -> None:
 
 
 def test_columns_repeat_each_row_for_its_completions(prompts: Path) -> None:
-    columns = load(str(prompts)).columns([4, 0], repeats=2)
+    found = load(str(prompts))
+    columns = replace(found, ids=[[i] for i in range(len(found))]).take([4, 0]).columns(repeats=2)
     assert columns["number"] == [4, 4, 0, 0]
     assert set(columns) == {"prompt", "answer", "number"}
 
@@ -304,7 +306,7 @@ def test_long_prompts_are_left_out_and_counted() -> None:
     assert [row["prompt"] for row in found.rows] == ["n1", "n2"]
     assert [len(ids) for ids in found.ids] == [3, 3]
     assert lines == ["data.train: 1 of 3 prompts left out: more than 4 tokens (longest: 6)"]
-    assert len(found.head(1).ids) == 1
+    assert len(found.take([0]).ids) == 1
     with pytest.raises(
         DataError, match=r"data\.max_prompt_tokens: expected at least one prompt of data\.train .* got 2 and 3 or more"
     ):

@@ -13,10 +13,11 @@ import torch
 from tiny import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trainer import dry_run
 from trainer.__main__ import main
 from trainer.config import Config
 from trainer.config.settings import to_toml
-from trainer.dry_run import GIB, estimate
+from trainer.dry_run import GIB, Estimate, prepare, skeleton_of
 from trainer.learning.learner import make_optimizer
 from trainer.loop import train
 from trainer.models.policy import load_policy
@@ -32,6 +33,11 @@ def model(directory: Path, **changes: Any) -> str:
     LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return str(directory)
+
+
+def estimate(config: Config, processes: int) -> Estimate:
+    """For prompts as long as they may be."""
+    return dry_run.estimate(config, processes, skeleton_of(config), config.data.max_prompt_tokens)
 
 
 def held(tensors: Any) -> int:
@@ -175,7 +181,10 @@ def test_a_run_prints_the_estimate_and_finds_a_misspelt_reward_before_the_model(
 ) -> None:
     config = changed(steps=1, data={"eval": ""})
     assert train(config)
-    assert estimate(config, 1).line() in capsys.readouterr().out.replace("\n", " ")
+    train_set, _, found = prepare(config, 1)
+    assert found == estimate(config.replace(data={"max_prompt_tokens": max(map(len, train_set.ids))}), 1)
+    assert found != estimate(config, 1)
+    assert found.line() in capsys.readouterr().out.replace("\n", " ")
     monkeypatch.setattr("trainer.loop.load_policy", lambda *_, **__: pytest.fail("loads the model"))
     with pytest.raises(Exception, match=r"rewards\.functions: expected an importable"):
         train(changed(name="b", rewards={"functions": ("reward_functions:nothing",)}))

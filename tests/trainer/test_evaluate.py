@@ -24,6 +24,7 @@ from trainer.loop import train
 from trainer.models.policy import Policy
 from trainer.rewards.builtin import Similarity
 from trainer.rewards.scoring import Rewards
+from trainer.rollouts.source import RolloutSource
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.runs.console import Console
 from trainer.runs.rundir import RunDirectory, read
@@ -37,8 +38,8 @@ def _prompts(config: Config, policy: Policy, count: int) -> PromptSet:
 
 def _evaluate(config: Config, policy: Policy, rewards: Rewards) -> tuple[Evaluation, list[dict[str, Any]]]:
     sets = {"train": _prompts(config, policy, 3), "held-out": None}
-    engine, run = TransformersEngine(policy, batch=64), RunDirectory(config)
-    return Evaluator(config, policy, engine, rewards, sets, run, Console()).evaluate("train", step=0)
+    source = RolloutSource(config, policy.tokenizer, TransformersEngine(policy, batch=64), rewards, Console())
+    return Evaluator(config, policy, source, sets, RunDirectory(config)).evaluate("train", step=0)
 
 
 def test_rewards_of_0_and_1_give_pass_at_k(policy: Policy, changed: Change) -> None:
@@ -94,7 +95,8 @@ def test_evaluations_are_due_and_forecast(policy: Policy, changed: Change, own: 
     config = changed(steps=7, eval=own)
     sets = {"train": _prompts(config, policy, 3), "held-out": _prompts(config, policy, 2)}
     rewards, run = Rewards(config.rewards, cache="", device=policy.device), RunDirectory(config)
-    evaluator = Evaluator(config, policy, TransformersEngine(policy, 64), rewards, sets, run, Console())
+    source = RolloutSource(config, policy.tokenizer, TransformersEngine(policy, 64), rewards, Console())
+    evaluator = Evaluator(config, policy, source, sets, run)
     assert [step for step in range(8) if evaluator.due(step)] == steps
     left = sum(step > 1 for step in steps)
     assert evaluator.seconds_left(1, completion_seconds=0.5) == left * 5 * 3 * 0.5  # prompts, completions to each

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_dry_run import estimate
 from tiny import WORDS, make_model, make_tokenizer, tiny_config
 from transformers import (
     GPT2Config,
@@ -28,7 +29,6 @@ from transformers import (
 from trainer.__main__ import main
 from trainer.config import Config, RewardModelConfig
 from trainer.config.settings import to_toml
-from trainer.dry_run import estimate
 from trainer.errors import DataError, ModelError
 from trainer.loop import train
 from trainer.models.limits import check_prompts, positions

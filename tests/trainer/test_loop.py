@@ -97,7 +97,7 @@ def test_a_run_leaves_its_files_and_every_metric(config: Config, with_report: No
         wanted |= {"response/length", "response/truncated", "diversity/distinct_2", "tokens_per_second"}
         wanted |= {"memory/peak_gib", "tokens/prompt_per_second", "tokens/completion_per_second"}
         wanted |= {f"share/{phase}" for phase in ("rollout", "reward", "measurement", "update")}
-        wanted |= {f"seconds/{phase}" for phase in ("rollouts", "rewards", "old_logp", "update")}
+        wanted |= {f"seconds/{phase}" for phase in ("rollouts", "rewards", "measurement", "update")}
         assert wanted <= row.keys()
         assert all(math.isfinite(value) for value in row.values())
         assert sum(value for name, value in row.items() if name.startswith("share/")) == pytest.approx(1)

@@ -10,6 +10,7 @@ from tiny import no_tick
 
 from eapo_kernels import EapoError
 from trainer.config import Config
+from trainer.dataset import PromptSet
 from trainer.learning.measure import measure
 from trainer.models.policy import Policy
 from trainer.records import Sampling, ScoredRollouts
@@ -20,6 +21,7 @@ from trainer.runs.console import Console
 
 PROMPTS = [[5, 6, 7, 12, 8], [9], [10, 11, 12], [5, 6]]
 COLUMNS = {"prompt": ["a", "b", "c", "d"], "answer": ["n1", "n2", "n3", "n4"]}
+ASKED = PromptSet([dict(zip(COLUMNS, row, strict=True)) for row in zip(*COLUMNS.values(), strict=True)], "data.train", PROMPTS)
 SAMPLING = Sampling(responses=4, max_new_tokens=8, temperature=1.0, top_p=1.0, seed=7)
 
 
@@ -28,7 +30,7 @@ def source(policy: Policy, config: Config) -> RolloutSource:
     config = config.replace(rollout={"max_new_tokens": SAMPLING.max_new_tokens})
     rewards = Rewards(config.rewards, cache="unused", device=policy.device)
     engine, console = TransformersEngine(policy, 64), Console()
-    return RolloutSource(config, policy.tokenizer, engine, rewards, console, lambda: (PROMPTS, COLUMNS))
+    return RolloutSource(config, policy.tokenizer, engine, rewards, console)
 
 
 def check(sampled: ScoredRollouts) -> None:
@@ -54,14 +56,14 @@ def check(sampled: ScoredRollouts) -> None:
 
 
 def test_other_prompts_are_asked_in_the_place_of_flat_groups(source: RolloutSource) -> None:
-    sampled = source.draw(PROMPTS, COLUMNS, range(4), SAMPLING)
+    sampled = source.draw(ASKED, range(4), SAMPLING)
     check(sampled)
     assert source.config.rollout.prompts == 3
     flat = sampled.scores.total.clone()
     flat[4:] = 0.5  # of the four groups only the first has spread
     flat[:4] = torch.tensor([0.0, 0.1, 0.2, 0.3])
     sampled = replace(sampled, scores=replace(sampled.scores, total=flat))
-    result = source.resample(sampled, SAMPLING, rounds=2, seed=9)
+    result = source.resample(sampled, SAMPLING, rounds=2, seed=9, next_prompts=lambda: ASKED)
     assert result.rollouts.completion_ids[:4] == sampled.rollouts.completion_ids[:4]
     check(result.take(range(4, len(result))))
     groups = result.groups()
@@ -69,7 +71,7 @@ def test_other_prompts_are_asked_in_the_place_of_flat_groups(source: RolloutSour
     assert all(result.scores.total[group].unique().numel() > 1 for group in groups)
     assert {result.group_ids[i] for i in range(4, len(result))}.isdisjoint(sampled.group_ids)
     nothing = replace(sampled, scores=replace(sampled.scores, total=torch.zeros(16)))
-    assert source.resample(nothing, SAMPLING, rounds=0, seed=0) is nothing
+    assert source.resample(nothing, SAMPLING, rounds=0, seed=0, next_prompts=lambda: ASKED) is nothing
 
 
 def test_dapo_resamples_by_default(config: Config) -> None:
@@ -82,13 +84,13 @@ def test_dapo_resamples_by_default(config: Config) -> None:
 def test_completions_keep_their_support(source: RolloutSource, policy: Policy) -> None:
     """The engine's log-probs of first and further completions are the policy's over it."""
     cut = replace(SAMPLING, top_p=0.8)
-    sampled = source.draw(PROMPTS, COLUMNS, range(4), cut)
+    sampled = source.draw(ASKED, range(4), cut)
     sampled.scores.total[4:] = 0.5
-    sampled = source.resample(sampled, cut, rounds=2, seed=9)
+    sampled = source.resample(sampled, cut, rounds=2, seed=9, next_prompts=lambda: ASKED)
     assert sampled.rollouts.support is not None
     completions = sampled.rollouts
     found = measure(policy, completions, temperature=1.0, budget=200, tick=no_tick)
     torch.testing.assert_close(found.logp, torch.cat(completions.logp), atol=2e-5, rtol=0)
-    plain = source.draw(PROMPTS, COLUMNS, range(4), SAMPLING).rollouts
+    plain = source.draw(ASKED, range(4), SAMPLING).rollouts
     with pytest.raises(EapoError, match="support: expected one of all completions or of none, got one of some"):
         sampled.rollouts.concat(plain)

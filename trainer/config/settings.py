@@ -138,7 +138,7 @@ def _kind(field: dict[str, Any]) -> str:
     if "anyOf" in field:
         return " | ".join(map(_kind, field["anyOf"]))
     if "enum" in field:
-        return " | ".join(field["enum"])
+        return " | ".join(map(_shown, field["enum"]))
     limits = [f"{sign} {field[name]:g}" for name, sign in SIGNS.items() if name in field]
     name = "None" if field["type"] == "null" else field["type"]
     return f"{name} {', '.join(limits)}".strip()

@@ -26,7 +26,8 @@ from ..models.policy import Policy, load_policy
 from ..records import derive_seed
 from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
-from ..rollouts.engines import RolloutEngine, make_engine
+from ..rollouts.engines import make_engine
+from ..rollouts.source import RolloutSource
 from ..runs.checkpoint import checkpoints, read_tensors, step_of, verify
 from ..runs.console import Console
 from ..runs.rundir import RunDirectory
@@ -114,13 +115,11 @@ class Evaluator:
     """
 
     def __init__(
-        self, config: Config, policy: Policy, engine: RolloutEngine, rewards: Rewards,
-        sets: Mapping[str, PromptSet | None], run: RunDirectory, console: Console,
-    ) -> None:  # fmt: skip
-        self.config, self.policy, self.engine, self.rewards = config, policy, engine, rewards
+        self, config: Config, policy: Policy, source: RolloutSource, sets: Mapping[str, PromptSet | None], run: RunDirectory
+    ) -> None:
+        self.config, self.policy, self.source, self.run, self.console = config, policy, source, run, source.console
         self.sets = {name: prompts for name, prompts in sets.items() if prompts}
-        self.run, self.console = run, console
-        self.embedding = next((f.embedding for f in rewards.functions.values() if isinstance(f, Similarity)), None)
+        self.embedding = next((f.embedding for f in source.rewards.functions.values() if isinstance(f, Similarity)), None)
         sampling = config.rollout.sampling(config.eval.responses, derive_seed(config.seed, EVALUATION_SEED))
         self.sampling = sampling.greedy() if config.eval.greedy else sampling
         self.seconds: float | None = None
@@ -184,14 +183,8 @@ class Evaluator:
         config, policy, console, prompts = self.config, self.policy, self.console, self.sets[dataset]
         sampling, k = self.sampling, self.sampling.responses
         title = f"evaluation on {dataset} prompts"
-        with console.phase(f"{title}: completions", alone=True) as tick:
-            rollouts = self.engine.generate(prompts.ids, sampling, tick)
-        columns = prompts.columns(range(len(prompts)), k)
-        texts = policy.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
-        with console.phase(f"{title}: rewards", alone=True) as tick:
-            scores = self.rewards.score(columns, texts, rollouts.completion_ids, tick)
-        for line in scores.failure_lines():
-            console.line(line)
+        sampled = self.source.sample(prompts, range(len(prompts)), sampling, f"{title}: ")
+        rollouts, texts, scores = sampled.rollouts, sampled.texts, sampled.scores
         entropies = rollouts.entropy
         if entropies is None:  # of an engine that has none, or of whole vocabularies where it had filters
             with console.phase(f"{title}: entropy") as tick:
@@ -222,7 +215,7 @@ class Evaluator:
                     values.setdefault(name, []).append(value)
         samples = [
             {"step": step, "dataset": dataset, "prompt": prompt, "completion": text, "reward": reward}
-            for prompt, text, reward in zip(columns["prompt"], texts, scores.total.tolist(), strict=True)
+            for prompt, text, reward in zip(sampled.columns["prompt"], texts, scores.total.tolist(), strict=True)
         ]
         return Evaluation(dataset, step, values, k, config.eval.greedy), samples
 
@@ -287,7 +280,7 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
             for prompts in sets.values():
                 check_prompts(policy.language_model, policy.tokenizer, prompts, config.rollout.max_new_tokens, console.line)
             ranks.run_on_main(run.start)
-            evaluator = Evaluator(config, policy, engine, rewards, sets, run, console)
+            evaluator = Evaluator(config, policy, RolloutSource(config, policy.tokenizer, engine, rewards, console), sets, run)
             for name in sets:
                 result, samples = evaluator.evaluate(name, step_of(checkpoint))
                 evaluator.record(result, samples)

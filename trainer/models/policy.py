@@ -303,7 +303,7 @@ def load_model(config: ModelConfig, lora: LoraConfig, seed: int, device: torch.d
         raise ModelError(f"model: expected a causal language model in {base}, got: {error}") from error
     if adapted and device is None:
         settings = PeftConfig.from_pretrained(directory)
-        settings.inference_mode = False
+        settings.inference_mode, settings.base_model_name_or_path = False, str(base)
         return get_peft_model(model, settings)
     if adapted:
         return PeftModel.from_pretrained(model, directory, is_trainable=True)

@@ -4,59 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
+from ..dataset import PromptSet
 from ..errors import ConfigError
 from ..records import Sampling, ScoredRollouts
 from ..rewards.scoring import Rewards, overlong_penalty
 from ..runs.console import Console
 from .engines import RolloutEngine
 
+SHOWN = 3
+"""Failures that are printed for each call."""
+
 
 @dataclass
 class RolloutSource:
-    """Samples and scores the completions of a step. next_prompts: returns the next prompts of the
-    sampler, as token ids and columns.
-    """
+    """Samples and scores completions, and reports failures, whose scores are NaN."""
 
     config: Config
     tokenizer: PreTrainedTokenizerBase
     engine: RolloutEngine
     rewards: Rewards
     console: Console
-    next_prompts: Callable[[], tuple[list[list[int]], dict[str, list[Any]]]]
 
-    def draw(
-        self, prompts: Sequence[list[int]], columns: dict[str, list[Any]], group_ids: Sequence[int], sampling: Sampling
-    ) -> ScoredRollouts:
-        """Sample ``sampling.responses`` completions of every prompt and score them. Failures are
-        reported and their scores are NaN. columns, group_ids: one entry for each prompt.
+    def sample(self, prompts: PromptSet, group_ids: Sequence[int], sampling: Sampling, name: str = "") -> ScoredRollouts:
+        """``sampling.responses`` completions of every prompt and their rewards. group_ids: one for each
+        prompt. name: of the phases, before their own.
         """
-        repeats = sampling.responses
-        repeated = {name: [value for value in column for _ in range(repeats)] for name, column in columns.items()}
-        groups = [group for group in group_ids for _ in range(repeats)]
-        with self.console.phase("rollouts", alone=True) as tick:
-            rollouts = self.engine.generate(prompts, sampling, tick)
+        with self.console.phase(f"{name}rollouts", alone=True) as tick:
+            rollouts = self.engine.generate(prompts.ids, sampling, tick)
         texts = self.tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
-        with self.console.phase("rewards", alone=True) as tick:
-            scores = self.rewards.score(repeated, texts, rollouts.completion_ids, tick)
-        own = self.config.rewards
+        columns = prompts.columns(sampling.responses)
+        with self.console.phase(f"{name}rewards", alone=True) as tick:
+            scores = self.rewards.score(columns, texts, rollouts.completion_ids, tick)
+        for failure in scores.failures[:SHOWN]:
+            self.console.line(f"left out: {failure}")
+        if (more := len(scores.failures) - SHOWN) > 0:
+            self.console.line(f"left out: ... and {more} more failures")
+        return ScoredRollouts(rollouts, texts, columns, scores, [i for i in group_ids for _ in range(sampling.responses)])
+
+    def draw(self, prompts: PromptSet, group_ids: Sequence[int], sampling: Sampling) -> ScoredRollouts:
+        """``sample`` for training: with the penalty on long completions, and rewards that the method can
+        use.
+
+        Raises:
+            ConfigError: it takes rewards of 0 or 1, and there are others.
+        """
+        sampled, own = self.sample(prompts, group_ids, sampling), self.config.rewards
+        scores = sampled.scores
         if own.overlong == "penalty":
-            lengths = [len(ids) for ids in rollouts.completion_ids]
+            lengths = [len(ids) for ids in sampled.rollouts.completion_ids]
             penalty = overlong_penalty(lengths, self.config.rollout.max_new_tokens, own.overlong_window)
-            scores = scores.with_part("overlong", penalty)
+            scores = replace(scores, total=scores.total + penalty, parts={**scores.parts, "overlong": penalty.tolist()})
         graded = scores.total[(scores.total != 0) & (scores.total != 1) & ~scores.total.isnan()]
         if len(graded) and self.config.method().config.advantage == "binary":
             method, got = self.config.loss.method, f"{graded[0]:.3g} from {', '.join(scores.parts)}"
             raise ConfigError(f"rewards.functions: expected rewards of 0 or 1 with method {method!r}, got {got}")
-        for line in scores.failure_lines():
-            self.console.line(f"left out: {line}")
-        return ScoredRollouts(rollouts, texts, repeated, scores, groups)
+        return replace(sampled, scores=scores)
 
-    def resample(self, sampled: ScoredRollouts, sampling: Sampling, rounds: int, seed: int) -> ScoredRollouts:
+    def resample(
+        self, sampled: ScoredRollouts, sampling: Sampling, rounds: int, seed: int, next_prompts: Callable[[], PromptSet]
+    ) -> ScoredRollouts:
         """Replace the groups whose rewards are all equal by groups of the next prompts, in at most
         ``rounds`` draws. The completions as they are if all groups are such.
 
@@ -69,8 +79,8 @@ class RolloutSource:
             missing = wanted - len(result.groups())
             if missing <= 0:
                 break
-            prompts, columns = self.next_prompts()
-            more = self.draw(prompts, columns, range(first, first + len(prompts)), replace(sampling, seed=seed + number))
+            prompts = next_prompts()
+            more = self.draw(prompts, range(first, first + len(prompts)), replace(sampling, seed=seed + number))
             first += len(prompts)
             result = result.concat(_with_spread(more.take(more.fully_scored()), missing))
         return result if len(result) else sampled
