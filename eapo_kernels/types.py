@@ -53,6 +53,11 @@ class TokenStats(NamedTuple):
     varentropy: Tensor | None = None
 
 
+TOKEN_FLOATS = ("old_logp", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty", "entropy_score")
+PER_TOKEN = ("targets", "sequence_ids", "mask", *TOKEN_FLOATS)
+"""The fields of a ``TokenBatch`` that are [N]; the advantages may be, too."""
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """The response tokens of B sampled responses, packed into one row of N tokens.
@@ -62,27 +67,22 @@ class TokenBatch:
     Attributes, optional after the first two:
         targets: [N] int64, sampled token ids; -100 masks a token.
         sequence_ids: [N] int64 in [0, B), the response of each token.
-        rewards, group_ids: [B] float and [B] int64, equal for responses to the same prompt; may be
-            None with ``advantages``.
+        rewards, group_ids: [B] float and [B] int64, equal for responses to the same prompt; may be None with ``advantages``.
         old_logp: [N] float, log-prob under the policy before the update (nats). None: the ratio is
             1 with gradient (exactly on-policy).
         mask: [N] bool, False masks a token.
         ref_logp: [N] float, log-prob under the reference policy (nats), for the KL penalty.
-        rollout_logp: [N] float, log-prob reported by the rollout engine (nats), for truncated
-            importance sampling.
+        rollout_logp: [N] float, log-prob reported by the rollout engine (nats), for truncated importance sampling.
         advantages: [B] or [N] float, replaces the advantages computed from ``rewards``. The split
             still uses the rewards if they are given, else the sign of the advantage.
-        token_advantages: whether the advantages are [N]. None: decided by their shape, which for
-            N = B requires ``sequence_ids`` 0, 1, 2, ...
+        token_advantages: whether the advantages are [N]. None: by their shape, which for N = B requires ids 0, 1, 2, ...
         entropy_coef: [N] float, added to the config's factor of the entropy bonus (loss per nat).
-        ratio_penalty: [N] float >= 0, factor of |log(pi / pi_old)| (zero up to 1e-4 nats) in the
-            token's loss.
-        denominator: number or 0-dim tensor, the *global* count that the reduction divides by (see
-            ``loss_denominator``), so that the losses of micro-batches and ranks add up to the loss
-            of the whole batch. None: counted in this batch.
-        sequence_lengths: [B], *global* number of valid tokens of each response for
-            ``seq_mean_token_mean``; needed if a response is split over micro-batches. None: counted
-            in this batch.
+        ratio_penalty: [N] float >= 0, factor of |log(pi / pi_old)| (zero up to 1e-4 nats) in the token's loss.
+        entropy_score: [N] float in [-1, 1], how the entropy of the token compares, for surrogate "hapo".
+        denominator: number or 0-dim tensor, the *global* count that the reduction divides by (``loss_denominator``), so that
+            the losses of micro-batches and ranks add up to the loss of the whole batch. None: counted in this batch.
+        sequence_lengths: [B], *global* number of valid tokens of each response for ``seq_mean_token_mean``; needed if a
+            response is split over micro-batches. None: counted in this batch.
         support: of N positions, the tokens that the sampler could have drawn; ``old_logp`` and
             ``ref_logp`` must be of the same support. None: the whole vocabulary.
     """
@@ -99,6 +99,7 @@ class TokenBatch:
     token_advantages: bool | None = None
     entropy_coef: Tensor | None = None
     ratio_penalty: Tensor | None = None
+    entropy_score: Tensor | None = None
     denominator: float | Tensor | None = None
     sequence_lengths: Tensor | None = None
     support: TokenSupport | None = None
@@ -108,8 +109,7 @@ class TokenBatch:
 
         Where N = B, advantages count as [B] unless ``token_advantages`` is True.
         """
-        per_token = ("targets", "sequence_ids", "old_logp", "mask", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty")
-        chosen = {name: value[tokens] for name in per_token if (value := getattr(self, name)) is not None}
+        chosen = {name: value[tokens] for name in PER_TOKEN if (value := getattr(self, name)) is not None}
         sized = next((t for t in (self.rewards, self.group_ids, self.sequence_lengths) if t is not None), None)
         if self.advantages is not None and len(self.advantages) == len(self.targets):
             by_shape = sized is None or len(sized) != len(self.targets)

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ..errors import FLOATS, EapoError, ShapeError, describe, may_read, require, require_scalar, require_tensor
 from ..support import require_support
-from ..types import TokenBatch, valid_tokens
+from ..types import TOKEN_FLOATS, TokenBatch, valid_tokens
 from .config import EAPOConfig
 
-_TOKEN_FLOATS = ("old_logp", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty")  # optional, [N]
 _OPTIONAL = (
     ("rewards", False, FLOATS), ("group_ids", False, (torch.int64,)), ("mask", True, (torch.bool,)),
-    ("sequence_lengths", False, (*FLOATS, torch.int64, torch.int32)), *((name, True, FLOATS) for name in _TOKEN_FLOATS),
+    ("sequence_lengths", False, (*FLOATS, torch.int64, torch.int32)), *((name, True, FLOATS) for name in TOKEN_FLOATS),
 )  # fmt: skip
 """(name, whether it is [N] and not [B], dtypes)."""
 
@@ -53,7 +52,8 @@ def check_batch(batch: TokenBatch, config: EAPOConfig, *, debug: bool) -> None:
         require_scalar("batch.denominator", batch.denominator, "a number or a 0-dim tensor")
     cap = None if config.importance_cap is None else f"importance_cap={config.importance_cap}"
     kl = f"kl_coef={config.kl_coef}" if config.kl_coef else None
-    for name, reason in (("old_logp", cap), ("rollout_logp", cap), ("ref_logp", kl)):
+    score = "surrogate='hapo'" if config.surrogate == "hapo" else None
+    for name, reason in (("old_logp", cap), ("rollout_logp", cap), ("ref_logp", kl), ("entropy_score", score)):
         require(reason is None or getattr(batch, name) is not None, f"batch.{name}", f"[N] floats with {reason}", None)
     tokens, sequences = tuple(targets.shape), (n_sequences(batch),)
     require_tensor("batch.sequence_ids", batch.sequence_ids, tokens, (torch.int64,), targets)
@@ -77,7 +77,7 @@ def _check_values(batch: TokenBatch, config: EAPOConfig, size: int) -> None:
     valid, per_token = valid_tokens(batch.targets, batch.mask), has_token_advantages(batch)
     _require_finite("rewards", batch.rewards, None)
     _require_finite("advantages", batch.advantages, valid if per_token else None)
-    for name in _TOKEN_FLOATS:
+    for name in TOKEN_FLOATS:
         _require_finite(name, getattr(batch, name), valid)
     ids, n = batch.sequence_ids[valid], batch.targets.numel()
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, -1)

@@ -20,8 +20,8 @@ class EAPOConfig:
         clip_high: the ratio's upper bound is 1 + clip_high.
         dual_clip: c > 1 bounds the loss of a token with a negative advantage by c * |A|
             (surrogates with a clipped ratio), or None.
-        surrogate: "reinforce", "ppo_clip", "unclipped", "balanced_clip", "cispo", "gspo" (ratio of
-            the sequence), or a function with the signature ``surrogates.Surrogate``.
+        surrogate: "reinforce", "ppo_clip", "unclipped", "balanced_clip", "cispo", "hapo" (reads
+            ``entropy_score``), "gspo" (ratio of the sequence), or a function with the signature ``surrogates.Surrogate``.
         advantage: "group_norm", "group_mean", "sign", "batch_norm", "binary", or a function with
             the signature ``advantages.Advantage``.
         split: which responses are positive: those with a reward above the mean of their "group" or

@@ -302,6 +302,39 @@ class TargetSwitch(Controller):
         return {"temperature": temperature, "target": state["target"], "above": above}
 
 
+class Doubling(Controller):
+    """A factor that doubles while the entropy is too low and halves while it is too high (REPO-R, arXiv 2603.11682).
+
+        H < H*: zeta doubled if positive, halved if negative;  H > H*: the opposite;  low <= |zeta| <= high
+
+    A factor that should be halved at |zeta| = low changes its sign. The order of these rules at the bound is ours.
+    State: zeta, target (nats; NaN before the first update, if it is the first step's entropy).
+    """
+
+    output: ClassVar[str] = "zeta"
+    state_rule: ClassVar[str] = "0-dim numbers, low <= |zeta| <= high"
+
+    def __init__(self, zeta: float = 1e-3, low: float = 1e-4, high: float = 0.05, target: float | None = None) -> None:
+        """zeta: at first. low, high: bounds of its magnitude (the paper's). target: nats, in place of the first step's H."""
+        settings = {"high": high, "low": low, "zeta": zeta} | ({} if target is None else {"target": target})
+        for name, value in settings.items():
+            require_number(name, value, -math.inf if name == "zeta" else 0)
+        ok = 0 < low <= abs(zeta) <= high
+        require(ok, "low, zeta, high", "0 < low <= |zeta| <= high", f"low={low}, zeta={zeta}, high={high}")
+        super().__init__(settings, {"zeta": zeta, "target": math.nan if target is None else target})
+        self.low, self.high = low, high
+
+    def _next(self, entropy: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        zeta, target = state["zeta"], torch.where(state["target"].isnan(), entropy, state["target"])
+        grows = (zeta > 0) == (entropy < target)
+        size = torch.where(grows, 2 * zeta.abs(), 0.5 * zeta.abs()).clamp(self.low, self.high)
+        turned = torch.where(~grows & (zeta.abs() <= self.low), -zeta, size * zeta.sign())
+        return {"zeta": torch.where(entropy == target, zeta, turned), "target": target}
+
+    def _is_good(self, state: Mapping[str, Tensor]) -> bool:
+        return bool((state["zeta"].abs() >= self.low) & (state["zeta"].abs() <= self.high))
+
+
 CONTROLLERS: MappingProxyType[str, Callable[..., Controller]] = MappingProxyType(
     {
         "entropy_ratio": EntropyRatio,
@@ -310,6 +343,7 @@ CONTROLLERS: MappingProxyType[str, Callable[..., Controller]] = MappingProxyType
         "anchor": Anchor,
         "entropy_trend": EntropyTrend,
         "target_switch": TargetSwitch,
+        "doubling": Doubling,
     }
 )
 

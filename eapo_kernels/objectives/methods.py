@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import require
 from .config import EAPOConfig
 from .controllers import Controller, build_controller, controller_fields
-from .token_weights import covariance, entropy, entropy_change, other_policy, sequence
+from .token_weights import covariance, entropy, entropy_change, other_policy, probability, sequence
 from .token_weights.step import Method
 
 __all__ = ["METHODS", "Method", "get_method", "make_controller"]
@@ -65,7 +65,7 @@ _CONFIGURED = (
         formula="grpo + 1e-3 KL(pi || pi_ref) - 1e-3 H"),
 )  # fmt: skip
 
-_FILES = (entropy, entropy_change, covariance, sequence, other_policy)
+_FILES = (entropy, entropy_change, covariance, probability, sequence, other_policy)
 
 METHODS: MappingProxyType[str, Method] = MappingProxyType(
     {m.name: m for methods in (_CONFIGURED, *(file.METHODS for file in _FILES)) for m in methods}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import traced
 from ..errors import EapoError, may_read, require, require_scalar
-from ..types import TokenBatch, rows_of, valid_tokens
+from ..types import TOKEN_FLOATS, TokenBatch, rows_of, valid_tokens
 from .advantages import ADVANTAGES, OF_GROUPS, Split, split_responses
 from .batch import has_token_advantages, n_sequences
 from .config import EAPOConfig
@@ -39,7 +39,7 @@ class PolicyTerms(NamedTuple):
         advantages: [B] fp32, or [N] with ``token_advantages``; without the sign weights.
         split: positive and other responses, [B], or tokens, [N], with ``token_split``.
         positive_weight: 0-dim fp32.
-        old_logp, ref_logp, entropy_coef, ratio_penalty: [N] fp32 or None, see ``TokenBatch``.
+        old_logp, ref_logp, entropy_coef, ratio_penalty, entropy_score: [N] fp32 or None, see ``TokenBatch``.
     """
 
     config: EAPOConfig
@@ -56,6 +56,7 @@ class PolicyTerms(NamedTuple):
     ref_logp: Tensor | None
     entropy_coef: Tensor | None
     ratio_penalty: Tensor | None
+    entropy_score: Tensor | None
     token_advantages: bool
     token_split: bool
 
@@ -85,9 +86,9 @@ class PolicyTerms(NamedTuple):
         """The same loss for some of the tokens."""
         if rows_of(self.valid, index) is self.valid:
             return self
-        names = ["valid", "sequence_ids", "scale", "importance", "old_logp", "ref_logp", "entropy_coef", "ratio_penalty"]
+        names = ["valid", "sequence_ids", "scale", "importance", *TOKEN_FLOATS]
         names += ["advantages"] if self.token_advantages else []
-        parts = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
+        parts = {name: value[index] for name in names if (value := getattr(self, name, None)) is not None}
         return self._replace(**parts, split=Split(*(t[index] for t in self.split)) if self.token_split else self.split)
 
 
@@ -153,7 +154,6 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
     if config.drop_zero_weight:
         kept = torch.where(split.positive(), positive_weight, config.negative_weight) != 0
         valid = valid & (kept if token_split else kept[sequence_ids])
-    entropy_coef, ratio_penalty = masked(batch.entropy_coef), masked(batch.ratio_penalty)
     lengths = advantages.new_zeros(n_sequences(batch)).index_add_(0, sequence_ids, valid.float())
     tokens = lengths.sum()
     scale = token_scale(
@@ -161,8 +161,8 @@ def prepare(batch: TokenBatch, config: EAPOConfig, positive_weight: Tensor) -> P
         lengths=batch.sequence_lengths, denominator=batch.denominator,
     )  # fmt: skip
     return PolicyTerms(
-        config, valid, sequence_ids, lengths, tokens, scale, importance, advantages, split, positive_weight,
-        old_logp, ref_logp, entropy_coef, ratio_penalty, token_advantages, token_split,
+        config, valid, sequence_ids, lengths, tokens, scale, importance, advantages, split, positive_weight, old_logp, ref_logp,
+        masked(batch.entropy_coef), masked(batch.ratio_penalty), masked(batch.entropy_score), token_advantages, token_split,
     )  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def loss_and_sums(terms: PolicyTerms, logp: Tensor, entropy: Tensor | None) -> t
     if config.surrogate in SEQUENCE_RATIO:
         ratio = _sequence_mean(ratio, terms)
     surrogate = SURROGATES[config.surrogate] if isinstance(config.surrogate, str) else config.surrogate
-    objective, clipped = surrogate(logp, ratio, terms.weighted_advantages(), config.clip)
+    objective, clipped = surrogate(logp, ratio, terms.weighted_advantages(), config.clip._replace(score=terms.entropy_score))
     per_token = -objective if terms.importance is None else -objective * terms.importance
     zeros = torch.zeros_like(logp)
     kl = zeros if terms.ref_logp is None else KL_ESTIMATORS[config.kl_estimator](logp, terms.ref_logp)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ MAX_LOG_RATIO = 60.0
 
 
 class Clip(NamedTuple):
-    """Bounds of the ratio: 1 - low, 1 + high. ``dual``: lower bound dual * A for A < 0, or None."""
+    """Bounds of the ratio, 1 - low and 1 + high (float or [C]); dual: lower bound dual * A for A < 0; score: of ``hapo``."""
 
-    low: float
-    high: float
+    low: Any
+    high: Any
     dual: float | None = None
+    score: Tensor | None = None
 
 
 Surrogate = Callable[[Tensor, Tensor, Tensor, Clip], tuple[Tensor, Tensor]]
@@ -41,10 +42,9 @@ def reinforce(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -
 
 
 def ppo_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
-    """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347).
+    """min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347; two bounds: DAPO, 2503.14476).
 
-    Two bounds: DAPO, arXiv 2503.14476. With ``clip.dual`` c, the term of a negative advantage is
-    bounded below by c * A (arXiv 1912.09729).
+    With ``clip.dual`` c, the term of a negative advantage is bounded below by c * A (arXiv 1912.09729).
     """
     ratio = log_ratio.exp()
     term = ratio * advantages
@@ -64,11 +64,8 @@ def unclipped(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -
 
 
 def balanced_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
-    """``ppo_clip`` with a gradient above the upper bound: there (1 + clip_high) rho / sg(rho) A, A
-    > 0.
-
-    Negative advantages are clipped, and dually clipped, as in ``ppo_clip``. Source: agentic
-    entropy-balanced optimisation, arXiv 2510.14545.
+    """``ppo_clip`` but for A > 0 above the upper bound: there (1 + clip_high) rho / sg(rho) A, with a gradient
+    (agentic entropy-balanced optimisation, arXiv 2510.14545).
     """
     term, clipped = ppo_clip(logp, log_ratio, advantages, clip)
     over = clipped & (advantages > 0)
@@ -77,25 +74,28 @@ def balanced_clip(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Cli
 
 
 def cispo(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
-    """sg(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logp: a clipped constant weight.
-
-    No token loses its gradient (arXiv 2506.13585).
-    """
+    """sg(clip(rho, 1 - clip_low, 1 + clip_high)) * A * logp: no token loses its gradient (arXiv 2506.13585)."""
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(1 - clip.low, 1 + clip.high)
     return weight * advantages * logp, torch.zeros_like(logp, dtype=torch.bool)
 
 
-SURROGATES: MappingProxyType[str, Surrogate] = MappingProxyType(
-    {
-        "reinforce": reinforce,
-        "ppo_clip": ppo_clip,
-        "unclipped": unclipped,
-        "balanced_clip": balanced_clip,
-        "cispo": cispo,
-        "gspo": ppo_clip,
-    }
-)
+def hapo(logp: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+    """``ppo_clip`` with bounds and advantages by the token's entropy score h in [-1, 1] (arXiv 2509.16591, eqs. 10 to 13).
+
+    clip_high (1 + h) for h > 0, clip_low (1 - h) for h <= 0. The advantage is A (1 + h) where h > 0 and rho is beyond half
+    of these bounds, or h <= 0 and rho is within; else A.
+    """
+    assert clip.score is not None
+    low, high = clip.low * (1 - clip.score.clamp_max(0)), clip.high * (1 + clip.score.clamp_min(0))
+    ratio = log_ratio.detach().exp()
+    scaled = ((ratio > 1 - low / 2) & (ratio < 1 + high / 2)) == (clip.score <= 0)
+    advantages = torch.where(scaled, (1 + clip.score) * advantages, advantages)
+    return ppo_clip(logp, log_ratio, advantages, Clip(low, high, clip.dual))
+
+
+_OWN = (reinforce, ppo_clip, unclipped, balanced_clip, cispo, hapo)
+SURROGATES: MappingProxyType[str, Surrogate] = MappingProxyType({f.__name__: f for f in _OWN} | {"gspo": ppo_clip})
 """``gspo`` is ``ppo_clip`` of the sequence's mean ratio (arXiv 2507.18071, ``SEQUENCE_RATIO``)."""
 
 SEQUENCE_RATIO = frozenset({"gspo"})

@@ -37,7 +37,8 @@ from eapo_kernels.objectives.surrogates import ppo_clip
 from eapo_kernels.objectives.token_weights.step import MARKS, STATISTICS
 
 NAMES = """eapo grpo dr_grpo dapo gspo cispo psr nsr w_reinforce clip_cov kl_cov steer clip_b clip_v papo_like siren aepo dcpo
-aepo_agentic aem empg epo canon spine pear entrocraft entropic tea_rl empo spear exchange_ppl exchange_position cure t1 trace"""
+aepo_agentic aem empg epo canon spine pear entrocraft entropic tea_rl empo spear exchange_ppl exchange_position cure t1 trace
+a3po repo_r hapo"""
 
 
 def test_every_method_is_there_and_described() -> None:
@@ -60,7 +61,7 @@ def test_every_method_is_there_and_described() -> None:
             assert method.token_weighting.state <= set(values)
 
 
-BY_LEVEL = ("psr", "nsr", "w_reinforce", "aepo_agentic", "pear", "spine", "cure", "dcpo", "trace")
+BY_LEVEL = ("psr", "nsr", "w_reinforce", "aepo_agentic", "pear", "spine", "cure", "dcpo", "trace", "a3po")
 """Methods that may read the level of a reward (correct or not), not its place in the group alone."""
 
 
@@ -191,6 +192,9 @@ def test_bad_config_fields(field: str, value: object, message: str) -> None:
     ("entrocraft", {"low_first": 0.8}, "low_first, high_first, low_last, high_last: expected each low <= its high"),
     ("dcpo", {"high": 0.5}, "low, high: expected 0 < low <= high, got low=0.8, high=0.5"),
     ("siren", {"anchor": -1}, "anchor: expected a finite number >= 0, got -1"),
+    ("a3po", {"gone_at": 0}, r"gone_at: expected a number in \(0, 1\], got 0"),
+    ("repo_r", {"zeta": 0.2}, r"low, zeta, high: expected 0 < low <= \|zeta\| <= high, got low=0.0001, zeta=0.2, high=0.05"),
+    ("hapo", {"most": 0}, "most: expected a finite number > 0, got 0"),
 ])  # fmt: skip
 def test_bad_settings(name: str, change: dict[str, object], message: str) -> None:
     with pytest.raises(EapoError, match=message):
@@ -224,6 +228,8 @@ FLAT = {"entropy": 0.7, "logp": -1.0, "p2": 0.3, "p2_logp": -0.3}  # a step whos
     ("aepo", {}, {}),
     ("spear", {"fresh_low": 5.0}, {}),
     ("trace", {"forward": 0.0}, {}),
+    ("a3po", {"positive_scale": 1.0, "negative_scale": 1.0}, {}),
+    ("repo_r", {}, {"logp": 0.0}),
 ], ids=str)  # fmt: skip
 def test_without_its_effect_a_method_is_its_base(name: str, settings: dict[str, object], stats: dict[str, float]) -> None:
     """Every token has its response's advantage where a setting, or equal statistics, turn the weights off."""

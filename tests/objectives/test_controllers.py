@@ -139,6 +139,19 @@ def test_target_switch() -> None:
     assert c.values()["target"] == 0.5
 
 
+def test_doubling() -> None:
+    """arXiv 2603.11682: zeta doubles below H* and halves above, within two bounds, and turns at the lower one."""
+    c = build_controller("doubling", {"zeta": 3e-4, "high": 1e-3})
+    assert c.update(2.0, 1) == 3e-4, "the first step's entropy is the target"
+    found = [float(c.update(h, 1)) for h in (1.9, 1.9, 2.1, 2.1, 2.1, 2.1, 2.1, 2.1, 2.0, 1.9, 1.9, 1.9, 1.9)]
+    expected = [6e-4, 1e-3, 5e-4, 2.5e-4, 1.25e-4, 1e-4, -1e-4, -2e-4, -2e-4, -1e-4, 1e-4, 2e-4, 4e-4]
+    assert found == pytest.approx(expected)
+    assert c.values()["target"] == 2
+    assert build_controller("doubling", {"target": 0.3}).update(0.2, 1) == 2e-3
+    with pytest.raises(EapoError, match=r"Doubling state: expected 0-dim numbers, low <= \|zeta\| <= high"):
+        c.load_state_dict(c.state_dict() | {"zeta": torch.tensor(0.0)})
+
+
 @pytest.mark.parametrize("name", CONTROLLERS)
 def test_every_controller_resumes_from_its_checkpoint(name: str, tmp_path) -> None:
     settings = dict.fromkeys(list(_settings(name))[:1], 0.4)

@@ -14,12 +14,13 @@ from token_steps import (
     clipped,
     compare,
     group_normalised,
+    irregular,
     make_step,
     of_policy,
     scalars,
 )
 
-from eapo_kernels import TokenStats, get_method, make_controller, observed_entropy, weight_tokens
+from eapo_kernels import EapoError, TokenStats, get_method, make_controller, observed_entropy, policy_loss, weight_tokens
 
 
 def test_aepo_agentic() -> None:
@@ -36,6 +37,75 @@ def test_aepo_agentic() -> None:
         return -torch.where(a < 0, torch.maximum(term, 3.0 * a), term)[ok].sum() / ok.sum()
 
     compare(step, method, loss)
+
+
+def _hapo_score(step: Step, pivot: float) -> list[float]:
+    """arXiv 2509.16591, eqs. 5 and 6: log H minus its quantile (of the sorted values, the nearest), scaled to [-1, 1]."""
+    logs = {t: math.log(float(step.old["entropy"][t])) for t in range(len(step.ids)) if step.valid[t]}
+    middle = sorted(logs.values())[round(pivot * (len(logs) - 1))]
+    x = {t: log - middle for t, log in logs.items()}
+    top, bottom = max(x.values()), min(x.values())
+    return [0.0 if t not in x else x[t] / top if x[t] > 0 else -x[t] / bottom for t in range(len(step.ids))]
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+@pytest.mark.parametrize("most", [1.5, 5.0])
+def test_hapo(form: str, most: float) -> None:
+    """arXiv 2509.16591, eqs. 9 to 13, one token at a time; in the released code h <= 0 comes out as |h|, and a group that
+    reaches the bound has GRPO's advantages."""
+    step = irregular(make_step(2, binary=True))
+    method = get_method("hapo", pivot=0.6, most=most, form=form, clip_low=0.1, clip_high=0.15, dual_clip=1.3)
+    score, ok = _hapo_score(step, 0.6), [t for t in range(len(step.ids)) if step.valid[t]]
+    assert min(score) == -1
+    assert max(score) == 1
+    score = [abs(h) for h in score] if form == "released" else score
+    rewards, group_of = step.batch.rewards.double(), step.batch.group_ids[step.ids]
+    a = torch.zeros(len(step.ids), dtype=torch.float64)
+    for group in (4, 9):
+        own = torch.tensor([t for t in ok if group_of[t] == group])
+        r = rewards[step.ids[own]]
+        a[own] = (r - r.mean()) / (r.std(unbiased=False) + 1e-6)
+        if a[own].abs().max() >= most:
+            present = torch.tensor([i for i in range(len(SIZES)) if step.batch.group_ids[i] == group and i != 2])
+            a[own] = ((r - rewards[present].mean()) / (rewards[present].std() + 1e-6)).double()
+    cases = set()
+
+    def loss(hidden, weight):
+        rho = (step.logp(hidden, weight) - step.old["logp"]).exp()
+        total = torch.zeros((), dtype=torch.float64)
+        for t in ok:
+            h, rate = score[t], float(rho[t].detach())
+            low, high = (0.1, 0.15 * (1 + h)) if h > 0 else (0.1 * (1 - h), 0.15)
+            inside = 1 - low / 2 < rate < 1 + high / 2
+            own = a[t] * (1 + h) if inside == (h <= 0) else a[t]
+            term = torch.minimum(rho[t] * own, rho[t].clamp(1 - low, 1 + high) * own)
+            total = total - (torch.maximum(term, 1.3 * own) if own < 0 else term)
+            cases.add((h > 0, inside, bool(a[t] > 0)))
+        return total / len(ok)
+
+    compare(step, method, loss)
+    assert len([case for case in cases if case[0]]) == 4
+    assert form == "released" or len(cases) == 8
+    assert set(ok) == set(weight_tokens(method, step.batch, step.stats).advantages.nonzero()[:, 0].tolist())
+
+
+def test_hapo_with_one_entropy_or_equal_rewards() -> None:
+    """No score and no advantage come out of nothing."""
+    step, method = make_step(), get_method("hapo")
+    flat = step.stats._replace(entropy=torch.full_like(step.stats.entropy, 0.7))
+    weighted = weight_tokens(method, replace(step.batch, rewards=torch.full((len(SIZES),), 0.1)), flat)
+    assert int(weighted.advantages.count_nonzero()) == int(weighted.entropy_score.count_nonzero()) == 0
+    certain = weight_tokens(method, step.batch, step.stats._replace(entropy=torch.zeros_like(flat.entropy)))
+    assert int(certain.entropy_score.count_nonzero()) == 0
+
+
+def test_hapo_needs_the_scores_of_weight_tokens() -> None:
+    step, method = make_step(), get_method("hapo")
+    batch = replace(step.batch, advantages=torch.ones(len(SIZES)))
+    with pytest.raises(EapoError, match=r"batch.entropy_score: expected \[N\] floats with surrogate='hapo', got None"):
+        policy_loss(step.hidden, step.weight, batch, method=method)
+    with pytest.raises(EapoError, match=r"batch.advantages: expected None with a method that makes its own"):
+        weight_tokens(method, batch, step.stats)
 
 
 @pytest.mark.parametrize(("schedule", "progress", "weight"), [

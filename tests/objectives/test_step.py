@@ -115,7 +115,7 @@ def test_as_many_tokens_as_responses_are_still_per_token() -> None:
 
 def assert_same_weights(found: TokenBatch, expected: TokenBatch) -> None:
     assert torch.equal(found.mask, expected.mask)
-    for field in ("advantages", "entropy_coef", "ratio_penalty"):
+    for field in ("advantages", "entropy_coef", "ratio_penalty", "entropy_score"):
         one, other = getattr(expected, field), getattr(found, field)
         if one is not None:
             torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
@@ -126,7 +126,7 @@ def test_a_response_without_tokens_is_in_no_statistic(name: str) -> None:
     """The others have the weights that they have in a step without it, whatever its reward. Where the method keeps the
     config's advantages these are given, because its reward is in their baselines."""
     step, method, gone = make_step(4, binary=True), get_method(name, fixed_length=12), 3
-    given = None if name in ("pear", "canon") else torch.linspace(-1, 1, len(SIZES))
+    given = None if name in ("pear", "canon", "hapo") else torch.linspace(-1, 1, len(SIZES))
     empty = replace(step.batch, mask=step.valid & (step.ids != gone), advantages=given)
     tokens, rest = (step.ids != gone).nonzero()[:, 0], torch.arange(len(SIZES)) != gone
     b = empty.select(tokens)

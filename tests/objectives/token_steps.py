@@ -160,18 +160,25 @@ def extras_of(step: Step, method: Method) -> dict[str, Tensor]:
     return {name: value for name, value in extras.items() if name in wanted}
 
 
+def irregular(step: Step) -> Step:
+    """The step with group ids out of order, and without the tokens of its third response."""
+    groups = torch.tensor([9, 4, 4, 4, 9, 9, 4, 4])
+    return replace(step, batch=replace(step.batch, group_ids=groups, mask=step.valid & (step.ids != 2)))
+
+
 def base_advantages(step: Step) -> Tensor:
     """[N] float32 group-normalised advantages of the tokens' responses, 0 where a token does not count."""
     return torch.where(step.valid, group_normalised(step)[step.ids].float(), 0.0)
 
 
 def group_normalised(step: Step, rewards: Tensor | None = None) -> Tensor:
-    """[B] float64 (r - mean) / (std + 1e-6) in the group, typed out."""
+    """[B] float64 (r - mean) / (std + 1e-6) in the group, typed out; 0 in a group of one."""
     r = (step.batch.rewards if rewards is None else rewards).double()
     out = torch.zeros_like(r)
-    for group in range(2):
+    for group in step.batch.group_ids.unique():
         own = step.batch.group_ids == group
-        out[own] = (r[own] - r[own].mean()) / (r[own].std() + 1e-6)
+        if own.sum() > 1:
+            out[own] = (r[own] - r[own].mean()) / (r[own].std() + 1e-6)
     return out
 
 

@@ -44,7 +44,7 @@ def test_before_the_first_step(changed: Callable[..., Config], sections: dict[st
     assert all("\n" not in line for line in found)
 
 
-@pytest.mark.parametrize("method", ["pear", "dcpo", "trace"])
+@pytest.mark.parametrize("method", ["pear", "dcpo", "trace", "a3po"])
 def test_after_the_first_step(changed: Callable[..., Config], method: str) -> None:
     config = changed(loss={"method": method})
     (line,) = advice_on_rewards(config, torch.tensor([0.1, 0.5]))

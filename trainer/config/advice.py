@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import Config
 
-LOSS_ALONE = ("aepo", "aepo_agentic", "cure", "spear", "t1")
+LOSS_ALONE = ("aepo", "aepo_agentic", "cure", "hapo", "spear", "t1")
 """Methods with rollouts of their own, which are not in this trainer."""
 
 

@@ -17,6 +17,9 @@ from .step import Method, StepStats, TokenWeighting, TokenWeights, choice, numbe
 _FLAT = 1e-6
 """A standard deviation (nats) below this counts as no spread."""
 
+_LEAST = 1e-8
+"""Entropies (nats) below this count as this where their logarithm is taken."""
+
 
 @dataclass(frozen=True)
 class AepoAgentic(TokenWeighting):
@@ -34,6 +37,42 @@ class AepoAgentic(TokenWeighting):
         entropy, std = step.entropy.double(), step.std(step.entropy)
         z = torch.where(std > _FLAT, (entropy - step.mean(entropy)) / std.clamp_min(_FLAT), 0.0)
         return TokenWeights((1 + self.strength * z) * step.token_advantages())
+
+
+@dataclass(frozen=True)
+class Hapo(TokenWeighting):
+    """Rewards normalised over the tokens of the group, and an entropy score that moves clip and advantage.
+
+        A_t = (r - mean) / (std + 1e-6), mean and population std over all tokens of the group (eq. 9)
+        h_t = x / max x where x > 0, else x / |min x|;  x = log max(H_t, 1e-8) - its ``pivot``-quantile (eqs. 5, 6)
+
+    With surrogate "hapo", which has eqs. 10 to 13. As released, a group in which |A_t| reaches ``most`` gets the
+    config's advantages. The released code's h of tokens at low entropy is |h|. Source: arXiv 2509.16591.
+
+    Attributes:
+        pivot: share of the tokens that count as having low entropy.
+        most: bound of |A_t|; None: no bound.
+        form: "paper", or "released".
+    """
+
+    pivot: float = number(0.8, 0, 1)
+    most: float | None = number(5.0, positive=True)
+    form: str = choice("paper", "released")
+
+    def __call__(self, step: StepStats) -> TokenWeights:
+        groups = OrderedPartition(step.group_ids[step.sequence_ids], step.valid)
+        margin = step.raw_rewards().double()[step.sequence_ids]
+        margin = margin - groups.mean(margin)
+        advantages = margin / (groups.mean(margin.square()).sqrt() + _FLAT)
+        if self.most is not None:
+            far = groups.max(advantages.abs()) >= self.most
+            advantages = torch.where(far, step.per_token(step.estimate(step.rewards, step.present())), advantages)
+        every = OrderedPartition(torch.zeros_like(step.sequence_ids), step.valid)
+        x = step.entropy.double().clamp_min(_LEAST).log()
+        middle = every.rank(x) == (self.pivot * (every.counts - 1).double()).round()
+        x = x - every.sum(torch.where(middle, x, 0.0))
+        score = x / torch.where(x > 0, every.max(x), every.max(-x)).clamp_min(_LEAST)
+        return TokenWeights(advantages, entropy_score=score.abs() if self.form == "released" else score)
 
 
 def _outside(entropy: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,6 +301,11 @@ METHODS = (
         summary="Tokens of high entropy get a larger weight, positive tokens far above the old policy keep a bounded "
                 "gradient; the trainer branches the rollouts.",
         formula="A_t (1 + 0.2 (H_t - mean H) / std H); A > 0 and rho > 1 + eps: (1 + eps) rho / sg(rho) A"),
+    Method("hapo", EAPOConfig(surrogate="hapo", clip_high=0.28, dual_clip=10.0), token_weighting=Hapo(), source="2509.16591",
+        summary="Tokens of high entropy may rise further and count more once they move, tokens of low entropy may fall further "
+                "and count less until they move; the trainer samples at a temperature for each token.",
+        formula="h = log H_t - its 80 % quantile, scaled to [-1, 1]; clip_high (1 + h) and A (1 + h) outside half the clip "
+                "where h > 0; clip_low (1 - h) and A (1 + h) inside it where h <= 0; A = r normalised over the group's tokens"),
     Method("epo", EAPOConfig(), controller="entropy_history", token_weighting=Epo(), source="2509.22576",
         summary="An entropy bonus, and a band around the mean entropy of the past into which hinges move the tokens.",
         formula="c_t = coef (1 + slope ([H_t < 0.8 Hbar] - [H_t > 1.2 Hbar])), Hbar = mean over the steps so far"),

@@ -15,10 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import require
-from ...types import TokenBatch, TokenStats
+from ...types import PER_TOKEN, TokenBatch, TokenStats
 from ..batch import has_token_advantages, n_sequences
 
-_BATCH_TOKENS = ("targets", "sequence_ids", "old_logp", "mask", "ref_logp", "rollout_logp", "entropy_coef", "ratio_penalty")
 _BATCH_SEQUENCES = ("rewards", "group_ids", "sequence_lengths")
 
 
@@ -103,7 +102,7 @@ def gather_step(
 
 def _fields(batch: TokenBatch, stats: TokenStats, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fields to gather by name; advantages are "batch.advantages" [B] or "token.advantages" [N]."""
-    found = {f"batch.{name}": getattr(batch, name) for name in (*_BATCH_TOKENS, *_BATCH_SEQUENCES)}
+    found = {f"batch.{name}": getattr(batch, name) for name in (*PER_TOKEN, *_BATCH_SEQUENCES)}
     found["token.advantages" if has_token_advantages(batch) else "batch.advantages"] = batch.advantages
     found |= {f"stats.{name}": value for name, value in zip(TokenStats._fields, stats, strict=True)}
     found |= {f"extras.{name}": value for name, value in sorted(extras.items())}

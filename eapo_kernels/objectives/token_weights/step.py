@@ -42,12 +42,14 @@ class TokenWeights(NamedTuple):
         entropy_coef: [N], factor of the token's entropy bonus, as in ``TokenBatch``.
         ratio_penalty: [N], factor of |log(pi / pi_old)|, as in ``TokenBatch``.
         keep: [N] bool, tokens that still count; the others leave the denominators too.
+        entropy_score: [N], of surrogate "hapo", as in ``TokenBatch``.
     """
 
     advantages: Tensor
     entropy_coef: Tensor | None = None
     ratio_penalty: Tensor | None = None
     keep: Tensor | None = None
+    entropy_score: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -332,9 +334,10 @@ def weight_tokens(
         seed: for methods that draw at random: the same on all ranks, another each step.
 
     Returns:
-        The batch with advantages [N] and, where the method has them, entropy_coef, ratio_penalty
-        and a narrower mask with its sequence_lengths. Pass ``select(tokens)`` of it to ``policy_loss`` for every micro-batch,
-        with the ``loss_denominator`` of this batch, not of the one passed in.
+        The batch with advantages [N] and, where the method has them, entropy_coef, ratio_penalty,
+        entropy_score and a narrower mask with its sequence_lengths. Pass ``select(tokens)`` of it
+        to ``policy_loss`` for every micro-batch, with the ``loss_denominator`` of this batch, not
+        of the one passed in.
 
     Raises:
         EapoError, ShapeError: something the token_weighting needs is missing or does not fit.
@@ -362,6 +365,7 @@ def weight_tokens(
         token_advantages=True,
         entropy_coef=masked(weights.entropy_coef, batch.entropy_coef),
         ratio_penalty=masked(weights.ratio_penalty, batch.ratio_penalty),
+        entropy_score=masked(weights.entropy_score, batch.entropy_score),
         mask=batch.mask if weights.keep is None else keep,
         sequence_lengths=lengths,
     )
