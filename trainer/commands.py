@@ -117,6 +117,9 @@ def run(name: str, arguments: Sequence[str]) -> int:
         return COMMANDS[name](arguments)
     except (RemoteRankError, RemoteCrash):
         return 1
+    except BrokenPipeError:  # the reader of the output has gone: train --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and not isinstance(error, TrainerError):
             from eapo_kernels import EapoError  # imported before, by what raised it

@@ -117,6 +117,9 @@ def test_what_is_refused_leaves_nothing(
 
     assert "export: expected a run with a saved model, or one of its checkpoints" in fails(source=run / "nowhere")
     assert "--dtype: expected one of float32, bfloat16, got 'int4'" in fails("--dtype", "int4")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert "export: expected one process, without torchrun, got '2 processes'" in fails()
     damaged = run / "checkpoints" / "step-000001"
     (damaged / "state.pt").write_bytes(b"")
     assert "state.pt: expected" in fails(source=damaged)

@@ -300,6 +300,14 @@ def test_help_documents_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
         assert sentence in text
 
 
+def test_a_reader_may_leave() -> None:
+    """``train --help | head -1`` says nothing on stderr."""
+    command = f"{sys.executable} -m trainer train --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
+
+
 def test_help_of_eval_names_its_options_and_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["eval", "--help"])
