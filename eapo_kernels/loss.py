@@ -117,7 +117,7 @@ def policy_loss(
         require(isinstance(options, Options), "options", "Options or None", options)
         method = get_method(method) if isinstance(method, str) else method
         require(isinstance(method, Method), "method", "a name or a Method", method)
-        config, support = method.config, batch.support
+        config = method.config
         require(isinstance(config, EAPOConfig), "config", "an EAPOConfig or None", config)
         require_choice("schedule", schedule, SCHEDULES)
         check_batch(batch, config, debug=options.debug)
@@ -126,7 +126,7 @@ def policy_loss(
         if not (isinstance(weight, Tensor) and weight.device == batch.targets.device):
             raise ShapeError(f"weight: expected [V, D] on {batch.targets.device} like batch.targets, got {describe(weight)}")
         lam = resolve_positive_weight(method, positive_weight, weight.device, options.debug)
-        expected = "None with entropy_top_p: a nucleus is chosen from all logits of a row"
+        support, expected = batch.support, "None with entropy_top_p: a nucleus is chosen from all logits of a row"
         require(shard is None or config.entropy_top_p is None, "process_group", expected, process_group)
         require(support is None or config.entropy_top_p is None, "batch.support", expected, "a TokenSupport")
         all_terms = prepare(batch, config, lam)
