@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -146,7 +147,7 @@ def _read(source: str, key: str) -> Sequence[Mapping[str, Any]]:
         }
         chosen = datasets.ReadInstruction.from_spec(split).to_absolute({str(n): len(own) for n, own in rows.items()})
         return [row for own in chosen for row in rows[own.splitname][own.from_ : own.to]]
-    except (ValueError, TypeError, OSError, csv.Error, ImportError) as error:
+    except (ValueError, TypeError, OSError, csv.Error, ImportError, RecursionError) as error:
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         expected = "a JSONL, JSON, CSV or Parquet file, a folder, or a reachable hub dataset (ID, ID:SPLIT, ID:CONFIG:SPLIT)"
         raise DataError(f"{key}: expected {expected}, got {source!r} ({reason})") from error
@@ -159,14 +160,16 @@ def _written(path: Path, suffix: str) -> list[dict[str, Any]]:
         limit = csv.field_size_limit(2**31 - 1)
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file, strict=True))
+                reader = csv.DictReader(file, strict=True)
+                _once([name for name in reader.fieldnames or () if name])
+                rows = list(reader)
         finally:
             csv.field_size_limit(limit)
     else:
         with path.open("rb") as lines:
             listed = suffix == ".json" and lines.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
             lines.seek(0)
-            rows = json.load(lines, parse_float=_finite) if listed else list(json_lines(lines))
+            rows = json.load(lines, parse_float=_finite, object_pairs_hook=_object) if listed else list(json_lines(lines))
     if not isinstance(rows, list) or not all(isinstance(row, dict) and None not in row for row in rows):
         raise ValueError("expected one object a row")
     return rows
@@ -182,9 +185,22 @@ def json_lines(file: Iterable[bytes]) -> Iterator[Any]:
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                yield json.loads(line, parse_float=_finite)
-            except ValueError as error:
+                yield json.loads(line, parse_float=_finite, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        _once([name for name, _ in pairs])
+    return found
+
+
+def _once(names: Sequence[str]) -> None:
+    """Raise where a name is there twice: one of its values would be lost."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"expected every name once, got {twice[0]!r} {names.count(twice[0])} times")
 
 
 def _finite(text: str) -> float:
@@ -199,7 +215,8 @@ def _at(row: Mapping[str, Any], column: str, where: str, key: str) -> Any:
     value: Any = row
     for part in [column] if column in row else column.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise DataError(f"{where}: expected the column {column!r} (data.columns.{key}), got {', '.join(map(str, row))}")
+            names = ", ".join(name if str(name).isprintable() else repr(name) for name in row)
+            raise DataError(f"{where}: expected the column {column!r} (data.columns.{key}), got {names}")
         value = value[part]
     return value
 

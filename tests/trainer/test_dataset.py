@@ -140,10 +140,17 @@ def test_typed_values_of_parquet_stay(tmp_path: Path) -> None:
         (b'{"prompt": [{"role": "user", "content": null}], "answer": "n2"}\n', "row 0 of .*: expected a prompt"),
         (b'{"prompt": [{"role": "user", "content": 5}], "answer": "n2"}\n', "row 0 of .*: expected a prompt"),
         (b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "n2"}\n', "row 0 of .*: expected a prompt"),
+        (b'{"prompt": "n1", "answer": ' + b"[" * 5000, "line 1: maximum recursion depth"),
+        (
+            b'{"prompt": "n1", "answer": "n2", "x": {"answer": 1, "answer": 2}}\n',
+            "line 1: expected every name once, got 'answer' 2 times",
+        ),
+        (b'{"a\\nb": "n1"}\n', r"row 0 of .*: expected the column 'prompt' .*, got 'a\\nb'"),
+        (b"prompt,answer,answer\nn1,n2,n3\n", "expected every name once, got 'answer' 2 times"),
         (b"prompt,answer\nn1,n2\nn3\n", "row 1 of .*: expected an answer .*got None"),
         ("prompt,answer\nn1,caf\xe9\n".encode("latin-1"), "'utf-8' codec can't decode byte 0xe9"),
     ],
-    ids=range(14),
+    ids=range(18),
 )
 def test_what_cannot_be_carried_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / ("a.csv" if content.startswith(b"prompt") else "a.jsonl")
