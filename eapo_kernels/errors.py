@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+LARGEST, FACTORS = 1e30, (1e-12, 1e12)  # size of a caller's number; range of those that multiply or cap logits
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -45,16 +46,20 @@ def require_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tu
 
 
 def is_number(value: object) -> bool:
-    """Whether it is an int or float, but not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is an int or float, but not a bool or an int beyond every float."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023)
+
+
+def is_factor(value: object) -> bool:  # products and quotients of several stay finite in fp32
+    return isinstance(value, (int, float)) and is_number(value) and FACTORS[0] <= value <= FACTORS[1]
 
 
 def require_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raise unless ``value`` is a finite number in [low, high]."""
-    ok = isinstance(value, (int, float)) and is_number(value) and low <= value <= high and -math.inf < value < math.inf
+    """Raise unless ``value`` is a finite number in [low, high], of a size up to ``LARGEST``."""
+    ok = isinstance(value, (int, float)) and is_number(value) and max(low, -LARGEST) <= value <= min(high, LARGEST)
     if not ok:  # no text before: a compiler may trace the number
         bound = f" in [{low:g}, {high:g}]" if high < math.inf else f" >= {low:g}" if low > -math.inf else ""
-        raise EapoError(f"{name}: expected a finite number{bound}, got {value!r}")
+        raise EapoError(f"{name}: expected a finite number{bound}, got {value!r:.99}")
 
 
 def require_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -67,7 +72,7 @@ def require_scalar(name: str, value: object, expected: str) -> None:
     """Raise unless ``value`` is a number or a real 0-dim tensor. expected: for the message."""
     real = isinstance(value, Tensor) and value.dim() == 0 and value.dtype in (*FLOATS, torch.int32, torch.int64)
     if not (real or is_number(value)):
-        raise EapoError(f"{name}: expected {expected}, got {describe(value)}")
+        raise EapoError(f"{name}: expected {expected}, got {describe(value):.99}")
 
 
 def may_read(tensor: Tensor, debug: bool = False) -> bool:

@@ -12,6 +12,8 @@ from torch.nn import functional
 from .errors import EapoError, ShapeError, describe, require
 from .types import IGNORE_INDEX
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 @dataclass(frozen=True, eq=False)
 class TokenSupport:
@@ -46,15 +48,17 @@ class TokenSupport:
         lists: Sequence[Sequence[int] | Tensor], device: str | torch.device = "cpu", *, full_entropy: bool = False
     ) -> TokenSupport:
         """From the token ids of each position, in any order."""
-        parts = [torch.as_tensor(one, dtype=torch.int64).reshape(-1) for one in lists]
+        parts = [torch.as_tensor(one).reshape(-1) for one in lists]
+        wrong = [part for part in parts if part.numel() and part.dtype not in _INTEGERS]
+        require(not wrong, "lists", "integers, the token ids of each position", wrong[:1])
         counts = torch.tensor([0, *(part.numel() for part in parts)])
-        ids = torch.cat(parts) if parts else counts[:0]
+        ids = torch.cat([part.long() for part in parts]) if parts else counts[:0]
         return TokenSupport.from_csr(ids.to(device), counts.cumsum(0).to(device), full_entropy=full_entropy)
 
     @staticmethod
     def from_padded(ids: Tensor, pad: int = -1, *, full_entropy: bool = False) -> TokenSupport:
         """From [N, K] integers in any order, filled up with ``pad``."""
-        if not (isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()):
+        if not (isinstance(ids, Tensor) and ids.dim() == 2 and ids.dtype in _INTEGERS):
             raise ShapeError(f"ids: expected integers [N, K], got {describe(ids)}")
         given = ids != pad
         offsets = functional.pad(given.sum(1).cumsum(0), (1, 0))

@@ -6,13 +6,10 @@ again, up to dynamo's limit. As a factor of a tensor it is an input of the graph
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .errors import is_number
+from .errors import is_factor
 
 
 def scalar(value: float, device: torch.device) -> Tensor:
@@ -26,14 +23,10 @@ def temperature_and_scale(
     """The same inverse temperature and logit scale as a tensor, if they are not 1. Under a soft-cap the scale stays
     a number, and so does what is not a positive finite one, for the checks."""
     is_tensor = isinstance(inv_temperature, Tensor)
-    if not is_tensor and not _is_positive(inv_temperature):
+    if not is_tensor and not is_factor(inv_temperature):
         return inv_temperature, logit_scale
-    if softcap is None and logit_scale is not None and _is_positive(logit_scale):
+    if softcap is None and logit_scale is not None and is_factor(logit_scale):
         inv_temperature, logit_scale = inv_temperature * logit_scale, None
     if not isinstance(inv_temperature, Tensor) and inv_temperature != 1:
         inv_temperature = scalar(inv_temperature, device)
     return inv_temperature, logit_scale
-
-
-def _is_positive(value: Any) -> bool:
-    return is_number(value) and 0 < value < math.inf

@@ -167,7 +167,7 @@ class Options:
 
     def __post_init__(self) -> None:
         budget = self.memory_budget
-        positive = budget is None or (type(budget) is int and budget > 0)
+        positive = budget is None or (type(budget) is int and 0 < budget < 2**63)
         require(positive, "Options.memory_budget", "a positive number of bytes (int) or None", repr(budget))
         known = self.compact == "auto" or isinstance(self.compact, bool)
         require(known, "Options.compact", "'auto', True or False", repr(self.compact))

@@ -109,3 +109,46 @@ def test_what_a_loss_needs_must_be_there(missing: dict[str, float]) -> None:
     batch = replace(make_batch(inputs), ref_logp=None, rollout_logp=None)
     with pytest.raises(EapoError, match=r"batch.(ref|rollout)_logp: expected \[N\] floats with"):
         run(inputs, batch, positive_weight=1.0, config=EAPOConfig(**missing))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inv_temperature": 1e300}, r"inv_temperature: expected a positive finite number, got 1e\+300 \(bounds: "),
+        ({"inv_temperature": torch.full((N,), 1e300, dtype=torch.float64)}, "inv_temperature: expected positive finite values"),
+        ({"inv_temperature": torch.tensor(True)}, "inv_temperature: expected bfloat16/.*, got bool"),
+        ({"inv_temperature": torch.tensor(2j)}, "inv_temperature: expected bfloat16/.*, got complex64"),
+        ({"softcap": 1e-320}, "softcap: expected a positive finite number, got 1e-320"),
+        ({"logit_scale": 10**400}, "logit_scale: expected a positive finite number, got 1000"),
+        ({"positive_weight": 1e300}, r"positive_weight: expected a finite number >= 0, got 1e\+300"),
+        ({"positive_weight": 10**400}, "positive_weight: expected a number"),
+        ({"positive_weight": torch.tensor(1e300, dtype=torch.float64)}, "positive_weight: expected a finite number >= 0"),
+        ({"denominator": 1e-320}, "batch.denominator: expected a positive finite number, got 1e-320"),
+        ({"denominator": 1e300}, r"batch.denominator: expected a positive finite number, got 1e\+300"),
+        ({"denominator": 10**400}, "batch.denominator: expected a number or a 0-dim tensor, got 1000"),
+        (
+            {"rewards": torch.full((B,), 1e200, dtype=torch.float64)},
+            r"batch.rewards: expected finite numbers, got 1e\+200 at 0",
+        ),
+        ({"old_logp": torch.full((N,), -1e39, dtype=torch.float64)}, r"batch.old_logp: expected finite numbers, got -1e\+39"),
+    ],
+    ids=str,
+)
+def test_numbers_that_fp32_cannot_hold(options: dict[str, Any], message: str) -> None:
+    """They would become infinities and NaN, or an overflow inside."""
+    inputs = make_inputs(N, D, V)
+    batch = make_batch(inputs)
+    fields = {name: options[name] for name in options if hasattr(batch, name)}
+    others = {name: value for name, value in options.items() if name not in fields}
+    with pytest.raises(EapoError, match=message):
+        run(inputs, replace(batch, **fields), **{"positive_weight": 1.0, **others})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kl_coef": 1e300}, {"clip_high": 1e300}, {"clip_high": 10**400}, {"dual_clip": 1e300}, {"fixed_length": 10**300}],
+    ids=str,
+)
+def test_settings_that_fp32_cannot_hold(change: dict[str, Any]) -> None:
+    with pytest.raises(EapoError, match=r"expected a (finite number|positive int)"):
+        EAPOConfig(**change)

@@ -154,10 +154,10 @@ def cross_entropy(
         # With another ignore_index, -100 is an invalid class and must be rejected like every negative class.
         classes = torch.where(targets == IGNORE_INDEX, _NOT_A_CLASS, targets)
         targets = torch.where(targets == ignore_index, IGNORE_INDEX, classes)
-    keep = slice(0, None)
+    keep: Any = ...
     if shift:
         targets = torch.cat([targets[..., shift:], torch.full_like(targets[..., :shift], IGNORE_INDEX)], -1)
-        keep = slice(0, positions - shift)
+        keep = (..., slice(0, positions - shift))
     valid = targets != IGNORE_INDEX
     call: dict[str, Any] = {
         "bias": bias, "inv_temperature": inv_temperature, "softcap": softcap, "logit_scale": logit_scale,
@@ -184,7 +184,8 @@ def cross_entropy(
     if class_weights is not None:
         factors = class_weights.detach().to(stats.logp.dtype)
         of_target = torch.where(valid, factors[targets.clamp(0, len(factors) - 1)], 0)
-        loss, total = loss * of_target, torch.where(valid.any(), of_target.sum(), 1)
+        loss, total = _times(loss, of_target), of_target.sum()
+        total = torch.where(total == 0, 1, total)
     if label_smoothing:
         assert projection is not None
         if factors is None:
@@ -196,17 +197,17 @@ def cross_entropy(
     penalty = stats.lse.square() * z_loss if z_loss else None
     if token_scaling:
         probability = stats.logp.detach().exp()
-        loss, penalty = loss * probability, None if penalty is None else penalty * probability
-    loss = _reduced(loss[..., keep], reduction, total)
+        loss, penalty = _times(loss, probability), None if penalty is None else penalty * probability
+    loss = _reduced(loss[keep], reduction, total)
     if penalty is not None:
-        penalty = _reduced(penalty[..., keep], reduction, tokens)
+        penalty = _reduced(penalty[keep], reduction, tokens)
         loss = loss + penalty
     best = None
     if predicted:
         assert projection is not None
-        best = logit_sums.largest_logit(projection, valid.reshape(-1), options).reshape(targets.shape)[..., keep]
+        best = logit_sums.largest_logit(projection, valid.reshape(-1), options).reshape(targets.shape)[keep]
     return CrossEntropy(
-        loss, None if penalty is None else penalty.detach(), stats.lse[..., keep] if needs_lse else None, best, valid[..., keep]
+        loss, None if penalty is None else penalty.detach(), stats.lse[keep] if needs_lse else None, best, valid[keep]
     )
 
 
@@ -215,6 +216,11 @@ def _check_class_weights(class_weights: Tensor, weight: Tensor, shard: VocabShar
     ok = isinstance(class_weights, Tensor) and class_weights.shape == (total,) and class_weights.dtype in FLOATS
     if not (ok and class_weights.device == weight.device):
         raise ShapeError(f"class_weights: expected float [{total}] {weight.device}, got {describe(class_weights)}")
+
+
+def _times(loss: Tensor, factors: Tensor) -> Tensor:
+    """The product; 0 where the factor is, also at a target that the bias removed, whose loss is infinite."""
+    return torch.where(factors == 0, 0, loss * factors)
 
 
 def _reduced(values: Tensor, reduction: str, total: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import EapoError, is_number, require
+from ..errors import FACTORS, EapoError, is_factor, require
 from ..ops.token_stats import token_stats
 from ..ops.vocab_shard import VocabShard
 from ..types import IGNORE_INDEX, Options, TokenStats
@@ -55,8 +54,12 @@ class FusedLMHead(nn.Linear):
             EapoError: softcap or logit_scale is not a positive finite number.
         """
         for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
-            ok = value is None or (is_number(value) and 0 < value < math.inf)
-            require(ok, name, "a positive finite number or None", repr(value))
+            require(
+                value is None or is_factor(value),
+                name,
+                "a positive finite number or None",
+                f"{value!r:.99} (bounds: {FACTORS})",
+            )
         super().__init__(in_features, out_features, bias, device, dtype)
         self.softcap, self.logit_scale = softcap, logit_scale
 

@@ -10,14 +10,13 @@ not homogeneous, and the adapters refuse them.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import FLOATS, EapoError, ShapeError, describe, require, require_scalar
+from ..errors import FLOATS, LARGEST, EapoError, ShapeError, describe, require, require_scalar
 from ..objectives.controllers import EntropyRatio
 
 STATE_FILE = "eapo_state.json"
@@ -45,7 +44,7 @@ def scale_positive(advantages: Tensor, weight: float | Tensor) -> Tensor:
         raise ShapeError(f"advantages: expected a floating-point tensor, got {describe(advantages)}")
     require_scalar("weight", weight, "a number or 0-dim tensor >= 0")
     if not (isinstance(weight, Tensor) and weight.device.type != "cpu"):
-        require(0 <= float(weight) < math.inf, "weight", "a finite number >= 0", float(weight))
+        require(0 <= float(weight) <= LARGEST, "weight", "a finite number >= 0", float(weight))
     if isinstance(weight, Tensor):
         weight = weight.detach().to(advantages.device)
     advantages = advantages.detach()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ..errors import FLOATS, EapoError, ShapeError, describe, may_read, require, require_scalar, require_tensor
+from ..errors import FLOATS, LARGEST, EapoError, ShapeError, describe, may_read, require, require_scalar, require_tensor
 from ..support import require_support
 from ..types import TOKEN_FLOATS, TokenBatch, valid_tokens
 from .config import EAPOConfig
@@ -88,7 +86,7 @@ def _check_values(batch: TokenBatch, config: EAPOConfig, size: int) -> None:
             raise EapoError(f"batch.advantages: expected [B] or [N] with B != N (or ids 0, 1, 2, ...), got B = N = {n}")
     if batch.denominator is not None:
         value = float(batch.denominator)
-        require(0 < value < math.inf, "batch.denominator", "a positive finite number", value)
+        require(1 / LARGEST <= value <= LARGEST, "batch.denominator", "a positive finite number", value)
     if batch.sequence_lengths is not None:
         counts, lengths = torch.bincount(ids, minlength=size), batch.sequence_lengths
         short = ~(lengths >= counts)
@@ -101,6 +99,7 @@ def _check_values(batch: TokenBatch, config: EAPOConfig, size: int) -> None:
 
 def _require_finite(name: str, values: Tensor | None, where: Tensor | None) -> None:
     if values is not None:
-        bad = ~values.isfinite() if where is None else ~values.isfinite() & where
+        bad = ~(values.double().abs() <= LARGEST) & (True if where is None else where)
         if bool(bad.any()):
-            raise EapoError(f"batch.{name}: expected finite numbers, got {float(values[bad][0])} at {int(bad.nonzero()[0, 0])}")
+            got = f"{float(values[bad][0])} at {int(bad.nonzero()[0, 0])} (largest size: {LARGEST:g})"
+            raise EapoError(f"batch.{name}: expected finite numbers, got {got}")

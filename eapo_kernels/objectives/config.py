@@ -82,7 +82,7 @@ class EAPOConfig:
             require_number("importance_cap", self.importance_cap, 0)
             require(self.importance_cap > 0, "importance_cap", "a finite number > 0", self.importance_cap)
         if self.fixed_length is not None:
-            ok = is_number(self.fixed_length) and isinstance(self.fixed_length, int) and self.fixed_length > 0
+            ok = is_number(self.fixed_length) and isinstance(self.fixed_length, int) and 0 < self.fixed_length < 2**31
             require(ok, "fixed_length", "a positive int", repr(self.fixed_length))
         scope = "batch" if callable(self.surrogate) else "sequence" if self.surrogate in SEQUENCE_RATIO else "token"
         object.__setattr__(self, "scope", scope)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import EapoError, is_number, require, require_choice, require_number, require_scalar
+from ..errors import LARGEST, EapoError, is_number, require, require_choice, require_number, require_scalar
 
 
 class Controller:
@@ -28,11 +28,12 @@ class Controller:
 
     output: ClassVar[str]
     positive: ClassVar[bool] = False
-    state_rule: ClassVar[str] = "0-dim numbers"
+    state_rule: ClassVar[str] = "finite numbers, and entropies >= 0"
 
     def __init__(self, settings: Mapping[str, float], state: Mapping[str, float]) -> None:
         self._settings = dict(settings)
         self._state = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
+        self._measured = {name for name, value in state.items() if math.isnan(value)}  # entropies; NaN before the first
 
     def _next(self, entropy: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state after a step with this mean entropy (nats, 0-dim fp64)."""
@@ -61,9 +62,10 @@ class Controller:
         total = torch.as_tensor(entropy_sum, dtype=torch.float64).detach()
         count = torch.as_tensor(token_count, dtype=torch.float64).detach().to(total.device)
         if total.device.type == "cpu":
-            require(bool(count > 0), "token_count", "a positive number", float(count))
+            require(bool((count > 0) & count.isfinite()), "token_count", "a positive number", float(count))
             expected = "a positive finite number of nats" if self.positive else "a finite number of nats >= 0"
-            require(bool(total.isfinite() & self._in_range(total)), "entropy_sum", expected, float(total))
+            mean = total / count
+            require(bool(mean.isfinite() & self._in_range(mean)), "entropy_sum", expected, float(total))
         self._advance(total / count)
         return self._state[self.output]
 
@@ -96,11 +98,16 @@ class Controller:
             EapoError: keys are missing or unknown, or the state was written with other settings.
         """
         own, expected = type(self).__name__, {*self._state, "settings"}
+        require(isinstance(state, Mapping), f"{own} state", "what state_dict() returned", repr(state))
         require(set(state) == expected, f"{own} state", f"keys {sorted(expected)}", sorted(state))
         if state["settings"] != self._settings:
             raise EapoError(f"{own} settings: expected {self._settings}, got {state['settings']}")
+        for name in self._state:
+            require_scalar(f"{own} {name}", state[name], "a number or a 0-dim tensor")
         values = {name: torch.as_tensor(state[name], dtype=torch.float64).clone() for name in self._state}
-        good = all(v.dim() == 0 for v in values.values()) and self._is_good(values)
+        known = all(v >= 0 or v.isnan() if name in self._measured else True for name, v in values.items())
+        finite = all(v.isfinite() or (name in self._measured and v.isnan()) for name, v in values.items())
+        good = known and finite and bool(values.get("steps", torch.zeros(())) >= 0) and self._is_good(values)
         require(good, f"{own} state", self.state_rule, {k: state[k] for k in sorted(expected)})
         self._state = values
 
@@ -122,7 +129,7 @@ class EntropyRatio(Controller):
 
     output: ClassVar[str] = "weight"
     positive: ClassVar[bool] = True
-    state_rule: ClassVar[str] = "0-dim numbers and a finite weight >= 0"
+    state_rule: ClassVar[str] = "finite numbers, entropies and a weight >= 0"
 
     def __init__(
         self, kappa: float = 1.0, scale: float = 1.0, low: float = 0.0, high: float = math.inf, ema: float = 0.0,
@@ -146,9 +153,9 @@ class EntropyRatio(Controller):
         settings = {"kappa": kappa, "scale": scale, "low": low, "high": high, "ema": ema, "anchor_steps": anchor_steps}
         for name, value in settings.items():
             require(is_number(value), name, "a number", repr(value))
-        require(math.isfinite(kappa), "kappa", "a finite number", kappa)
-        require(math.isfinite(scale) and scale >= 0, "scale", "a finite number >= 0", scale)
-        require(0 <= low <= high and low < math.inf, "low, high", "0 <= low <= high, low finite", f"low={low}, high={high}")
+        require_number("kappa", kappa)
+        require_number("scale", scale, 0)
+        require(0 <= low <= high and low <= LARGEST, "low, high", "0 <= low <= high, low finite", f"low={low}, high={high}")
         require(0 <= ema < 1, "ema", "a number in [0, 1)", ema)
         require(anchor_steps >= 1 and anchor_steps % 1 == 0, "anchor_steps", "a whole number >= 1", anchor_steps)
         super().__init__(
@@ -185,7 +192,8 @@ class EntropyRatio(Controller):
         mean = torch.where(initial.isnan(), entropy, initial + (entropy - initial) / steps)
         initial = torch.where(anchoring, mean, initial)
         smoothed = torch.where(anchoring, mean, self.ema * previous + (1 - self.ema) * entropy)
-        weight = (self.scale * (smoothed / initial) ** self.kappa).clamp(self.low, self.high)
+        power = ((smoothed / initial) ** self.kappa).clamp_max(LARGEST)
+        weight = (self.scale * power).clamp(self.low, min(self.high, LARGEST))
         return {"initial_entropy": initial, "entropy": smoothed, "weight": weight, "steps": steps}
 
     def metrics(self) -> dict[str, Tensor]:

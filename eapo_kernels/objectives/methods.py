@@ -116,4 +116,5 @@ def make_controller(method: Method) -> Controller | None:
     Raises:
         EapoError: the controller or a setting is unknown, or a number is out of its range.
     """
+    require(isinstance(method, Method), "method", "a Method, such as get_method(name)", repr(method))
     return None if method.controller is None else build_controller(method.controller, method.controller_settings)

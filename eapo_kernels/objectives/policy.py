@@ -4,14 +4,13 @@ and ``loss_and_sums`` turns these, log-probs and entropies into the loss.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import traced
-from ..errors import EapoError, may_read, require, require_scalar
+from ..errors import LARGEST, EapoError, may_read, require, require_scalar
 from ..types import TOKEN_FLOATS, TokenBatch, rows_of, valid_tokens
 from .advantages import ADVANTAGES, OF_GROUPS, Split, split_responses
 from .batch import has_token_advantages, n_sequences
@@ -106,14 +105,12 @@ def resolve_positive_weight(
     if value is None:
         raise EapoError(f"positive_weight: expected {kinds} for method {method.name!r}, got None")
     require_scalar("positive_weight", value, kinds)
+    if not isinstance(value, Tensor) or may_read(value, debug):
+        require(bool(0 <= value <= LARGEST), "positive_weight", "a finite number >= 0", value)
     if isinstance(value, Tensor):
-        if may_read(value, debug):
-            require(bool((value >= 0) & value.isfinite()), "positive_weight", "a finite number >= 0", float(value))
         if value.device.type != "cpu" or device.type == "cpu":
             return value.detach().to(device, torch.float32, copy=True)
         value = float(value)  # a fill: a copy would block, and a graph cannot capture it
-    else:
-        require(0 <= value < math.inf, "positive_weight", "a finite number >= 0", value)
     if torch.compiler.is_compiling():
         return traced.scalar(value, device)
     return torch.full((), value, dtype=torch.float32, device=device)

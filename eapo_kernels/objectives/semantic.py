@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import require_tensor
+from ..errors import ShapeError, describe, require_tensor
 from .grouping import Partition
 
 
@@ -24,7 +24,7 @@ def semantic_rewards(cluster_ids: Tensor, group_ids: Tensor) -> Tensor:
         group_ids: [B] int64, equal for responses to the same prompt.
 
     Raises:
-        ShapeError: ``cluster_ids`` is not int64 of the shape and on the device of ``group_ids``.
+        ShapeError: ``group_ids`` is not int64 [B], or ``cluster_ids`` not int64 of its shape and on its device.
     """
     own, size = _cluster_and_group_sizes(cluster_ids, group_ids)
     return torch.where(Partition(group_ids).max(own) > 1, own / size, 0.0).float()
@@ -42,8 +42,9 @@ def majority_rewards(cluster_ids: Tensor, group_ids: Tensor) -> Tensor:
 
 def _cluster_and_group_sizes(cluster_ids: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
     """[B] int64: size of the response's cluster (0 without an answer) and of its group."""
+    if not (isinstance(group_ids, Tensor) and group_ids.dim() == 1 and group_ids.dtype == torch.int64):
+        raise ShapeError(f"group_ids: expected int64 [B], got {describe(group_ids)}")
     require_tensor("cluster_ids", cluster_ids, tuple(group_ids.shape), (torch.int64,), group_ids)
-    groups, ids = Partition(group_ids), cluster_ids.clamp_min(-1) + 1
-    span = ids.amax() + 1 if ids.numel() else 1
-    own = Partition(groups.index * span + ids).counts
-    return torch.where(ids > 0, own, 0), groups.counts
+    groups, clusters = Partition(group_ids), Partition(cluster_ids)  # their numbers are below B, whatever the ids
+    own = Partition(groups.index * group_ids.numel() + clusters.index).counts
+    return torch.where(cluster_ids >= 0, own, 0), groups.counts

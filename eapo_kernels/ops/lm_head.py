@@ -5,7 +5,6 @@ the checks of its arguments, and the selection of valid rows.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import traced
-from ..errors import FLOATS, EapoError, ShapeError, describe, is_number, require, require_tensor
+from ..errors import FACTORS, FLOATS, EapoError, ShapeError, describe, is_factor, require, require_tensor
 from ..support import TokenSupport
 from ..types import IGNORE_INDEX, Options, rows_of
 from .vocab_shard import INVALID, VocabShard
@@ -199,14 +198,14 @@ def build_projection(
     row_inv_temperature = None
     if isinstance(inv_temperature, Tensor):
         require(not inv_temperature.requires_grad, "inv_temperature", "a tensor without gradient", "requires_grad=True")
-        if inv_temperature.dim():
-            require_tensor("inv_temperature", inv_temperature, tuple(rows_shape), FLOATS, weight)
+        shape, like = (tuple(rows_shape), weight) if inv_temperature.dim() else ((), inv_temperature)
+        require_tensor("inv_temperature", inv_temperature, shape, FLOATS if shape else (*FLOATS, torch.int64), like)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         row_inv_temperature = inv_temperature.to(hidden.device, dtype).expand(rows_shape).reshape(-1)
         inv_temperature = 1.0
     for name, value in (("inv_temperature", inv_temperature), ("softcap", softcap), ("logit_scale", logit_scale)):
-        if not (value is None or (is_number(value) and 0 < value < math.inf)):  # no text before: it may be traced
-            raise EapoError(f"{name}: expected a positive finite number, got {value!r}")
+        if not (value is None or is_factor(value)):  # no text before: it may be traced
+            raise EapoError(f"{name}: expected a positive finite number, got {value!r:.99} (bounds: {FACTORS})")
     logit_scale, softcap = 1.0 if logit_scale is None else float(logit_scale), None if softcap is None else float(softcap)
     hidden = hidden if hidden.dim() == 2 else hidden.reshape(-1, weight.shape[1])
     return Projection(hidden, weight, bias, float(inv_temperature), row_inv_temperature, logit_scale, softcap, shard)
@@ -223,7 +222,7 @@ def check_values(projection: Projection, targets: Tensor, debug: bool, support: 
     vocab, valid, rows = projection.full_vocab, targets != IGNORE_INDEX, projection.row_inv_temperature
     checks = [("targets", f"values in [0, {vocab}) or {IGNORE_INDEX}", targets, (targets >= 0) & (targets < vocab))]
     if rows is not None:
-        checks.append(("inv_temperature", "positive finite values", rows, (rows > 0) & rows.isfinite()))
+        checks.append(("inv_temperature", "positive finite values", rows, (rows >= FACTORS[0]) & (rows <= FACTORS[1])))
     for name, expected, values, good in checks:
         bad = valid & ~good
         if bool(bad.any()):

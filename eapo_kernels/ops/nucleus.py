@@ -135,7 +135,8 @@ def project_nucleus_entropy(projection: Projection, valid: Tensor, top_p: float,
     n_rows = projection.n_rows
     projection, index = select_valid(projection, valid, options.compact)
     if projection.n_rows == 0:
-        nothing = projection.hidden[:0].sum() + projection.weight[:0].sum()  # zero, with gradient
+        inputs = (projection.hidden, projection.weight, projection.bias)
+        nothing = sum(t[:0].sum() for t in inputs if t is not None)  # zero, with gradient
         return projection.hidden.new_zeros(n_rows, dtype=projection.statistics_dtype) + nothing
     budget = chunking.workspace_bytes(options, projection.hidden.device)
     values = _NucleusEntropy.apply(projection.hidden, projection.weight, projection.bias, projection, top_p, budget)

@@ -316,3 +316,20 @@ def test_mistakes_say_what_was_expected() -> None:
     bad[3] = V
     with pytest.raises(EapoError, match="targets: expected values in"):
         linear_cross_entropy(inputs.hidden, inputs.weight, bad, class_weights=CLASS_WEIGHTS)
+
+
+def test_a_single_row_and_factors_of_zero() -> None:
+    """Targets [] have a loss too. A factor of zero leaves nothing of a row, also where the bias removed its target."""
+    hidden, weight = torch.tensor([[1.0, 2.0], [0.5, -1.0]], requires_grad=True), torch.tensor([[0.5, -1.0], [1.0, 0.0]])
+    targets, expected = torch.tensor([0, 1]), F.cross_entropy(hidden @ weight.T, torch.tensor([0, 1]), reduction="none")
+    for extra in ({}, {"class_weights": torch.ones(2)}, {"z_loss": 0.0, "return_lse": True}):
+        for i in range(2):
+            found = linear_cross_entropy(hidden[i], weight, targets[i], **extra)
+            torch.testing.assert_close(found[0] if isinstance(found, tuple) else found, expected[i])
+    removed = torch.tensor([-torch.inf, 0.0])
+    for extra in ({"token_scaling": True}, {"class_weights": torch.tensor([0.0, 3.0])}):
+        found = linear_cross_entropy(hidden, weight, targets, removed, reduction="none", **extra)
+        assert found.tolist() == [0, 0]
+        (gradient,) = torch.autograd.grad(found.sum(), hidden)
+        assert gradient.tolist() == [[0, 0], [0, 0]]
+    assert linear_cross_entropy(hidden, weight, targets, class_weights=torch.zeros(2)) == 0

@@ -96,3 +96,17 @@ def test_majority_rewards() -> None:
     groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
     clusters = torch.tensor([1, 2, 1, 3, 4, 5, -1, -1, -1])
     assert majority_rewards(clusters, groups).tolist() == [1, 0, 1, 0, 1, 1, 0, 0, 0]
+
+
+def test_cluster_ids_may_be_any_int64() -> None:
+    """The largest one is a cluster too, and no two groups' clusters become one number."""
+    last = 2**63 - 1
+    assert majority_rewards(torch.tensor([last, last, 1]), torch.tensor([0, 0, 0])).tolist() == [1, 1, 0]
+    assert semantic_rewards(torch.tensor([last, last, 1]), torch.tensor([0, 0, 0])).tolist() == pytest.approx(
+        [2 / 3, 2 / 3, 1 / 3]
+    )
+    clusters, groups = torch.tensor([2**62, 0, 0, 0, 4, 0]), torch.tensor([0, 0, 0, 0, 0, 1])
+    assert majority_rewards(clusters, groups).tolist() == [0, 1, 1, 1, 0, 1]
+    for bad in (None, [0, 1], torch.tensor([0.0, 1.0])):
+        with pytest.raises(ShapeError, match=r"group_ids: expected int64 \[B\]"):
+            semantic_rewards(torch.tensor([0, 1]), bad)  # type: ignore[arg-type]

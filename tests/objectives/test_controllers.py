@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from eapo_kernels import EapoError, EntropyRatio
+from eapo_kernels import EapoError, EntropyRatio, make_controller
 from eapo_kernels.objectives.controllers import CONTROLLERS, build_controller
 
 
@@ -58,7 +58,7 @@ def test_state_of_other_settings_is_refused() -> None:
         EntropyRatio(kappa=2.0).load_state_dict(EntropyRatio().state_dict())
     with pytest.raises(EapoError, match="EntropyRatio state: expected keys"):
         EntropyRatio().load_state_dict({"weight": 1.0})
-    with pytest.raises(EapoError, match="EntropyRatio state: expected 0-dim numbers and a finite weight >= 0"):
+    with pytest.raises(EapoError, match="EntropyRatio state: expected finite numbers, entropies and a weight >= 0"):
         EntropyRatio().load_state_dict(EntropyRatio().state_dict() | {"weight": math.nan})
 
 
@@ -201,3 +201,38 @@ def test_a_bad_entropy_is_refused_and_changes_nothing(name: str) -> None:
 def test_bad_settings_of_the_others(name: str, settings: dict[str, float], message: str) -> None:
     with pytest.raises(EapoError, match=message):
         build_controller(name, settings)
+
+
+@pytest.mark.parametrize(
+    "change", [{"entropy": -5.0}, {"initial_entropy": math.inf}, {"steps": -3}, {"weight": math.inf}], ids=str
+)
+def test_impossible_states_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(EapoError, match="EntropyRatio state: expected finite numbers, entropies and a weight >= 0"):
+        EntropyRatio().load_state_dict(EntropyRatio().state_dict() | change)
+
+
+def test_what_is_no_state_is_refused() -> None:
+    with pytest.raises(EapoError, match="EntropyRatio state: expected what state_dict"):
+        EntropyRatio().load_state_dict(None)  # type: ignore[arg-type]
+    with pytest.raises(EapoError, match="EntropyRatio weight: expected a number or a 0-dim tensor, got 'x'"):
+        EntropyRatio().load_state_dict(EntropyRatio().state_dict() | {"weight": "x"})
+    with pytest.raises(EapoError, match=r"method: expected a Method, such as get_method\(name\), got 'eapo'"):
+        make_controller("eapo")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "entropy", "weight"),
+    [({"kappa": 400.0}, 1e3, 1e30), ({"kappa": -400.0}, 1e-3, 1e30), ({"kappa": 400.0, "scale": 0.0}, 1e3, 0.0)],
+    ids=str,
+)
+def test_a_power_beyond_every_number_is_bounded(settings: dict[str, float], entropy: float, weight: float) -> None:
+    controller = EntropyRatio(**settings)
+    controller.update(1.0, 1)
+    assert float(controller.update(entropy, 1)) == weight
+
+
+@pytest.mark.parametrize(("total", "count"), [(1e308, 1e-300), (5e-324, 1e9), (1.0, math.inf)])
+def test_a_mean_out_of_range_is_refused(total: float, count: float) -> None:
+    """The sum alone is in range."""
+    with pytest.raises(EapoError, match=r"(entropy_sum|token_count): expected a positive"):
+        EntropyRatio().update(total, count)

@@ -198,3 +198,9 @@ def test_the_plan_of_least_memory_bounds_its_workspace_too(monkeypatch: pytest.M
     inputs = make_inputs(6, 8, 64)
     with pytest.raises(EapoError, match=r"Options.memory_budget: expected at least \d+ bytes, .*, got 100"):
         nucleus_entropy(inputs.hidden, inputs.weight, top_p=0.9, options=Options(plan="recompute"))
+
+
+def test_every_input_has_a_gradient_where_nothing_counts() -> None:
+    leaves = make_inputs(5, 4, 9, bias=True).leaves()
+    values = nucleus_entropy(leaves[0], leaves[1], bias=leaves[2], top_p=0.9, mask=torch.zeros(5, dtype=torch.bool))
+    assert all(g.abs().sum() == 0 for g in torch.autograd.grad(values.sum(), leaves))

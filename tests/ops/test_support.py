@@ -259,3 +259,12 @@ def test_makers_agree() -> None:
         some = expected.select(chosen)
         numbers = torch.arange(3)[chosen].tolist()
         assert [part.tolist() for part in some.ids.split(some.offsets.diff().tolist())] == [sorted(rows[n]) for n in numbers]
+
+
+@pytest.mark.parametrize("lists", [[[1.5]], [[True]], [[1], [2.0]]], ids=repr)
+def test_what_is_no_list_of_ids_is_refused(lists: Any) -> None:
+    """1.5 is not token 1."""
+    with pytest.raises(EapoError, match="lists: expected "):
+        TokenSupport.from_lists(lists)
+    with pytest.raises(ShapeError, match=r"ids: expected integers \[N, K\]"):
+        TokenSupport.from_padded(torch.tensor([[True]]))
