@@ -7,11 +7,12 @@ PIP := $(RUN) -m pip --disable-pip-version-check install -c constraints.txt
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: help demo test test-kernels test-emulator test-isa test-verl test-vllm test-zero3 lint format bench bench-cpu gpu report clean
+.PHONY: help demo test fuzz test-kernels test-emulator test-isa test-verl test-vllm test-zero3 lint format bench bench-cpu gpu report clean
 
 help:
 	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (about 6 minutes on 2 free cores)"
 	@echo "make test       set up, then run the tests, 9 minutes on 2 free cores; JOBS=n for n processes"
+	@echo "make fuzz       the randomized tests on new inputs until MINUTES=10 are over; the first failure ends it"
 	@echo "make test-kernels  the kernels as the compilers make them: Triton ahead of time, CUDA C++, both on an emulator of PTX"
 	@echo "make test-emulator the emulator's part of test-kernels alone"
 	@echo "make test-isa   the numerical tests with the instruction set held down to AVX2, some of them to SSE 4"
@@ -50,6 +51,12 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.peers
 	$(PYTEST) tests
+
+# A round draws new inputs. The round in which the time ends is finished.
+MINUTES ?= 10
+fuzz: $(VENV)/.peers
+	end=$$(($$(date +%s) + 60 * $(MINUTES))); \
+	while [ $$(date +%s) -lt $$end ]; do $(PYTEST) tests/fuzz --hypothesis-profile fuzz --hypothesis-show-statistics || exit 1; done
 
 # Triton compiles or interprets, but not both in one process.
 test-kernels: $(VENV)/.peers
