@@ -65,9 +65,12 @@ class Head:
         eps = torch.finfo(torch.float64 if self.hidden.dtype == torch.float64 else torch.float32).eps
         return 16 * eps * (1 + float(size.max() if size.numel() else 0)) * (1 + math.log(len(self.weight)))
 
-    def floor(self) -> float:
-        """Size that a gradient's error is relative to at least. Where a soft-cap saturates, 1 - tanh^2 loses its digits."""
-        if self.options["softcap"] is None:
+    def floor(self, *, cancels: bool = False) -> float:
+        """Size that a gradient's error is relative to at least. Where a soft-cap saturates, 1 - tanh^2 loses its digits.
+
+        cancels: the gradient is a sum of larger ones, each rounded.
+        """
+        if self.options["softcap"] is None and not cancels:
             return 1e-3
         hidden = torch.where(self.valid[..., None], self.hidden.detach().double(), 0.0)
         return 1 + float(hidden.norm() + self.weight.detach().double().norm())

@@ -135,6 +135,8 @@ def test_csv(others: list[str], data: st.DataObject, end: str, mark: bool, quoti
     names = ["prompt", "answer", *(name for name in others if name not in ("prompt", "answer"))]
     rows = data.draw(st.lists(st.lists(FIELDS, min_size=len(names), max_size=len(names)), min_size=1, max_size=3))
     text = io.StringIO(newline="")
+    if any("\r" in field for row in [names, *rows] for field in row):
+        quoting = csv.QUOTE_ALL  # Python's writer leaves a bare one unquoted, which is then the end of a line
     writer = csv.writer(text, lineterminator=end, quoting=quoting)
     writer.writerows([names, *rows])
     found = load("a.csv", ("\ufeff" if mark else "").encode() + text.getvalue().encode())
