@@ -7,7 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -175,6 +175,30 @@ def test_the_loss_and_its_gradients(
         assert float((own.double() - right.double()).abs().max() if own.numel() else 0) <= 10 * tolerance
     assert all(value.isfinite() for value in out.metrics.values())
     assert out.metrics["tokens"] <= valid.sum()
+
+
+# A compilation takes seconds.
+@settings(max_examples=max(settings.default.max_examples // 15, 2))
+@given(batches(), CONFIGS, st.sampled_from([0.0, 0.7, 3.0]), st.booleans())
+def test_a_compiled_loss_is_the_same(
+    given: tuple[Tensor, Tensor, TokenBatch], config: EAPOConfig, lam: float, metrics: bool
+) -> None:
+    hidden, weight, batch = given
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+
+    def loss(hidden: Tensor, weight: Tensor, batch: TokenBatch) -> Tensor:
+        return eapo_loss(
+            hidden, weight, batch, positive_weight=lam, config=config, metrics=metrics, schedule="autograd"
+        ).loss  # fmt: skip
+
+    plain = loss(hidden, weight, batch)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight, batch)
+    gradients = torch.autograd.grad(plain, leaves)
+    tolerance = 1e-5 * (1e-3 + plain.detach().abs() + sum(g.norm() for g in gradients))
+    assert (compiled.detach() - plain.detach()).abs() <= tolerance
+    for own, right in zip(torch.autograd.grad(compiled, leaves), gradients, strict=True):
+        assert (own - right).norm() <= tolerance
 
 
 @given(batches(), CONFIGS, st.sampled_from([0.0, 0.7]), st.integers(0, 40))
