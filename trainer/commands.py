@@ -107,6 +107,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train, "eval": _eval, "export": _export, "report": _report,
     "print-config": _print_config, "demo": _demo,
 }  # fmt: skip
+SINGLE_PROCESS = ("export", "report")
+"""Commands that refuse to run under torchrun."""
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -114,6 +116,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     try:
         if name not in COMMANDS:
             raise ConfigError(f"command: expected one of {', '.join(COMMANDS)}, got {name!r}")
+        processes = os.environ.get("WORLD_SIZE", "1")
+        check(name not in SINGLE_PROCESS or processes == "1", name, "one process, without torchrun", f"{processes} processes")
         return COMMANDS[name](arguments)
     except (RemoteRankError, RemoteCrash):
         return 1

@@ -120,6 +120,8 @@ def test_what_is_refused_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         assert "export: expected one process, without torchrun, got '2 processes'" in fails()
+        assert main(["report", str(run)]) == 2
+        assert "report: expected one process, without torchrun, got '2 processes'" in capsys.readouterr().err
     damaged = run / "checkpoints" / "step-000001"
     (damaged / "state.pt").write_bytes(b"")
     assert "state.pt: expected" in fails(source=damaged)

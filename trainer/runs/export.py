@@ -4,7 +4,6 @@ inference engines load.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -38,8 +37,6 @@ def export(source: Path, out: Path, dtype: str) -> Path:
         ConfigError: there is no such run or checkpoint, or ``out`` is not empty.
         CheckpointError: the checkpoint is damaged.
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    check(processes == "1", "export", "one process, without torchrun", f"{processes} processes")
     check(dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", dtype)
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     check(free, "--out", "a new or an empty directory", str(out))
