@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import make_model, make_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trainer.evaluation import step_metrics as cost
 from trainer.models.policy import Policy
@@ -33,6 +34,20 @@ def test_flops_are_those_that_pytorch_counts(tied: bool) -> None:
     masked = 2 * ids.numel() ** 2 * model.config.num_hidden_layers * model.config.hidden_size
     norms = 2 * ids.numel() * sum(weight.numel() for weight in model.parameters() if weight.ndim == 1)
     assert cost.forward_flops(policy, rollouts) == counter.get_total_flops() - masked + norms
+
+
+def test_a_token_passes_through_its_experts_alone() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+             "head_dim": 8, "moe_intermediate_size": 12, "num_experts": 8}  # fmt: skip
+    rollouts = Rollouts([[3] * 5], [[4] * 3], [torch.zeros(3)], [False])
+    found = {}
+    for experts in (1, 2, 8):
+        config = Qwen3MoeConfig(**sizes, num_experts_per_tok=experts)
+        found[experts] = cost.forward_flops(Policy(Qwen3MoeForCausalLM(config), make_tokenizer()), rollouts)
+    expert = 3 * 16 * 12
+    assert found[2] - found[1] == 2 * 8 * 2 * expert
+    assert found[8] - found[1] == 2 * 8 * 2 * 7 * expert
 
 
 def test_a_prompt_of_a_group_is_generated_from_once(policy: Policy) -> None:

@@ -132,8 +132,9 @@ def cost_metrics(
 
 def forward_flops(policy: Policy, rollouts: Rollouts, prompts: Sequence[int] | None = None) -> float:
     """FLOPs of one forward pass over prompts and completions: two for each weight and token, where
-    the head sees completion tokens alone and embeddings are looked up, and four for each pair of
-    tokens in causal attention, layer and width of the heads.
+    the head sees completion tokens alone, embeddings are looked up and a token passes through
+    ``num_experts_per_tok`` of the experts, and four for each pair of tokens in causal attention, layer
+    and width of the heads. Layers without attention are counted like the others.
 
     prompts: the completions whose prompts count; all without it.
     """
@@ -142,6 +143,9 @@ def forward_flops(policy: Policy, rollouts: Rollouts, prompts: Sequence[int] | N
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     body = sum(weight.numel() for weight in policy.parameters()) - embedding.numel()
     body -= 0 if head is embedding else head.numel()
+    for name, weight in policy.named_parameters():
+        if ".experts." in name and weight.dim() == 3:  # [experts, ...]
+            body -= weight[0].numel() * (len(weight) - getattr(config, "num_experts_per_tok", len(weight)))
     width = math.prod(heads_of(config))
     flops, counted = 0.0, None if prompts is None else set(prompts)
     for i, (prompt, completion) in enumerate(zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)):
