@@ -120,6 +120,7 @@ def fork(launch: dict[str, Any], rank: int, port: int, directory: Path) -> int:
         os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         for descriptor, kind in ((1, "out"), (2, "err")):
             os.dup2(os.open(directory / f"{launch['name']}-{rank}.{kind}", os.O_WRONLY | os.O_CREAT), descriptor)
+        faulthandler.enable()  # shows where a rank crashes
         faulthandler.dump_traceback_later(240, exit=True)  # shows where a rank hangs
         torch.set_num_threads(1)
         status = work(launch)
