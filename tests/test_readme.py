@@ -1,4 +1,4 @@
-"""The Python blocks of README and docs/sparse.md run as they stand."""
+"""The Python blocks of README and docs/sparse.md run as they stand; methods are counted right."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from eapo_kernels import METHODS
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -25,3 +27,11 @@ def test_the_blocks_of_sparse_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(re.findall(r"tensor\(([\d.]+)\)", capsys.readouterr().out)[0]) == pytest.approx(1, abs=1e-5)
     exec(compile(tolerance, str(page), "exec"), {"__name__": "pasted"})
     assert "sparse/dense_share" in capsys.readouterr().out
+
+
+def test_methods_are_counted() -> None:
+    counts = {
+        name: re.findall(r"(\d+) (?:other )?methods", (README.parent / name).read_text())
+        for name in ("README.md", "CHANGELOG.md")
+    }
+    assert counts == {"README.md": [str(len(METHODS) - 1)], "CHANGELOG.md": [str(len(METHODS))]}
