@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from tiny import make_model, make_tokenizer, no_tick
+from tiny import WORDS, make_model, make_tokenizer, no_tick
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer.models.policy import Policy
 from trainer.records import Rollouts, Sampling
@@ -139,6 +142,51 @@ def test_a_completion_does_not_depend_on_its_batch(policy: Policy) -> None:
     alone = TransformersEngine(policy, 64).generate(PROMPTS[:1], SAMPLING, no_tick)
     assert alone.completion_ids == together.completion_ids[:6]
     assert len({tuple(ids) for ids in alone.completion_ids}) > 1
+
+
+SIZES = {"vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 1}
+HEADS = {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+FAMILIES: dict[str, tuple[bool, dict[str, Any]]] = {  # whether prompts are shared, sizes
+    "llama": (True, HEADS),
+    "gemma2": (True, {**HEADS, "sliding_window": 4}),  # shorter than a prompt
+    "mistral": (True, {**HEADS, "sliding_window": 3}),
+    "gpt2": (True, {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "opt": (True, {"ffn_dim": 48, "word_embed_proj_dim": 32, "bos_token_id": 1}),  # positions from the mask
+    "bloom": (True, {"n_layer": 2, "n_head": 4}),  # distances in the place of positions
+    "qwen3_moe": (True, {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "deepseek_v3": (True, {
+        "intermediate_size": 48, "moe_intermediate_size": 16, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    }),
+    "mamba": (False, {"state_size": 4}),
+    "jamba": (False, {**HEADS, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4,
+                      "use_mamba_kernels": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_is_computed_once_for_all_its_completions(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of prompts of 1 to 5 tokens, where the model continues from a cache: the completions and their log-probs are
+    those without sharing.
+    """
+    shared, sizes = FAMILIES[family]
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, **{**SIZES, **sizes}, initializer_range=0.2, pad_token_id=0)
+    policy = Policy(AutoModelForCausalLM.from_config(config).eval(), make_tokenizer())
+    engine = TransformersEngine(policy, 64)
+    assert engine._continues is shared
+    found, flops = [], []
+    for continues in (shared, False):
+        monkeypatch.setattr(TransformersEngine, "_continues", continues)
+        with FlopCounterMode(display=False) as counter:
+            found.append(TransformersEngine(policy, 64).generate(PROMPTS, SAMPLING, no_tick))
+        flops.append(counter.get_total_flops())
+    assert found[0].completion_ids == found[1].completion_ids
+    assert len({tuple(ids) for ids in found[0].completion_ids}) > 4
+    for ours, theirs in zip(found[0].logp, found[1].logp, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    assert (flops[0] < flops[1]) is shared
 
 
 def test_sampling_follows_the_distribution(policy: Policy) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
+from inspect import signature
 
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -18,6 +20,8 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from eapo_kernels.integrations.own_logits import backbone
 
 from ..models.policy import Policy
 from ..models.weights import unsharded
@@ -33,7 +37,8 @@ class TransformersEngine:
     Every completion has a random generator of its own, seeded by the call's seed and the number of
     the completion. It depends neither on the batch nor on the rank that generates it (up to
     rounding in the model). Ranks share the completions. During the call each rank holds all
-    weights, because ranks generate different numbers of tokens.
+    weights, because ranks generate different numbers of tokens. A prompt of several completions in
+    a batch is computed once, where the model continues from its cache as from the whole prompt.
 
     ``batch`` is the largest number of completions that a rank generates at once.
     """
@@ -69,11 +74,14 @@ class TransformersEngine:
     def _sample(self, prompts: list[list[int]], numbers: range, sampling: Sampling, tick: _TokenTick) -> Rollouts:
         policy = self.policy
         width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), policy.pad_id)
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        ids = torch.full((len(places), width), policy.pad_id)
         mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # left padding, as generation needs it
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
+        for prompt, place in places.items():  # left padding, as generation needs it
+            ids[place, width - len(prompt) :] = torch.tensor(prompt)
+            mask[place, width - len(prompt) :] = 1
+        ids, mask = ids.to(policy.device), mask.to(policy.device)
+        rows = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=policy.device)
         seeds = [derive_seed(sampling.seed, number) for number in numbers]
         sampler = _Sampler(seeds, policy.device, tick, support=sampling.support)
         warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
@@ -90,12 +98,14 @@ class TransformersEngine:
             pad_token_id=policy.pad_id,
         )
         with _without_defaults(policy.language_model), policy.precision():
+            shared = len(places) < len(prompts) and width > 1 and self._continues
             sequences = policy.model.generate(
-                input_ids=ids.to(policy.device),
-                attention_mask=mask.to(policy.device),
+                input_ids=ids[rows],
+                attention_mask=mask[rows],
                 generation_config=config,
                 logits_processor=LogitsProcessorList([*warpers, sampler]),
                 synced_gpus=False,  # otherwise transformers synchronizes the ranks at every token of a sharded model
+                **(self._begin(ids, mask, rows) if shared else {}),
             )
         tokens, support = sequences[:, width:].tolist(), sampler.supports()
         logp, entropy = torch.cat(sampler.logp, 1).cpu(), torch.stack(sampler.entropy, 1).cpu()
@@ -108,6 +118,46 @@ class TransformersEngine:
             support and [own.first(end or len(own.counts)) for own, end in zip(support, ends, strict=True)],
             [row[:end].clone() for row, end in zip(entropy, ends, strict=True)],
         )
+
+    def _forward(self, ids: Tensor, mask: Tensor, **cache: DynamicCache) -> Tensor:
+        """Final hidden states of ``ids``, the last tokens of those that ``mask`` [b, L] covers."""
+        model = backbone(self.policy.language_model)
+        own = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]}  # as ``generate`` counts them
+        own = own if "position_ids" in signature(model.forward).parameters else {}
+        hidden: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=bool(cache), **own, **cache).last_hidden_state
+        return hidden
+
+    def _begin(self, ids: Tensor, mask: Tensor, rows: Tensor) -> dict[str, DynamicCache]:
+        """An argument of ``generate``: keys and values of all but the last token of prompts [p, L], each
+        computed once and repeated for its completions. rows: [b] the prompt of each completion.
+        """
+        model = backbone(self.policy.language_model)
+        name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # in older transformers
+        cache = DynamicCache(config=model.config)
+        self._forward(ids[:, :-1], mask[:, :-1], **{name: cache})
+        cache.batch_select_indices(rows)
+        return {name: cache}
+
+    @cached_property
+    def _continues(self) -> bool:
+        """Whether the model continues from ``_begin`` as from the whole prompts, tried once. Not so for a
+        state that runs along the row.
+        """
+        policy = self.policy
+        if getattr(policy.language_model, "_is_stateful", False):
+            return False
+        vocabulary = policy.language_model.config.get_text_config().vocab_size
+        ids = torch.arange(1, 15, device=policy.device).view(2, 7) % vocabulary
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        rows = torch.tensor([1, 0, 0], device=policy.device)
+        whole = self._forward(ids[rows], mask[rows])[:, -1]
+        try:
+            after = self._forward(ids[rows][:, -1:], mask[rows], **self._begin(ids, mask, rows))[:, -1]
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return False  # a family with a cache of its own
+        error = (after - whole).abs().max().item()
+        return error <= (1e-4 if policy.dtype is torch.float32 else 0.05) * whole.abs().max().item()
 
 
 class _Sampler(LogitsProcessor):
