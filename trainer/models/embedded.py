@@ -56,15 +56,16 @@ def _convert_gguf(source: Path, target: Path) -> None:
     with redirect_stderr(io.StringIO()):  # tqdm bars, which transformers cannot disable
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # A model loaded from a GGUF refuses save_pretrained; a new model with the same weights does not.
-    config = loaded.config
-    del config.quantization_config
-    config._name_or_path = ""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+        # A model loaded from a GGUF refuses save_pretrained; a new model with the same weights does not.
+        config = loaded.config
+        del config.quantization_config
+        config._name_or_path = ""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict(), assign=True)
+        model.generation_config = loaded.generation_config
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
 
 
 EMBEDDED: dict[str, Callable[[Path], Path]] = {
