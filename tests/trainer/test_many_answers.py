@@ -122,6 +122,14 @@ def test_collapses_are_counted_and_a_diverged_run_is_drawn(tmp_path: Path) -> No
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+def test_time_is_counted_in_medians() -> None:
+    rows = [run_of("grpo", i, [0.2], [1], seconds=seconds) for i, seconds in enumerate((60.0, 90.0, 5000.0))]
+    rows.append(run_of("grpo", SEARCH_SEED, [0.2], [1], steps=100, seconds=30.0))
+    assert page.time_taken(rows) == (
+        "4 runs (3 of 200 steps, 90 s each, 1 of 100 steps, 30 s each, in the median): 5 minutes of one core."
+    )
+
+
 def test_a_tiny_experiment_from_weights_to_page_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "train", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--arms", "eapo", "constant",

@@ -132,9 +132,19 @@ def tables(rows: Sequence[Row]) -> str:
             markdown_table(["", "pairs", *list(MEASURED.values())[1:]], equal),
         ]
     parts.append(f"![curves]({FIGURE})")
-    seconds = sum(row["seconds"] for row in rows)
-    parts.append(f"{len(rows)} runs, {seconds / 60:.0f} minutes of one core in all.")
+    parts.append(time_taken(rows))
     return "\n\n".join(parts)
+
+
+def time_taken(rows: Sequence[Row]) -> str:
+    """In medians, because a run may wait for other work on the machine."""
+    seconds: dict[int, list[float]] = {}
+    for row in sorted(rows, key=lambda row: -row["steps"]):
+        seconds.setdefault(row["steps"], []).append(row["seconds"])
+    medians = {steps: float(np.median(own)) for steps, own in seconds.items()}
+    each = ", ".join(f"{len(own)} of {steps} steps, {medians[steps]:.0f} s each" for steps, own in seconds.items())
+    total = sum(len(own) * medians[steps] for steps, own in seconds.items()) / 60
+    return f"{len(rows)} runs ({each}, in the median): {total:.0f} minutes of one core."
 
 
 def draw_figure(rows: Sequence[Row], target: Path) -> None:
