@@ -16,8 +16,6 @@ from benchmarks.experiments.many_answers.runs import positive_weight
 from benchmarks.experiments.many_answers.task import FEWEST, USED, Question, all_questions, answers, example, right_answer
 from eapo_kernels import make_controller
 
-HERE = Path(page.__file__).parent
-
 
 def test_answers_are_all_expressions_and_nothing_else() -> None:
     found = answers("12345")
