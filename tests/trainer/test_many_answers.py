@@ -128,6 +128,13 @@ def test_time_is_counted_in_medians() -> None:
     )
 
 
+def test_the_committed_page_is_drawn_from_the_committed_results() -> None:
+    folder = Path(page.__file__).parent
+    rows = page.load(folder / page.RESULTS)
+    assert len(rows) == 72
+    assert (folder / page.PAGE).read_text().partition(page.BEGIN)[2].partition(page.END)[0].strip() == page.tables(rows)
+
+
 def test_a_tiny_experiment_from_weights_to_page_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "train", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--arms", "eapo", "constant",

@@ -104,7 +104,7 @@ def tables(rows: Sequence[Row]) -> str:
         found = gaps(arms[TESTED], arms[CONTROL], "pass@16")
         each = ", ".join(f"{value:+.3f}" for value in found)
         parts.append(
-            f"**The test.** pass@16 at equal pass@1, {TITLES[TESTED]} minus {TITLES[CONTROL]}, {len(found)} pairs: "
+            f'**The test.** pass@16 at equal pass@1, "{TITLES[TESTED]}" minus "{TITLES[CONTROL]}", {len(found)} pairs: '
             f"{bootstrap(found.tolist(), RESAMPLES)}, p = {sign_flips(found):.3f}. Each seed: {each}."
         )
     ends = []
