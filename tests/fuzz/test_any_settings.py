@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import tomli_w
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -87,6 +87,7 @@ def there_and_back(config: Config) -> None:
 
 
 @given(st.sampled_from(sorted(KINDS)), VALUES | st.lists(VALUES, min_size=2, max_size=3))
+@example("data.answer_after", "\ud800")
 def test_a_flag(key: str, given: Any) -> None:
     texts = [str(one) for one in given] if isinstance(given, list) else [str(given)]
     if isinstance(given, list):

@@ -78,6 +78,12 @@ WRONG_FLAGS = [
     (["--overwrite"], "overwrite: expected a value", "got nothing"),
     (["--overwrite", "perhaps"], "overwrite: expected a valid boolean", "got 'perhaps'"),
     (["--name", "a", "b"], "name: expected a valid string", "got ['a', 'b']"),
+    (["--data.answer-after", "\udcff"], "data.answer_after: expected text that UTF-8 can hold", r"got '\udcff'"),
+    (
+        ["--rewards.functions", "a:b", "\udcff"],
+        "rewards.functions: expected text that UTF-8 can hold",
+        r"got ['a:b', '\udcff']",
+    ),
     (["--optim", "3"], "optim: expected a table", "got '3'"),
     (["--steps", "3", "--steps.a", "1"], "steps.a: expected steps to be a table", "got '3'"),
     (["stray"], "expected --section.key value", "got 'stray'"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from difflib import get_close_matches
+from itertools import chain
 from typing import Annotated, Any, Self, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -27,8 +29,15 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _of_text(cls, value: Any, info: ValidationInfo) -> Any:
-        """A flag's text becomes a sequence where the field is one. true and false are no numbers."""
+        """A flag's text becomes a sequence where the field is one. true and false are no numbers. A text that
+        UTF-8 cannot hold (bytes of another encoding on the command line) could not be written to config.toml.
+        """
         kind = cls.model_fields[str(info.field_name)].annotation
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            try:
+                "".join(_texts(value)).encode()
+            except UnicodeEncodeError:
+                raise PydanticCustomError("text", "Input should be text that UTF-8 can hold") from None
         if get_origin(kind) is tuple and isinstance(value, str):
             return value.split()
         if get_origin(kind) is dict and isinstance(value, dict):
@@ -41,6 +50,15 @@ class Section(BaseModel):
         """A checked copy with these fields; a dict changes fields of a section."""
         changes = {k: getattr(self, k).replace(**v) if isinstance(v, dict) else v for k, v in changes.items()}
         return self.model_validate({**dict(self), **changes})
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value and its parts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in chain(value, value.values() if isinstance(value, dict) else ()):
+            yield from _texts(part)
 
 
 def literal(value: Any) -> Any:
