@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist works
 .PHONY: help demo test fuzz test-kernels test-emulator test-isa test-verl test-vllm test-zero3 lint format bench bench-cpu gpu report clean
 
 help:
-	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (6 to 9 minutes on 2 free cores)"
+	@echo "make demo       set up, then train a real 135M model with EAPO on medical questions (at most 7 minutes on 2 free cores)"
 	@echo "make test       set up, then run the tests, 9 minutes on 2 free cores; JOBS=n for n processes"
 	@echo "make fuzz       the randomized tests on new inputs until MINUTES=10 are over; the first failure ends it"
 	@echo "make test-kernels  the kernels as the compilers make them: Triton ahead of time, CUDA C++, both on an emulator of PTX"
