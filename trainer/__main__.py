@@ -3,7 +3,7 @@
 commands:
   train --config RECIPE.toml [--section.key value ...]   train, evaluate before and after, save, draw the report
   train --dry-run [PROCESSES] --config RECIPE.toml ...   check rewards, data and engine and estimate the memory, without weights
-  eval  --run RUN [--checkpoint NAME|latest]             evaluate a run's model, or one of its checkpoints
+  eval  --run RUN|RUN/checkpoints/NAME                   evaluate a run's model, or one of its checkpoints
   eval  --config RECIPE.toml [--model.path DIR ...]      evaluate a model or a saved adapter
   export RUN|RUN/checkpoints/NAME --out DIR [--dtype bfloat16]
                                                          write the model as transformers and vLLM load it, adapters merged

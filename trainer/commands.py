@@ -48,17 +48,22 @@ def _demo(arguments: Sequence[str]) -> int:
 def _eval(arguments: Sequence[str]) -> int:
     prog = "python -m trainer eval"
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--run", type=Path, help="directory of a run; without it --config and --model.path decide")
-    parser.add_argument("--checkpoint", help="one of the run's checkpoints, or latest, in the place of its exported model")
+    about = "a run, of which the saved model is evaluated, or RUN/checkpoints/NAME; without it --config and --model.path decide"
+    parser.add_argument("--run", type=Path, help=about)
     options, rest = _split(parser, arguments)
     if options.run is None:
-        check(options.checkpoint is None, "--checkpoint", "a run (--run DIR) that it belongs to", options.checkpoint)
+        config, checkpoint = parse_config(rest, prog=prog), None
     else:
         check("--config" not in rest, "--config", "nothing together with --run (its recipe is the run's)", "--config")
-    config = parse_config(rest, recipe=options.run and options.run / "config.toml", prog=prog)
-    from .evaluation.evaluate import evaluate_model, of_run
+        from .runs.saved import locate
 
-    config, checkpoint = (config, None) if options.run is None else of_run(config, options.run, options.checkpoint)
+        run, checkpoint = locate(options.run)
+        config = parse_config(rest, recipe=run / "config.toml", prog=prog)
+        name = f"{run.name}-eval" + (f"-{checkpoint.name}" if checkpoint else "")  # beside the run
+        config = config.replace(out=str(run.parent), name=name, overwrite=True, resume="")
+        config = config if checkpoint else config.replace(model={"path": str(run / "model")})
+    from .evaluation.evaluate import evaluate_model
+
     return 0 if evaluate_model(config, checkpoint) else 130
 
 
@@ -80,7 +85,7 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="a new or empty directory")
     parser.add_argument("--dtype", default="float32", help="float32 (default, as trained) or bfloat16")
     options = parser.parse_args(arguments)
-    from .runs.export import export
+    from .runs.saved import export
 
     print(export(options.source, options.out, options.dtype))
     return 0

@@ -160,28 +160,25 @@ def test_a_run_is_evaluated_by_its_model_or_by_a_checkpoint(
     run = Path(config.out) / config.name
     seen = {row["step"]: row["values"] for row in read(run, "evaluations")}
     assert seen[2] != seen[3]
-    for arguments, name, step in (
-        ([], "tiny-eval", 3),
-        (["--checkpoint", "latest"], "tiny-eval-step-000003", 3),
-        (["--checkpoint", "step-000002"], "tiny-eval-step-000002", 2),
+    checkpoints = run / "checkpoints"
+    for source, name, step in (
+        (run, "tiny-eval", 0),
+        (checkpoints / "step-000003", "tiny-eval-step-000003", 3),
+        (checkpoints / "step-000002", "tiny-eval-step-000002", 2),
     ):
         for _ in range(2):  # again, too
-            assert main(["eval", "--run", str(run), *arguments]) == 0
+            assert main(["eval", "--run", str(source)]) == 0
         (row,) = read(run.parent / name, "evaluations")
-        assert row["values"] == seen[step]
-        assert row["step"] == (step if arguments else 0)
+        assert row["values"] == seen[step or 3]
+        assert row["step"] == step
     capsys.readouterr()
     for arguments, message in (
-        (
-            ["--run", str(run), "--checkpoint", "step-000001"],
-            "expected one of .*step-000002, step-000003, latest",
-        ),
-        (["--run", str(run), "--config", "x.toml"], "--config: expected nothing together with --run"),
-        (["--checkpoint", "latest"], "--checkpoint: expected a run"),
-        (["--run", str(run / "nowhere")], "--config: expected a readable TOML recipe"),
+        ([str(checkpoints / "step-000001")], r"one of its checkpoints .*there are step-000002, step-000003\), got .*000001$"),
+        ([str(run), "--config", "x.toml"], "--config: expected nothing together with --run"),
+        ([str(run / "nowhere")], "run: expected a run with a saved model, .*, got .*nowhere$"),
     ):
-        assert main(["eval", *arguments]) == 2
-        assert re.search(message, capsys.readouterr().err)
+        assert main(["eval", "--run", *arguments]) == 2
+        assert re.search(message, capsys.readouterr().err.strip())
     shutil.rmtree(run / "model")
     assert main(["eval", "--run", str(run)]) == 2
-    assert "expected a run with a saved model (or --checkpoint latest), got none" in capsys.readouterr().err
+    assert "run: expected a run with a saved model" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from trainer.__main__ import main
 from trainer.config import Config
 from trainer.models.policy import Policy
 from trainer.models.weights import checkpoint_weights
-from trainer.runs.export import export
+from trainer.runs.saved import export
 
 Change = Callable[..., Config]
 IDS = torch.arange(3, 19).reshape(2, 8)
@@ -115,7 +115,7 @@ def test_what_is_refused_leaves_nothing(
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "export: expected a run with a saved model, or one of its checkpoints" in fails(source=run / "nowhere")
+    assert "run: expected a run with a saved model, or one of its checkpoints" in fails(source=run / "nowhere")
     assert "--dtype: expected one of float32, bfloat16, got 'int4'" in fails("--dtype", "int4")
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
@@ -137,7 +137,7 @@ def test_what_is_refused_leaves_nothing(
     assert "--out: expected a new or an empty directory" in fails()
     shutil.rmtree(run / "model")
     shutil.rmtree(out)
-    assert "export: expected a run with a saved model" in fails()
+    assert "run: expected a run with a saved model" in fails()
 
 
 def _full(*_: Any, **__: Any) -> None:

@@ -29,7 +29,7 @@ from trainer.errors import RemoteRankError
 from trainer.learning.batching import plan_shares
 from trainer.models.policy import load_policy
 from trainer.records import Rollouts
-from trainer.runs.export import export
+from trainer.runs.saved import export
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -319,7 +319,7 @@ def test_help_of_eval_names_its_options_and_the_settings(capsys: pytest.CaptureF
         main(["eval", "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "--checkpoint" in shown
+    assert "--run RUN" in shown
     assert "--optim.lr" in shown
     assert main(["eval", "--run"]) == 2
     assert "argument --run: expected one argument" in capsys.readouterr().err

@@ -22,15 +22,16 @@ from ..dataset import PromptSet, load_prompts
 from ..errors import ConfigError, Interrupted, TrainerError, check
 from ..learning.measure import measure
 from ..models.limits import check_prompts
-from ..models.policy import Policy, load_policy
+from ..models.policy import Policy
 from ..records import derive_seed
 from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
 from ..rollouts.engines import make_engine
 from ..rollouts.source import RolloutSource
-from ..runs.checkpoint import checkpoints, read_tensors, step_of, verify
+from ..runs.checkpoint import step_of
 from ..runs.console import Console
 from ..runs.rundir import RunDirectory
+from ..runs.saved import load_saved
 from .diversity import Estimate, bootstrap, dispersion, distinct, pass_at_k
 
 EVALUATION_SEED = 1_000_003
@@ -220,45 +221,16 @@ class Evaluator:
         return Evaluation(dataset, step, values, k, config.eval.greedy), samples
 
 
-def of_run(config: Config, run: Path, checkpoint: str | None) -> tuple[Config, Path | None]:
-    """Configuration and checkpoint for the evaluation of a run: its exported model, or
-    ``checkpoint`` ("latest" or a name). Its results go to ``<run>-eval`` beside the run.
-
-    Args:
-        config: the run's, possibly with other prompts or another number of completions.
-
-    Raises:
-        ConfigError: the run has no such model or checkpoint.
-    """
-    run = run.resolve()
-    there = RunDirectory(config.replace(out=str(run.parent), name=run.name))
-    config = config.replace(out=str(run.parent), name=f"{run.name}-eval", overwrite=True, resume="")
-    if checkpoint is None:
-        if not there.model.is_dir():
-            raise ConfigError(f"--run: expected a run with a saved model (or --checkpoint latest), got none in {run}")
-        return config.replace(model={"path": str(there.model)}), None
-    found = {path.name: path for path in checkpoints(there.checkpoints)}
-    if found:
-        found["latest"] = list(found.values())[-1]
-    check(checkpoint in found, "--checkpoint", f"one of {there.checkpoints} ({', '.join(found) or 'none'})", checkpoint)
-    return config.replace(name=f"{config.name}-{found[checkpoint].name}"), found[checkpoint]
-
-
 def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
     """Evaluate ``config.model`` without training, print a table for each set of prompts and write
     the values to a run directory of their own. Returns False when interrupted.
 
     Args:
         checkpoint: of a run with this configuration; its weights are loaded into the model first.
-            Without one no new adapters are added, because they would not change the model.
 
     Raises:
         TrainerError: bad configuration, data, model, rewards or checkpoint.
     """
-    if checkpoint:
-        verify(checkpoint)
-    else:
-        config = config.replace(lora={"rank": 0})
     data, train_prompts = config.data, config.eval.train_prompts
     check(bool(data.eval or train_prompts), "data.eval", "prompts, or eval.train_prompts of at least 1", data.eval)
     try:
@@ -271,9 +243,7 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
             if (run.path / "metrics.jsonl").exists():
                 raise ConfigError(f"name: expected another directory than that of a training run, got {run.path}")
             with console.phase(f"loading {config.model.path}"):
-                policy = load_policy(config.model, config.lora, seed=0)
-                if checkpoint:
-                    read_tensors(checkpoint, {"weights": policy.trained_weights()})
+                policy = load_saved(config.model, config.lora, checkpoint)
                 rewards = Rewards(config.rewards, cache=config.model.cache, device=policy.device)
                 engine = make_engine(config, policy)
             sets = {name: prompts.encoded(policy.tokenizer, data, console.line) for name, prompts in found.items()}

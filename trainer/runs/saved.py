@@ -1,0 +1,92 @@
+"""What a run saved, its model and its checkpoints: found, loaded, and with ``python -m trainer export``
+written as a directory that ``from_pretrained`` and inference engines load.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from ..config import LoraConfig, ModelConfig
+from ..config.settings import parse_config
+from ..errors import ConfigError, check
+from ..models.policy import Policy, load_policy
+from .checkpoint import checkpoints, read_tensors, verify
+
+DTYPES = ("float32", "bfloat16")
+
+
+def locate(source: Path) -> tuple[Path, Path | None]:
+    """The run that ``source`` belongs to, and its checkpoint; None for the run's saved model.
+
+    Args:
+        source: RUN, or RUN/checkpoints/NAME.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint.
+    """
+    source = source.expanduser().resolve()
+    of_checkpoint = source.parent.name == "checkpoints"
+    run = source.parent.parent if of_checkpoint else source
+    there = checkpoints(run / "checkpoints")
+    if not (run / "config.toml").is_file() or (source not in there if of_checkpoint else not (run / "model").is_dir()):
+        known = f" (there are {', '.join(path.name for path in there)})" if there else ""
+        expected = f"a run with a saved model, or one of its checkpoints (RUN/checkpoints/step-...){known}"
+        raise ConfigError(f"run: expected {expected}, got {source}")
+    return run, source if of_checkpoint else None
+
+
+def load_saved(model: ModelConfig, lora: LoraConfig, checkpoint: Path | None) -> Policy:
+    """The policy of ``model`` with the weights of a checkpoint, which was written with ``lora``; without
+    one as it is: new adapters would not change it.
+
+    Raises:
+        TrainerError: there is no such model, or the checkpoint is damaged.
+    """
+    if checkpoint:
+        verify(checkpoint)
+    policy = load_policy(model, lora if checkpoint else lora.replace(rank=0), seed=0)
+    if checkpoint:
+        read_tensors(checkpoint, {"weights": policy.trained_weights()})
+    return policy
+
+
+def export(source: Path, out: Path, dtype: str) -> Path:
+    """Write configuration, generation configuration, tokenizer with its chat template and
+    safetensors.
+
+    Adapters are merged in fp32. Runs on one process and a CPU, whatever the run was trained on;
+    shards are combined.
+
+    Args:
+        source: as in ``locate``.
+        out: a new or empty directory, renamed from a temporary one when it is complete.
+        dtype: of the weights, "float32" as trained or "bfloat16".
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint, or ``out`` is not empty.
+        CheckpointError: the checkpoint is damaged.
+    """
+    check(dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", dtype)
+    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    check(free, "--out", "a new or an empty directory", str(out))
+    run, checkpoint = locate(source)
+    config = parse_config([], recipe=run / "config.toml", prog="python -m trainer export")
+    own = {} if checkpoint else {"path": str(run / "model")}
+    here = config.model.replace(device="cpu", attention="eager", gradient_checkpointing=False, **own)
+    policy = load_saved(here, config.lora, checkpoint)
+    model = policy.model.float().merge_and_unload() if isinstance(policy.model, PeftModel) else policy.model
+    model.to(getattr(torch, dtype))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        complete = Path(scratch) / out.name
+        model.save_pretrained(complete)
+        policy.tokenizer.save_pretrained(complete)
+        complete.rename(out)
+    return out
