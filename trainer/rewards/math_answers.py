@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import re
 import signal
 from collections.abc import Sequence
 from multiprocessing.pool import Pool
@@ -20,10 +21,13 @@ WORKERS = 2
 LIMIT = 60.0
 """Seconds after which a worker that does not obey math-verify's limit of 5 s for each operation is
 killed."""
+SUM = re.compile(r"[\d)}.]\s*(?:[-+*÷]|\\times|\\cdot|\\div)\s*(?!10\^)[\d(\\{]")
+RATIO = re.compile(r"\d\s*/\s*\d|\\frac")
 
 
 def grade(answer: str | Failed, completion: str) -> Score:
-    """1 or 0; 0 for a completion whose answer cannot be parsed.
+    """1 or 0; 0 for a completion whose answer cannot be parsed, or is still to be computed: where the
+    reference is a number, "17 + 25" is not 42, and where it is an integer, 84/2 neither.
 
     The last \\boxed{} counts, else the last LaTeX expression, else the last number. A reference
     without LaTeX delimiters is LaTeX as a whole.
@@ -35,7 +39,14 @@ def grade(answer: str | Failed, completion: str) -> Score:
     reference = parse(answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}")
     if not reference:
         return Failed(f"expected a reference answer that math-verify can parse, got {answer!r}")
-    return float(verify(reference, parse(completion)))
+    found = parse(completion)
+    if getattr(reference[0], "is_number", False) and found:
+        unfinished = [SUM, RATIO] if reference[0].is_integer else [SUM]
+        texts = [str(own[-1]).rpartition("=")[2] for own in (reference, found)]
+        wanted, given = (any(form.search(text) for form in unfinished) for text in texts)
+        if given and not wanted:
+            return 0.0
+    return float(verify(reference, found))
 
 
 def _ready() -> None:
