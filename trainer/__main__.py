@@ -25,6 +25,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
+    # Read once, when PyTorch allocates. On huge pages of their own large tensors leave no holes in glibc's heap, which took
+    # half as much memory again in an update, and there are fewer page faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if arguments[0] == "demo":
         # Read once, when OpenMP and transformers are loaded. Passive waiting saves two thirds of the time on a busy machine and
         # costs nothing on an idle one.

@@ -80,7 +80,7 @@ def estimate(config: Config, processes: int, model: PreTrainedModel | PeftModel,
     inner = number(text, "intermediate_size", 4 * hidden)  # GPT-2's configuration leaves it out
     cached = 2 * layers * number(text, "num_key_value_heads", heads) * head  # numbers of the KV cache, a token
     stream = width if adapted else 4  # the residual stream follows the embedding
-    layer = width * (4 * hidden + 2 * heads * head + cached / layers + 3 * inner) + 2 * stream * hidden
+    layer = width * (4 * hidden + 2 * heads * head + cached / layers + 4 * inner) + 2 * stream * hidden
     longest = prompt + rollout.max_new_tokens
     share = -(-rollout.prompts * rollout.responses // processes)
     tokens = max(min(config.optim.micro_batch_tokens, share * longest), longest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import subprocess
 import sys
@@ -323,6 +324,22 @@ def test_help_of_eval_names_its_options_and_the_settings(capsys: pytest.CaptureF
     assert "--optim.lr" in shown
     assert main(["eval", "--run"]) == 2
     assert "argument --run: expected one argument" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="Linux with huge pages")
+@pytest.mark.parametrize("chosen", ["0", None])
+def test_large_tensors_begin_on_pages_of_their_own(chosen: str | None) -> None:
+    """So that they leave no holes in the heap; the user's own choice stays."""
+    code = """
+from trainer.__main__ import main
+main(["print-config"])
+import torch
+print({torch.empty(1 << 22).data_ptr() % 4096 for _ in range(4)} == {0})
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {"THP_MEM_ALLOC_ENABLE": chosen} if chosen else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == str(chosen is None)
 
 
 def test_commands_run_as_a_module() -> None:
