@@ -70,6 +70,7 @@ def test_a_trained_model_and_its_checkpoints(changed: Change, trained: Any, tied
         assert ("lm_head.weight" in load_file(out / "model.safetensors")) is not tied
         assert found[source].config.to_dict() == policy.language_model.config.to_dict() | {"_name_or_path": str(out)}
         assert GenerationConfig.from_pretrained(out).eos_token_id == 1
+        assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "as readable as the configuration"
         tokenizer = AutoTokenizer.from_pretrained(out)
         assert tokenizer.chat_template == TEMPLATE
         assert tokenizer.get_vocab() == policy.tokenizer.get_vocab()

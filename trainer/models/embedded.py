@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ModelError
+from .weights import write_model
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """Configuration and tokenizer of a model on the hub."""
@@ -64,8 +65,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict(), assign=True)
         model.generation_config = loaded.generation_config
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        write_model(target, model, tokenizer)
 
 
 EMBEDDED: dict[str, Callable[[Path], Path]] = {

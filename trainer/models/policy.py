@@ -31,7 +31,7 @@ from ..config import LoraConfig, ModelConfig
 from ..errors import CheckpointError, ModelError
 from .embedded import base_of_adapter, resolve
 from .limits import load_tokenizer, token_rows
-from .weights import fill, shard, skeleton, unsharded
+from .weights import fill, shard, skeleton, unsharded, write_model
 
 T = TypeVar("T")
 RENAMED = "`(is_)?gradient_checkpointing"
@@ -243,8 +243,7 @@ class Policy(nn.Module):
         def write() -> None:
             shutil.rmtree(scratch, ignore_errors=True)
             try:
-                self.model.save_pretrained(scratch, state_dict=weights, **options)
-                self.tokenizer.save_pretrained(scratch)
+                write_model(scratch, self.model, self.tokenizer, state_dict=weights, **options)
                 if directory.exists():
                     shutil.rmtree(directory)
                 scratch.rename(directory)

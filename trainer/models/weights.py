@@ -8,16 +8,18 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from .. import ranks
@@ -141,6 +143,16 @@ class Reference:
         if self.keep < 1:
             for weight, trained in zip(self.weights, self.trained, strict=True):
                 local_tensor(weight).lerp_(local_tensor(trained), 1 - self.keep)
+
+
+def write_model(
+    directory: Path, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> None:
+    """Write a model and its tokenizer in the format of transformers and peft. options: of ``save_pretrained``."""
+    model.save_pretrained(directory, **options)
+    tokenizer.save_pretrained(directory)
+    for file in directory.glob("*.safetensors"):  # written for the owner alone
+        file.chmod((directory / "tokenizer_config.json").stat().st_mode)
 
 
 def checkpoint_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from ..config import LoraConfig, ModelConfig
 from ..config.settings import parse_config
 from ..errors import ConfigError, check
 from ..models.policy import Policy, load_policy
+from ..models.weights import write_model
 from .checkpoint import checkpoints, read_tensors, verify
 
 DTYPES = ("float32", "bfloat16")
@@ -86,7 +87,6 @@ def export(source: Path, out: Path, dtype: str) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         complete = Path(scratch) / out.name
-        model.save_pretrained(complete)
-        policy.tokenizer.save_pretrained(complete)
+        write_model(complete, model, policy.tokenizer)
         complete.rename(out)
     return out
