@@ -251,7 +251,7 @@ def _train(config: Config, console: Console, trackers: Trackers) -> bool:
                     progress.save()
         finished = True
     except Interrupted:
-        console.line(f"interrupted after {step} of {config.steps} steps")
+        console.line(f"interrupted after {step} of {config.steps} steps{'' if step else ': nothing to save'}")
     except BaseException as error:
         progress.rescue(error)
         raise

@@ -321,6 +321,17 @@ def test_a_resume_completes_the_removals_of_a_killed_save(short: Config) -> None
     assert [path.name for path in last.parent.iterdir()] == [last.name]
 
 
+def test_a_run_that_is_stopped_in_its_first_step_has_nothing_to_save(
+    changed: Change, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = changed(name="early", steps=100, data={"eval": ""}, rewards={"functions": ("reward_functions:stops",)})
+    (tmp_path / "recipe.toml").write_text(to_toml(config))
+    reward_functions.STOPS[:] = [signal.SIGINT]
+    assert main(["train", "--config", str(tmp_path / "recipe.toml")]) == 130
+    assert "interrupted after 0 of 100 steps: nothing to save" in capfd.readouterr().out
+    assert not (path_of(config) / "model").exists()
+
+
 @pytest.mark.parametrize(("number", "method"), [(signal.SIGINT, "eapo"), (signal.SIGTERM, "grpo")])
 def test_a_stopped_run_resumes_bitwise(
     changed: Change, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, method: str

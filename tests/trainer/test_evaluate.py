@@ -77,7 +77,9 @@ def test_greedy_completions_have_the_most_probable_tokens(policy: Policy, change
     assert found.values.keys() == {"reward", "pass@1", "entropy", "length", "truncated"}
     assert str(found) == "3 train prompts, a greedy completion each"
     assert min(found.values["entropy"]) > 1, "nats, of the whole vocabulary"
-    for ids, sample in zip(_prompts(config, policy, 3).ids, samples, strict=True):
+    prompts = _prompts(config, policy, 3)
+    assert [sample["answer"] for sample in samples] == [row["answer"] for row in prompts.rows]
+    for ids, sample in zip(prompts.ids, samples, strict=True):
         ids = list(ids)
         for _ in range(config.rollout.max_new_tokens):
             token = int(policy.language_model(torch.tensor([ids])).logits[0, -1].argmax())

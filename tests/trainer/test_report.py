@@ -15,7 +15,7 @@ from trainer.config import Config
 from trainer.config.settings import to_toml
 from trainer.errors import DataError
 from trainer.evaluation.diversity import bootstrap
-from trainer.evaluation.evaluate import Evaluation, difference, markdown_table
+from trainer.evaluation.evaluate import Evaluation, difference, evaluation_table, markdown_table
 from trainer.evaluation.report import summary_table, write_report
 
 NAMES = ("reward", "reward_best", "distinct_1", "distinct_2", "entropy", "length", "truncated")
@@ -57,6 +57,13 @@ def test_summary_has_before_after_and_change(run: Path) -> None:
     assert cells[2].startswith("2.000 [")
     assert cells[3].startswith("2.500 [")
     assert cells[4] == "0.500 [0.500, 0.500]"
+
+
+def test_a_single_evaluation_says_its_step() -> None:
+    """That of a run which was interrupted later, for example."""
+    header = evaluation_table([evaluation(0, 0.0)]).splitlines()[0]
+    assert header.startswith("| 3 held-out prompts, 4 completions each, after step 0 | mean")
+    assert "after step" not in evaluation_table([evaluation(0, 0.0)], after_step=False)
 
 
 @pytest.fixture

@@ -89,12 +89,15 @@ def difference(before: Evaluation, after: Evaluation, metric: str) -> Estimate:
     return bootstrap([b - a for a, b in pairs])
 
 
-def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
-    """The first and the last of evaluations on the same prompts and the change, or a single one."""
+def evaluation_table(evaluations: Sequence[Evaluation], *, after_step: bool = True) -> str:
+    """The first and the last of evaluations of a run on the same prompts and the change, or a single one.
+    after_step: whether its step is known.
+    """
     before, after = evaluations[0], evaluations[-1]
     first, last = before.estimates(), after.estimates()
     if before is after:
-        return markdown_table([str(after), "mean [95 % interval]"], [[name, str(found)] for name, found in last.items()])
+        header = [f"{after}, after step {after.step}" if after_step else str(after), "mean [95 % interval]"]
+        return markdown_table(header, [[name, str(found)] for name, found in last.items()])
     header = [f"{after}, mean [95 % interval]", f"step {before.step}", f"step {after.step}", "change"]
     both = [name for name in first if name in last]  # pass@k is measured only where all rewards are 0 or 1
     rows = [[name, str(first[name]), str(last[name]), str(difference(before, after, name))] for name in both]
@@ -215,8 +218,10 @@ class Evaluator:
                 for name, value in row.items():
                     values.setdefault(name, []).append(value)
         samples = [
-            {"step": step, "dataset": dataset, "prompt": prompt, "completion": text, "reward": reward}
-            for prompt, text, reward in zip(sampled.columns["prompt"], texts, scores.total.tolist(), strict=True)
+            {"step": step, "dataset": dataset, "prompt": prompt, "completion": text, "answer": answer, "reward": reward}
+            for prompt, answer, text, reward in zip(
+                sampled.columns["prompt"], sampled.columns["answer"], texts, scores.total.tolist(), strict=True
+            )
         ]
         return Evaluation(dataset, step, values, k, config.eval.greedy), samples
 
@@ -254,7 +259,7 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
             for name in sets:
                 result, samples = evaluator.evaluate(name, step_of(checkpoint))
                 evaluator.record(result, samples)
-                console.line(f"\n{evaluation_table([result])}")
+                console.line(f"\n{evaluation_table([result], after_step=checkpoint is not None)}")
             engine.close()
             console.line(f"\nvalues  {run.path / 'evaluations.jsonl'}")
     except Interrupted:
