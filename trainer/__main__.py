@@ -25,8 +25,8 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
-    # Read once, when PyTorch allocates. On huge pages of their own large tensors leave no holes in glibc's heap, which took
-    # half as much memory again in an update, and there are fewer page faults.
+    # Read once, when PyTorch first allocates on the CPU: large tensors on huge pages of their own leave no gaps in glibc's heap
+    # (docs/log.md, 2026-11-30).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if arguments[0] == "demo":
         # Read once, when OpenMP and transformers are loaded. Passive waiting saves two thirds of the time on a busy machine and

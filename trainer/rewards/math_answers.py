@@ -21,6 +21,8 @@ WORKERS = 2
 LIMIT = 60.0
 """Seconds after which a worker that does not obey math-verify's limit of 5 s for each operation is
 killed."""
+# What an answer that is still to be computed has: an operator between numbers, but for 4.2 x 10^2; where an integer is asked, a
+# ratio as well.
 SUM = re.compile(r"[\d)}.]\s*(?:[-+*÷]|\\times|\\cdot|\\div)\s*(?!10\^)[\d(\\{]")
 RATIO = re.compile(r"\d\s*/\s*\d|\\frac")
 
@@ -40,11 +42,11 @@ def grade(answer: str | Failed, completion: str) -> Score:
     if not reference:
         return Failed(f"expected a reference answer that math-verify can parse, got {answer!r}")
     found = parse(completion)
-    if getattr(reference[0], "is_number", False) and found:
-        unfinished = [SUM, RATIO] if reference[0].is_integer else [SUM]
-        texts = [str(own[-1]).rpartition("=")[2] for own in (reference, found)]
-        wanted, given = (any(form.search(text) for form in unfinished) for text in texts)
-        if given and not wanted:
+    if found and getattr(reference[0], "is_number", False):
+        forms = [SUM, RATIO] if reference[0].is_integer else [SUM]
+        results = (str(own[-1]).rpartition("=")[2] for own in (reference, found))  # the last element is the text
+        asked_open, is_open = (any(form.search(result) for form in forms) for result in results)
+        if is_open and not asked_open:
             return 0.0
     return float(verify(reference, found))
 
