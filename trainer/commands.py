@@ -55,7 +55,7 @@ def _eval(arguments: Sequence[str]) -> int:
         config, checkpoint = parse_config(rest, prog=prog), None
     else:
         check("--config" not in rest, "--config", "nothing together with --run (its recipe is the run's)", "--config")
-        from .runs.saved import locate
+        from .runs.locate import locate
 
         run, checkpoint = locate(options.run)
         config = parse_config(rest, recipe=run / "config.toml", prog=prog)

@@ -71,8 +71,8 @@ from .records import Rollouts, Tick, derive_seed
 from .rewards.scoring import Rewards
 from .rollouts.engines import make_engine
 from .rollouts.source import RolloutSource
-from .runs.checkpoint import step_of
 from .runs.console import Console
+from .runs.locate import step_of
 from .runs.resume import Progress, choose
 from .runs.rundir import RunDirectory
 from .runs.trackers import Trackers

@@ -26,7 +26,7 @@ from trainer.config import Config
 from trainer.config.settings import parse_config, to_toml
 from trainer.errors import CheckpointError, ConfigError, DivergenceError
 from trainer.loop import train
-from trainer.runs.checkpoint import checkpoints
+from trainer.runs.locate import checkpoints
 from trainer.runs.resume import changes, settings_of
 
 Change = Callable[..., Config]

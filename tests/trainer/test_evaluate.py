@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 from trainer.__main__ import main
 from trainer.config import Config
+from trainer.config.settings import parse_config
 from trainer.dataset import PromptSet, load_prompts
 from trainer.evaluation.evaluate import Evaluation, Evaluator
 from trainer.loop import train
@@ -171,6 +172,8 @@ def test_a_run_is_evaluated_by_its_model_or_by_a_checkpoint(
         for _ in range(2):  # again, too
             assert main(["eval", "--run", str(source)]) == 0
         (row,) = read(run.parent / name, "evaluations")
+        recorded = parse_config([], recipe=run.parent / name / "config.toml")
+        assert recorded.lora.rank == (rank if step else 0), "the saved model has its adapters"
         assert row["values"] == seen[step or 3]
         assert row["step"] == step
     capsys.readouterr()

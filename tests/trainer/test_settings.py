@@ -348,6 +348,9 @@ def test_commands_run_as_a_module() -> None:
     assert "steps = 5" in done.stdout
 
 
+HEAVY = {"torch", "numpy", "transformers", "datasets", "eapo_kernels", "rich"}
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--optim.betas", "0.9", "1.5"], ["--optim.lrr", "1"]], ids=" ".join)
 def test_help_and_bad_settings_wait_for_no_heavy_import(arguments: list[str]) -> None:
     code = (
@@ -360,4 +363,16 @@ def test_help_and_bad_settings_wait_for_no_heavy_import(arguments: list[str]) ->
     *_, status, modules = done.stdout.splitlines()
     assert status == ("0" if arguments == ["--help"] else "2")
     assert "trainer.config.settings" in modules.split()
-    assert not {"torch", "numpy", "transformers", "datasets", "eapo_kernels", "rich"} & set(modules.split())
+    assert not HEAVY & set(modules.split())
+
+
+def test_a_bad_setting_of_a_runs_evaluation_waits_for_no_heavy_import(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("steps = 3\n")
+    (tmp_path / "model").mkdir()
+    code = "import sys; from trainer.__main__ import main; print(main(sys.argv[1:])); print(*sys.modules)"
+    arguments = ["eval", "--run", str(tmp_path), "--optim.lrr", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    status, modules = done.stdout.splitlines()
+    assert status == "2"
+    assert "optim.lrr: expected at optim one of" in done.stderr
+    assert not HEAVY & set(modules.split())

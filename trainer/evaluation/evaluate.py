@@ -28,8 +28,8 @@ from ..rewards.builtin import Similarity
 from ..rewards.scoring import Rewards
 from ..rollouts.engines import make_engine
 from ..rollouts.source import RolloutSource
-from ..runs.checkpoint import step_of
 from ..runs.console import Console
+from ..runs.locate import step_of
 from ..runs.rundir import RunDirectory
 from ..runs.saved import load_saved
 from .diversity import Estimate, bootstrap, dispersion, distinct, pass_at_k
@@ -232,10 +232,13 @@ def evaluate_model(config: Config, checkpoint: Path | None = None) -> bool:
 
     Args:
         checkpoint: of a run with this configuration; its weights are loaded into the model first.
+            Without one no new adapters are added, because they would not change the model.
 
     Raises:
         TrainerError: bad configuration, data, model, rewards or checkpoint.
     """
+    if not checkpoint:
+        config = config.replace(lora={"rank": 0})
     data, train_prompts = config.data, config.eval.train_prompts
     check(bool(data.eval or train_prompts), "data.eval", "prompts, or eval.train_prompts of at least 1", data.eval)
     try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -26,19 +25,9 @@ import torch.distributed.checkpoint as dcp
 
 from .. import ranks
 from ..errors import CheckpointError
+from .locate import NAME, checkpoints
 
-NAME = re.compile(r"step-\d{6,}")
 MANIFEST, STATE, UNFINISHED = "manifest.json", "state.pt", ".tmp"
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints below ``root``, oldest first. A copy under another name is none."""
-    return sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), key=step_of)
-
-
-def step_of(path: Path | None) -> int:
-    """Number of steps done in a checkpoint; 0 for None."""
-    return int(path.name.removeprefix("step-")) if path else 0
 
 
 def write(

@@ -16,18 +16,17 @@ from ..models.policy import Policy
 from ..models.weights import Reference
 from .checkpoint import (
     STATE,
-    checkpoints,
     prune,
     random_state,
     read_tensors,
     remove,
     restore_random_state,
     saved_names,
-    step_of,
     verify,
     write,
 )
 from .console import Console
+from .locate import checkpoints, step_of
 from .rundir import RunDirectory
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -24,7 +24,8 @@ from ..config import Config
 from ..config.settings import to_toml
 from ..dataset import json_lines
 from ..errors import CheckpointError, ConfigError, DataError, check
-from .checkpoint import checkpoints, remove
+from .checkpoint import remove
+from .locate import checkpoints
 
 STREAMS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
 RESULTS = (*STREAMS, "finished.json", "report.md", "curves.png")

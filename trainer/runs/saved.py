@@ -1,5 +1,5 @@
-"""What a run saved, its model and its checkpoints: found, loaded, and with ``python -m trainer export``
-written as a directory that ``from_pretrained`` and inference engines load.
+"""What a run saved, its model and its checkpoints: loaded, and with ``python -m trainer export`` written
+as a directory that ``from_pretrained`` and inference engines load.
 """
 
 from __future__ import annotations
@@ -12,44 +12,24 @@ from peft import PeftModel
 
 from ..config import LoraConfig, ModelConfig
 from ..config.settings import parse_config
-from ..errors import ConfigError, check
+from ..errors import check
 from ..models.policy import Policy, load_policy
 from ..models.weights import write_model
-from .checkpoint import checkpoints, read_tensors, verify
+from .checkpoint import read_tensors, verify
+from .locate import locate
 
 DTYPES = ("float32", "bfloat16")
 
 
-def locate(source: Path) -> tuple[Path, Path | None]:
-    """The run that ``source`` belongs to, and its checkpoint; None for the run's saved model.
-
-    Args:
-        source: RUN, or RUN/checkpoints/NAME.
-
-    Raises:
-        ConfigError: there is no such run or checkpoint.
-    """
-    source = source.expanduser().resolve()
-    of_checkpoint = source.parent.name == "checkpoints"
-    run = source.parent.parent if of_checkpoint else source
-    there = checkpoints(run / "checkpoints")
-    if not (run / "config.toml").is_file() or (source not in there if of_checkpoint else not (run / "model").is_dir()):
-        known = f" (there are {', '.join(path.name for path in there)})" if there else ""
-        expected = f"a run with a saved model, or one of its checkpoints (RUN/checkpoints/step-...){known}"
-        raise ConfigError(f"run: expected {expected}, got {source}")
-    return run, source if of_checkpoint else None
-
-
 def load_saved(model: ModelConfig, lora: LoraConfig, checkpoint: Path | None) -> Policy:
-    """The policy of ``model`` with the weights of a checkpoint, which was written with ``lora``; without
-    one as it is: new adapters would not change it.
+    """The policy of ``model``, with the weights of a checkpoint where one is given.
 
     Raises:
         TrainerError: there is no such model, or the checkpoint is damaged.
     """
     if checkpoint:
         verify(checkpoint)
-    policy = load_policy(model, lora if checkpoint else lora.replace(rank=0), seed=0)
+    policy = load_policy(model, lora, seed=0)
     if checkpoint:
         read_tensors(checkpoint, {"weights": policy.trained_weights()})
     return policy
@@ -79,8 +59,9 @@ def export(source: Path, out: Path, dtype: str) -> Path:
     check(free, "--out", "a new or an empty directory", str(out))
     run, checkpoint = locate(source)
     config = parse_config([], recipe=run / "config.toml", prog="python -m trainer export")
-    own = {} if checkpoint else {"path": str(run / "model")}
-    here = config.model.replace(device="cpu", attention="eager", gradient_checkpointing=False, **own)
+    if not checkpoint:
+        config = config.replace(model={"path": str(run / "model")}, lora={"rank": 0})
+    here = config.model.replace(device="cpu", attention="eager", gradient_checkpointing=False)
     policy = load_saved(here, config.lora, checkpoint)
     model = policy.model.float().merge_and_unload() if isinstance(policy.model, PeftModel) else policy.model
     model.to(getattr(torch, dtype))
